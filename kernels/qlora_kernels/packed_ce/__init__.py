@@ -1,0 +1,7 @@
+"""Cross-entropy over the supervised rows of a packed sequence, straight from the hidden states."""
+
+from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entropy
+from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
+from qlora_kernels.packed_ce.targets import Targets
+
+__all__ = ["CEOutput", "Targets", "packed_linear_cross_entropy", "reference_linear_cross_entropy"]

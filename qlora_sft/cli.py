@@ -1,0 +1,115 @@
+"""The command line: verbs, their arguments, their exit codes. What they do stands elsewhere.
+
+Exit codes: 0 done, 2 the configuration or the data is wrong, 1 the run failed, 130 interrupted.
+Imports nothing heavy, so that --help and wrong arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_sft.atomic import disk_error
+from qlora_sft.errors import QloraSftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
+
+
+def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
+    """Runs ``action`` and turns what comes of it into an exit code; its result goes to stdout as JSON if asked for."""
+    quiet_libraries()
+    try:
+        result = action()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (QloraSftError, OSError) as error:
+        fault = error if isinstance(error, QloraSftError) else disk_error(error)
+        if fault is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-sft", description="QLoRA fine-tuning: from chat data to a GGUF that answers.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, action: Any, help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(verb=action)
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+        return sub
+
+    train = verb("train", _train, "fine-tune as a configuration says")
+    train.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+
+    merge = verb("merge", _merge, "write the adapter of a run into its 16-bit base model")
+    merge.add_argument("run", help="run folder")
+    merge.add_argument("--out", help="folder to write (default: RUN/merged)")
+
+    export = verb("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama")
+    export.add_argument("run", help="run folder")
+    export.add_argument("--quant", default="q8_0", choices=["f32", "f16", "bf16", "q8_0"], help="default: q8_0")
+    export.add_argument("--out", help="file to write (default: RUN/gguf/NAME-QUANT.gguf)")
+
+    chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
+    chat.add_argument("model", help="run folder, model folder or .gguf file")
+    chat.add_argument("--message", help="ask this one thing, print the answer, and end")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-new-tokens", type=int, default=512)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.config import load_config
+    from qlora_sft.train import train
+
+    return train(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+
+
+def _merge(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.export.merge import merge_run
+
+    return merge_run(arguments.run, arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.export.gguf import export_run
+
+    return export_run(arguments.run, arguments.quant, arguments.out)
+
+
+def _chat(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.chat import chat
+
+    return chat(arguments.model, arguments.message, arguments.system, arguments.max_new_tokens)
+
+
+def quiet_libraries() -> None:
+    """Silences notices of other libraries that say nothing a user could act on."""
+    import logging
+    import os
+
+    # "Failed to load CPU gemm_4bit_forward from kernels-community": an optional download, wanted by nobody here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # The bars of transformers ("Loading weights") and datasets follow this one.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The one schema of a run, and its strict loader: YAML plus ``key.sub=value`` into dataclasses.
+
+Every problem is reported at once, each with its file, its key and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qlora_sft.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str
+    """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    """``auto`` takes Unsloth where it imports and works, else transformers + peft, and says which and why."""
+    load_in_4bit: bool = True
+    """NF4 with double quantisation; false loads the weights in ``dtype``."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. ``auto``: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU."""
+    chat_template: str | None = None
+    """Name of a shipped template or a .jinja file; default: the tokenizer's own."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    r: int = 16
+    """Rank."""
+    alpha: int = 16
+    """Scale of the update: alpha / r."""
+    dropout: float = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """``all-linear``: every linear layer of every block, not the output head."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: str
+    """JSONL file of conversations (``messages``)."""
+    name: str | None = None
+    """How reports call it; default: the file's name without its ending."""
+    max_rows: int | None = None
+    """Use only so many rows, drawn at random with the run's seed."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[SourceConfig]
+    held_out: list[SourceConfig] = field(default_factory=list)
+    """Never trained on; loss per source before and after the run."""
+    max_length: int = 2048
+    """Tokens per packed row, and the longest conversation that is accepted."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What happens to a conversation of more than ``max_length`` tokens. Drops are counted and shown."""
+    packing: Literal["bfd", "none"] = "bfd"
+    """``bfd``: best-fit decreasing over the whole data set. It changes the speed and nothing else."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    learning_rate: float = 2e-4
+    epochs: int = 1
+    max_steps: int | None = None
+    """Stop after so many optimizer steps; default: all epochs."""
+    batch_size: int = 1
+    """Packed rows per micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step. Tokens are weighed over the whole group."""
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    loss: bool = True
+    """Held-out loss per source before and after."""
+    answers: int = 3
+    """Greedy answers per held-out source, before and after; 0 for none."""
+    max_new_tokens: int = 128
+    show: int = 3
+    """How many of the answers are printed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    output: str
+    """The run folder."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+
+
+def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file or a shipped recipe, applies ``key.sub=value`` overrides, checks everything.
+
+    Raises `ConfigError` with all problems found.
+    """
+    path = _find(str(name))
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values (model:, data:, output:), got {_kind(tree)}")
+    origin: dict[str, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        _apply(tree, override, origin, problems)
+    config = _build(Config, tree, "", str(path), origin, problems)
+    if not problems:
+        problems = _check_values(config, str(path))
+    if problems:
+        raise ConfigError(problems)
+    assert isinstance(config, Config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _find(name: str) -> Path:
+    shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    nearby = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    hint = _did_you_mean(name, [*nearby, *shipped, *(f"{stem}.yaml" for stem in shipped)])
+    raise ConfigError(f"{name}: no such file{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``2e-4`` as a string, because it has no dot; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(tree: dict[str, Any], override: str, origin: dict[str, str], problems: list[str]) -> None:
+    """``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
+    key, equals, text = override.lstrip("-").partition("=")
+    source = f"override {override!r}"
+    if not equals or not key:
+        problems.append(f"{source}: expected key.sub=value")
+        return
+    try:
+        value = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError as error:
+        problems.append(f"{source}: not a YAML value: {_one_line(error)}")
+        return
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                where = ".".join(parts[:depth])
+                problems.append(f"{source}: {where} has {len(node)} items, counted from 0; there is no {part!r}")
+                return
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            problems.append(f"{source}: {'.'.join(parts[:depth])} is {_kind(node)}, it has no {part!r}")
+            return
+        if last:
+            node[index] = value
+            origin[key] = source
+        else:
+            if isinstance(node, dict) and node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+
+
+def _build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
+    """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    before = len(problems)
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        where = f"{prefix}{key}"
+        if key not in fields:
+            problems.append(f"{origin.get(where, file)}: unknown key {where!r}{_did_you_mean(str(key), fields)}")
+            continue
+        values[key] = _convert(hints[key], value, where, file, origin, problems)
+    for name, f in fields.items():
+        if name not in tree and f.default is MISSING and f.default_factory is MISSING:
+            problems.append(f"{file}: missing key {prefix + name!r}")
+    return kind(**values) if len(problems) == before else None
+
+
+def _convert(
+    hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]
+) -> Any:
+    source = origin.get(where, file)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _build(hint, value, where + ".", file, origin, problems)
+        problems.append(f"{source}: {where} must be a section with keys, got {_kind(value)}")
+        return None
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    lists = [option for option in options if typing.get_origin(option) is list]
+    if isinstance(value, list) and lists:
+        (item,) = typing.get_args(lists[0])
+        return [_convert(item, v, f"{where}.{i}", file, origin, problems) for i, v in enumerate(value)]
+    for option in options:
+        if _matches(option, value):
+            return float(value) if option is float else value
+    choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
+    hint_text = _did_you_mean(str(value), choices) if choices else ""
+    expected = " or ".join(_describe(option) for option in options)
+    problems.append(f"{source}: {where} must be {expected}, got {value!r}{hint_text}")
+    return None
+
+
+def _matches(option: Any, value: Any) -> bool:
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    if option is type(None):
+        return value is None
+    if option is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(option, type) and isinstance(value, option)
+
+
+def _check_values(config: Config, file: str) -> list[str]:
+    """Values that have the right type and still make no sense."""
+    problems = []
+
+    def require(good: bool, key: str, text: str) -> None:
+        if not good:
+            problems.append(f"{file}: {key} {text}")
+
+    t, d, e = config.training, config.data, config.evaluation
+    require(bool(d.train), "data.train", "must name at least one source")
+    require(d.max_length >= 2, "data.max_length", f"must be at least 2, got {d.max_length}")
+    for split, sources in (("train", d.train), ("held_out", d.held_out)):
+        names = [source.name or Path(source.path).stem for source in sources]
+        double = sorted({name for name in names if names.count(name) > 1})
+        require(not double, f"data.{split}", f"has two sources named {', '.join(double)}; give each its own name:")
+        for i, source in enumerate(sources):
+            positive = source.max_rows is None or source.max_rows > 0
+            require(positive, f"data.{split}.{i}.max_rows", f"must be positive, got {source.max_rows}")
+    require(config.lora.r > 0, "lora.r", f"must be positive, got {config.lora.r}")
+    require(0 <= config.lora.dropout < 1, "lora.dropout", f"must be in [0, 1), got {config.lora.dropout}")
+    require(t.learning_rate > 0, "training.learning_rate", f"must be positive, got {t.learning_rate}")
+    for key in ("epochs", "batch_size", "gradient_accumulation"):
+        require(getattr(t, key) > 0, f"training.{key}", f"must be positive, got {getattr(t, key)}")
+    require(t.max_steps is None or t.max_steps > 0, "training.max_steps", f"must be positive, got {t.max_steps}")
+    require(0 <= t.warmup_ratio < 1, "training.warmup_ratio", f"must be in [0, 1), got {t.warmup_ratio}")
+    require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")
+    require(e.max_new_tokens > 0, "evaluation.max_new_tokens", f"must be positive, got {e.max_new_tokens}")
+    return problems
+
+
+def _did_you_mean(name: str, names: typing.Iterable[Any]) -> str:
+    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _describe(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(option)))
+    if typing.get_origin(option) is list:
+        return "a list"
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
+    return names.get(option, str(option))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

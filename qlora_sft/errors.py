@@ -1,0 +1,37 @@
+"""The ways a command can end badly, and what each one tells the shell."""
+
+from __future__ import annotations
+
+
+class QloraSftError(Exception):
+    """Base class. The message names the cause and the cure; ``exit_code`` is what the CLI returns."""
+
+    exit_code = 1
+
+
+class ConfigError(QloraSftError):
+    """The configuration is wrong. ``problems`` lists every fault found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(QloraSftError):
+    """The training data is wrong. The message carries the file and the line."""
+
+    exit_code = 2
+
+
+class RunError(QloraSftError):
+    """The configuration and the data were fine, but the run failed (disk, download, export)."""
+
+    exit_code = 1
+
+
+class Interrupted(QloraSftError):
+    """Ctrl-C during training. What was learned so far is saved where the message says."""
+
+    exit_code = 130

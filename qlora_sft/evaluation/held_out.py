@@ -1,0 +1,42 @@
+"""Held-out loss per source, over packed rows, with the training loss itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.packing import pack
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.loss import batch_loss
+
+
+def held_out_loss(
+    model: Any, documents: dict[str, list[Rendered]], capacity: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Source -> weighted mean loss per supervised token, in nats. The model is left in training mode."""
+    model.eval()
+    result = {}
+    try:
+        for source, rows in documents.items():
+            total = weight = 0.0
+            for each in pack([len(row.input_ids) for row in rows], capacity):
+                batch = to_device(flatten([rows[index] for index in each]), model.device)
+                with torch.no_grad(), autocast(model.device, dtype):
+                    output = batch_loss(model, batch)
+                total += float((output.nll * batch["row_weights"]).sum())
+                weight += batch["weight_sum"]
+            result[source] = total / weight
+    finally:
+        model.train()
+    return result
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context the trainer computes in, so that evaluation sees the same model."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

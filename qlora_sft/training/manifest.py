@@ -1,0 +1,49 @@
+"""What a run was made of: versions, machine, data, choices with their reasons, results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.atomic import written_file
+from qlora_sft.config import Config
+from qlora_sft.data.prepare import SourceLedger
+
+PACKAGES = (
+    "qlora-sft torch transformers trl peft bitsandbytes unsloth unsloth_zoo triton datasets accelerate tokenizers"
+).split()
+
+
+def versions() -> dict[str, str]:
+    """Installed version of every package that shapes the result; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_data(ledger: dict[str, SourceLedger]) -> dict[str, Any]:
+    """The ledger of every source, with the sha256 of its file."""
+    return {
+        name: {**asdict(row), "share": row.share, "sha256": hashlib.sha256(Path(row.path).read_bytes()).hexdigest()}
+        for name, row in ledger.items()
+    }
+
+
+def write_manifest(file: Path, config: Config, **facts: Any) -> None:
+    manifest = {"config": asdict(config), "versions": versions(), "machine": platform.platform(), **facts}
+    write_json(file, manifest)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON, written beside and renamed."""
+    with written_file(file) as beside:
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""What the user sees while it trains, and what ``metrics.jsonl`` keeps of every step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from qlora_sft.training.trainer import PackedSFTTrainer
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar (loss, learning rate, supervised tokens/s, time left) on stderr and one JSON line per step."""
+
+    def __init__(self, metrics_file: Path, steps: int):
+        self.metrics_file = metrics_file
+        self.steps = steps
+        self.trainer: PackedSFTTrainer | None = None
+        self.learning_rate = 0.0
+        self.supervised = self.tokens = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self._bar: Any = None
+        self._file: IO[str] | None = None
+        self._step_started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._file = self.metrics_file.open("w", encoding="utf-8")
+        # A plain file (a log) gets a line a minute instead of a bar that redraws itself.
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 20.0}
+        self._bar = tqdm(total=self.steps, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True, **quiet)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Read here: once the step is done the scheduler has moved on to the next one's rate.
+        self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.trainer is None or not logs or "grad_norm" not in logs:
+            return  # the summary at the end of training
+        totals = self.trainer.totals
+        loss = totals.loss
+        seconds = time.perf_counter() - self._step_started
+        self.supervised += totals.supervised
+        self.tokens += totals.tokens
+        self.seconds += seconds
+        self.losses.append(loss)
+        row = {
+            "step": state.global_step,
+            "loss": loss,
+            "accuracy": totals.accuracy,
+            "learning_rate": self.learning_rate,
+            "grad_norm": float(logs["grad_norm"]),
+            "supervised_tokens": totals.supervised,
+            "tokens": totals.tokens,
+            "seconds": round(seconds, 4),
+        }
+        assert self._file is not None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        rate = self.supervised / self.seconds
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s")
+        self._bar.update(state.global_step - self._bar.n)
+
+    def close(self) -> None:
+        """Safe to call at any time, also after an error in the middle of a step."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()

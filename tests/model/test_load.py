@@ -1,0 +1,123 @@
+"""NF4 on the real 135M model: what evaluation must not break, and what both backends must agree on."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_sft.config import load_config
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.load import load_model, load_tokenizer, quantized_modules, resolve_base
+
+STEP = '''
+import sys, torch
+from safetensors.torch import save_file
+from qlora_sft.model.backend import choose_backend
+backend = choose_backend(sys.argv[1])
+from qlora_sft.config import load_config
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.prepare import render_sources
+from qlora_sft.data.read import read_sources
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.load import load_model, load_tokenizer, resolve_base
+from qlora_sft.model.loss import batch_loss
+config = load_config("demo", ["data.train.0.max_rows=4", f"model.backend={backend.name}"])
+base = resolve_base("demo")
+rows = render_sources(read_sources(config.data.train[:1], 0), config.data, load_tokenizer(config.model, base))
+model = load_model(config, base, torch.bfloat16, backend.name)
+use_document_attention(model)
+model.train()
+tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+loss = batch_loss(model, flatten(rows.all_documents)).loss
+loss.backward()
+for name, p in model.named_parameters():
+    if p.requires_grad:
+        tensors["grad." + name] = p.grad
+tensors["loss"] = loss.detach()
+save_file(tensors, sys.argv[2])
+'''
+
+
+def test_both_backends_take_the_same_step_from_the_same_adapter(base_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    results = {}
+    for backend in ("unsloth", "transformers"):
+        file = tmp_path / f"{backend}.safetensors"
+        subprocess.run([sys.executable, "-c", STEP, backend, str(file)], check=True, cwd=tmp_path, capture_output=True)
+        results[backend] = load_file(file)
+    ours, theirs = results["transformers"], results["unsloth"]
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        if not name.startswith("grad.") and name != "loss":
+            assert torch.equal(tensor, theirs[name]), f"{name} starts differently"
+    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-2, atol=0.0)
+    for name in (n for n in ours if n.startswith("grad.")):
+        error = (ours[name] - theirs[name]).norm()
+        assert error <= 2e-2 * ours[name].norm() + 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def nf4_model(base_model: Path) -> Any:
+    from qlora_sft.model.attention import use_document_attention
+
+    model = load_model(load_config("demo"), str(base_model), torch.bfloat16, "transformers")
+    use_document_attention(model)
+    model.train()
+    return model
+
+
+def test_every_linear_layer_of_every_block_is_nf4_and_has_an_adapter(nf4_model: Any) -> None:
+    quantized = quantized_modules(nf4_model)
+    assert len(quantized) == len(set(quantized)) == 30 * 7
+    assert all(name.startswith("model.layers.") for name in quantized)
+    adapted = {n.removeprefix("base_model.model.").split(".lora_A")[0] for n, _ in nf4_model.named_parameters() if "lora_A" in n}
+    assert adapted == set(quantized)
+    trainable = [p for p in nf4_model.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(quantized)
+    assert {p.dtype for p in trainable} == {torch.float32}
+
+
+def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tokenizer: Any) -> None:
+    """bitsandbytes repacks NF4 weights at the first inference and never undoes it; see `disable_inference_repacking`."""
+    from qlora_sft.data.batch import flatten
+    from qlora_sft.data.render import render_conversation
+    from qlora_sft.evaluation.answers import greedy_answers, prompts_of
+    from qlora_sft.evaluation.held_out import held_out_loss
+    from qlora_sft.model.loss import batch_loss
+
+    row = {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
+    document = render_conversation(row, tokenizer, source="s")
+
+    def gradient() -> dict[str, torch.Tensor]:
+        nf4_model.zero_grad()
+        batch_loss(nf4_model, flatten([document])).loss.backward()
+        return {name: p.grad.clone() for name, p in nf4_model.named_parameters() if p.requires_grad}
+
+    before = gradient()
+    held_out_loss(nf4_model, {"s": [document]}, 512, torch.bfloat16)
+    greedy_answers(nf4_model, tokenizer, prompts_of(document), 3, torch.bfloat16)
+    after = gradient()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(g.abs().max() > 0 for g in before.values())
+
+
+def test_a_missing_model_folder_and_a_folder_without_a_model(tmp_path: Path) -> None:
+    for path, message in ((str(tmp_path / "none"), "no such folder"), (str(tmp_path), "has no config.json")):
+        with pytest.raises(ConfigError, match=message):
+            resolve_base(path)
+
+
+def test_an_unknown_chat_template_lists_the_shipped_ones(base_model: Path) -> None:
+    config = load_config("demo", ["model.chat_template=chatmel"])
+    with pytest.raises(ConfigError, match=r"chatmel: neither a file nor a shipped template \(.*chatml-think"):
+        load_tokenizer(config.model, str(base_model))
+
+
+def test_an_unknown_target_module_lists_those_there_are(base_model: Path) -> None:
+    config = load_config("demo", ["lora.target_modules=[query]"])
+    with pytest.raises(ConfigError, match=r"no linear layer is named \['query'\]; this model has .*q_proj"):
+        load_model(config, str(base_model), torch.bfloat16, "transformers")

@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_sft.cli import main
+
+HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets", "numpy")
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    result = python(f"import sys, qlora_sft; print([m for m in {HEAVY} if m in sys.modules])")
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nosuch.yaml"]])
+def test_the_command_line_imports_nothing_heavy_before_there_is_work(arguments: list[str]) -> None:
+    code = (
+        "import sys, qlora_sft.cli\n"
+        "try: qlora_sft.cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert python(code, *arguments).stdout.strip().endswith("[]")
+
+
+def test_every_public_name_exists() -> None:
+    import qlora_sft
+
+    assert all(getattr(qlora_sft, name) is not None for name in qlora_sft.__all__)
+
+
+def test_wrong_configurations_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nosuch.yaml"]) == 2
+    assert "nosuch.yaml: no such file" in capsys.readouterr().err
+    assert main(["train", "demo", "training.lr=1", "model.backend=slow", "data.max_length=x"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+def test_verbs_on_something_that_is_no_run_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["merge"], ["export"], ["chat", "--message", "hi"]):
+        assert main([verb[0], str(tmp_path), *verb[1:]]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_run_folder_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("precious")
+    assert main(["train", "demo", f"output={tmp_path}"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    # Even with --overwrite, bad data comes to light before anything is removed.
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    assert main(["train", "demo", f"output={tmp_path}", f"data.train.0.path={bad}", "--overwrite"]) == 2
+    assert (tmp_path / "adapter" / "weights").read_text() == "precious"
+
+
+def test_json_goes_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_sft.cli import guarded
+
+    assert guarded(lambda: {"answer": 1}, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"answer": 1}

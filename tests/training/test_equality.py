@@ -1,0 +1,126 @@
+"""Packing and accumulation change the speed and nothing else: equal losses, step by step, in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_sft.config import Config
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.load import load_model, load_tokenizer
+from qlora_sft.train import begin_run, fit
+from tests_support import documents_of
+
+
+def run_bins(config: Config, documents: list[Rendered], bins: list[list[int]]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of every step and the trained adapter."""
+    base = config.model.path
+    model = load_model(config, base, torch.float32, "transformers")
+    use_document_attention(model)
+    run = Path(config.output)
+    begin_run(run, config)
+    fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows], {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: Any, second: Any, tolerance: float) -> None:
+    torch.testing.assert_close(torch.tensor(first[0]), torch.tensor(second[0]), rtol=tolerance, atol=0.0)
+    for name, tensor in first[1].items():
+        torch.testing.assert_close(tensor, second[1][name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+BINS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_packed_and_unpacked_training_are_the_same(make_config: Any) -> None:
+    """Four documents in one row, or four rows of one document accumulated: three optimizer steps of both."""
+    config = make_config("training.learning_rate=1e-3")
+    documents = documents_of(config)
+    packed = run_bins(config, documents, BINS)
+    config = make_config("training.learning_rate=1e-3", "training.gradient_accumulation=4")
+    unpacked = run_bins(config, documents, [[i] for each in BINS for i in each])
+    assert len(packed[0]) == 3
+    assert packed[0][0] != packed[0][1]
+    assert_same(packed, unpacked, 1e-5)
+
+
+def test_accumulating_1x8_is_8x1(make_config: Any) -> None:
+    """Rows of very different numbers of supervised tokens, so that a mean of means would show."""
+    bins = [[i] for i in range(8)]
+    config = make_config("training.batch_size=8", "training.learning_rate=1e-3")
+    documents = documents_of(config)
+    assert len({d.n_supervised for d in documents[:8]}) > 3
+    together = run_bins(config, documents, bins)
+    config = make_config("training.gradient_accumulation=8", "training.learning_rate=1e-3")
+    assert_same(together, run_bins(config, documents, bins), 1e-6)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens(make_config: Any) -> None:
+    """Against the textbook: every document alone through transformers, one mean over all supervised tokens."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config("training.gradient_accumulation=4")
+    documents = documents_of(config)
+    losses, _ = run_bins(config, documents, [[0, 1], [2], [3], [4, 5]])
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    nll = []
+    for document in documents[:6]:
+        logits = model(input_ids=torch.tensor([document.input_ids])).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(document.input_ids[1:]), reduction="none")
+        nll.append(each[torch.tensor(document.weights[1:]) > 0])
+    assert losses[0] == pytest.approx(float(torch.cat(nll).mean().detach()), rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(make_config: Any) -> None:
+    config = make_config("lora.dropout=0.1")
+    documents = documents_of(config)
+    first, second = (run_bins(config, documents, BINS) for _ in range(2))
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_checkpointing_changes_no_bit(make_config: Any) -> None:
+    config = make_config("model.gradient_checkpointing=true")
+    documents = documents_of(config)
+    first = run_bins(config, documents, BINS)
+    second = run_bins(make_config("model.gradient_checkpointing=false"), documents, BINS)
+    assert first[0] == second[0]
+
+
+def test_learning_rate_rises_and_falls_to_zero_without_a_wasted_step() -> None:
+    from qlora_sft.training.trainer import rate_factor
+
+    factors = [rate_factor(2, 6, step) for step in range(7)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert rate_factor(0, 3, 0) == 1.0
+
+
+def test_a_group_without_supervised_tokens_trains_nothing_and_breaks_nothing(make_config: Any) -> None:
+    config = make_config()
+    documents = documents_of(config)
+    mute = Rendered(documents[0].input_ids, [0.0] * len(documents[0].input_ids), "s")
+    losses, adapter = run_bins(config, [mute, documents[1]], [[0], [1]])
+    assert losses[0] == 0.0
+    assert losses[1] > 0.0
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_the_adapter_on_disk_is_the_adapter_in_memory(make_config: Any) -> None:
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=2")
+    report = train(config, say=lambda _: None)
+    saved = load_file(Path(report["output"]) / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 * 7
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+    manifest = json.loads((Path(report["output"]) / "manifest.json").read_text())
+    assert manifest["report"]["steps"] == 2
+    assert manifest["data"]["chat"]["kept"] == 12
+    assert len(manifest["data"]["chat"]["sha256"]) == 64
