@@ -7,13 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_sft.config import Config, load_config
-    from qlora_sft.data.packing import pack
-    from qlora_sft.data.render import Rendered, render_conversation
-    from qlora_sft.errors import ConfigError, DataError, Interrupted, QloraSftError, RunError
-    from qlora_sft.export.gguf import export_run
-    from qlora_sft.export.merge import merge_run
-    from qlora_sft.train import train
+    from qlora_sft.config import Config as Config
+    from qlora_sft.config import load_config as load_config
+    from qlora_sft.data.packing import pack as pack
+    from qlora_sft.data.render import Rendered as Rendered
+    from qlora_sft.data.render import render_conversation as render_conversation
+    from qlora_sft.errors import ConfigError as ConfigError
+    from qlora_sft.errors import DataError as DataError
+    from qlora_sft.errors import Interrupted as Interrupted
+    from qlora_sft.errors import QloraSftError as QloraSftError
+    from qlora_sft.errors import RunError as RunError
+    from qlora_sft.export.gguf import export_run as export_run
+    from qlora_sft.export.merge import merge_run as merge_run
+    from qlora_sft.train import train as train
 
 _HOMES = {
     "Config": "config",
@@ -30,7 +36,7 @@ _HOMES = {
     "render_conversation": "data.render",
     "train": "train",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 

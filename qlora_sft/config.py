@@ -217,9 +217,7 @@ def _build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict
     return kind(**values) if len(problems) == before else None
 
 
-def _convert(
-    hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]
-) -> Any:
+def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     source = origin.get(where, file)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):

@@ -190,7 +190,14 @@ def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, 
 
 
 def evaluate(
-    model: Any, tokenizer: Any, config: Config, held_out: Prepared, prompts: list[Prompt], dtype: torch.dtype, say: Say, when: str
+    model: Any,
+    tokenizer: Any,
+    config: Config,
+    held_out: Prepared,
+    prompts: list[Prompt],
+    dtype: torch.dtype,
+    say: Say,
+    when: str,
 ) -> Evaluation:
     from qlora_sft.evaluation.answers import exact_match, greedy_answers, judge
     from qlora_sft.evaluation.held_out import held_out_loss
@@ -208,7 +215,14 @@ def evaluate(
 
 
 def fit(
-    model: Any, tokenizer: Any, config: Config, documents: list[Any], bins: list[list[int]], dtype: torch.dtype, run: Path, say: Say
+    model: Any,
+    tokenizer: Any,
+    config: Config,
+    documents: list[Any],
+    bins: list[list[int]],
+    dtype: torch.dtype,
+    run: Path,
+    say: Say,
 ) -> dict[str, Any]:
     """The training itself. Returns steps, losses and speed."""
     from qlora_sft.training.progress import Progress
@@ -218,7 +232,8 @@ def fit(
     # TRL wants a folder; what it leaves there is nobody's result.
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         args, optimizer = sft_config(config, Path(scratch), steps, dtype)
-        say(f"optimizer: {optimizer}; {steps} steps of {config.training.batch_size} x {config.training.gradient_accumulation} rows")
+        t = config.training
+        say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
         progress = Progress(run / "metrics.jsonl", steps)
         trainer = PackedSFTTrainer(
             model, config, documents, bins, args=args, processing_class=tokenizer, callbacks=[progress]

@@ -21,7 +21,9 @@ def test_the_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_after_an_error_the_old_content_stands_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     for writer, target in ((written_folder, tmp_path / "folder"), (written_file, tmp_path / "file")):
         with writer(target) as beside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
@@ -68,7 +69,7 @@ def flatten(documents: list[Rendered]) -> Batch:
         row_documents=torch.tensor(row_documents, dtype=torch.int32),
         n_supervised=len(rows),
         weight_sum=sum(weights),
-        longest=max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0),
+        longest=max((b - a for a, b in pairwise(bounds)), default=0),
     )
 
 

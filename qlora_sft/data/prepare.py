@@ -13,6 +13,7 @@ from qlora_sft.data.read import Source
 from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.errors import DataError
 
+
 @dataclass
 class SourceLedger:
     """What became of the rows of one source."""
@@ -118,8 +119,8 @@ def plan_bins(
         filled = sum(lengths) / (len(bins) * config.max_length)
         padded = sum(lengths) / (len(lengths) * max(lengths))
         say(
-            f"packing ({config.packing}): {len(documents):,} documents in {len(bins):,} rows of {config.max_length:,} tokens, "
-            f"{filled:.1%} filled (one padded row per document: {padded:.1%})"
+            f"packing ({config.packing}): {len(documents):,} documents in {len(bins):,} rows of {config.max_length:,} "
+            f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
         )
     planned = []
     for epoch in range(epochs):

@@ -73,7 +73,7 @@ def render_conversation(conversation: Conversation, tokenizer: Any, *, source: s
             raise DataError(
                 f"message {span.message}: the turn would end in {last!r}, which does not stop generation "
                 f"(stop tokens: {tokenizer.convert_ids_to_tokens(sorted(end_of_turn_ids(tokenizer)))}); "
-                "use a chat template that ends turns with the tokenizer's eos token, e.g. model.chat_template=chatml-think"
+                "use a chat template that ends turns with the tokenizer's eos token: model.chat_template=chatml-think"
             )
         position = span.end
     tail = _encode(text[position:], tokenizer, special, hidden, first=not ids)
@@ -123,7 +123,12 @@ def _span_by_prefix(conversation: Conversation, turn: int, text: str, template: 
 
 
 def _apply(
-    conversation: Conversation, template: str, tokenizer: Any, *, marks: bool = False, add_generation_prompt: bool = False
+    conversation: Conversation,
+    template: str,
+    tokenizer: Any,
+    *,
+    marks: bool = False,
+    add_generation_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     import jinja2
 
@@ -207,7 +212,9 @@ def _encode(text: str, tokenizer: Any, special: list[str], hidden: dict[str, str
         return _plain_ids(text, tokenizer, first)
     if _adds_space(tokenizer):
         names = ", ".join(sorted(set(hidden.values())))
-        raise DataError(f"a message contains control tokens ({names}), which this kind of tokenizer cannot encode as text")
+        raise DataError(
+            f"a message contains control tokens ({names}), which this kind of tokenizer cannot encode as text"
+        )
     ids: list[int] = []
     for part in re.split(f"({_pattern(special).pattern})", text):
         if part in special:

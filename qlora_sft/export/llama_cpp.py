@@ -30,7 +30,9 @@ def llama_cpp_path() -> Path:
     if configured:
         folder = Path(configured).expanduser()
         if not (folder / CONVERTER).is_file():
-            raise RunError(f"LLAMA_CPP_DIR={configured} has no {CONVERTER}; point it at a checkout of llama.cpp or unset it")
+            raise RunError(
+                f"LLAMA_CPP_DIR={configured} has no {CONVERTER}; point it at a checkout of llama.cpp or unset it"
+            )
         return folder
     folder = cache_dir("tools") / SDIST.removesuffix(".tar.gz")
     if not folder.exists():
@@ -52,7 +54,15 @@ def _unpack(archive: Path, target: Path) -> None:
 
 def convert(model: Path, target: Path, quant: str) -> None:
     """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0. Raises `RunError` with the converter's last words."""
-    command = [sys.executable, str(llama_cpp_path() / CONVERTER), str(model), "--outfile", str(target), "--outtype", quant]
+    command = [
+        sys.executable,
+        str(llama_cpp_path() / CONVERTER),
+        str(model),
+        "--outfile",
+        str(target),
+        "--outtype",
+        quant,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if result.returncode or not target.is_file():
         last = "\n".join(result.stderr.strip().splitlines()[-3:])

@@ -87,7 +87,14 @@ def read_adapter(folder: Path) -> dict[str, LoraUpdate]:
         tensors = load_file(folder / "adapter_model.safetensors")
     except Exception as error:
         raise RunError(f"{folder}: not a readable adapter ({str(error).splitlines()[0]})") from None
-    for feature in ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
+    for feature in (
+        "use_dora",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "trainable_token_indices",
+    ):
         if config.get(feature):
             raise RunError(f"{folder}: an adapter with {feature} cannot be merged yet")
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
@@ -119,7 +126,9 @@ def _merge_shards(base: Path, target: Path, updates: dict[str, LoraUpdate], quan
                     update = updates[module]
                     if (update.b.shape[0], update.a.shape[1]) != tuple(weight.shape):
                         shape = (update.b.shape[0], update.a.shape[1])
-                        raise RunError(f"{module}: the adapter is for a weight {shape}, the base has {tuple(weight.shape)}")
+                        raise RunError(
+                            f"{module}: the adapter is for a weight {shape}, the base has {tuple(weight.shape)}"
+                        )
                     # One rounding, at the very end.
                     total = weight.float().addmm_(update.b, update.a, alpha=update.scale)
                     if not total.isfinite().all():

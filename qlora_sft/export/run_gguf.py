@@ -62,5 +62,3 @@ def reply(server: Any, messages: list[dict[str, Any]], max_new_tokens: int, show
     request = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0, "stream": True}
     server.handle_chat_completions(request, on_chunk)
     return "".join(pieces)
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -61,7 +62,7 @@ def _one_by_one(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
             dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped,
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]  # fmt: skip
     return torch.cat(outputs, dim=2).transpose(1, 2)
 

@@ -181,9 +181,7 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     Raises `ConfigError` for a name that no layer has.
     """
     blocks = model.get_decoder().layers
-    linear = {
-        name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)
-    }
+    linear = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
     if lora.target_modules == "all-linear":
         return sorted(linear)
     unknown = sorted(set(lora.target_modules) - linear)

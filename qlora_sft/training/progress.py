@@ -31,9 +31,11 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._file = self.metrics_file.open("w", encoding="utf-8")
-        # A plain file (a log) gets a line a minute instead of a bar that redraws itself.
-        quiet = {} if sys.stderr.isatty() else {"mininterval": 20.0}
-        self._bar = tqdm(total=self.steps, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True, **quiet)
+        # A log file gets a line every 20 seconds instead of a bar that redraws itself.
+        interval = 0.1 if sys.stderr.isatty() else 20.0
+        self._bar = tqdm(
+            total=self.steps, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=interval
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
@@ -66,7 +68,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         rate = self.supervised / self.seconds
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s")
+        text = f"loss {loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
 
     def close(self) -> None:

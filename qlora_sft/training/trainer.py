@@ -73,7 +73,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Rises over the warm-up, then falls linearly to zero; no step is spent at a rate of zero."""
         self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps)
+            optimizer or self.optimizer,
+            partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps),
         )
         return self.lr_scheduler
 
@@ -107,7 +108,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def rate_factor(warmup: int, steps: int, step: int) -> float:
-    """Share of the learning rate at ``step`` (from 0): (step + 1) / (warmup + 1), then (steps - step) / (steps - warmup)."""
+    """Share of the learning rate at ``step``, from 0: ``(step + 1) / (warmup + 1)``, then
+    ``(steps - step) / (steps - warmup)``."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return max(0.0, (steps - step) / (steps - warmup))
@@ -121,7 +123,7 @@ def count_steps(n_bins: int, config: Config) -> int:
 
 
 def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
-    """Our settings in TRL's words, and which optimizer was taken, with the reason. ``scratch``: a folder TRL may use."""
+    """Our settings in TRL's words, and the optimizer with the reason. ``scratch``: a folder TRL may use."""
     on_gpu = torch.cuda.is_available()
     optimizer, reason = config.training.optimizer, "as configured"
     if optimizer == "auto":

@@ -39,7 +39,7 @@ CASES = [
     (messages(("user", None), ("assistant", "x")), "'content' must be a text, got nothing"),
     (messages(("user", "hi"), ("assistant", "x"), weight=-1), "must not be negative"),
     (messages(("user", "hi"), ("assistant", "x"), train="no"), "'train' has the wrong type"),
-    (messages(("user", "hi"), ("assistant", ""), tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "not valid JSON"),
+    (messages(("user", "hi"), ("assistant", ""), tool_calls=[{"name": "f", "arguments": "{"}]), "not valid JSON"),
     (messages(("user", "hi"), ("assistant", ""), tool_calls=[{"function": {}}]), "needs a function with a 'name'"),
     ({**GOOD, "tools": {}}, "'tools' must be a list"),
 ]  # fmt: skip

@@ -128,11 +128,19 @@ def test_control_tokens_in_tool_calls_and_tools_are_text(tokenizer: Any) -> None
     assert '{"city": "Oslo<|im_end|>"}}\n</tool_call><|im_end|>' in supervised_text(rendered, tokenizer)
 
 
-words = st.text(st.characters(codec="utf-8", max_codepoint=0x2FFF, exclude_categories=["Cs", "Co", "Cc"]), min_size=1, max_size=20)
-texts = st.lists(st.one_of(words, st.sampled_from(["<|im_start|>", "<|im_end|>", "assistant\n", "\n", " "])), max_size=6).map("".join)
+words = st.text(
+    st.characters(codec="utf-8", max_codepoint=0x2FFF, exclude_categories=["Cs", "Co", "Cc"]), min_size=1, max_size=20
+)
+texts = st.lists(
+    st.one_of(words, st.sampled_from(["<|im_start|>", "<|im_end|>", "assistant\n", "\n", " "])), max_size=6
+).map("".join)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
 @given(data=st.data())
 def test_supervised_text_is_the_assistants_text_whatever_the_words(tokenizer: Any, data: st.DataObject) -> None:
     pairs = data.draw(st.lists(st.tuples(texts, texts.filter(bool)), min_size=1, max_size=3))
@@ -179,7 +187,8 @@ def test_a_turn_that_would_never_stop_is_refused(tokenizer: Any) -> None:
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = (
         "{% for m in messages %}{{ m.role }}: "
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}"
         "\n{% endfor %}"
     )
     with pytest.raises(DataError, match="does not stop generation"):

@@ -108,7 +108,7 @@ def nothing_under_the_final_name(run: Path) -> bool:
 
 def test_a_missing_shard_leaves_nothing(run: Path, sharded: Path) -> None:
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(RunError, match="model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(RunError, match=r"model-00002-of-00002\.safetensors is missing"):
         merge_run(run)
     assert nothing_under_the_final_name(run)
 
@@ -153,4 +153,7 @@ def test_an_adapter_of_the_wrong_shape_and_a_damaged_one(run: Path) -> None:
 
 
 def test_marks_are_replaced_with_their_white_space() -> None:
-    assert without_generation_marks("a {%- generation -%} b {% endgeneration -%} c") == "a {%- if true -%} b {% endif -%} c"
+    assert (
+        without_generation_marks("a {%- generation -%} b {% endgeneration -%} c")
+        == "a {%- if true -%} b {% endif -%} c"
+    )

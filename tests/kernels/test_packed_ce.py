@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def make_case(
-    lengths: list[int], width: int = 24, vocabulary: int = 101, share: float = 0.5, dtype: torch.dtype = torch.float32, seed: int = 0
+    lengths: list[int],
+    width: int = 24,
+    vocabulary: int = 101,
+    share: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Targets]:
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
@@ -23,7 +28,9 @@ def make_case(
     return hidden, head, labels, Targets.from_labels(labels, bounds)
 
 
-def textbook(hidden: Tensor, head: Tensor, labels: Tensor, lengths: list[int], **options: float) -> tuple[Tensor, Tensor, int]:
+def textbook(
+    hidden: Tensor, head: Tensor, labels: Tensor, lengths: list[int], **options: float
+) -> tuple[Tensor, Tensor, int]:
     """Each document on its own, shifted the way everybody writes it; float64. (sum of nll, gradient, rows)"""
     hidden = hidden.detach().double().requires_grad_()
     total, rows, start = hidden.sum() * 0, 0, 0
@@ -41,9 +48,13 @@ def textbook(hidden: Tensor, head: Tensor, labels: Tensor, lengths: list[int], *
     return total.detach(), hidden.grad, rows
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 0.5}], ids=str
+)
 @pytest.mark.parametrize("lengths", [[37, 1, 20, 6, 1], [1], [2], [64]], ids=str)
-def test_loss_and_gradient_equal_the_textbook(lengths: list[int], options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradient_equal_the_textbook(
+    lengths: list[int], options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 4 * 101 * 7)
     hidden, head, labels, targets = make_case(lengths)
     wanted, gradient, rows = textbook(hidden, head, labels, lengths, **options)
@@ -89,7 +100,9 @@ def test_confident_tokens_keep_their_loss_and_gradient() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), share=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 9)
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 9),
 )
 def test_any_shape_any_mask(lengths: list[int], share: float, seed: int) -> None:
     hidden, head, labels, targets = make_case(lengths, share=share, seed=seed)
@@ -172,7 +185,9 @@ def test_wrong_arguments_are_named() -> None:
         high = Targets.from_host(torch.tensor([0]), torch.tensor([100]), torch.tensor([0]), 1)
         packed_linear_cross_entropy(hidden, head[:50], high)
     with pytest.raises(ValueError, match=r"targets\.rows: 10 is outside"):
-        packed_linear_cross_entropy(hidden, head, Targets.from_host(torch.tensor([10]), torch.tensor([1]), torch.tensor([0]), 1))
+        packed_linear_cross_entropy(
+            hidden, head, Targets.from_host(torch.tensor([10]), torch.tensor([1]), torch.tensor([0]), 1)
+        )
     with pytest.raises(ValueError, match="cu_seqlens must run from 0 to T=10"):
         Targets.from_labels(labels, torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="ids has 2 entries but rows has 1"):

@@ -12,7 +12,7 @@ from qlora_sft.config import load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.load import load_model, load_tokenizer, quantized_modules, resolve_base
 
-STEP = '''
+STEP = """
 import sys, torch
 from safetensors.torch import save_file
 from qlora_sft.model.backend import choose_backend
@@ -38,7 +38,7 @@ for name, p in model.named_parameters():
         tensors["grad." + name] = p.grad
 tensors["loss"] = loss.detach()
 save_file(tensors, sys.argv[2])
-'''
+"""
 
 
 def test_both_backends_take_the_same_step_from_the_same_adapter(base_model: Path, tmp_path: Path) -> None:
@@ -74,7 +74,11 @@ def test_every_linear_layer_of_every_block_is_nf4_and_has_an_adapter(nf4_model: 
     quantized = quantized_modules(nf4_model)
     assert len(quantized) == len(set(quantized)) == 30 * 7
     assert all(name.startswith("model.layers.") for name in quantized)
-    adapted = {n.removeprefix("base_model.model.").split(".lora_A")[0] for n, _ in nf4_model.named_parameters() if "lora_A" in n}
+    adapted = {
+        n.removeprefix("base_model.model.").split(".lora_A")[0]
+        for n, _ in nf4_model.named_parameters()
+        if "lora_A" in n
+    }
     assert adapted == set(quantized)
     trainable = [p for p in nf4_model.parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(quantized)
@@ -82,7 +86,7 @@ def test_every_linear_layer_of_every_block_is_nf4_and_has_an_adapter(nf4_model: 
 
 
 def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tokenizer: Any) -> None:
-    """bitsandbytes repacks NF4 weights at the first inference and never undoes it; see `disable_inference_repacking`."""
+    """bitsandbytes repacks NF4 weights at the first inference and never undoes it."""
     from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import render_conversation
     from qlora_sft.evaluation.answers import greedy_answers, prompts_of

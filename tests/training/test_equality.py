@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests_support import documents_of
 
 from qlora_sft.config import Config
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model, load_tokenizer
 from qlora_sft.train import begin_run, fit
-from tests_support import documents_of
 
 
-def run_bins(config: Config, documents: list[Rendered], bins: list[list[int]]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_bins(
+    config: Config, documents: list[Rendered], bins: list[list[int]]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of every step and the trained adapter."""
     base = config.model.path
     model = load_model(config, base, torch.float32, "transformers")
@@ -27,7 +29,9 @@ def run_bins(config: Config, documents: list[Rendered], bins: list[list[int]]) -
     begin_run(run, config)
     fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows], {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return [row["loss"] for row in rows], {
+        n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def assert_same(first: Any, second: Any, tolerance: float) -> None:
