@@ -10,7 +10,8 @@ from typing import Any
 from qlora_sft.config import DataConfig
 from qlora_sft.data.packing import pack
 from qlora_sft.data.read import Source
-from qlora_sft.data.render import Rendered, render_conversation
+from qlora_sft.data.render import Rendered, render_many
+from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 
 
@@ -44,7 +45,9 @@ class Prepared:
         return [document for documents in self.documents.values() for document in documents]
 
 
-def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) -> Prepared:
+def render_sources(
+    sources: list[Source], config: DataConfig, tokenizer: Any, style: ChatFormat | None = None
+) -> Prepared:
     """Renders every conversation and accounts for it.
 
     Raises `DataError` naming file and line, also when a source ends up with 0% or 100% supervised tokens:
@@ -54,12 +57,11 @@ def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) ->
     for source in sources:
         ledger = SourceLedger(path=str(source.path), read=len(source.rows))
         documents = []
-        for conversation in source.rows:
+        rendered = render_many(source.rows, tokenizer, source=source.name, style=style)
+        for conversation, document in zip(source.rows, rendered, strict=True):
             place = f"{source.path}:{conversation['line']}"
-            try:
-                document = render_conversation(conversation, tokenizer, source=source.name)
-            except DataError as error:
-                raise DataError(f"{place}: {error}") from None
+            if isinstance(document, DataError):
+                raise DataError(f"{place}: {document}")
             length = len(document.input_ids)
             if length > config.max_length:
                 if config.overlong == "error":
