@@ -29,9 +29,8 @@ def main() -> None:
             started = time.perf_counter()
             bins = pack(lengths, CAPACITY, strategy=strategy)
             seconds.append(time.perf_counter() - started)
-        print(
-            f"{strategy}: median {statistics.median(seconds):.2f} s of {RUNS}, {len(bins) / least:.4f} of the least rows"
-        )
+        fill = len(bins) / least
+        print(f"{strategy}: median {statistics.median(seconds):.2f} s of {RUNS}, {fill:.4f} of the least rows")
 
 
 if __name__ == "__main__":

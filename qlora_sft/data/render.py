@@ -18,6 +18,8 @@ from qlora_sft.errors import DataError
 
 Supervise = Literal["assistant", "last", "all"]
 
+# Consists of byte tokens, which merge with nothing.
+_ANCHOR = "\uf8ff"
 # Rows encoded in one call: enough to keep the tokenizer's threads busy, little enough to stay in memory.
 _BATCH = 512
 
@@ -43,6 +45,12 @@ class Piece:
     weight: float
     ends_turn: int | None = None
     """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
+    apart: bool = False
+    """Whether it must not be encoded in one with the piece before: together they spell a control token."""
+
+
+Ids = tuple[list[int], list[float], DataError | None]
+"""Token ids, their weights, and what is wrong with the row, if anything is."""
 
 
 def render_conversation(
@@ -89,7 +97,7 @@ def render_many(
                     planned.append(_text_pieces(row["text"], tokenizer))
                     continue
                 style = style or chat_format(tokenizer)
-                planned.append(_pieces(row, tokenizer, style.template, supervise))
+                planned.append(_pieces(row, tokenizer, style, supervise))
             except DataError as error:
                 planned.append(error)
         yield from _encoded(planned, tokenizer, style.stops if style else frozenset(), source)
@@ -100,10 +108,10 @@ def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
     return [Piece(begin + text + tokenizer.eos_token, 1.0)]
 
 
-def _pieces(conversation: dict[str, Any], tokenizer: Any, template: str, supervise: Supervise) -> list[Piece]:
+def _pieces(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise) -> list[Piece]:
     """The rendered text in pieces; disguised control tokens are still in it, cut in their turn by `shield.parts`."""
     shielded, disguises = shield(conversation, tokenizer)
-    text, spans = render_text(shielded, tokenizer, template)
+    text, spans = render_text(shielded, tokenizer, style)
     check_nothing_lost(shielded, text, spans)
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
     if supervise == "last":
@@ -113,9 +121,9 @@ def _pieces(conversation: dict[str, Any], tokenizer: Any, template: str, supervi
     for start, end, span in _segments(text, spans):
         weight = outside if span is None else weights[span.message]
         cut = parts(text[start:end], disguises)
-        pieces += [Piece(part, weight) for part in cut]
-        if span is not None and weight and cut:
-            pieces[-1] = Piece(cut[-1], weight, span.message)
+        for number, part in enumerate(cut):
+            last = span is not None and weight > 0 and number == len(cut) - 1
+            pieces.append(Piece(part, weight, span.message if span and last else None, apart=number > 0))
     return pieces
 
 
@@ -143,22 +151,14 @@ def _weight(message: dict[str, Any]) -> float:
 def _encoded(
     planned: list[list[Piece] | DataError], tokenizer: Any, stops: frozenset[int], source: str
 ) -> Iterator[Rendered | DataError]:
-    first = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[:1]]
-    later = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[1:]]
-    first_ids, later_ids = iter(_ids(first, tokenizer, "")), iter(_ids(later, tokenizer, _anchor(tokenizer)))
+    rows = [pieces for pieces in planned if isinstance(pieces, list)]
+    encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
+    results = iter(encode(rows, tokenizer, stops))
     for pieces in planned:
         if isinstance(pieces, DataError):
             yield pieces
             continue
-        ids: list[int] = []
-        weights: list[float] = []
-        fault = None
-        for number, piece in enumerate(pieces):
-            new = next(later_ids if number else first_ids)
-            ids += new
-            weights += [piece.weight] * len(new)
-            if piece.ends_turn is not None and new[-1] not in stops:
-                fault = _endless(piece.ends_turn, new[-1], tokenizer, stops)
+        ids, weights, fault = next(results)
         bos = tokenizer.bos_token_id
         # Some models begin every turn with their bos token; two at the very start are always a mistake.
         if bos is not None and ids[:2] == [bos, bos]:
@@ -166,6 +166,85 @@ def _encoded(
                 f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
             )
         yield fault or Rendered(ids, weights, source)
+
+
+def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
+    """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
+    texts = [piece.text for pieces in rows for piece in pieces]
+    encoded = iter(_batch(texts, tokenizer)["input_ids"])
+    for pieces in rows:
+        ids: list[int] = []
+        weights: list[float] = []
+        fault = None
+        for piece in pieces:
+            new = next(encoded)
+            ids += new
+            weights += [piece.weight] * len(new)
+            fault = fault or _unended(piece, new[-1], tokenizer, stops)
+        yield ids, weights, fault
+
+
+def _whole_rows(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
+    """The whole text at once; a token belongs to the piece that holds its last character (a control token, its first).
+
+    For tokenizers that put a space before whatever they are given, or whose control tokens swallow white space:
+    their pieces come out differently alone. Only where a message spells a control token is the text cut, and what
+    follows is encoded behind a private-use character, so that it is not taken for the beginning of a text.
+    """
+    groups = [_groups(pieces) for pieces in rows]
+    texts = [
+        (_ANCHOR if number else "") + "".join(piece.text for piece in group)
+        for row in groups
+        for number, group in enumerate(row)
+    ]
+    encoded = _batch(texts, tokenizer, offsets=True)
+    each = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for row in groups:
+        ids: list[int] = []
+        weights: list[float] = []
+        fault = None
+        for number, group in enumerate(row):
+            new, new_weights, new_fault = _assign(group, *next(each), len(_ANCHOR) if number else 0, tokenizer, stops)
+            ids, weights, fault = ids + new, weights + new_weights, fault or new_fault
+        yield ids, weights, fault
+
+
+def _groups(pieces: list[Piece]) -> list[list[Piece]]:
+    groups: list[list[Piece]] = []
+    for piece in pieces:
+        if piece.apart or not groups:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
+def _assign(
+    group: list[Piece], ids: list[int], offsets: list[tuple[int, int]], skip: int, tokenizer: Any, stops: frozenset[int]
+) -> Ids:
+    """Ids and weights of one text; its first ``skip`` characters are the anchor."""
+    kept: list[int] = []
+    weights: list[float] = []
+    fault = None
+    number, end = 0, skip + len(group[0].text)
+    control = tokenizer.added_tokens_decoder
+    for token, (first, last) in zip(ids, offsets, strict=True):
+        if last <= skip and skip:
+            continue
+        # A control token begins where it is written and may swallow what follows; a word may begin with a space
+        # that still belongs to the header.
+        while (first + 1 if token in control else last) > end:
+            fault = fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+            number += 1
+            end += len(group[number].text)
+        kept.append(token)
+        weights.append(group[number].weight)
+    return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+
+
+def _unended(piece: Piece, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError | None:
+    if piece.ends_turn is None or last in stops:
+        return None
+    return _endless(piece.ends_turn, last, tokenizer, stops)
 
 
 def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError:
@@ -176,28 +255,22 @@ def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> 
     )
 
 
-def _ids(texts: list[str], tokenizer: Any, anchor: str) -> list[list[int]]:
-    """Ids of each text, encoded behind ``anchor``, whose own ids are left out."""
+def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
     if not texts:
-        return []
-    encoded = tokenizer([anchor + text for text in texts], add_special_tokens=False, return_attention_mask=False)
-    skip = len(tokenizer(anchor, add_special_tokens=False)["input_ids"]) if anchor else 0
-    return [ids[skip:] for ids in encoded["input_ids"]]
+        return {"input_ids": [], "offset_mapping": []}
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+    )
 
 
 @lru_cache(maxsize=8)
-def _anchor(tokenizer: Any) -> str:
-    """What a piece is encoded behind, if it is not the first.
-
-    SentencePiece-like tokenizers put a space before the first word of whatever they are given; behind an anchor a
-    piece is not the beginning. The anchor is a private-use character: it consists of byte tokens, which merge with
-    nothing. Other tokenizers need none.
-    """
-    if (
-        tokenizer("x", add_special_tokens=False)["input_ids"]
-        == tokenizer("\uf8ffx", add_special_tokens=False)["input_ids"][
-            len(tokenizer("\uf8ff", add_special_tokens=False)["input_ids"]) :
-        ]
-    ):
-        return ""
-    return "\uf8ff"
+def _writes_spaces(tokenizer: Any) -> bool:
+    """Whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around them."""
+    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        return True
+    alone, behind = _batch(["x", tokenizer.eos_token + "x"], tokenizer)["input_ids"]
+    return bool(behind[1:] != alone)

@@ -29,13 +29,22 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The control tokens proper, without tags such as <think>, which an assistant may write in plain text."""
+    """Those that the tokenizer itself calls special."""
     tokens = tokenizer.added_tokens_decoder.values()
     return tuple(sorted({t.content for t in tokens if t.special and t.content.strip()}, key=len, reverse=True))
 
 
 def _is_tag(text: str) -> bool:
     return re.fullmatch(r"[<\[]\S+[>\]]", text) is not None
+
+
+@lru_cache(maxsize=8)
+def turn_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The control tokens without paired tags such as <think>...</think>, which an assistant may write in plain text."""
+    control = control_tokens(tokenizer)
+    pairs = {token for token in control if token.startswith("</") and "<" + token[2:] in control}
+    paired = pairs | {"<" + token[2:] for token in pairs}
+    return tuple(token for token in control if token in special_tokens(tokenizer) or token not in paired)
 
 
 @lru_cache(maxsize=32)
@@ -46,8 +55,8 @@ def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
 def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Disguises]:
     """The conversation with control tokens in its texts disguised, and what the disguises stand for.
 
-    In an assistant's own text only special tokens are disguised: tags such as ``<tool_call>`` written out there are
-    how many data sets spell a call. Everybody else's tags are text. Raises `DataError` if a message holds both a
+    In an assistant's own text paired tags are left alone: a ``<tool_call>`` written out there is how many data sets
+    spell a call. Everybody else's tags are text. Raises `DataError` if a message holds both a
     control token and a private-use character of ours.
     """
     content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
@@ -58,7 +67,7 @@ def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any]
     if any(character in text for text in _texts(content) for character in (*disguises, CUT)):
         raise DataError("a message mixes control tokens with private-use characters (U+F0000...); remove the latter")
     by_token = {token: character for character, token in disguises.items()}
-    everything, own = any_of(tuple(found)), any_of(tuple(set(found) & set(special_tokens(tokenizer))))
+    everything, own = any_of(tuple(found)), any_of(tuple(token for token in found if token in turn_tokens(tokenizer)))
     messages = [
         _replaced(message, own if message["role"] == "assistant" else everything, by_token)
         for message in content.get("messages", [])

@@ -76,22 +76,26 @@ def _trl_training_template(tokenizer: Any) -> str | None:
     return template
 
 
-def render_text(conversation: dict[str, Any], tokenizer: Any, template: str) -> tuple[str, list[Span]]:
+def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
     """The template's text and one span per assistant message, in order; end-of-turn token included, headers not.
 
     Raises `DataError` if the spans cannot be derived without guessing.
     """
     messages = conversation["messages"]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if has_marks(template):
-        text, bounds = apply(conversation, tokenizer, template, marks=True)
+    if has_marks(style.template):
+        text, bounds = apply(conversation, tokenizer, style.template, marks=True)
+        if len(bounds) > len(turns):
+            # Phi-3's marks another eos after the last turn, long after generation has stopped.
+            only_control = any_of(special_tokens(tokenizer))
+            bounds = [(start, end) for start, end in bounds if only_control.sub("", text[start:end]).strip()]
         if len(bounds) != len(turns):
             raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
     else:
-        text, _ = apply(conversation, tokenizer, template)
-        bounds = [_by_prefix(conversation, turn, text, tokenizer, template) for turn in turns]
+        text, _ = apply(conversation, tokenizer, style.template)
+        bounds = [_by_prefix(conversation, turn, text, tokenizer, style.template) for turn in turns]
     spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    return text, [_exact(span, text, conversation, tokenizer, template) for span in spans]
+    return text, [_exact(span, text, conversation, tokenizer, style) for span in spans]
 
 
 def apply(
@@ -134,14 +138,15 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
     return len(prompt), len(until)
 
 
-def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, template: str) -> Span:
+def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
     """The span without what the template adds: a header, an empty think block, what follows the end of turn."""
     start, end = span.start, span.end
-    control = any_of(special_tokens(tokenizer))
+    # Gemma's <end_of_turn> is no special token, but it is where generation stops.
+    control = any_of((*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(sorted(style.stops))))
     if control.match(text, start):
         # Marks around the header too (or a turn that rightly begins with a control token): the prompt decides.
         before = {**conversation, "messages": conversation["messages"][: span.message]}
-        prompt, _ = apply(before, tokenizer, template, prompt=True)
+        prompt, _ = apply(before, tokenizer, style.template, prompt=True)
         if text.startswith(prompt) and start <= len(prompt) <= end:
             start = len(prompt)
     if not conversation["messages"][span.message].get("reasoning"):
