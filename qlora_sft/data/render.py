@@ -1,27 +1,25 @@
-"""A conversation -> token ids and labels, together, from the structure of the chat template.
+"""A conversation -> token ids and labels, together, so that they cannot drift apart.
 
-The text is never searched for marker strings. The template says which characters a turn produced (its
-``{% generation %}`` marks, or else the difference between the prompt for a turn and the rendering with it), the
-text is cut exactly there, and each piece is encoded on its own, as it is at inference, where the prompt ends
-where the answer begins. Control tokens that occur *inside* a message are encoded as ordinary text.
+The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own, as it is
+at inference, where the prompt ends where the answer begins.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from qlora_sft.data.read import Conversation
+from qlora_sft.data.shield import parts, shield
+from qlora_sft.data.template import Span, check_nothing_lost, render_text, training_template
 from qlora_sft.errors import DataError
 
-# Stand-ins for control tokens inside messages while the template runs: private-use characters, one per token.
-_SHIELD_BASE = 0xF0000
+Supervise = Literal["assistant", "last", "all"]
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Rows encoded in one call: enough to keep the tokenizer's threads busy, little enough to stay in memory.
+_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -38,46 +36,64 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of the rendered text, written by the model in the given message."""
+class Piece:
+    """A part of the rendered text that is encoded by itself; its tokens all have the same weight."""
 
-    start: int
-    end: int
-    message: int
+    text: str
+    weight: float
+    ends_turn: int | None = None
+    """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
 
 
-def render_conversation(conversation: Conversation, tokenizer: Any, *, source: str = "") -> Rendered:
-    """Token ids and label weights of one conversation under the tokenizer's chat template.
+def render_conversation(
+    conversation: dict[str, Any],
+    tokenizer: Any,
+    *,
+    source: str = "",
+    template: str | None = None,
+    supervise: Supervise = "assistant",
+) -> Rendered:
+    """Token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
 
-    Supervised is what the model has to produce: reasoning, text and tool calls of every assistant turn, and the
-    token that ends the turn. A message with ``train: false`` is not, one with ``weight: w`` counts w-fold.
+    Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token
+    that ends the turn (``supervise``: of all of them, of the ``last`` one, or ``all`` tokens of the conversation).
+    A message with ``train: false`` is not, one with ``weight: w`` counts w-fold. A plain text is supervised whole.
 
     Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
     belongs to which turn, or leaves out something the conversation contains.
     """
-    special = _special_tokens(tokenizer)
-    shielded, hidden = _shield(conversation, special)
-    text, spans = render_text(shielded, tokenizer)
-    _check_nothing_lost(shielded, text, spans)
-    ids: list[int] = []
-    weights: list[float] = []
-    position = 0
-    for span in spans:
-        before = _encode(text[position : span.start], tokenizer, special, hidden, first=not ids)
-        inside = _encode(text[span.start : span.end], tokenizer, special, hidden, first=False)
-        weight = _weight(conversation["messages"][span.message])
-        ids += before + inside
-        weights += [0.0] * len(before) + [weight] * len(inside)
-        if weight and inside[-1] not in end_of_turn_ids(tokenizer):
-            last = tokenizer.decode(inside[-1:])
-            raise DataError(
-                f"message {span.message}: the turn would end in {last!r}, which does not stop generation "
-                f"(stop tokens: {tokenizer.convert_ids_to_tokens(sorted(end_of_turn_ids(tokenizer)))}); "
-                "use a chat template that ends turns with the tokenizer's eos token: model.chat_template=chatml-think"
-            )
-        position = span.end
-    tail = _encode(text[position:], tokenizer, special, hidden, first=not ids)
-    return Rendered(ids + tail, weights + [0.0] * len(tail), source)
+    (result,) = render_many([conversation], tokenizer, source=source, template=template, supervise=supervise)
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
+def render_many(
+    conversations: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    source: str = "",
+    template: str | None = None,
+    supervise: Supervise = "assistant",
+) -> Iterator[Rendered | DataError]:
+    """`render_conversation` for many, in order, an error in place of each row that has one.
+
+    The pieces of many rows are encoded in one call, which is several times faster.
+    """
+    rows = iter(conversations)
+    chosen = template
+    while batch := list(islice(rows, _BATCH)):
+        planned: list[list[Piece] | DataError] = []
+        for row in batch:
+            try:
+                if "text" in row:
+                    planned.append(_text_pieces(row["text"], tokenizer))
+                    continue
+                chosen = chosen or training_template(tokenizer)[0]
+                planned.append(_pieces(row, tokenizer, chosen, supervise))
+            except DataError as error:
+                planned.append(error)
+        yield from _encoded(planned, tokenizer, source)
 
 
 def end_of_turn_ids(tokenizer: Any) -> set[int]:
@@ -85,66 +101,40 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id}
 
 
-def render_text(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Span]]:
-    """The template's text and the span of every assistant message, in order.
-
-    Raises `DataError` if they cannot be derived without guessing.
-    """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise DataError("the tokenizer has no chat template; set model.chat_template (shipped: chatml-think)")
-    turns = [i for i, m in enumerate(conversation["messages"]) if m["role"] == "assistant"]
-    if _GENERATION_MARK.search(template):
-        text, bounds = _apply(conversation, template, tokenizer, marks=True)
-        if len(bounds) != len(turns):
-            raise DataError(f"the template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
-        return text, [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    text, _ = _apply(conversation, template, tokenizer)
-    return text, [_span_by_prefix(conversation, turn, text, template, tokenizer) for turn in turns]
+def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
+    begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
+    return [Piece(begin + text + tokenizer.eos_token, 1.0)]
 
 
-def _span_by_prefix(conversation: Conversation, turn: int, text: str, template: str, tokenizer: Any) -> Span:
-    """The turn is what follows its generation prompt; both renderings must be prefixes of the whole text.
+def _pieces(conversation: dict[str, Any], tokenizer: Any, template: str, supervise: Supervise) -> list[Piece]:
+    """The rendered text in pieces; disguised control tokens are still in it, cut in their turn by `shield.parts`."""
+    shielded, disguises = shield(conversation, tokenizer)
+    text, spans = render_text(shielded, tokenizer, template)
+    check_nothing_lost(shielded, text, spans)
+    weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
+    if supervise == "last":
+        weights = {message: weight if message == spans[-1].message else 0.0 for message, weight in weights.items()}
+    outside = 1.0 if supervise == "all" else 0.0
+    pieces = []
+    for start, end, span in _segments(text, spans):
+        weight = outside if span is None else weights[span.message]
+        cut = parts(text[start:end], disguises)
+        pieces += [Piece(part, weight) for part in cut]
+        if span is not None and weight and cut:
+            pieces[-1] = Piece(cut[-1], weight, span.message)
+    return pieces
 
-    A template that rewrites history (drops earlier reasoning, trims) breaks that, and is refused.
-    """
-    messages = conversation["messages"]
-    prompt, _ = _apply({**conversation, "messages": messages[:turn]}, template, tokenizer, add_generation_prompt=True)
-    until, _ = _apply({**conversation, "messages": messages[: turn + 1]}, template, tokenizer)
-    if not (text.startswith(prompt) and text.startswith(until) and until.startswith(prompt)):
-        raise DataError(
-            f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
-            "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
-            "marks: model.chat_template=chatml-think or your own .jinja file"
-        )
-    # What follows the last control token (a newline, mostly) belongs to the template, not to the model.
-    ends = [match.end() for match in _pattern(_special_tokens(tokenizer)).finditer(until, len(prompt))]
-    return Span(len(prompt), ends[-1] if ends else len(until), turn)
 
-
-def _apply(
-    conversation: Conversation,
-    template: str,
-    tokenizer: Any,
-    *,
-    marks: bool = False,
-    add_generation_prompt: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    import jinja2
-
-    try:
-        texts, bounds = render_jinja_template(
-            [conversation["messages"]],
-            tools=conversation.get("tools") or None,
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-            **(conversation.get("chat_template_kwargs") or {}),
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from None
-    return texts[0], bounds[0] if marks else []
+def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | None]]:
+    """The text from end to end: what lies between the spans (None) and the spans, without empty parts."""
+    position = 0
+    for span in spans:
+        if position < span.start:
+            yield position, span.start, None
+        yield span.start, span.end, span
+        position = span.end
+    if position < len(text):
+        yield position, len(text), None
 
 
 def _weight(message: dict[str, Any]) -> float:
@@ -153,120 +143,66 @@ def _weight(message: dict[str, Any]) -> float:
     return float(1.0 if message.get("weight") is None else message["weight"])
 
 
-# ------------------------------------------------------------------ control tokens inside messages
+# ------------------------------------------------------------------ text -> ids
 
 
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> list[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+def _encoded(planned: list[list[Piece] | DataError], tokenizer: Any, source: str) -> Iterator[Rendered | DataError]:
+    first = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[:1]]
+    later = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[1:]]
+    first_ids, later_ids = iter(_ids(first, tokenizer, "")), iter(_ids(later, tokenizer, _anchor(tokenizer)))
+    for pieces in planned:
+        if isinstance(pieces, DataError):
+            yield pieces
+            continue
+        ids: list[int] = []
+        weights: list[float] = []
+        fault = None
+        for number, piece in enumerate(pieces):
+            new = next(later_ids if number else first_ids)
+            ids += new
+            weights += [piece.weight] * len(new)
+            if piece.ends_turn is not None and new[-1] not in end_of_turn_ids(tokenizer):
+                fault = _endless(piece.ends_turn, new[-1], tokenizer)
+        bos = tokenizer.bos_token_id
+        # Some models begin every turn with their bos token; two at the very start are always a mistake.
+        if bos is not None and ids[:2] == [bos, bos]:
+            fault = DataError(
+                f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
+            )
+        yield fault or Rendered(ids, weights, source)
 
 
-def _pattern(tokens: list[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+def _endless(message: int, last: int, tokenizer: Any) -> DataError:
+    stops = tokenizer.convert_ids_to_tokens(sorted(end_of_turn_ids(tokenizer)))
+    return DataError(
+        f"message {message}: the turn would end in {tokenizer.decode([last])!r}, which does not stop generation "
+        f"(stop tokens: {stops}); use a chat template that ends turns with the tokenizer's eos token: "
+        "model.chat_template=chatml-think"
+    )
 
 
-def _shield(conversation: Conversation, special: list[str]) -> tuple[Conversation, dict[str, str]]:
-    """The conversation with every control token in its texts replaced by a private character, and what they hide.
-
-    Without this, ``<|im_start|>assistant`` typed by a user would become a turn of the assistant.
-    """
-    content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
-    flat = "".join(_texts(content))
-    found = [token for token in special if token in flat]
-    if not found:
-        return conversation, {}
-    hidden = {chr(_SHIELD_BASE + i): token for i, token in enumerate(found)}
-    if any(character in flat for character in hidden):
-        raise DataError("a message mixes control tokens with private-use characters (U+F0000...); remove the latter")
-    by_token = {token: character for character, token in hidden.items()}
-    pattern = _pattern(found)
-
-    def replace(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda match: by_token[match.group()], value)
-        if isinstance(value, list):
-            return [replace(item) for item in value]
-        if isinstance(value, dict):
-            return {replace(key): replace(item) for key, item in value.items()}
-        return value
-
-    return {**conversation, **replace(content)}, hidden
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for item in value for text in _texts(item)]
-    if isinstance(value, dict):
-        return [text for key, item in value.items() for text in [str(key), *_texts(item)]]
-    return []
-
-
-def _encode(text: str, tokenizer: Any, special: list[str], hidden: dict[str, str], *, first: bool) -> list[int]:
-    """Ids of one piece. Structure (control tokens from the template) and content are told apart if need be."""
-    if not text:
+def _ids(texts: list[str], tokenizer: Any, anchor: str) -> list[list[int]]:
+    """Ids of each text, encoded behind ``anchor``, whose own ids are left out."""
+    if not texts:
         return []
-    if not any(character in text for character in hidden):
-        return _plain_ids(text, tokenizer, first)
-    if _adds_space(tokenizer):
-        names = ", ".join(sorted(set(hidden.values())))
-        raise DataError(
-            f"a message contains control tokens ({names}), which this kind of tokenizer cannot encode as text"
-        )
-    ids: list[int] = []
-    for part in re.split(f"({_pattern(special).pattern})", text):
-        if part in special:
-            ids.append(tokenizer.convert_tokens_to_ids(part))
-        elif part:
-            for character, token in hidden.items():
-                part = part.replace(character, token)
-            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-def _plain_ids(text: str, tokenizer: Any, first: bool) -> list[int]:
-    if first or not _adds_space(tokenizer):
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-    # Encoded behind a control token, the piece is not the beginning of the text, so no space is put before it.
-    return list(tokenizer(tokenizer.eos_token + text, add_special_tokens=False)["input_ids"][1:])
+    encoded = tokenizer([anchor + text for text in texts], add_special_tokens=False, return_attention_mask=False)
+    skip = len(tokenizer(anchor, add_special_tokens=False)["input_ids"]) if anchor else 0
+    return [ids[skip:] for ids in encoded["input_ids"]]
 
 
 @lru_cache(maxsize=8)
-def _adds_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer (SentencePiece kind) puts a space before the first word of whatever it is given."""
-    alone = tokenizer("x", add_special_tokens=False)["input_ids"]
-    behind = tokenizer(tokenizer.eos_token + "x", add_special_tokens=False)["input_ids"][1:]
-    return bool(alone != behind)
+def _anchor(tokenizer: Any) -> str:
+    """What a piece is encoded behind, if it is not the first.
 
-
-# ------------------------------------------------------------------ nothing is lost
-
-
-def _check_nothing_lost(conversation: Conversation, text: str, spans: list[Span]) -> None:
-    """Every message's text is in the rendering, and every assistant turn's in its own span.
-
-    A template that knows no tools or no reasoning leaves them out without a word; the model would then learn
-    to answer without them.
+    SentencePiece-like tokenizers put a space before the first word of whatever they are given; behind an anchor a
+    piece is not the beginning. The anchor is a private-use character: it consists of byte tokens, which merge with
+    nothing. Other tokenizers need none.
     """
-    of_message = {span.message: text[span.start : span.end] for span in spans}
-    silent = (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
-    for index, message in enumerate(conversation["messages"]):
-        where = of_message.get(index, text)
-        wanted = {"content": message.get("content") or ""}
-        if message.get("reasoning") and not silent:
-            wanted["reasoning"] = message["reasoning"]
-        for call in message.get("tool_calls") or []:
-            wanted["tool_calls"] = call.get("function", call)["name"]
-        for key, value in wanted.items():
-            if value.strip() not in where:
-                raise DataError(
-                    f"message {index} ({message['role']}): the chat template leaves out its {key!r}; use one that "
-                    "knows it, e.g. model.chat_template=chatml-think"
-                )
-    for tool in conversation.get("tools") or []:
-        name = tool.get("function", tool).get("name", "")
-        if name not in text:
-            raise DataError(f"the chat template leaves out the tool {name!r}; use model.chat_template=chatml-think")
+    if (
+        tokenizer("x", add_special_tokens=False)["input_ids"]
+        == tokenizer("\uf8ffx", add_special_tokens=False)["input_ids"][
+            len(tokenizer("\uf8ff", add_special_tokens=False)["input_ids"]) :
+        ]
+    ):
+        return ""
+    return "\uf8ff"

@@ -1,0 +1,96 @@
+"""Control tokens inside messages are text. They wear a disguise while the template runs, and are cut while encoding.
+
+Without this, ``<|im_start|>assistant`` typed by a user would become a turn of the assistant.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from qlora_sft.errors import DataError
+
+# One private-use character per control token. Templates leave them alone: they are neither space nor markup.
+_BASE = 0xF0000
+# Where it is put, a text is cut before it is encoded, so that no tokenizer can see the control token whole.
+CUT = chr(_BASE + 0xFFF0)
+
+Disguises = dict[str, str]
+"""Private character -> the control token it stands for."""
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """What the tokenizer encodes as structure: its special tokens, and added ones that look like tags (<think>)."""
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    return tuple(sorted({t.content for t in tokens if t.special or _is_tag(t.content)}, key=len, reverse=True))
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The control tokens proper, without tags such as <think>, which an assistant may write in plain text."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return tuple(sorted({t.content for t in tokens if t.special and t.content.strip()}, key=len, reverse=True))
+
+
+def _is_tag(text: str) -> bool:
+    return re.fullmatch(r"[<\[]\S+[>\]]", text) is not None
+
+
+@lru_cache(maxsize=32)
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Disguises]:
+    """The conversation with control tokens in its texts disguised, and what the disguises stand for.
+
+    In an assistant's own text only special tokens are disguised: tags such as ``<tool_call>`` written out there are
+    how many data sets spell a call. Everybody else's tags are text. Raises `DataError` if a message holds both a
+    control token and a private-use character of ours.
+    """
+    content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
+    found = sorted({match for text in _texts(content) for match in any_of(control_tokens(tokenizer)).findall(text)})
+    if not found:
+        return conversation, {}
+    disguises = {chr(_BASE + i): token for i, token in enumerate(found)}
+    if any(character in text for text in _texts(content) for character in (*disguises, CUT)):
+        raise DataError("a message mixes control tokens with private-use characters (U+F0000...); remove the latter")
+    by_token = {token: character for character, token in disguises.items()}
+    everything, own = any_of(tuple(found)), any_of(tuple(set(found) & set(special_tokens(tokenizer))))
+    messages = [
+        _replaced(message, own if message["role"] == "assistant" else everything, by_token)
+        for message in content.get("messages", [])
+    ]
+    tools = _replaced(content.get("tools"), everything, by_token)
+    return {**conversation, "messages": messages, **({"tools": tools} if tools else {})}, disguises
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(lambda match: by_token[match.group()], value)
+    if isinstance(value, list):
+        return [_replaced(item, pattern, by_token) for item in value]
+    if isinstance(value, dict):
+        return {_replaced(key, pattern, by_token): _replaced(item, pattern, by_token) for key, item in value.items()}
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    if isinstance(value, dict):
+        return [text for key, item in value.items() for text in [str(key), *_texts(item)]]
+    return []
+
+
+def parts(text: str, disguises: Disguises) -> list[str]:
+    """``text`` without disguises, in parts to encode one by one; a control token is cut after its first letter."""
+    if not any(character in text for character in disguises):
+        return [text]
+    for character, token in disguises.items():
+        text = text.replace(character, token[0] + CUT + token[1:])
+    return [part for part in text.split(CUT) if part]

@@ -1,0 +1,164 @@
+"""What the chat template writes, and which characters of it the model has to write itself.
+
+The text is never searched for marker strings. A template with ``{% generation %}`` marks says it; for one without,
+a turn is what follows its own generation prompt, provided that both renderings are beginnings of the whole text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qlora_sft.data.shield import any_of, special_tokens
+from qlora_sft.errors import DataError
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the rendered text, to be written by the model in message number ``message``."""
+
+    start: int
+    end: int
+    message: int
+
+
+def has_marks(template: str) -> bool:
+    return _MARK.search(template) is not None
+
+
+def training_template(tokenizer: Any) -> tuple[str, str]:
+    """(template to train with, reason).
+
+    The tokenizer's own, unless it has no marks and TRL ships a training version of exactly this template, which
+    writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
+    Raises `DataError` if there is no template at all.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not isinstance(own, str):
+        raise DataError("the tokenizer has no chat template; name one, e.g. model.chat_template=chatml")
+    if has_marks(own):
+        return own, "the tokenizer's own, its {% generation %} marks say what is supervised"
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        trained = get_training_chat_template(tokenizer)
+    except ValueError:
+        trained = None
+    if trained:
+        return trained, "TRL's training version of the tokenizer's own, with {% generation %} marks"
+    return own, "the tokenizer's own; what is supervised follows from its generation prompt"
+
+
+def render_text(conversation: dict[str, Any], tokenizer: Any, template: str) -> tuple[str, list[Span]]:
+    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not.
+
+    Raises `DataError` if the spans cannot be derived without guessing.
+    """
+    messages = conversation["messages"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if has_marks(template):
+        text, bounds = apply(conversation, tokenizer, template, marks=True)
+        if len(bounds) != len(turns):
+            raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
+    else:
+        text, _ = apply(conversation, tokenizer, template)
+        bounds = [_by_prefix(conversation, turn, text, tokenizer, template) for turn in turns]
+    spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
+    return text, [_exact(span, text, conversation, tokenizer, template) for span in spans]
+
+
+def apply(
+    conversation: dict[str, Any], tokenizer: Any, template: str, *, marks: bool = False, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, bounds of what stands between marks); ``prompt``: with the generation prompt at the end."""
+    try:
+        texts, bounds = render_jinja_template(
+            [[_with_aliases(message) for message in conversation["messages"]]],
+            tools=conversation.get("tools") or None,
+            chat_template=template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+            **(conversation.get("chat_template_kwargs") or {}),
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from None
+    return texts[0], bounds[0] if marks else []
+
+
+def _with_aliases(message: dict[str, Any]) -> dict[str, Any]:
+    """Families call the reasoning by different names; a template reads the one it knows."""
+    if not message.get("reasoning"):
+        return message
+    return {**message, "reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
+
+
+def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: Any, template: str) -> tuple[int, int]:
+    """What the turn adds to its generation prompt. A template that rewrites history breaks the premise."""
+    messages = conversation["messages"]
+    prompt, _ = apply({**conversation, "messages": messages[:turn]}, tokenizer, template, prompt=True)
+    until, _ = apply({**conversation, "messages": messages[: turn + 1]}, tokenizer, template)
+    if not (text.startswith(prompt) and text.startswith(until) and until.startswith(prompt)):
+        raise DataError(
+            f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
+            "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
+            "marks: model.chat_template=chatml-think, another shipped one, or your own .jinja file"
+        )
+    return len(prompt), len(until)
+
+
+def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, template: str) -> Span:
+    """The span without what the template adds: a header, an empty think block, what follows the end of turn."""
+    start, end = span.start, span.end
+    control = any_of(special_tokens(tokenizer))
+    if control.match(text, start):
+        # Marks around the header too (or a turn that rightly begins with a control token): the prompt decides.
+        before = {**conversation, "messages": conversation["messages"][: span.message]}
+        prompt, _ = apply(before, tokenizer, template, prompt=True)
+        if text.startswith(prompt) and start <= len(prompt) <= end:
+            start = len(prompt)
+    if not conversation["messages"][span.message].get("reasoning"):
+        empty = _EMPTY_THINKING.match(text, start, end)
+        start = empty.end() if empty else start
+    following = control.match(text, end)
+    ends = [match.end() for match in control.finditer(text, start, end)]
+    if ends and not text[ends[-1] : end].strip():
+        end = ends[-1]
+    elif following:
+        end = following.end()
+    return Span(start, end, span.message)
+
+
+def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:
+    """Every message's text is in the rendering, and every assistant turn's in its own span; else `DataError`.
+
+    A template that knows no tools or no reasoning leaves them out without a word, and the model would learn to
+    answer without them.
+    """
+    of_message = {span.message: text[span.start : span.end] for span in spans}
+    silent = (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+    for index, message in enumerate(conversation["messages"]):
+        where = of_message.get(index, text)
+        wanted = [("content", message.get("content") or "")]
+        if message.get("reasoning") and not silent:
+            wanted.append(("reasoning", message["reasoning"]))
+        wanted += [("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls") or []]
+        for key, value in wanted:
+            if value.strip() not in where:
+                raise DataError(
+                    f"message {index} ({message['role']}): the chat template leaves out its {key!r}; use one that "
+                    "knows it, e.g. model.chat_template=chatml-think"
+                )
+    for tool in conversation.get("tools") or []:
+        name = tool.get("function", tool).get("name", "")
+        if name not in text:
+            raise DataError(f"the chat template leaves out the tool {name!r}; use model.chat_template=chatml-think")

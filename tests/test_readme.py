@@ -1,0 +1,89 @@
+"""The README's commands, as written, shortened by an override: they must not rot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[str]:
+    return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command, shell=True, cwd=cwd, capture_output=True, text=True, input="Hi\n", env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def test_every_command_is_covered_below() -> None:
+    known = ("make demo", "make test", ".venv/bin/qlora-sft ", "pip install ")
+    assert [command for command in commands() if not command.startswith(known)] == []
+
+
+def test_the_installation_is_what_make_does() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands():
+        if command.startswith("pip install"):
+            *_, last = command.split()
+            assert {"-e": "--editable"}.get(last, last) in makefile
+            assert ("--no-deps" in command) == (last != "torch==2.13.0")
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the environment that make sets up")
+def test_make_demo(tmp_path: Path) -> None:
+    """The whole path, three steps long: it runs to the end and leaves what it promises."""
+    assert "make demo" in commands()
+    held_out = " ".join(f"data.held_out.{i}.max_rows=4" for i in range(3))
+    run_folder = tmp_path / "demo"
+    shortened = f"training.max_steps=3 evaluation.answers=2 evaluation.max_new_tokens=12 {held_out}"
+    result = run("make demo", ROOT, RUN=str(run_folder), DEMO_ARGS=shortened)
+    figures = json.loads((run_folder / "demo.json").read_text())
+    assert set(figures) == {"loss", "exact_match", "gguf_agreement", "tokens_per_second", "seconds"}
+    assert set(figures["loss"]) == set(figures["exact_match"]) == {"fields", "arithmetic", "tools"}
+    assert all(set(each) == {"before", "after"} for each in figures["loss"].values())
+    assert figures["gguf_agreement"] >= 0.5
+    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert "It answers:" in result.stderr
+    assert result.stdout.strip()
+    assert "make test" in commands()
+    assert "pytest" in run("make --dry-run test", ROOT).stdout
+
+
+def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> None:
+    script = Path(sys.prefix) / "bin" / "qlora-sft"
+    if not script.exists():
+        pytest.skip("needs the installed console script")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "my-base-model").symlink_to(base_model)
+    (recipe,) = blocks("yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (row,) = blocks("json")
+    for name in re.findall(r"(\w+\.jsonl)", recipe):
+        (tmp_path / name).write_text(row * 2)
+    ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
+    assert [command.split()[1] for command in ours] == ["train", "chat", "merge", "export", "chat"]
+    for command in ours:
+        extra = {"train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4"}
+        extra["chat"] = " --max-new-tokens 8"
+        result = run(command + extra.get(command.split()[1], ""), tmp_path)
+        if command.split()[1] == "chat":
+            assert result.stdout.strip().removeprefix(">").strip()
+    assert (tmp_path / "runs/support/gguf/support-q8_0.gguf").is_file()
+    unexpected = {path.name for path in tmp_path.iterdir()} - {".venv", "my-base-model", "recipe.yaml", "runs"}
+    assert all(name.endswith(".jsonl") for name in unexpected)
