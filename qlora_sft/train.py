@@ -190,14 +190,17 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dic
     says of them, so that a run that is resumed can prove to go on in the same order."""
     import json
 
+    from qlora_sft.atomic import written_file
     from qlora_sft.data.mixture import order_digest
 
     record = {"sha256": order_digest(bins), "rows": len(bins)}
-    (run / "order.json").write_text(json.dumps({**record, "bins": bins}) + "\n", encoding="utf-8")
+    with written_file(run / "order.json") as beside:
+        beside.write_text(json.dumps({**record, "bins": bins}) + "\n", encoding="utf-8")
     if removed:
         from qlora_sft.data.dedup import removed_lines
 
-        (run / "removed.jsonl").write_text(removed_lines(removed), encoding="utf-8")
+        with written_file(run / "removed.jsonl") as beside:
+            beside.write_text(removed_lines(removed), encoding="utf-8")
     return {**record, "removed": len(removed)}
 
 

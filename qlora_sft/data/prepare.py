@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import tee
 from random import Random
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
+from qlora_sft.data.formats import Conversation
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
-from qlora_sft.data.render import Rendered, render_conversation
+from qlora_sft.data.render import Rendered, render_many
 from qlora_sft.data.sources import Source, place
 from qlora_sft.errors import DataError
 
@@ -82,8 +84,9 @@ def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) ->
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
         documents, only_text = [], True
-        for conversation in source.rows:
-            document = _render(conversation, source, config, tokenizer)
+        rows, rendered = tee(source.rows)
+        for conversation, result in zip(rows, render_many(rendered, tokenizer, source=source.name), strict=True):
+            document = _checked(result, conversation, source, config)
             if document is None:
                 ledger.drop(TOO_LONG, [place(conversation)])
                 continue
@@ -96,13 +99,13 @@ def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) ->
     return prepared
 
 
-def _render(conversation: dict[str, Any], source: Source, config: DataConfig, tokenizer: Any) -> Rendered | None:
+def _checked(
+    document: Rendered | DataError, conversation: Conversation, source: Source, config: DataConfig
+) -> Rendered | None:
     """The document with its source's weight; None if it is too long and may be dropped."""
     where = place(conversation)
-    try:
-        document = render_conversation(conversation, tokenizer, source=source.name)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    if isinstance(document, DataError):
+        raise DataError(f"{where}: {document}")
     length = len(document.input_ids)
     if length > config.max_length:
         if config.overlong == "error":
