@@ -138,8 +138,8 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
     """
     known: dict[int, str] = {}
     for path in paths:
-        texts = short = 0
         for label, read, _ in open_parts(SourceConfig(path)):
+            texts = short = 0
             for line, row, fault in read():
                 if fault is not None:
                     raise DataError(f"{label}:{line}: {fault}")
@@ -149,7 +149,9 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
                     short += not runs
                     for run in runs:
                         known.setdefault(run, f"{label}:{line}")
-        say(f"decontaminate: {path}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared")
+            say(
+                f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared"
+            )
     return known
 
 

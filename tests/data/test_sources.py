@@ -46,6 +46,7 @@ CASES = [
     ("{not json", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
     ([1], "expected an object"),
     ({"words": "x"}, "found 'words'; set format: and columns:"),
+    ('{"text": "\\ud83d"}', r"half a character (\ud83d without its other half)"),
     ({"messages": []}, "at least one message"),
     ({"messages": GOOD["messages"][:1]}, "no assistant turn"),
     ({"text": "x"}, "this row is text (text: every token supervised), but line 1 is messages (messages: role/content)"),
@@ -104,7 +105,9 @@ def test_damaged_and_unknown_files(tmp_path: Path) -> None:
     assert refused(file).startswith(f"{file}: damaged or cut off")
     file.write_bytes(b"plain")
     assert "damaged or cut off" in refused(file)
-    for name, content in (("x.parquet", b"PAR1 nonsense"), ("x.jsonl.zst", b"nonsense")):
+    write_zst(tmp_path / "whole.zst")
+    cut = (tmp_path / "whole.zst").read_bytes()[:-3]
+    for name, content in (("x.parquet", b"PAR1 nonsense"), ("x.jsonl.zst", b"nonsense"), ("y.jsonl.zst", cut)):
         (tmp_path / name).write_bytes(content)
         assert refused(tmp_path / name).startswith(str(tmp_path / name))
     (tmp_path / "x.xlsx").write_bytes(b"")
@@ -118,6 +121,14 @@ def test_json_that_is_no_list_of_rows(tmp_path: Path) -> None:
     assert "lists in it: 'a', 'b'" in refused(file)
     file.write_text('[\n{"text": "x"},\n{"text" "y"}]')
     assert refused(file).startswith(f"{file}:3: not valid JSON (Expecting ':' delimiter at column 9)")
+
+
+def test_whole_characters_may_be_escaped(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", '{"text": "\\ud83d\\ude00"}'), ("a.json", '[{"text": "\\uD83D\\uDE00"}]')):
+        (tmp_path / name).write_text(content)
+        assert [row["text"] for row in source(tmp_path / name).rows] == ["😀"]
+    (tmp_path / "a.json").write_text('[{"text": "x"}, {"text": "\\uD83D"}]')
+    assert f"{tmp_path / 'a.json'}:2: half a character" in refused(tmp_path / "a.json")
 
 
 def test_keys_of_data_sets_are_refused_on_files(tmp_path: Path) -> None:
