@@ -137,21 +137,17 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
     counted and printed.
     """
     known: dict[int, str] = {}
-    for path in paths:
-        for label, read, _ in open_parts(SourceConfig(path)):
-            texts = short = 0
-            for line, row, fault in read():
-                if fault is not None:
-                    raise DataError(f"{label}:{line}: {fault}")
-                for text in _texts(row):
-                    runs = list(_runs(text, length))
-                    texts += 1
-                    short += not runs
-                    for run in runs:
-                        known.setdefault(run, f"{label}:{line}")
-            say(
-                f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared"
-            )
+    for label, read, _ in (part for path in paths for part in open_parts(SourceConfig(path))):
+        texts = short = 0
+        for line, row, fault in read():
+            if fault is not None:
+                raise DataError(f"{label}:{line}: {fault}")
+            for runs in (set(_runs(text, length)) for text in _texts(row)):
+                texts += 1
+                short += not runs
+                for run in runs:
+                    known.setdefault(run, f"{label}:{line}")
+        say(f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared")
     return known
 
 

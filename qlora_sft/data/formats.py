@@ -154,7 +154,7 @@ def _from_sharegpt(values: dict[str, Any], form: Form, unused: set[str]) -> list
             raise DataError(f"turn {index}: {error}") from None
         # ShareGPT has the words before a call as a turn of their own; the model writes both in one.
         both = result and result[-1]["role"] == messages[0]["role"] == "assistant" and "tool_calls" in messages[0]
-        if both and "tool_calls" not in result[-1] and not messages[0]["content"]:
+        if both and "tool_calls" not in result[-1]:
             result[-1] = {**messages[0], **result[-1]}
         else:
             result += messages

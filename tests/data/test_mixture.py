@@ -80,6 +80,12 @@ def test_largest_remainder_sums_to_the_total_and_is_less_than_one_off(masses: li
     assert all(abs(count - part * total) < 1 for count, part in zip(counts, parts, strict=True))
 
 
+def test_what_is_missing_goes_to_the_largest_remainders_the_earlier_first() -> None:
+    tenths = [Fraction(part, 10) for part in (1, 5, 4)]
+    assert largest_remainder(tenths, 3) == [0, 2, 1]
+    assert largest_remainder([Fraction(1, 3)] * 3, 2) == [1, 1, 0]
+
+
 @given(STRATEGY, ROWS, NUMBERS, NUMBERS)
 def test_counts_are_within_one_row_of_the_shares(
     strategy: str, rows: list[int], numbers: list[float], repeats: list[float]

@@ -92,6 +92,13 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
     assert "100 documents" in said[1]
 
 
+def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_first() -> None:
+    docs = [Rendered([1] * n, [1.0] * n, "a") for n in [32] * 20 + [4] * 160]
+    bins = plan_bins(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
+    assert len(bins) == 40
+    assert 5 <= sum(len(each) == 1 for each in bins[:20]) <= 15
+
+
 def test_a_curriculum_survives_packing() -> None:
     docs = documents(a=1000, general=50)
     data = DataConfig(
