@@ -36,6 +36,8 @@ class ModelConfig:
     """Compute type. ``auto``: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU."""
     chat_template: str | None = None
     """Name of a shipped template or a .jinja file; default: the tokenizer's own."""
+    stop_tokens: list[str] = field(default_factory=list)
+    """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

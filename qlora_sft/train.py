@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
     from qlora_sft.data.prepare import Prepared
     from qlora_sft.data.sources import Source
+    from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.answers import Prompt
     from qlora_sft.model.backend import Name
 
@@ -65,12 +66,15 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
 
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
-        from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base
+        from qlora_sft.data.template import chat_format
+        from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
     with watch("base model"):
         base = resolve_base(config.model.path)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base)
-        prepared, held_out = render_data(config, train_sources, held_out_sources, tokenizer, say)
+        style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+        say(f"chat template: {style.reason}")
+        prepared, held_out = render_data(config, train_sources, held_out_sources, tokenizer, style, say)
         from qlora_sft.data.prepare import plan_bins
 
         documents = prepared.all_documents
@@ -87,7 +91,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
-        before = evaluate(model, tokenizer, config, held_out, prompts, dtype, say, "before training")
+        before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
     begin_run(run, config)
     order = record_data(run, bins, removed)
     with watch("train"):
@@ -95,7 +99,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
-        after = evaluate(model, tokenizer, config, held_out, prompts, dtype, say, "after training")
+        after = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "after training")
 
     # ------------------------------------------------------------------ report
     report = {
@@ -205,13 +209,18 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dic
 
 
 def render_data(
-    config: Config, train_sources: list[Source], held_out_sources: list[Source], tokenizer: Any, say: Say
+    config: Config,
+    train_sources: list[Source],
+    held_out_sources: list[Source],
+    tokenizer: Any,
+    style: ChatFormat,
+    say: Say,
 ) -> tuple[Prepared, Prepared]:
     """Token ids and labels of both splits; prints what became of every row."""
     from qlora_sft.data.prepare import ledger_table, render_sources
 
-    prepared = render_sources(train_sources, config.data, tokenizer)
-    held_out = render_sources(held_out_sources, config.data, tokenizer)
+    prepared = render_sources(train_sources, config.data, tokenizer, style)
+    held_out = render_sources(held_out_sources, config.data, tokenizer, style)
     say("training data\n" + ledger_table(prepared.ledger))
     if held_out.ledger:
         say("held-out data\n" + ledger_table(held_out.ledger))
@@ -236,6 +245,7 @@ def evaluate(
     config: Config,
     held_out: Prepared,
     prompts: list[Prompt],
+    stops: frozenset[int],
     dtype: torch.dtype,
     say: Say,
     when: str,
@@ -248,8 +258,8 @@ def evaluate(
         result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)
         say(f"held-out loss {when}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in result.loss.items()))
     if prompts:
-        answers = greedy_answers(model, tokenizer, prompts, config.evaluation.max_new_tokens, dtype)
-        result.records = judge(prompts, answers, tokenizer)
+        answers = greedy_answers(model, tokenizer, prompts, config.evaluation.max_new_tokens, dtype, stops)
+        result.records = judge(prompts, answers, tokenizer, stops)
         result.exact_match = exact_match(result.records)
         say(f"exact match {when}: " + ", ".join(f"{name} {share:.0%}" for name, share in result.exact_match.items()))
     return result

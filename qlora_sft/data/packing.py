@@ -1,43 +1,104 @@
-"""Which documents share a row: best-fit decreasing over the whole data set."""
+"""Which documents share a row: best-fit or first-fit decreasing over the whole data set."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Literal
 
+Strategy = Literal["bfd", "ffd", "none"]
 
-def pack(lengths: list[int], capacity: int, *, strategy: Literal["bfd", "none"] = "bfd") -> list[list[int]]:
+
+def pack(lengths: Sequence[int], capacity: int, *, strategy: Strategy = "bfd") -> list[list[int]]:
     """Indices of the documents of each bin; every document in exactly one bin, none split or cut.
 
-    ``bfd`` takes the longest document first and puts it where the least room is left over; ``none`` gives each
-    document a bin of its own, in order. Documents of equal length stay in their order, so the result depends on
-    the arguments alone.
+    ``bfd`` takes the longest document first and puts it where the least room is left over, ``ffd`` into the first
+    bin that has room; ``none`` gives each document a bin of its own, in order. Documents of equal length stay in
+    their order, so the result depends on the arguments alone.
 
     Raises ValueError for a document longer than ``capacity`` or of no tokens.
     """
-    for index, length in enumerate(lengths):
-        if not 0 < length <= capacity:
-            raise ValueError(f"document {index} has {length} tokens; a bin holds 1 to {capacity}")
+    if lengths and not 0 < min(lengths) <= max(lengths) <= capacity:
+        index, length = next((i, n) for i, n in enumerate(lengths) if not 0 < n <= capacity)
+        raise ValueError(f"document {index} has {length} tokens; a bin holds 1 to {capacity}")
     if strategy == "none":
         return [[index] for index in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups = ((length, list(group)) for length, group in groupby(order, key=lengths.__getitem__))
+    return _best_fit(groups, capacity) if strategy == "bfd" else _first_fit(groups, capacity, len(lengths))
+
+
+def pack_windows(
+    lengths: Iterable[int], capacity: int, window: int, *, strategy: Strategy = "bfd"
+) -> Iterator[list[int]]:
+    """`pack` over consecutive windows of ``window`` documents, for streams: memory holds one window.
+
+    Bins come out window by window, with indices counted from the start of the stream.
+    """
+    start = 0
+    buffer: list[int] = []
+    for length in lengths:
+        buffer.append(length)
+        if len(buffer) == window:
+            yield from ([start + i for i in each] for each in pack(buffer, capacity, strategy=strategy))
+            start += window
+            buffer = []
+    yield from ([start + i for i in each] for each in pack(buffer, capacity, strategy=strategy))
+
+
+def _best_fit(groups: Iterable[tuple[int, list[int]]], capacity: int) -> list[list[int]]:
+    """All documents of one length at a time.
+
+    The best fit for the first of them stays the best fit for the next ones until it is full, because what is left
+    in it is less than any other fitting room; so a bin with room r takes r // length of them at once.
+    """
     bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
+    by_room: dict[int, list[int]] = {capacity: []}
     # Bit r is set iff some bin has room for exactly r tokens: the best fit is the lowest bit from `length` on.
     rooms = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            same = by_room[room]
-            chosen = same.pop()
-            if not same:
+    for length, documents in groups:
+        placed = 0
+        while placed < len(documents):
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                candidates = by_room[room]
+            else:
+                room, candidates = capacity, [len(bins)]
+                bins.append([])
+            each = room // length
+            while candidates and placed < len(documents):
+                chosen = candidates.pop()
+                some = documents[placed : placed + each]
+                placed += len(some)
+                bins[chosen].extend(some)
+                left = room - len(some) * length
+                if left:
+                    by_room.setdefault(left, []).append(chosen)
+                    rooms |= 1 << left
+            if fitting and not candidates:
                 rooms ^= 1 << room
-            bins[chosen].append(index)
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([index])
-        left = room - length
-        if left:
-            by_room.setdefault(left, []).append(chosen)
-            rooms |= 1 << left
+    return bins
+
+
+def _first_fit(groups: Iterable[tuple[int, list[int]]], capacity: int, n_documents: int) -> list[list[int]]:
+    """A tree over the bins, in their order, whose nodes hold the largest room below them: the first fit is the
+    leftmost path along which that is enough. No more bins than documents are needed, so all start empty."""
+    leaves = 1 << max(n_documents - 1, 1).bit_length()
+    room = [capacity] * (2 * leaves)
+    bins: list[list[int]] = []
+    for length, documents in groups:
+        for document in documents:
+            node = 1
+            while node < leaves:
+                node *= 2
+                if room[node] < length:
+                    node += 1
+            if node - leaves == len(bins):
+                bins.append([])
+            bins[node - leaves].append(document)
+            room[node] -= length
+            while node > 1:
+                node //= 2
+                room[node] = max(room[2 * node], room[2 * node + 1])
     return bins

@@ -15,6 +15,7 @@ from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered, render_many
 from qlora_sft.data.sources import Source, place
+from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 
 Say = Callable[[str], None]
@@ -70,7 +71,9 @@ class Prepared:
         return [document for documents in self.documents.values() for document in documents]
 
 
-def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) -> Prepared:
+def render_sources(
+    sources: list[Source], config: DataConfig, tokenizer: Any, style: ChatFormat | None = None
+) -> Prepared:
     """Renders every conversation and accounts for it.
 
     Raises `DataError` naming file and line, also when a source ends up with 0% or 100% supervised tokens:
@@ -84,8 +87,10 @@ def render_sources(sources: list[Source], config: DataConfig, tokenizer: Any) ->
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
         documents, only_text = [], True
-        rows, rendered = tee(source.rows)
-        for conversation, result in zip(rows, render_many(rendered, tokenizer, source=source.name), strict=True):
+        # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+        rows, ahead = tee(source.rows)
+        rendered = render_many(ahead, tokenizer, source=source.name, style=style)
+        for conversation, result in zip(rows, rendered, strict=True):
             document = _checked(result, conversation, source, config)
             if document is None:
                 ledger.drop(TOO_LONG, [place(conversation)])

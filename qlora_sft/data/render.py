@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from qlora_sft.data.shield import parts, shield
-from qlora_sft.data.template import Span, check_nothing_lost, render_text, training_template
+from qlora_sft.data.template import ChatFormat, Span, chat_format, check_nothing_lost, render_text
 from qlora_sft.errors import DataError
 
 Supervise = Literal["assistant", "last", "all"]
@@ -50,7 +50,7 @@ def render_conversation(
     tokenizer: Any,
     *,
     source: str = "",
-    template: str | None = None,
+    style: ChatFormat | None = None,
     supervise: Supervise = "assistant",
 ) -> Rendered:
     """Token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
@@ -62,7 +62,7 @@ def render_conversation(
     Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
     belongs to which turn, or leaves out something the conversation contains.
     """
-    (result,) = render_many([conversation], tokenizer, source=source, template=template, supervise=supervise)
+    (result,) = render_many([conversation], tokenizer, source=source, style=style, supervise=supervise)
     if isinstance(result, DataError):
         raise result
     return result
@@ -73,7 +73,7 @@ def render_many(
     tokenizer: Any,
     *,
     source: str = "",
-    template: str | None = None,
+    style: ChatFormat | None = None,
     supervise: Supervise = "assistant",
 ) -> Iterator[Rendered | DataError]:
     """`render_conversation` for many, in order, an error in place of each row that has one.
@@ -81,7 +81,6 @@ def render_many(
     The pieces of many rows are encoded in one call, which is several times faster.
     """
     rows = iter(conversations)
-    chosen = template
     while batch := list(islice(rows, _BATCH)):
         planned: list[list[Piece] | DataError] = []
         for row in batch:
@@ -89,16 +88,11 @@ def render_many(
                 if "text" in row:
                     planned.append(_text_pieces(row["text"], tokenizer))
                     continue
-                chosen = chosen or training_template(tokenizer)[0]
-                planned.append(_pieces(row, tokenizer, chosen, supervise))
+                style = style or chat_format(tokenizer)
+                planned.append(_pieces(row, tokenizer, style.template, supervise))
             except DataError as error:
                 planned.append(error)
-        yield from _encoded(planned, tokenizer, source)
-
-
-def end_of_turn_ids(tokenizer: Any) -> set[int]:
-    """Tokens at which generation stops."""
-    return {tokenizer.eos_token_id}
+        yield from _encoded(planned, tokenizer, style.stops if style else frozenset(), source)
 
 
 def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
@@ -146,7 +140,9 @@ def _weight(message: dict[str, Any]) -> float:
 # ------------------------------------------------------------------ text -> ids
 
 
-def _encoded(planned: list[list[Piece] | DataError], tokenizer: Any, source: str) -> Iterator[Rendered | DataError]:
+def _encoded(
+    planned: list[list[Piece] | DataError], tokenizer: Any, stops: frozenset[int], source: str
+) -> Iterator[Rendered | DataError]:
     first = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[:1]]
     later = [piece.text for pieces in planned if isinstance(pieces, list) for piece in pieces[1:]]
     first_ids, later_ids = iter(_ids(first, tokenizer, "")), iter(_ids(later, tokenizer, _anchor(tokenizer)))
@@ -161,8 +157,8 @@ def _encoded(planned: list[list[Piece] | DataError], tokenizer: Any, source: str
             new = next(later_ids if number else first_ids)
             ids += new
             weights += [piece.weight] * len(new)
-            if piece.ends_turn is not None and new[-1] not in end_of_turn_ids(tokenizer):
-                fault = _endless(piece.ends_turn, new[-1], tokenizer)
+            if piece.ends_turn is not None and new[-1] not in stops:
+                fault = _endless(piece.ends_turn, new[-1], tokenizer, stops)
         bos = tokenizer.bos_token_id
         # Some models begin every turn with their bos token; two at the very start are always a mistake.
         if bos is not None and ids[:2] == [bos, bos]:
@@ -172,12 +168,11 @@ def _encoded(planned: list[list[Piece] | DataError], tokenizer: Any, source: str
         yield fault or Rendered(ids, weights, source)
 
 
-def _endless(message: int, last: int, tokenizer: Any) -> DataError:
-    stops = tokenizer.convert_ids_to_tokens(sorted(end_of_turn_ids(tokenizer)))
+def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError:
     return DataError(
         f"message {message}: the turn would end in {tokenizer.decode([last])!r}, which does not stop generation "
-        f"(stop tokens: {stops}); use a chat template that ends turns with the tokenizer's eos token: "
-        "model.chat_template=chatml-think"
+        f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stops))}). Name the token in model.stop_tokens "
+        "if it ends turns, else use another chat template"
     )
 
 

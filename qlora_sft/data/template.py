@@ -7,6 +7,7 @@ a turn is what follows its own generation prompt, provided that both renderings 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +30,24 @@ class Span:
     message: int
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a run writes conversations: the template, why this one, and the tokens at which generation stops."""
+
+    template: str
+    reason: str
+    stops: frozenset[int]
+
+
 def has_marks(template: str) -> bool:
     return _MARK.search(template) is not None
 
 
-def training_template(tokenizer: Any) -> tuple[str, str]:
-    """(template to train with, reason).
+def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
+    """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token.
 
-    The tokenizer's own, unless it has no marks and TRL ships a training version of exactly this template, which
-    writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
+    The template is the tokenizer's own, unless it has no marks and TRL ships a training version of exactly this
+    template, which writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
     Raises `DataError` if there is no template at all.
     """
     own = tokenizer.chat_template
@@ -45,17 +55,25 @@ def training_template(tokenizer: Any) -> tuple[str, str]:
         own = own.get("default")
     if not isinstance(own, str):
         raise DataError("the tokenizer has no chat template; name one, e.g. model.chat_template=chatml")
+    all_stops = frozenset({tokenizer.eos_token_id, *stops})
     if has_marks(own):
-        return own, "the tokenizer's own, its {% generation %} marks say what is supervised"
+        return ChatFormat(own, "the tokenizer's own; its {% generation %} marks say what is supervised", all_stops)
+    trained = _trl_training_template(tokenizer)
+    if trained:
+        return ChatFormat(
+            trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
+        )
+    return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
+
+
+def _trl_training_template(tokenizer: Any) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        trained = get_training_chat_template(tokenizer)
-    except ValueError:
-        trained = None
-    if trained:
-        return trained, "TRL's training version of the tokenizer's own, with {% generation %} marks"
-    return own, "the tokenizer's own; what is supervised follows from its generation prompt"
+        template: str | None = get_training_chat_template(tokenizer)
+    except ValueError:  # a template that TRL does not know
+        return None
+    return template
 
 
 def render_text(conversation: dict[str, Any], tokenizer: Any, template: str) -> tuple[str, list[Span]]:

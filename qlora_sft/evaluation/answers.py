@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qlora_sft.data.render import Rendered, end_of_turn_ids
+from qlora_sft.data.render import Rendered
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
 
@@ -51,11 +51,16 @@ def choose_prompts(documents: dict[str, list[Rendered]], per_source: int, seed: 
 
 
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, dtype: torch.dtype, batch_size: int = 16
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    stops: Collection[int],
+    batch_size: int = 16,
 ) -> list[list[int]]:
-    """New tokens for each prompt, without the token that ended the turn. The model is left in training mode."""
-    stops = sorted(end_of_turn_ids(tokenizer))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    """New tokens for each prompt, up to but without one of ``stops``. The model is left in training mode."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     answers: list[list[int]] = [[] for _ in prompts]
     # Prompts of similar length together: padding costs time.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
@@ -67,7 +72,7 @@ def greedy_answers(
                 ids, mask = _left_padded([prompts[i].input_ids for i in part], pad, model.device)
                 output = model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                    use_cache=True, eos_token_id=stops, pad_token_id=pad,
+                    use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad,
                 )  # fmt: skip
                 for i, row in zip(part, output[:, ids.shape[1] :].tolist(), strict=True):
                     answers[i] = _until_stop(row, stops)
@@ -83,18 +88,19 @@ def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple
     return ids, mask
 
 
-def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
+def _until_stop(ids: list[int], stops: Collection[int]) -> list[int]:
     for position, token in enumerate(ids):
         if token in stops:
             return ids[:position]
     return ids
 
 
-def judge(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], tokenizer: Any) -> list[dict[str, Any]]:
+def judge(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], tokenizer: Any, stops: Collection[int]
+) -> list[dict[str, Any]]:
     """One record per prompt: source, prompt, reference and answer as text, and whether the two are the same."""
     records = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        stops = sorted(end_of_turn_ids(tokenizer))
         reference = tokenizer.decode(_until_stop(prompt.reference_ids, stops)).strip()
         text = tokenizer.decode(list(answer)).strip()
         records.append(

@@ -48,6 +48,26 @@ def load_tokenizer(model: ModelConfig, base: str) -> Any:
     return tokenizer
 
 
+def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
+    """Tokens at which the model stops: its generation config's, the eos token, and ``model.stop_tokens``.
+
+    Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:  # a base without a generation_config.json
+        configured = None
+    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    for token in model.stop_tokens:
+        found = tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ConfigError(f"model.stop_tokens: {token!r} is not a token of {base}")
+        ids.add(found)
+    return {tokenizer.eos_token_id, *ids}
+
+
 def _template_text(name: str) -> str:
     shipped = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
     file = shipped.get(name, Path(name).expanduser())

@@ -1,38 +1,58 @@
+import math
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_sft.data.packing import pack
+from qlora_sft.data.packing import Strategy, pack, pack_windows
 
 capacities = st.integers(1, 64)
 cases = capacities.flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=80), st.just(c)))
 
 
-@given(cases)
-def test_every_document_is_in_one_bin_and_no_bin_overflows(case: tuple[list[int], int]) -> None:
+@given(cases, st.sampled_from(["bfd", "ffd", "none"]))
+def test_every_document_is_in_one_bin_and_no_bin_overflows(case: tuple[list[int], int], strategy: Strategy) -> None:
     lengths, capacity = case
-    bins = pack(lengths, capacity)
+    bins = pack(lengths, capacity, strategy=strategy)
     assert sorted(index for each in bins for index in each) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in each) <= capacity for each in bins)
 
 
-def best_fit_decreasing_bin_sizes(lengths: list[int], capacity: int) -> list[int]:
-    """The definition, in quadratic time."""
+def by_definition(lengths: list[int], capacity: int, strategy: Strategy) -> list[int]:
+    """Sizes of the bins, in quadratic time."""
     left: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, room in enumerate(left) if room >= length]
         if fitting:
-            left[min(fitting, key=lambda i: left[i])] -= length
+            chosen = fitting[0] if strategy == "ffd" else min(fitting, key=lambda i: left[i])
+            left[chosen] -= length
         else:
             left.append(capacity - length)
     return sorted(capacity - room for room in left)
 
 
-@given(cases)
-def test_it_is_best_fit_decreasing(case: tuple[list[int], int]) -> None:
+@given(cases, st.sampled_from(["bfd", "ffd"]))
+def test_it_is_what_its_name_says(case: tuple[list[int], int], strategy: Strategy) -> None:
     lengths, capacity = case
-    sizes = sorted(sum(lengths[index] for index in each) for each in pack(lengths, capacity))
-    assert sizes == best_fit_decreasing_bin_sizes(lengths, capacity)
+    sizes = sorted(sum(lengths[index] for index in each) for each in pack(lengths, capacity, strategy=strategy))
+    assert sizes == by_definition(lengths, capacity, strategy)
+
+
+@given(cases, st.integers(1, 30))
+def test_windows_are_packed_one_by_one(case: tuple[list[int], int], window: int) -> None:
+    lengths, capacity = case
+    bins = list(pack_windows(iter(lengths), capacity, window))
+    expected = []
+    for start in range(0, len(lengths), window):
+        expected += [[start + i for i in each] for each in pack(lengths[start : start + window], capacity)]
+    assert bins == expected
+
+
+def test_long_tails_are_packed_almost_perfectly() -> None:
+    rng = random.Random(0)
+    lengths = [max(1, min(4096, int(rng.lognormvariate(6, 1)))) for _ in range(50_000)]
+    assert len(pack(lengths, 4096)) <= 1.01 * math.ceil(sum(lengths) / 4096)
 
 
 def test_none_keeps_every_document_apart_and_in_order() -> None:
