@@ -73,8 +73,8 @@ class DataConfig:
     overlong: Literal["drop", "error"] = "drop"
     """What happens to a conversation of more than ``max_length`` tokens. Drops are counted and shown."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
-    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the speed and
-    nothing else."""
+    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
+    speed and nothing else."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
     """Share p of each source in the rows of an epoch, from its number of rows N (times ``repeat``):
     ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight.
