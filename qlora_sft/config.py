@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
+from qlora_sft.config_data import DataConfig as DataConfig
+from qlora_sft.config_data import SourceConfig as SourceConfig
+from qlora_sft.config_data import check_data
 from qlora_sft.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -48,29 +51,6 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``: every linear layer of every block, not the output head."""
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    path: str
-    """JSONL file of conversations (``messages``)."""
-    name: str | None = None
-    """How reports call it; default: the file's name without its ending."""
-    max_rows: int | None = None
-    """Use only so many rows, drawn at random with the run's seed."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    train: list[SourceConfig]
-    held_out: list[SourceConfig] = field(default_factory=list)
-    """Never trained on; loss per source before and after the run."""
-    max_length: int = 2048
-    """Tokens per packed row, and the longest conversation that is accepted."""
-    overlong: Literal["drop", "error"] = "drop"
-    """What happens to a conversation of more than ``max_length`` tokens. Drops are counted and shown."""
-    packing: Literal["bfd", "none"] = "bfd"
-    """``bfd``: best-fit decreasing over the whole data set. It changes the speed and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -221,23 +201,22 @@ def _build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict
 
 def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     source = origin.get(where, file)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return _build(hint, value, where + ".", file, origin, problems)
-        problems.append(f"{source}: {where} must be a section with keys, got {_kind(value)}")
-        return None
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     lists = [option for option in options if typing.get_origin(option) is list]
     if isinstance(value, list) and lists:
         (item,) = typing.get_args(lists[0])
         return [_convert(item, v, f"{where}.{i}", file, origin, problems) for i, v in enumerate(value)]
+    sections = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, dict) and sections:
+        return _build(sections[0], value, where + ".", file, origin, problems)
     for option in options:
         if _matches(option, value):
             return float(value) if option is float else value
     choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
     hint_text = _did_you_mean(str(value), choices) if choices else ""
     expected = " or ".join(_describe(option) for option in options)
-    problems.append(f"{source}: {where} must be {expected}, got {value!r}{hint_text}")
+    shown = _kind(value) if sections else repr(value)
+    problems.append(f"{source}: {where} must be {expected}, got {shown}{hint_text}")
     return None
 
 
@@ -250,6 +229,8 @@ def _matches(option: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(option) is dict:
+        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
     return isinstance(option, type) and isinstance(value, option)
 
 
@@ -264,13 +245,7 @@ def _check_values(config: Config, file: str) -> list[str]:
     t, d, e = config.training, config.data, config.evaluation
     require(bool(d.train), "data.train", "must name at least one source")
     require(d.max_length >= 2, "data.max_length", f"must be at least 2, got {d.max_length}")
-    for split, sources in (("train", d.train), ("held_out", d.held_out)):
-        names = [source.name or Path(source.path).stem for source in sources]
-        double = sorted({name for name in names if names.count(name) > 1})
-        require(not double, f"data.{split}", f"has two sources named {', '.join(double)}; give each its own name:")
-        for i, source in enumerate(sources):
-            positive = source.max_rows is None or source.max_rows > 0
-            require(positive, f"data.{split}.{i}.max_rows", f"must be positive, got {source.max_rows}")
+    check_data(d, require)
     require(config.lora.r > 0, "lora.r", f"must be positive, got {config.lora.r}")
     require(0 <= config.lora.dropout < 1, "lora.dropout", f"must be in [0, 1), got {config.lora.dropout}")
     require(t.learning_rate > 0, "training.learning_rate", f"must be positive, got {t.learning_rate}")
@@ -293,6 +268,10 @@ def _describe(option: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(option)))
     if typing.get_origin(option) is list:
         return "a list"
+    if typing.get_origin(option) is dict:
+        return "a section of texts"
+    if dataclasses.is_dataclass(option):
+        return "a section with keys"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
     return names.get(option, str(option))
 

@@ -29,15 +29,19 @@ from qlora_sft.errors import ConfigError, Interrupted
 if TYPE_CHECKING:
     import torch
 
+    from qlora_sft.data.dedup import Removed
     from qlora_sft.data.prepare import Prepared
-    from qlora_sft.data.read import Source
+    from qlora_sft.data.sources import Source
     from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.answers import Prompt
     from qlora_sft.model.backend import Name
 
 Say = Callable[[str], None]
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
-RUN_FILES = "config.yaml manifest.json metrics.jsonl samples.jsonl adapter checkpoints merged gguf export.json".split()
+RUN_FILES = (
+    "config.yaml manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter checkpoints merged gguf "
+    "export.json"
+).split()
 
 
 def train(config: Config, *, overwrite: bool = False, say: Say | None = None) -> dict[str, Any]:
@@ -53,10 +57,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
     # ------------------------------------------------------------------ data, as far as it goes without a model
     with watch("data"):
         # Needs no torch, so a bad file is reported at once.
-        from qlora_sft.data.read import read_sources
-
-        sources = read_sources([*config.data.train, *config.data.held_out], config.seed)
-        train_sources, held_out_sources = sources[: len(config.data.train)], sources[len(config.data.train) :]
+        train_sources, held_out_sources, removed = read_data(config, say)
 
     # ------------------------------------------------------------------ tokenizer, labels, packing
     with watch("imports"):
@@ -92,6 +93,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
     with watch("evaluate before"):
         before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
     begin_run(run, config)
+    order = record_data(run, bins, removed)
     with watch("train"):
         fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say)
     save_adapter(model, tokenizer, run / "adapter")
@@ -108,6 +110,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),
         **fitted,
+        "order": order,
         "seconds": watch.rounded(),
     }
     write_report(run, config, report, prepared, before, after)
@@ -165,6 +168,44 @@ def begin_run(run: Path, config: Config) -> None:
             path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+
+
+def read_data(config: Config, say: Say) -> tuple[list[Source], list[Source], list[Removed]]:
+    """Training sources (replay last) without duplicates and contaminated rows, held-out sources, what was removed.
+
+    Needs no torch, so a bad file is reported at once.
+    """
+    from qlora_sft.data.sources import read_sources
+
+    data = config.data
+    trained = [*data.train, *([data.replay] if data.replay else [])]
+    sources = read_sources([*trained, *data.held_out], config.seed, say)
+    train_sources, held_out_sources = sources[: len(trained)], sources[len(trained) :]
+    removed: list[Removed] = []
+    if data.decontaminate or data.deduplicate != "none":
+        from qlora_sft.data.dedup import clean_sources
+
+        train_sources, removed = clean_sources(train_sources, data, say)
+    return train_sources, held_out_sources, removed
+
+
+def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
+    """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
+    says of them, so that a run that is resumed can prove to go on in the same order."""
+    import json
+
+    from qlora_sft.atomic import written_file
+    from qlora_sft.data.mixture import order_digest
+
+    record = {"sha256": order_digest(bins), "rows": len(bins)}
+    with written_file(run / "order.json") as beside:
+        beside.write_text(json.dumps({**record, "bins": bins}) + "\n", encoding="utf-8")
+    if removed:
+        from qlora_sft.data.dedup import removed_lines
+
+        with written_file(run / "removed.jsonl") as beside:
+            beside.write_text(removed_lines(removed), encoding="utf-8")
+    return {**record, "removed": len(removed)}
 
 
 def render_data(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qlora_sft.config import Config
 from qlora_sft.data.prepare import render_sources
-from qlora_sft.data.read import read_sources
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sources import read_sources
 from qlora_sft.model.load import load_tokenizer
 
 

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import tee
+from random import Random
 from typing import Any
 
-from qlora_sft.config import DataConfig
+from qlora_sft.config_data import DataConfig
+from qlora_sft.data.formats import Conversation
+from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
-from qlora_sft.data.read import Source
 from qlora_sft.data.render import Rendered, render_many
+from qlora_sft.data.sources import Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
+
+Say = Callable[[str], None]
+TOO_LONG = "too long"
+
+
+@dataclass
+class Drop:
+    """Rows that were dropped for one reason: how many, and the first three (file:line)."""
+
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
 
 
 @dataclass
 class SourceLedger:
-    """What became of the rows of one source."""
+    """What became of the rows of one source: ``read`` = ``not_drawn`` + rows of all ``dropped`` + ``kept``."""
 
     path: str
+    files: list[str] = field(default_factory=list)
     read: int = 0
+    not_drawn: int = 0
+    """Rows left out by ``fraction`` or ``max_rows``."""
+    dropped: dict[str, Drop] = field(default_factory=dict)
     kept: int = 0
-    too_long: list[int] = field(default_factory=list)
-    """Line numbers of the rows that were dropped for their length."""
     tokens: int = 0
     supervised: int = 0
+    p50: int = 0
+    """Half of the kept rows have at most so many tokens; p95 and p99 likewise."""
+    p95: int = 0
+    p99: int = 0
     longest: int = 0
 
     @property
     def share(self) -> float:
         return self.supervised / self.tokens if self.tokens else 0.0
+
+    def drop(self, reason: str, places: list[str]) -> None:
+        drop = self.dropped.setdefault(reason, Drop())
+        drop.rows += len(places)
+        drop.first += places[: 3 - len(drop.first)]
 
 
 @dataclass
@@ -51,82 +77,142 @@ def render_sources(
     """Renders every conversation and accounts for it.
 
     Raises `DataError` naming file and line, also when a source ends up with 0% or 100% supervised tokens:
-    both mean a wrong mask, and both train without complaint.
+    both mean a wrong mask, and both train without complaint. (Plain text is supervised whole, and may be.)
     """
     prepared = Prepared({}, {})
     for source in sources:
-        ledger = SourceLedger(path=str(source.path), read=len(source.rows))
-        documents = []
-        rendered = render_many(source.rows, tokenizer, source=source.name, style=style)
-        for conversation, document in zip(source.rows, rendered, strict=True):
-            place = f"{source.path}:{conversation['line']}"
-            if isinstance(document, DataError):
-                raise DataError(f"{place}: {document}")
-            length = len(document.input_ids)
-            if length > config.max_length:
-                if config.overlong == "error":
-                    cure = f"raise data.max_length to {length} or set data.overlong=drop"
-                    raise DataError(f"{place}: {length} tokens, more than data.max_length={config.max_length}; {cure}")
-                ledger.too_long.append(conversation["line"])
+        gone = sum(map(len, source.removed.values()))
+        ledger = SourceLedger(str(source.path), [str(file) for file in source.files], source.read)
+        ledger.not_drawn = source.read - len(source.rows) - gone
+        for reason, places in source.removed.items():
+            ledger.drop(reason, places)
+        documents, only_text = [], True
+        # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+        rows, ahead = tee(source.rows)
+        rendered = render_many(ahead, tokenizer, source=source.name, style=style)
+        for conversation, result in zip(rows, rendered, strict=True):
+            document = _checked(result, conversation, source, config)
+            if document is None:
+                ledger.drop(TOO_LONG, [place(conversation)])
                 continue
             documents.append(document)
-            ledger.kept += 1
-            ledger.tokens += length
-            ledger.supervised += document.n_supervised
-            ledger.longest = max(ledger.longest, length)
-        _check_mask(source, ledger, config)
+            only_text = only_text and "text" in conversation
+        _count(ledger, documents)
+        _check_mask(source, ledger, config, only_text)
         prepared.documents[source.name] = documents
         prepared.ledger[source.name] = ledger
     return prepared
 
 
-def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> None:
+def _checked(
+    document: Rendered | DataError, conversation: Conversation, source: Source, config: DataConfig
+) -> Rendered | None:
+    """The document with its source's weight; None if it is too long and may be dropped."""
+    where = place(conversation)
+    if isinstance(document, DataError):
+        raise DataError(f"{where}: {document}")
+    length = len(document.input_ids)
+    if length > config.max_length:
+        if config.overlong == "error":
+            cure = f"raise data.max_length to {length} or set data.overlong=drop"
+            raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}; {cure}")
+        return None
+    if source.loss_weight != 1:
+        return replace(document, weights=[weight * source.loss_weight for weight in document.weights])
+    return document
+
+
+def _count(ledger: SourceLedger, documents: list[Rendered]) -> None:
+    lengths = sorted(len(document.input_ids) for document in documents)
+    ledger.kept = len(documents)
+    ledger.tokens = sum(lengths)
+    ledger.supervised = sum(document.n_supervised for document in documents)
+    if lengths:
+        # Nearest rank: the shortest length that this share of the rows does not exceed.
+        ledger.p50, ledger.p95, ledger.p99 = (lengths[math.ceil(p * len(lengths)) - 1] for p in (0.5, 0.95, 0.99))
+        ledger.longest = lengths[-1]
+
+
+def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, only_text: bool) -> None:
     path, name = source.path, source.name
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
-        raise DataError(f"{path}: all {ledger.read} conversations of {name!r} are too long; {cure}")
+        raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long; {cure}")
     if ledger.supervised == 0:
         raise DataError(f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false?")
-    if ledger.supervised == ledger.tokens:
+    if ledger.supervised == ledger.tokens and not only_text:
         raise DataError(f"{path}: every token of {name!r} is supervised, the prompts too; the chat template is wrong")
 
 
 def ledger_table(ledger: dict[str, SourceLedger]) -> str:
-    """The ledger as text, one line per source."""
-    lines = [f"{'source':<16}{'read':>8}{'kept':>8}{'too long':>10}{'tokens':>12}{'supervised':>18}{'longest':>9}"]
+    """The ledger as text: a line per source, and one per reason for which rows were dropped."""
+    lines = [
+        f"{'source':<16}{'read':>9}{'kept':>9}{'dropped':>9}{'tokens':>13}{'supervised':>20}"
+        f"{'p50':>7}{'p95':>7}{'p99':>7}{'longest':>9}"
+    ]
     for name, row in ledger.items():
         supervised = f"{row.supervised:,} ({row.share:.1%})"
+        dropped = sum(drop.rows for drop in row.dropped.values())
         lines.append(
-            f"{name:<16}{row.read:>8,}{row.kept:>8,}{len(row.too_long):>10,}{row.tokens:>12,}{supervised:>18}{row.longest:>9,}"
+            f"{name:<16}{row.read:>9,}{row.kept:>9,}{dropped:>9,}{row.tokens:>13,}{supervised:>20}"
+            f"{row.p50:>7,}{row.p95:>7,}{row.p99:>7,}{row.longest:>9,}"
         )
-        if row.too_long:
-            shown = ", ".join(map(str, row.too_long[:3])) + (" ..." if len(row.too_long) > 3 else "")
-            lines.append(f"  {name}: dropped as too long: line {shown}")
+        if row.not_drawn:
+            lines.append(f"  {name}: {row.not_drawn:,} rows not drawn (fraction, max_rows)")
+        for reason, drop in row.dropped.items():
+            shown = ", ".join(drop.first) + (" ..." if drop.rows > len(drop.first) else "")
+            lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {shown}")
     return "\n".join(lines)
 
 
 def plan_bins(
-    documents: list[Rendered], config: DataConfig, epochs: int, seed: int, say: Callable[[str], None] = lambda _: None
+    documents: list[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
 ) -> list[list[int]]:
-    """Bins of document indices in training order, all epochs behind one another.
+    """Bins of document indices in training order, the whole run.
 
-    The same seed gives the same order on every machine. Documents are shuffled before packing, so that documents
-    of one length from different sources mix, and the bins are shuffled anew for every epoch.
+    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several bins. Each
+    stretch of its order (an epoch, or a part of a curriculum) is packed alone and its bins are shuffled, so that bins
+    hold what the mixture has at that time. The same seed gives the same order on every machine.
     """
-    order = list(range(len(documents)))
-    random.Random(f"documents {seed}").shuffle(order)
-    lengths = [len(documents[index].input_ids) for index in order]
-    bins = [[order[i] for i in each] for each in pack(lengths, config.max_length, strategy=config.packing)]
-    if config.packing != "none":
-        filled = sum(lengths) / (len(bins) * config.max_length)
-        padded = sum(lengths) / (len(lengths) * max(lengths))
-        say(
-            f"packing ({config.packing}): {len(documents):,} documents in {len(bins):,} rows of {config.max_length:,} "
-            f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
+    numbers: dict[str, list[int]] = {}
+    for index, document in enumerate(documents):
+        numbers.setdefault(document.source, []).append(index)
+    order = plan_order({name: len(indices) for name, indices in numbers.items()}, config, epochs, seed)
+    say(describe_order(order, documents, numbers, config, epochs))
+    planned: list[list[int]] = []
+    for number, picks in enumerate(order):
+        indices = [numbers[name][row] for name, row in picks]
+        packed = pack(
+            [len(documents[index].input_ids) for index in indices], config.max_length, strategy=config.packing
         )
-    planned = []
-    for epoch in range(epochs):
-        shuffled = list(bins)
-        random.Random(f"bins {seed} {epoch}").shuffle(shuffled)
-        planned += shuffled
+        bins = [[indices[i] for i in each] for each in packed]
+        Random(f"bins {seed} {number}").shuffle(bins)
+        planned += bins
+    if config.packing != "none":
+        say(describe_packing(planned, documents, config))
     return planned
+
+
+def describe_order(
+    order: list[list[Pick]], documents: list[Rendered], numbers: dict[str, list[int]], config: DataConfig, epochs: int
+) -> str:
+    """The mixture as text: the strategy, and a table of what the run will really train on."""
+    facts = {
+        name: [(len(documents[i].input_ids), documents[i].n_supervised, sum(documents[i].weights)) for i in indices]
+        for name, indices in numbers.items()
+    }
+    strategy = config.mixture + (f", T = {config.temperature:g}" if config.temperature else "")
+    if config.replay:
+        fall = f", falling from {2 * config.replay.share:.1%} to 0" if config.curriculum == "progressive" else ""
+        strategy += f"; replay {config.replay.share:.1%} of the rows{fall}"
+    return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
+
+
+def describe_packing(bins: list[list[int]], documents: list[Rendered], config: DataConfig) -> str:
+    lengths = [len(documents[index].input_ids) for each in bins for index in each]
+    filled = sum(lengths) / (len(bins) * config.max_length)
+    padded = sum(lengths) / (len(lengths) * max(lengths))
+    return (
+        f"packing ({config.packing}): {len(lengths):,} documents in {len(bins):,} rows of {config.max_length:,} "
+        f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
+    )

@@ -31,11 +31,17 @@ def versions() -> dict[str, str]:
 
 
 def describe_data(ledger: dict[str, SourceLedger]) -> dict[str, Any]:
-    """The ledger of every source, with the sha256 of its file."""
-    return {
-        name: {**asdict(row), "share": row.share, "sha256": hashlib.sha256(Path(row.path).read_bytes()).hexdigest()}
-        for name, row in ledger.items()
-    }
+    """The ledger of every source, with the sha256 of its files behind one another (None for a data set of the Hub)."""
+    return {name: {**asdict(row), "share": row.share, "sha256": _sha256(row.files)} for name, row in ledger.items()}
+
+
+def _sha256(files: list[str]) -> str | None:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def write_manifest(file: Path, config: Config, **facts: Any) -> None:

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_sft.config import DataConfig, SourceConfig
+from qlora_sft.config_data import DataConfig, TrainSourceConfig
 from qlora_sft.data.batch import BinCollator, flatten
 from qlora_sft.data.packing import pack
 from qlora_sft.data.prepare import plan_bins
@@ -54,7 +54,7 @@ def test_the_flat_row_describes_its_documents(docs: list[Rendered]) -> None:
 
 def test_the_order_depends_on_the_seed_alone_and_every_epoch_has_its_own() -> None:
     docs = [Rendered([1] * (1 + i % 9), [1.0] * (1 + i % 9), "s") for i in range(60)]
-    config = DataConfig([SourceConfig("x")], max_length=16)
+    config = DataConfig([TrainSourceConfig("s")], max_length=16)
     planned = plan_bins(docs, config, epochs=2, seed=3)
     assert planned == plan_bins(docs, config, epochs=2, seed=3)
     assert planned != plan_bins(docs, config, epochs=2, seed=4)

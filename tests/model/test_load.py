@@ -20,7 +20,7 @@ backend = choose_backend(sys.argv[1])
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.prepare import render_sources
-from qlora_sft.data.read import read_sources
+from qlora_sft.data.sources import read_sources
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model, load_tokenizer, resolve_base
 from qlora_sft.model.loss import batch_loss

@@ -66,6 +66,6 @@ def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(base_model: P
         result = subprocess.run(arguments, capture_output=True, text=True)
         assert result.returncode == 1, result.stderr
         assert f"{disk / 'run' / 'adapter'}: the disk is full" in result.stderr
-        assert sorted(path.name for path in (disk / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+        assert sorted(path.name for path in (disk / "run").iterdir()) == ["config.yaml", "metrics.jsonl", "order.json"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,163 @@
+"""The data section of the configuration: where rows come from, how they are mixed, and what makes no sense."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal
+
+Require = Callable[[bool, str, str], None]
+"""(is it good, key, what is wrong otherwise)."""
+
+# Every form a row can have, with the columns it needs and those it may have besides.
+_OF_A_CHAT = ("system", "tools", "chat_template_kwargs")
+FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), _OF_A_CHAT),
+    "sharegpt": (("conversations",), _OF_A_CHAT),
+    "alpaca": (("instruction", "output"), ("input", "history", *_OF_A_CHAT)),
+    "prompt_completion": (("prompt", "completion"), _OF_A_CHAT),
+    "text": (("text",), ()),
+}
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: str
+    """File (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz or .zst behind it), folder, glob, or Hugging Face
+    data set (``owner/name``, ``owner/name:configuration``)."""
+    name: str | None = None
+    """How reports call it; default: the last part of the path without its ending."""
+    max_rows: int | None = None
+    """Use only so many rows, drawn at random with the run's seed (of a stream: its first)."""
+    fraction: float = 1.0
+    """Use only this share of the source's own rows, drawn at random with the run's seed; no share of the mixture."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """What the rows look like. ``auto`` tells from the columns, and prints what it found."""
+    columns: dict[str, str] | None = None
+    """Which column holds what, where the names are not the usual ones: ``{prompt: question, completion: answer}``."""
+    split: str | None = None
+    """Of a Hugging Face data set, or of a folder laid out like one; default there: ``train``."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hugging Face data set."""
+    streaming: bool = False
+    """Read the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
+    loss_weight: float = 1.0
+    """Factor on the loss of every supervised token of this source."""
+
+
+@dataclass(frozen=True)
+class TrainSourceConfig(SourceConfig):
+    weight: float | None = None
+    """Share of the mixture, relative to the other sources' weights; for ``mixture: explicit`` and only there."""
+    quality: float | None = None
+    """Rows count this many times as much; for ``mixture: quality`` and only there. Default there: 1."""
+    repeat: float = 1.0
+    """Times that every row is offered to the mixture per epoch: 2 is like naming the source twice."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig(SourceConfig):
+    share: float = 0.05
+    """Share of the rows (documents) of the whole run that come from here."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[TrainSourceConfig]
+    held_out: list[SourceConfig] = field(default_factory=list)
+    """Never trained on; loss per source before and after the run."""
+    max_length: int = 2048
+    """Tokens per packed row, and the longest conversation that is accepted."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What happens to a conversation of more than ``max_length`` tokens. Drops are counted and shown."""
+    packing: Literal["bfd", "ffd", "none"] = "bfd"
+    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
+    speed and nothing else."""
+    mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
+    """Share p of each source in the rows of an epoch, from its number of rows N (times ``repeat``):
+    ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight.
+    An epoch has sum(N) rows."""
+    temperature: float | None = None
+    """T of ``mixture: temperature``; 1 is proportional, larger is more even."""
+    replay: ReplayConfig | None = None
+    """General data mixed in, so that the model keeps what it could do."""
+    curriculum: Literal["none", "progressive"] = "none"
+    """``progressive``: the share of replay falls in a straight line from 2 * ``replay.share`` to zero over the run."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Drop conversations that occurred before, in any training source. ``near``: also those that differ in little
+    (MinHash over 5-word shingles, Jaccard similarity from 0.8 on; needs ``pip install qlora-sft[dedup]``)."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Evaluation files (any that a source can be). Training rows that share a run of words with them are dropped."""
+    decontaminate_words: int = 13
+    """Length of that run of words."""
+
+
+def check_data(d: DataConfig, require: Require) -> None:
+    trained: list[SourceConfig] = [*d.train, *([d.replay] if d.replay else [])]
+    for split, sources in (("train", trained), ("held_out", d.held_out)):
+        names = [source_name(source) for source in sources]
+        double = sorted({name for name in names if names.count(name) > 1})
+        require(not double, f"data.{split}", f"has two sources named {', '.join(double)}; give each its own name:")
+    keys = [f"data.train.{i}" for i in range(len(d.train))] + ["data.replay"] * (d.replay is not None)
+    keys += [f"data.held_out.{i}" for i in range(len(d.held_out))]
+    for key, source in zip(keys, [*trained, *d.held_out], strict=True):
+        _check_source(key, source, require)
+    for i, source in enumerate(d.train):
+        key, explicit = f"data.train.{i}", d.mixture == "explicit"
+        require(source.repeat > 0, f"{key}.repeat", f"must be positive, got {source.repeat}")
+        # A key that has no effect would be believed to have one.
+        needed = "must be given with data.mixture=explicit, the share relative to the other sources' weights"
+        require((source.weight is not None) >= explicit, f"{key}.weight", needed)
+        require(source.weight is None or explicit, f"{key}.weight", "has an effect with data.mixture=explicit only")
+        quality = source.quality is None or d.mixture == "quality"
+        require(quality, f"{key}.quality", "has an effect with data.mixture=quality only")
+        for name in ("weight", "quality"):
+            value = getattr(source, name)
+            require(value is None or value > 0, f"{key}.{name}", f"must be positive, got {value}")
+    warm = d.mixture == "temperature"
+    wanted = "is needed with data.mixture=temperature" if warm else "has an effect with data.mixture=temperature only"
+    require((d.temperature is not None) == warm, "data.temperature", wanted)
+    require(
+        d.temperature is None or d.temperature >= 0.1, "data.temperature", f"must be at least 0.1, got {d.temperature}"
+    )
+    progressive = d.curriculum == "progressive"
+    require(
+        d.replay is not None or not progressive, "data.curriculum", "needs data.replay: it lowers the share of replay"
+    )
+    if d.replay:
+        most = 0.5 if progressive else 1.0
+        good = 0 < d.replay.share < 1 and d.replay.share <= most
+        why = "in (0, 0.5]: the run starts with twice that" if progressive else "between 0 and 1"
+        require(good, "data.replay.share", f"must be {why}, got {d.replay.share}")
+    words = d.decontaminate_words
+    require(words > 1, "data.decontaminate_words", f"must be at least 2, got {words}")
+
+
+def _check_source(key: str, source: SourceConfig, require: Require) -> None:
+    rows, columns = source.max_rows, source.columns or {}
+    require(rows is None or rows > 0, f"{key}.max_rows", f"must be positive, got {rows}")
+    require(0 < source.fraction <= 1, f"{key}.fraction", f"must be above 0 and at most 1, got {source.fraction}")
+    require(source.loss_weight > 0, f"{key}.loss_weight", f"must be positive, got {source.loss_weight}")
+    endless = "needs max_rows: packing wants to know all rows before the first step"
+    require(rows is not None or not source.streaming, f"{key}.streaming", endless)
+    require(
+        source.fraction == 1 or not source.streaming, f"{key}.fraction", "cannot be drawn from a stream; set max_rows"
+    )
+    forms = FORMS if source.format == "auto" else {source.format: FORMS[source.format]}
+    allowed = dict.fromkeys(column for needed, optional in forms.values() for column in (*needed, *optional))
+    for ours in columns:
+        close = get_close_matches(ours, allowed, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        require(ours in allowed, f"{key}.columns", f"maps {ours!r}, which is none of {', '.join(allowed)}{hint}")
+
+
+def source_name(source: SourceConfig) -> str:
+    """How reports call a source: its name, or the last part of its path without endings (``a/b.jsonl.gz``: ``b``)."""
+    if source.name:
+        return source.name
+    path = source.path.removeprefix("demo:").replace("\\", "/")
+    parts = [part for part in path.split("/") if part and not re.search(r"[*?\[]", part)] or [path]
+    last = parts[-1].partition(":")[0]
+    return re.sub(r"(\.(jsonl|ndjson|json|parquet|csv|tsv|txt|gz|zst))+$", "", last) or last

@@ -1,0 +1,233 @@
+"""Rows that occurred before, and rows that give away an evaluation: found, dropped and reported.
+
+Exact duplicates by hash, near duplicates by MinHash (Jaccard similarity of word shingles, estimated from 128 minima),
+contamination by runs of words in common with evaluation files. The first occurrence stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qlora_sft.config_data import DataConfig, SourceConfig
+from qlora_sft.data.formats import Conversation
+from qlora_sft.data.sources import Source, open_parts, place
+from qlora_sft.errors import DataError
+
+Say = Callable[[str], None]
+SIMILARITY = 0.8
+"""Jaccard similarity from which two conversations are near duplicates."""
+_SHINGLE = 5
+_PERMUTATIONS = 128
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One dropped row, why, and what it matched (file:line)."""
+
+    source: str
+    place: str
+    reason: str
+    matched: str
+
+
+def clean_sources(
+    sources: list[Source], config: DataConfig, say: Say = lambda _: None
+) -> tuple[list[Source], list[Removed]]:
+    """The sources without contaminated rows and duplicates, and what was removed.
+
+    Raises `DataError` if nothing of a source is left, or if an evaluation file cannot be read.
+    """
+    removed: list[Removed] = []
+    if config.decontaminate:
+        known = evaluation_runs(config.decontaminate, config.decontaminate_words, say)
+        sources, found = _drop(
+            sources, lambda row, _: shared_run(row, known, config.decontaminate_words), "contaminated"
+        )
+        say(
+            report(
+                found, f"decontaminate: runs of {config.decontaminate_words} words in common with the evaluation files"
+            )
+        )
+        removed += found
+    if config.deduplicate != "none":
+        sources, found = _drop(sources, exact_finder(), "duplicate")
+        say(report(found, "deduplicate (exact): the same text, white space aside"))
+        removed += found
+    if config.deduplicate == "near":
+        sources, found = _drop(sources, near_finder(), "near duplicate")
+        say(report(found, f"deduplicate (near): similarity from {SIMILARITY} on, {_SHINGLE}-word shingles"))
+        removed += found
+    return sources, removed
+
+
+def report(removed: list[Removed], what: str) -> str:
+    """Text: how many rows of which source, with the first three matches of each."""
+    lines = [f"{what}: {len(removed):,} rows dropped"]
+    by_source: dict[str, list[Removed]] = {}
+    for each in removed:
+        by_source.setdefault(each.source, []).append(each)
+    for name, rows in by_source.items():
+        shown = "; ".join(f"{row.place} = {row.matched}" for row in rows[:3]) + (" ..." if len(rows) > 3 else "")
+        lines.append(f"  {name}: {len(rows):,} ({shown})")
+    return "\n".join(lines)
+
+
+def removed_lines(removed: list[Removed]) -> str:
+    """All of it as JSON Lines."""
+    return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in removed)
+
+
+# ------------------------------------------------------------------ duplicates
+
+
+def exact_finder() -> Callable[[Conversation, str], str | None]:
+    """A function (row, its place) -> place of the first row with the same text, or None."""
+    seen: dict[bytes, str] = {}
+
+    def find(row: Conversation, where: str) -> str | None:
+        key = hashlib.sha256(json.dumps(_normalised(_content(row)), sort_keys=True).encode()).digest()
+        first = seen.setdefault(key, where)
+        return None if first == where else first
+
+    return find
+
+
+def near_finder() -> Callable[[Conversation, str], str | None]:
+    """A function (row, its place) -> place of the first similar row, or None. Only rows that stay are compared with."""
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise DataError(
+            "data.deduplicate=near needs datasketch: pip install 'qlora-sft[dedup]', or set it to exact"
+        ) from None
+    index = MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS)
+    kept: dict[int, tuple[str, Any]] = {}
+
+    def find(row: Conversation, where: str) -> str | None:
+        words = [word for text in _spoken(row) for word in _words(text)]
+        shingles = {" ".join(words[i : i + _SHINGLE]).encode() for i in range(max(1, len(words) - _SHINGLE + 1))}
+        sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        # Sorted, because a set of texts has another order in every process.
+        sketch.update_batch(sorted(shingles))
+        # The index returns candidates; the estimate decides, the earliest first.
+        for number in sorted(index.query(sketch)):
+            if kept[number][1].jaccard(sketch) >= SIMILARITY:
+                return kept[number][0]
+        index.insert(len(kept), sketch)
+        kept[len(kept)] = (where, sketch)
+        return None
+
+    return find
+
+
+# ------------------------------------------------------------------ contamination
+
+
+def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) -> dict[int, str]:
+    """Hash of every run of ``length`` words in any text of the evaluation files -> file:line of its first occurrence.
+
+    The rows may have any form; every text in them counts. Texts shorter than a run cannot be recognised by it, and are
+    counted and printed.
+    """
+    known: dict[int, str] = {}
+    for label, read, _ in (part for path in paths for part in open_parts(SourceConfig(path))):
+        texts = short = 0
+        for line, row, fault in read():
+            if fault is not None:
+                raise DataError(f"{label}:{line}: {fault}")
+            for runs in (set(_runs(text, length)) for text in _texts(row)):
+                texts += 1
+                short += not runs
+                for run in runs:
+                    known.setdefault(run, f"{label}:{line}")
+        say(f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared")
+    return known
+
+
+def shared_run(row: Conversation, known: dict[int, str], length: int) -> str | None:
+    """file:line of the evaluation row that the first shared run of words comes from; system prompts do not count."""
+    for text in _spoken(row):
+        for run in _runs(text, length):
+            if run in known:
+                return known[run]
+    return None
+
+
+def _runs(text: str, length: int) -> Iterator[int]:
+    words = list(_words(text))
+    for start in range(len(words) - length + 1):
+        # Python's own hash of texts differs from process to process, which is no matter within one.
+        yield hash(tuple(words[start : start + length]))
+
+
+# ------------------------------------------------------------------ texts
+
+
+def _drop(
+    sources: list[Source], find: Callable[[Conversation, str], str | None], reason: str
+) -> tuple[list[Source], list[Removed]]:
+    left, removed = [], []
+    for source in sources:
+        positions, found = set(), []
+        for position, row in enumerate(source.rows):
+            where = place(row)
+            matched = find(row, where)
+            if matched is not None:
+                positions.add(position)
+                found.append(Removed(source.name, where, reason, matched))
+        if len(positions) == len(source.rows):
+            cure = f"remove the source, or what it repeats ({found[0].place} = {found[0].matched})"
+            raise DataError(f"{source.path}: every row of {source.name!r} is dropped ({reason}); {cure}")
+        if positions:
+            places = {reason: [each.place for each in found]}
+            source = replace(source, rows=source.rows.without(positions), removed={**source.removed, **places})
+        left.append(source)
+        removed += found
+    return left, removed
+
+
+def _content(row: Conversation) -> dict[str, Any]:
+    """What is learned from: not where it stood, nor how much it counts."""
+    if "text" in row:
+        return {"text": row["text"]}
+    keys = ("role", "content", "reasoning", "tool_calls", "name")
+    messages = [{key: message[key] for key in keys if key in message} for message in row["messages"]]
+    return {"messages": messages, **{key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}}
+
+
+def _spoken(row: Conversation) -> Iterator[str]:
+    """What is said in it. System prompts and tool descriptions are shared by many rows, and would make short questions
+    with different answers look alike."""
+    if "text" in row:
+        yield row["text"]
+    for message in row.get("messages", []):
+        if message["role"] != "system":
+            calls = [call["function"]["arguments"] for call in message.get("tool_calls", [])]
+            yield from _texts([message["content"], message.get("reasoning", ""), calls])
+
+
+def _normalised(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, list):
+        return [_normalised(item) for item in value]
+    return {key: _normalised(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _words(text: str) -> Iterator[str]:
+    return (match.group() for match in _WORD.finditer(unicodedata.normalize("NFKC", text).casefold()))

@@ -1,0 +1,232 @@
+"""Files -> rows, one after the other: (line, row, fault).
+
+Nothing here holds a file in memory but ``.json``, which has no rows until its last bracket. JSONL is deliberately not
+turned into an Arrow table: Arrow gives every struct of a column the same fields, so that each tool call would get the
+arguments of all others (as nulls), and its parser knows neither the line nor the column of a fault. Reading it again
+line by line costs 10 to 20 microseconds a row and no memory, which is what memory-mapping is for. Parquet is Arrow
+already: it is memory-mapped, read batch by batch, and the nulls that it had to fill in are taken out again.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_sft.errors import DataError
+
+Rows = Iterator[tuple[int, Any, str | None]]
+"""Line (or number) of a row, the row, and None; or the line, None, and what is wrong with it."""
+
+
+def read_rows(path: Path) -> Rows:
+    """Every row of a file, whatever its kind. Raises `DataError` with file and cure if it cannot be read at all."""
+    reader = READERS.get(kind_of(path))
+    if reader is None:
+        known = ", ".join(READERS)
+        raise DataError(f"{path}: unknown kind of file; known are {known}, and .gz or .zst behind them. Rename it.")
+    try:
+        yield from reader(path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut off ({error}); copy or download it again") from None
+    except PermissionError:
+        raise DataError(f"{path}: may not be read; change its permissions") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says how to read it: ``a.jsonl.gz`` -> ``.jsonl``."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in (".gz", ".zst"):
+        # A Parquet file is compressed inside; around it there is nothing to memory-map.
+        return endings[-2] if len(endings) > 1 and endings[-2] != ".parquet" else endings[-1]
+    return endings[-1] if endings else ""
+
+
+def text_layout(path: Path) -> str:
+    """How a .txt file separates its documents: ``blank lines`` if text stands on both sides of one, else ``lines``.
+
+    One document per line is what corpora of raw text usually are; blank lines are the only sign of the other habit.
+    """
+    texts = gap = 0
+    with _open(path) as file:
+        for raw in file:
+            if raw.strip():
+                if texts and gap:
+                    return "blank lines"
+                texts += 1
+            else:
+                gap += 1
+    return "lines"
+
+
+# ------------------------------------------------------------------ one reader per kind
+
+
+def _jsonl(path: Path) -> Rows:
+    with _open(path) as file:
+        for line, text, fault in _decoded(file):
+            if fault is not None:
+                yield line, None, fault
+            elif text.strip():
+                try:
+                    row = json.loads(text)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    where = (
+                        f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+                    )
+                    yield line, None, f"not valid JSON ({where}); one object per line"
+                else:
+                    broken = _half_character(row) if "\\ud" in text.lower() else None
+                    yield (line, None, broken) if broken else (line, row, None)
+
+
+def _json(path: Path) -> Rows:
+    """A list of rows, or an object with one list of them; rows are counted from 1."""
+    with _open(path) as file:
+        content = file.read()
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); re-save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and len(content.splitlines()) > 1:
+            # JSON Lines under the wrong ending, which is common.
+            yield from _jsonl(path)
+            return
+        where = f"{error.msg} at column {error.colno}"
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({where}); expected a list of rows") from None
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list)]
+        if {"messages", "conversations"} & set(lists):
+            value = [value]
+        elif len(lists) == 1:
+            value = value[lists[0]]
+        else:
+            found = ", ".join(map(repr, lists)) or "none"
+            raise DataError(f"{path}: expected a list of rows or an object with one list; lists in it: {found}")
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list of rows, got a {type(value).__name__}")
+    escaped = b"\\ud" in content.lower()
+    for number, row in enumerate(value, start=1):
+        broken = _half_character(row) if escaped else None
+        yield (number, None, broken) if broken else (number, row, None)
+
+
+def _csv(path: Path) -> Rows:
+    """One row per record, named by the first; its line is where it begins (a quoted text may have many)."""
+    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    with _open(path) as file:
+        lines = _good_lines(path, file)
+        reader = csv.reader(lines, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}:1: two columns of one name in {', '.join(header)}; rename one")
+            begin = reader.line_num + 1
+            for record in reader:
+                if len(record) == len(header):
+                    yield begin, dict(zip(header, record, strict=True)), None
+                elif record:
+                    fault = f"{len(record)} fields where the header has {len(header)}; quote texts with separators"
+                    yield begin, None, fault
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}); check the quotes") from None
+
+
+def _text(path: Path) -> Rows:
+    """Documents as `text_layout` finds them, each with the line it begins in."""
+    by_line = text_layout(path) == "lines"
+    with _open(path) as file:
+        begin, collected = 0, []
+        for line, text in enumerate(_good_lines(path, file), start=1):
+            if text.strip():
+                begin = begin or line
+                collected.append(text)
+            if collected and (by_line or not text.strip()):
+                yield begin, {"text": "".join(collected).rstrip("\r\n")}, None
+                begin, collected = 0, []
+        if collected:
+            yield begin, {"text": "".join(collected).rstrip("\r\n")}, None
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, without_nulls(row), None
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a Parquet file or damaged ({error}); download it again") from None
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".txt": _text,
+}
+
+
+def _half_character(row: Any) -> str | None:
+    """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"half a character (\\u{ord(half):04x} without its other half); the text was cut in the middle of it"
+    return None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without its null fields: Arrow cannot tell them from absent ones, and has filled most of them in."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------ bytes and text
+
+
+def _open(path: Path) -> IO[bytes]:
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return io.BufferedReader(gzip.open(path))
+    if ending == ".zst":
+        # Python 3.11 has no zstd; Arrow, which `datasets` needs anyway, brings it.
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _decoded(file: IO[bytes]) -> Iterator[tuple[int, str, str | None]]:
+    """Lines as text, each decoded alone, so that a wrong byte is found in its line."""
+    for line, raw in enumerate(file, start=1):
+        try:
+            yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8"), None
+        except UnicodeDecodeError as error:
+            yield line, "", f"not UTF-8 text ({error.reason} at byte {error.start} of the line); re-save it as UTF-8"
+
+
+def _good_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    for line, text, fault in _decoded(file):
+        if fault:
+            raise DataError(f"{path}:{line}: {fault}")
+        yield text

@@ -1,0 +1,273 @@
+"""Where training data comes from: files, folders, globs, Hugging Face data sets -> conversations.
+
+A source is read once to find every fault and the form of its rows, and then as often as somebody iterates over it. Only
+the numbers of the rows in use are kept, so a source may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import random
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.config_data import SourceConfig, source_name
+from qlora_sft.data import files
+from qlora_sft.data.formats import CURE, Conversation, Form, convert, detect
+from qlora_sft.errors import DataError
+
+# After so many faults the file as a whole is wrong, and a longer list helps nobody.
+MAX_PROBLEMS = 10
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file (or data set) of a source: its label in messages, how to read its rows, and what they look like."""
+
+    label: str
+    read: Callable[[], files.Rows]
+    form: Form
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations of a source, read anew in every iteration; ``chosen`` has the numbers of the rows in use."""
+
+    parts: list[Part]
+    chosen: array[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        wanted = iter(self.chosen)
+        following = next(wanted, -1)
+        number = 0
+        for part in self.parts:
+            for line, row, fault in part.read():
+                if number == following:
+                    if fault is not None:
+                        raise DataError(f"{part.label}:{line}: {fault}; the file was changed while it was read")
+                    yield {**convert(row, part.form, set()), "file": part.label, "line": line}
+                    following = next(wanted, -1)
+                number += 1
+            if following < 0:
+                return
+
+    def without(self, positions: set[int]) -> Conversations:
+        """The same without those that come at these positions (counted from 0) when iterating."""
+        return replace(self, chosen=array("Q", (n for i, n in enumerate(self.chosen) if i not in positions)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The conversations of one source of the configuration."""
+
+    name: str
+    path: Path
+    rows: Conversations
+    read: int
+    """Rows that it has; ``rows`` are those drawn by ``fraction`` and ``max_rows`` and not removed since."""
+    files: list[Path] = field(default_factory=list)
+    """Local files it was read from; none for a data set of the Hub."""
+    loss_weight: float = 1.0
+    removed: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> file:line of the rows that were removed for it."""
+
+
+def place(conversation: Conversation) -> str:
+    return f"{conversation['file']}:{conversation['line']}"
+
+
+def read_sources(sources: list[Any], seed: int, say: Say = lambda _: None) -> list[Source]:
+    """Every source's conversations, checked. Prints what was detected and what is not used.
+
+    ``sources``: `SourceConfig`s. All faulty files are reported at once, in one `DataError`.
+    """
+    result, problems = [], []
+    for source in sources:
+        try:
+            result.append(_read(source, seed, say))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return result
+
+
+def resolve_path(path: str) -> Path:
+    """``demo:train/fields.jsonl`` names a file of the generated demo data; anything else is a path."""
+    if path.startswith("demo:"):
+        from qlora_sft.demo import data_path
+
+        return data_path() / path.removeprefix("demo:")
+    return Path(path).expanduser()
+
+
+def open_parts(
+    source: SourceConfig, say: Say = lambda _: None
+) -> list[tuple[str, Callable[[], files.Rows], Path | None]]:
+    """Label, reader and (if it is one) file of everything a source's path names. Raises `DataError`."""
+    path = resolve_path(source.path)
+    if path.is_file():
+        _refuse_dataset_keys(source, "file")
+        return [_file_part(path)]
+    dataset_folder = path if path.is_dir() and (source.split or (path / "state.json").is_file()) else None
+    # A name with the ending of a file is a file that is missing, not a data set of the Hub.
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source.path) and files.kind_of(path) not in files.READERS
+    if dataset_folder or (hub_name and not path.exists()):
+        from qlora_sft.data.hub import dataset_rows, open_dataset
+
+        label, dataset = open_dataset(source, dataset_folder)
+        return [(label, lambda: dataset_rows(dataset), None)]
+    _refuse_dataset_keys(source, "folder or glob")
+    if path.is_dir():
+        return _all_files(path, sorted(path.rglob("*")), say)
+    if glob.has_magic(str(path)):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise DataError(f"{path}: no file matches; check the pattern and the folder you are in")
+        return _all_files(path, found, say)
+    raise DataError(_no_such_file(path))
+
+
+# ------------------------------------------------------------------ reading and checking
+
+
+def _read(source: SourceConfig, seed: int, say: Say) -> Source:
+    name = source_name(source)
+    opened = open_parts(source, say)
+    parts: list[Part] = []
+    problems: list[str] = []
+    found: dict[str, list[str]] = {}
+    unused: dict[str, str] = {}
+    total = 0
+    for label, read, file in opened:
+        form, count, faults = _scan(label, read, source, unused)
+        problems += faults
+        if form is not None:
+            parts.append(Part(label, read, form))
+            found.setdefault(_description(form, source, file), []).append(label)
+            total += count
+    if problems:
+        more = len(problems) - MAX_PROBLEMS - 1
+        rest = [f"{source.path}: {more} more faults in its other files"] if more > 0 else []
+        raise DataError("\n".join(problems[: MAX_PROBLEMS + 1] + rest))
+    if not total:
+        raise DataError(
+            f"{source.path}: the file has no conversations; expected one row per conversation, e.g. with 'messages'"
+        )
+    for description, labels in found.items():
+        say(f"{name}: {description} in {labels[0]}" + (f" and {len(labels) - 1} more files" if len(labels) > 1 else ""))
+    if unused:
+        listed = ", ".join(f"{what} (first in {where})" for what, where in unused.items())
+        say(f"{name}: not used: {listed}; map columns with columns: if they hold something to learn")
+    rows = Conversations(parts, _draw(source, name, total, seed))
+    paths = [file for _, _, file in opened if file is not None]
+    return Source(name, Path(source.path), rows, total, paths, source.loss_weight)
+
+
+def _scan(
+    label: str, read: Callable[[], files.Rows], source: SourceConfig, unused: dict[str, str]
+) -> tuple[Form | None, int, list[str]]:
+    """Form, number of rows and faults of one file; ``unused`` is filled with what first went unused where."""
+    form = None if source.format == "auto" else Form(source.format, source.columns or {})
+    first, count, problems = 0, 0, []
+    for line, row, fault in read():
+        count += 1
+        if fault is None:
+            try:
+                form, first = _settle_form(row, line, form, first, source)
+                before: set[str] = set()
+                convert(row, form, before)
+                for what in sorted(before - unused.keys()):
+                    unused[what] = f"{label}:{line}"
+            except DataError as error:
+                fault = str(error)
+        if fault is not None:
+            problems.append(f"{label}:{line}: {fault}")
+        if len(problems) == MAX_PROBLEMS:
+            return form, count, [*problems, f"{label}: stopped after {MAX_PROBLEMS} faults"]
+    return form, count, problems
+
+
+def _settle_form(row: Any, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
+    """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
+    if not isinstance(row, dict):
+        raise DataError(f"expected an object with columns (e.g. 'messages'), got a {type(row).__name__}")
+    if source.format != "auto" and form is not None:
+        return form, line
+    own = detect(row, source.columns)
+    if own is None:
+        found = ", ".join(map(repr, row)) or "no columns"
+        known = "messages, ShareGPT, Alpaca, prompt/completion or text"
+        raise DataError(f"expected a row in one of the known forms ({known}), found {found}; {CURE}")
+    if form is not None and own != form:
+        raise DataError(
+            f"this row is {own.describe()}, but line {first} is {form.describe()}; "
+            "a file holds one form: split it in two"
+        )
+    return own, first or line
+
+
+def _description(form: Form, source: SourceConfig, file: Path | None) -> str:
+    verb = "detected" if source.format == "auto" else "configured"
+    layout = ""
+    if file is not None and files.kind_of(file) == ".txt":
+        layout = f", documents separated by {files.text_layout(file)}"
+    elif file is None or files.kind_of(file) == ".parquet":
+        layout = ", empty fields taken for absent ones"
+    return f"{verb} {form.describe()}{layout}"
+
+
+def _draw(source: SourceConfig, name: str, total: int, seed: int) -> array[int]:
+    """Numbers of the rows to use, in the order of the file; the same for the same seed, name and number of rows."""
+    wanted = max(1, round(total * source.fraction))
+    if source.max_rows is not None:
+        wanted = min(wanted, source.max_rows)
+    if wanted >= total:
+        return array("Q", range(total))
+    return array("Q", sorted(random.Random(f"rows {seed} {name}").sample(range(total), wanted)))
+
+
+# ------------------------------------------------------------------ paths
+
+
+def _file_part(path: Path) -> tuple[str, Callable[[], files.Rows], Path | None]:
+    return str(path), lambda: files.read_rows(path), path
+
+
+def _all_files(path: Path, found: list[Path], say: Say) -> list[tuple[str, Callable[[], files.Rows], Path | None]]:
+    plain = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    usable = [file for file in plain if files.kind_of(file) in files.READERS]
+    if not usable:
+        raise DataError(f"{path}: none of its {len(plain)} files is {', '.join(files.READERS)}")
+    skipped = [file.name for file in plain if file not in set(usable)]
+    if skipped:
+        say(f"{path}: {len(skipped)} files of other kinds are left out: {', '.join(skipped[:3])}")
+    return [_file_part(file) for file in usable]
+
+
+def _refuse_dataset_keys(source: SourceConfig, what: str) -> None:
+    keys = [key for key in ("split", "revision", "streaming") if getattr(source, key)]
+    if keys:
+        raise DataError(
+            f"{source.path}: a {what} has no {' or '.join(keys)}; remove it, or name a Hugging Face data set"
+        )
+
+
+def _no_such_file(path: Path) -> str:
+    return f"{path}: no such file{_similar_file(path)}. Check data sources in the configuration."
+
+
+def _similar_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent} either)"
+    close = get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""

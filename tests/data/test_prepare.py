@@ -1,0 +1,114 @@
+"""The ledger accounts for every row; the plan of a run trains what the mixture says, when it says it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config_data import DataConfig, ReplayConfig, SourceConfig, TrainSourceConfig
+from qlora_sft.data.dedup import clean_sources
+from qlora_sft.data.prepare import ledger_table, plan_bins, render_sources
+from qlora_sft.data.render import Rendered
+from qlora_sft.data.sources import read_sources
+from qlora_sft.errors import DataError
+
+
+def write(path: Path, answers: list[str]) -> SourceConfig:
+    path.write_text("".join(json.dumps({"prompt": "q", "completion": answer}) + "\n" for answer in answers))
+    return SourceConfig(str(path))
+
+
+def test_every_row_is_read_kept_or_dropped_for_a_reason_with_its_first_lines(tmp_path: Path, tokenizer: Any) -> None:
+    answers = [f"answer {i}" for i in range(20)] + ["answer 3"] * 5 + ["long " * 80] + ["long " * 81, "long " * 82]
+    source = write(tmp_path / "a.jsonl", answers)
+    data = DataConfig([TrainSourceConfig(source.path)], max_length=64, deduplicate="exact")
+    sources, _ = clean_sources(read_sources([source], 0), data)
+    ledger = render_sources(sources, data, tokenizer).ledger["a"]
+    assert (ledger.read, ledger.not_drawn, ledger.kept) == (28, 0, 20)
+    assert {reason: drop.rows for reason, drop in ledger.dropped.items()} == {"duplicate": 5, "too long": 3}
+    assert ledger.dropped["duplicate"].first == [f"{source.path}:{line}" for line in (21, 22, 23)]
+    text = ledger_table({"a": ledger})
+    assert f"5 dropped (duplicate): {source.path}:21, {source.path}:22, {source.path}:23 ..." in text
+    drawn = SourceConfig(source.path, max_rows=12)
+    ledger = render_sources(read_sources([drawn], 0), data, tokenizer).ledger["a"]
+    assert ledger.not_drawn == 16
+    assert ledger.read == ledger.not_drawn + ledger.kept + sum(drop.rows for drop in ledger.dropped.values())
+
+
+def test_percentiles_are_lengths_that_so_many_rows_do_not_exceed(tmp_path: Path, tokenizer: Any) -> None:
+    source = write(tmp_path / "a.jsonl", ["x " * n for n in range(1, 101)])
+    data = DataConfig([TrainSourceConfig(source.path)])
+    prepared = render_sources(read_sources([source], 0), data, tokenizer)
+    lengths = [len(document.input_ids) for document in prepared.all_documents]
+    ledger = prepared.ledger["a"]
+    for value, share in ((ledger.p50, 50), (ledger.p95, 95), (ledger.p99, 99), (ledger.longest, 100)):
+        assert value in lengths
+        assert sum(length <= value for length in lengths) >= share > sum(length < value for length in lengths)
+
+
+def test_the_loss_weight_of_a_source_multiplies_the_weights_of_its_messages(tmp_path: Path, tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    data = DataConfig([TrainSourceConfig(str(file))])
+    half, triple = (
+        render_sources(read_sources([SourceConfig(str(file), loss_weight=w)], 0), data, tokenizer).all_documents[0]
+        for w in (1.0, 3.0)
+    )
+    assert set(half.weights) == {0.0, 0.5}
+    assert triple.weights == [3 * weight for weight in half.weights]
+
+
+def test_all_rows_too_long_is_an_error_with_the_cure(tmp_path: Path, tokenizer: Any) -> None:
+    source = write(tmp_path / "a.jsonl", ["long " * 80])
+    with pytest.raises(DataError, match=r"all 1 conversations of 'a' are too long; raise data\.max_length \(now 64\)"):
+        render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")], max_length=64), tokenizer)
+
+
+# ------------------------------------------------------------------ the plan of a run
+
+
+def documents(**counts: int) -> list[Rendered]:
+    return [
+        Rendered([1] * (3 + i % 5), [0.0, 1.0, 1.0] + [1.0] * (i % 5), name)
+        for name, n in counts.items()
+        for i in range(n)
+    ]
+
+
+def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
+    docs = documents(a=10, b=90)
+    weights = [TrainSourceConfig("a", weight=1.0), TrainSourceConfig("b", weight=1.0)]
+    said: list[str] = []
+    bins = plan_bins(docs, DataConfig(weights, mixture="explicit", max_length=32), epochs=1, seed=0, say=said.append)
+    times = Counter(index for each in bins for index in each)
+    assert {times[index] for index in range(10)} == {5}
+    assert sum(times.values()) == 100
+    assert all(sum(len(docs[i].input_ids) for i in each) <= 32 for each in bins)
+    assert said[0].startswith("mixture (explicit; 1 epochs)")
+    assert "5.00x" in said[0]
+    assert "100 documents" in said[1]
+
+
+def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_first() -> None:
+    docs = [Rendered([1] * n, [1.0] * n, "a") for n in [32] * 20 + [4] * 160]
+    bins = plan_bins(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
+    assert len(bins) == 40
+    assert 5 <= sum(len(each) == 1 for each in bins[:20]) <= 15
+
+
+def test_a_curriculum_survives_packing() -> None:
+    docs = documents(a=1000, general=50)
+    data = DataConfig(
+        [TrainSourceConfig("a")], max_length=32, replay=ReplayConfig("general", share=0.2), curriculum="progressive"
+    )
+    bins = plan_bins(docs, data, epochs=1, seed=0)
+    replayed = [sum(index >= 1000 for index in each) for each in bins]
+    total = [len(each) for each in bins]
+    # 2x - x^2 of the replay has come after a part x of the run.
+    for x in (0.25, 0.5, 0.75):
+        until = round(len(bins) * x)
+        assert sum(replayed[:until]) / sum(replayed) == pytest.approx(2 * x - x * x, abs=0.06)
+    assert sum(replayed) / sum(total) == pytest.approx(0.2, abs=0.001)

@@ -1,0 +1,89 @@
+"""Real data files, where they are at hand (QLORA_SFT_DATA, default ../shared/data): recognised, converted, rendered."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
+from qlora_sft.data.prepare import render_sources
+from qlora_sft.data.sources import Source, read_sources
+
+FOLDER = Path(os.environ.get("QLORA_SFT_DATA") or Path(__file__).parents[3] / "shared" / "data")
+
+# File, options, what is printed, rows.
+FILES: list[tuple[str, dict[str, Any], str, int]] = [
+    ("gsm8k_train.jsonl", {}, "detected prompt_completion (prompt: question, completion: answer)", 7473),
+    (
+        "HumanEval.jsonl",
+        {"columns": {"prompt": "prompt", "completion": "canonical_solution"}},
+        "detected prompt_completion (prompt: prompt, completion: canonical_solution)",
+        164,
+    ),
+    ("alpaca_en_demo.json", {}, "detected alpaca (user: instruction + input, assistant: output)", 999),
+    ("identity.json", {}, "detected alpaca (user: instruction + input, assistant: output)", 91),
+    ("glaive_toolcall_en_demo.json", {}, "detected sharegpt (conversations: from/value)", 300),
+    ("reason_tool_use_demo_50.jsonl", {}, "detected messages (messages: role/content)", 50),
+    ("wiki_demo.txt", {}, "detected text (text: every token supervised), documents separated by lines", 30),
+]
+
+
+def read(name: str, **options: Any) -> tuple[Source, list[str]]:
+    if not (FOLDER / name).is_file():
+        pytest.skip(f"no {FOLDER / name}; set QLORA_SFT_DATA")
+    said: list[str] = []
+    (source,) = read_sources([SourceConfig(str(FOLDER / name), **options)], 0, said.append)
+    return source, said
+
+
+@pytest.mark.parametrize(("name", "options", "printed", "rows"), FILES, ids=[file for file, *_ in FILES])
+def test_real_files_are_recognised_and_every_row_is_read(name: str, options: Any, printed: str, rows: int) -> None:
+    source, said = read(name, **options)
+    assert said[0] == f"{Path(name).stem}: {printed} in {FOLDER / name}"
+    assert len(list(source.rows)) == source.read == rows
+    # HumanEval has tests beside its answers, and says so; of the others everything is used.
+    assert [line.split(" (")[0] for line in said[1:]] == (
+        ["HumanEval: not used: column 'entry_point'"] if name == "HumanEval.jsonl" else []
+    )
+
+
+@pytest.mark.parametrize(("name", "options"), [file[:2] for file in FILES], ids=[file for file, *_ in FILES])
+def test_real_files_are_rendered_with_their_answers_supervised(name: str, options: Any, tokenizer: Any) -> None:
+    source, _ = read(name, **options, max_rows=20)
+    data = DataConfig([TrainSourceConfig(name)], max_length=40_000)
+    prepared = render_sources([source], data, tokenizer)
+    for row, document in zip(source.rows, prepared.documents[source.name], strict=True):
+        pairs = zip(document.input_ids, document.weights, strict=True)
+        trained = tokenizer.decode([token for token, weight in pairs if weight])
+        if "text" in row:
+            assert row["text"] in trained
+            continue
+        for message in row["messages"]:
+            if message["role"] == "assistant":
+                assert message["content"] in trained
+                assert message.get("reasoning", "") in trained
+                for call in message.get("tool_calls", []):
+                    assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in trained
+
+
+def test_the_texts_of_the_tool_sets_arrive_whole() -> None:
+    """Against the raw files, without this package's reading of them."""
+    source, _ = read("glaive_toolcall_en_demo.json")
+    raw = json.loads((FOLDER / "glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))
+    for row, before in zip(source.rows, raw, strict=True):
+        said = [t["value"] for t in before["conversations"] if t["from"] in ("human", "gpt", "observation")]
+        assert [m["content"] for m in row["messages"] if m["content"]] == said
+        wanted = [json.loads(t["value"]) for t in before["conversations"] if t["from"] == "function_call"]
+        calls = [c["function"] for m in row["messages"] for c in m.get("tool_calls", [])]
+        assert [call["arguments"] for call in calls] == [
+            w["arguments"] for part in wanted for w in (part if isinstance(part, list) else [part])
+        ]
+        assert [tool["function"] for tool in row.get("tools", [])] == json.loads(before["tools"] or "[]")
+    source, _ = read("reason_tool_use_demo_50.jsonl")
+    lines = (FOLDER / "reason_tool_use_demo_50.jsonl").read_text(encoding="utf-8").splitlines()
+    for row, line in zip(source.rows, lines, strict=True):
+        parts = [part for message in json.loads(line)["messages"] for part in message["content"]]
+        for kind, key in (("reasoning", "reasoning"), ("text", "content")):
+            assert [m[key] for m in row["messages"] if m.get(key)] == [p["value"] for p in parts if p["type"] == kind]
