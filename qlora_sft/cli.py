@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 
+    preview = verb("preview", _preview, "show what a configuration will train on, token by token")
+    preview.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
+    preview.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
+    preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
+
     merge = verb("merge", _merge, "write the adapter of a run into its 16-bit base model")
     merge.add_argument("run", help="run folder")
     merge.add_argument("--out", help="folder to write (default: RUN/merged)")
@@ -79,6 +85,14 @@ def _train(arguments: argparse.Namespace) -> Any:
     from qlora_sft.train import train
 
     return train(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+
+
+def _preview(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.config import load_config
+    from qlora_sft.preview import preview
+
+    config = load_config(arguments.config, arguments.overrides)
+    return preview(config, arguments.count, arguments.html, show=not arguments.json)
 
 
 def _merge(arguments: argparse.Namespace) -> Any:

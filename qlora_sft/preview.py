@@ -1,0 +1,75 @@
+"""``qlora-sft preview``: what a configuration will train on, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.config import Config
+
+
+def preview(config: Config, count: int = 3, page: str | None = None, show: bool = True) -> dict[str, Any]:
+    """Prints the ledger and the mixture (stderr) and the first ``count`` documents as they are packed (stdout).
+
+    Returns ``{"rows": [{source, ids, tokens, supervised, weights}, ...], "ledger": {...}}`` of the shown documents;
+    ``page``: also writes a web page. Everything is what `train` would do with the same configuration.
+    """
+    from dataclasses import asdict
+
+    from qlora_sft.data.prepare import plan_bins
+    from qlora_sft.data.show import as_page, as_text
+    from qlora_sft.data.template import chat_format
+    from qlora_sft.model.load import load_tokenizer, resolve_base, stop_ids
+    from qlora_sft.train import read_data, render_data
+
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text, file=sys.stderr, flush=True)
+
+    train_sources, held_out_sources, _ = read_data(config, say)
+    base = resolve_base(config.model.path)
+    tokenizer = load_tokenizer(config.model, base)
+    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+    say(f"chat template: {style.reason}")
+    prepared, _ = render_data(config, train_sources, held_out_sources, tokenizer, style, say)
+    documents = prepared.all_documents
+    bins = plan_bins(documents, config.data, config.training.epochs, config.seed, say)
+    shown = first_documents(bins, count)
+    packed = [[documents[index] for index in each] for each in shown]
+    if show:
+        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if page:
+        from qlora_sft.atomic import written_file
+
+        with written_file(Path(page)) as beside:
+            beside.write_text(
+                as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said)), "utf-8"
+            )
+    rows = [
+        {
+            "source": document.source,
+            "ids": document.input_ids,
+            "tokens": tokenizer.convert_ids_to_tokens(document.input_ids),
+            "supervised": [weight > 0 for weight in document.weights],
+            "weights": document.weights,
+        }
+        for each in packed
+        for document in each
+    ]
+    ledger = {name: {**asdict(row), "share": row.share} for name, row in prepared.ledger.items()}
+    return {"rows": rows, "ledger": ledger}
+
+
+def first_documents(bins: list[list[int]], count: int) -> list[list[int]]:
+    """The first bins, the last of them cut so that there are ``count`` documents in all."""
+    shown: list[list[int]] = []
+    for each in bins:
+        if count <= 0:
+            break
+        shown.append(each[:count])
+        count -= len(each)
+    return shown
