@@ -18,11 +18,11 @@ def preview(config: Config, count: int = 3, page: str | None = None, show: bool 
     """
     from dataclasses import asdict
 
-    from qlora_sft.data.prepare import plan_bins
+    from qlora_sft.data.plan import plan_data
     from qlora_sft.data.show import as_page, as_text
     from qlora_sft.data.template import chat_format
     from qlora_sft.model.load import load_tokenizer, resolve_base, stop_ids
-    from qlora_sft.train import read_data, render_data
+    from qlora_sft.train import read_data
 
     said: list[str] = []
 
@@ -35,9 +35,8 @@ def preview(config: Config, count: int = 3, page: str | None = None, show: bool 
     tokenizer = load_tokenizer(config.model, base)
     style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
     say(f"chat template: {style.reason}")
-    prepared, _ = render_data(config, train_sources, held_out_sources, tokenizer, style, say)
+    prepared, _, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
     documents = prepared.all_documents
-    bins = plan_bins(documents, config.data, config.training.epochs, config.seed, say)
     shown = first_documents(bins, count)
     packed = [[documents[index] for index in each] for each in shown]
     if show:

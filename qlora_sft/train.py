@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
     from qlora_sft.data.prepare import Prepared
     from qlora_sft.data.sources import Source
-    from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.answers import Prompt
     from qlora_sft.model.backend import Name
 
@@ -66,6 +65,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
 
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
+        from qlora_sft.data.plan import plan_data
         from qlora_sft.data.template import chat_format
         from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
     with watch("base model"):
@@ -74,11 +74,8 @@ def train(config: Config, *, overwrite: bool = False, say: Say | None = None) ->
         tokenizer = load_tokenizer(config.model, base)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
         say(f"chat template: {style.reason}")
-        prepared, held_out = render_data(config, train_sources, held_out_sources, tokenizer, style, say)
-        from qlora_sft.data.prepare import plan_bins
-
+        prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
         documents = prepared.all_documents
-        bins = plan_bins(documents, config.data, config.training.epochs, config.seed, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -206,25 +203,6 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dic
         with written_file(run / "removed.jsonl") as beside:
             beside.write_text(removed_lines(removed), encoding="utf-8")
     return {**record, "removed": len(removed)}
-
-
-def render_data(
-    config: Config,
-    train_sources: list[Source],
-    held_out_sources: list[Source],
-    tokenizer: Any,
-    style: ChatFormat,
-    say: Say,
-) -> tuple[Prepared, Prepared]:
-    """Token ids and labels of both splits; prints what became of every row."""
-    from qlora_sft.data.prepare import ledger_table, render_sources
-
-    prepared = render_sources(train_sources, config.data, tokenizer, style)
-    held_out = render_sources(held_out_sources, config.data, tokenizer, style)
-    say("training data\n" + ledger_table(prepared.ledger))
-    if held_out.ledger:
-        say("held-out data\n" + ledger_table(held_out.ledger))
-    return prepared, held_out
 
 
 def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, say: Say) -> Any:

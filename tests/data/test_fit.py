@@ -62,7 +62,7 @@ def test_thinking_of_the_source_and_of_the_row(tmp_path: Path, tokenizer: Any) -
 def test_on_and_off_are_words_in_yaml(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        "model: {path: demo}\noutput: out\ndata:\n  train:\n    - {path: a, thinking: on}\n    - {path: b, thinking: off}\n"
+        "model: {path: demo}\noutput: out\ndata:\n  train: [{path: a, thinking: on}, {path: b, thinking: off}]\n"
     )
     assert [source.thinking for source in load_config(file).data.train] == ["on", "off"]
     assert load_config(file, ["data.train.0.allow_special=true"]).data.train[0].allow_special

@@ -1,0 +1,50 @@
+"""Conversations -> labelled documents -> packed rows in training order, or the same from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qlora_sft.config import Config
+from qlora_sft.data import store
+from qlora_sft.data.prepare import Prepared, ledger_table, plan_bins, render_sources
+from qlora_sft.data.sources import Source
+from qlora_sft.data.template import ChatFormat
+
+
+def plan_data(
+    config: Config,
+    train_sources: list[Source],
+    held_out_sources: list[Source],
+    tokenizer: Any,
+    style: ChatFormat,
+    say: Callable[[str], None],
+) -> tuple[Prepared, Prepared, list[list[int]]]:
+    """(training split, held-out split, bins of training documents in order); says what became of every row.
+
+    Kept in the user's cache, so that a second start with the same files, settings, template and tokenizer takes no
+    time. Data sets of the Hub are prepared anew each time.
+    """
+    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, style)
+    kept = store.load(key) if key else None
+    if kept:
+        train, held_out, bins, said = kept
+        say("data: unchanged since it was last prepared, taken from the cache")
+        for text in said:
+            say(text)
+        return train, held_out, bins
+    said = []
+
+    def say_and_keep(text: str) -> None:
+        said.append(text)
+        say(text)
+
+    train = render_sources(train_sources, config.data, tokenizer, style)
+    held_out = render_sources(held_out_sources, config.data, tokenizer, style)
+    say_and_keep("training data\n" + ledger_table(train.ledger))
+    if held_out.ledger:
+        say_and_keep("held-out data\n" + ledger_table(held_out.ledger))
+    bins = plan_bins(train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep)
+    if key:
+        store.save(key, train, held_out, bins, said)
+    return train, held_out, bins

@@ -1,0 +1,97 @@
+"""Rendered and packed data, kept in the user's cache under a hash of everything that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_sft.atomic import written_folder
+from qlora_sft.cache import cache_dir
+from qlora_sft.config import Config
+from qlora_sft.data.prepare import Drop, Prepared, SourceLedger
+from qlora_sft.data.render import Rendered
+from qlora_sft.data.sources import Source
+from qlora_sft.data.template import ChatFormat
+
+Bins = list[list[int]]
+
+
+def fingerprint(config: Config, sources: list[Source], tokenizer: Any, style: ChatFormat) -> str | None:
+    """Hash of the files' contents, the data settings, the tokenizer, the template and this code; None if a source is
+    not made of local files."""
+    digest = hashlib.sha256()
+    settings = (asdict(config.data), config.training.epochs, config.seed, style.template, sorted(style.stops))
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(code.read_bytes())
+    for source in sources:
+        if not source.files:
+            return None
+        # Which rows are drawn or removed follows from files and settings; their places appear in messages.
+        digest.update(f"{source.name} {source.path} {len(source.rows)}".encode())
+        for file in source.files:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def load(key: str) -> tuple[Prepared, Prepared, Bins, list[str]] | None:
+    """(training split, held-out split, bins, what was said while they were made), or None if they are not kept."""
+    folder = cache_dir("prepared") / key
+    if not folder.is_dir():
+        return None
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    splits = [_split(np.load(folder / f"{name}.npz"), facts[name]) for name in ("train", "held_out")]
+    bins = np.load(folder / "bins.npz")
+    return splits[0], splits[1], _unflat(bins["values"], bins["bounds"]), facts["said"]
+
+
+def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[str]) -> Path:
+    """Keeps them for `load`; returns the folder."""
+    folder = cache_dir("prepared") / key
+    with written_folder(folder) as beside:
+        facts: dict[str, Any] = {"said": said}
+        for name, split in (("train", train), ("held_out", held_out)):
+            documents = split.all_documents
+            ids, bounds = _flat([document.input_ids for document in documents], np.int32)
+            weights, _ = _flat([document.weights for document in documents], np.float64)
+            np.savez(beside / f"{name}.npz", ids=ids, bounds=bounds, weights=weights)
+            facts[name] = {
+                "documents": {source: len(rows) for source, rows in split.documents.items()},
+                "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
+            }
+        values, bounds = _flat(bins, np.int64)
+        np.savez(beside / "bins.npz", values=values, bounds=bounds)
+        (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+def _split(arrays: Any, facts: dict[str, Any]) -> Prepared:
+    ids, weights = (_unflat(arrays[name], arrays["bounds"]) for name in ("ids", "weights"))
+    rows = iter(zip(ids, weights, strict=True))
+    documents = {
+        source: [Rendered(*next(rows), source) for _ in range(count)] for source, count in facts["documents"].items()
+    }
+    ledger = {}
+    for source, row in facts["ledger"].items():
+        dropped = {reason: Drop(**drop) for reason, drop in row["dropped"].items()}
+        ledger[source] = SourceLedger(**{**row, "dropped": dropped})
+    return Prepared(documents, ledger)
+
+
+def _flat(rows: list[list[Any]], dtype: Any) -> tuple[Any, Any]:
+    """(all values behind one another, bounds of the rows)."""
+    bounds = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.array([value for row in rows for value in row], dtype=dtype), bounds
+
+
+def _unflat(values: Any, bounds: Any) -> list[list[Any]]:
+    flat, edges = values.tolist(), bounds.tolist()
+    return [flat[a:b] for a, b in pairwise(edges)]

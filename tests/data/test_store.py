@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config import Config
+from qlora_sft.data import plan, store
+from qlora_sft.data.sources import read_sources
+from qlora_sft.data.template import chat_format
+from qlora_sft.model.load import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path / "cache"))
+
+
+def run(config: Config) -> tuple[Any, list[str]]:
+    tokenizer = load_tokenizer(config.model, config.model.path)
+    said: list[str] = []
+    train = read_sources(config.data.train, config.seed)
+    held_out = read_sources(config.data.held_out, config.seed)
+    return plan.plan_data(config, train, held_out, tokenizer, chat_format(tokenizer), said.append), said
+
+
+def test_the_second_time_is_the_same_as_the_first(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("data.train.0.loss_weight=0.3", "training.epochs=2", "data.max_length=60")
+    first, said = run(config)
+    monkeypatch.setattr(plan, "render_sources", lambda *_: pytest.fail("rendered again"))
+    second, said_again = run(config)
+    assert second == first
+    assert said_again[1:] == said
+    assert "cache" in said_again[0]
+    assert any("dropped" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "data.max_length=300", "data.packing=ffd", "data.train.0.supervise=last", "training.epochs=3"]
+)
+def test_a_change_of_a_setting_is_a_new_preparation(make_config: Any, change: str) -> None:
+    run(make_config())
+    _, said = run(make_config(change))
+    assert "cache" not in said[0]
+
+
+def test_a_change_of_the_file_or_the_template_is_a_new_preparation(make_config: Any) -> None:
+    config = make_config()
+    run(config)
+    file = Path(config.data.train[0].path)
+    rows = file.read_text().splitlines()
+    row = json.loads(rows[0])
+    row["messages"][1]["content"] = row["messages"][1]["content"].replace("Answer", "Reply!")
+    file.write_text("\n".join([json.dumps(row), *rows[1:]]))
+    assert "cache" not in run(config)[1][0]
+    _, said = run(make_config("model.chat_template=chatml-think"))
+    assert "cache" not in said[0]
+
+
+def test_a_preparation_that_was_cut_short_is_not_used(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    monkeypatch.setattr(store.np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.undo()
+    assert "cache" not in run(config)[1][0]
