@@ -87,3 +87,32 @@ def test_the_texts_of_the_tool_sets_arrive_whole() -> None:
         parts = [part for message in json.loads(line)["messages"] for part in message["content"]]
         for kind, key in (("reasoning", "reasoning"), ("text", "content")):
             assert [m[key] for m in row["messages"] if m.get(key)] == [p["value"] for p in parts if p["type"] == kind]
+
+
+@pytest.mark.parametrize(("name", "options"), [file[:2] for file in FILES], ids=[file for file, *_ in FILES])
+def test_real_files_go_through_preview_and_a_training_step(
+    name: str, options: Any, make_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_sft.preview import preview
+    from qlora_sft.train import train
+
+    if not (FOLDER / name).is_file():
+        pytest.skip(f"no {FOLDER / name}; set QLORA_SFT_DATA")
+    columns = "".join(f", columns: {{prompt: {c['prompt']}, completion: {c['completion']}}}" for c in options.values())
+    config = make_config(
+        f"data.train=[{{path: {FOLDER / name}, max_rows: 12{columns}}}]",
+        "data.max_length=2000",
+        "model.chat_template=chatml-think",
+        "training.max_steps=1",
+    )
+    shown = preview(config, count=2, show=False)
+    assert len(shown["rows"]) == 2
+    assert all(sum(row["supervised"]) > 0 for row in shown["rows"])
+    ledger = shown["ledger"][Path(name).stem]
+    assert (
+        ledger["read"]
+        == ledger["not_drawn"] + sum(drop["rows"] for drop in ledger["dropped"].values()) + ledger["kept"]
+    )
+    report = train(config, say=lambda _: None)
+    assert report["steps"] == 1
+    assert report["train_loss"]["first"] > 0
