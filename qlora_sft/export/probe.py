@@ -1,0 +1,79 @@
+"""The text that every form of a model is asked about, to see whether they are one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+TOKENS = 2048
+# Prose, digits, code, accents, other scripts, emoji, white space: what tokenizers disagree about.
+FIXED_TEXT = (
+    "The river had risen two metres in the night, and by seven o'clock the lower road was under water. Nobody in the "
+    "village remembered such a spring. The baker, who had opened at 05:30 as always, sold 214 loaves before noon.",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('empty')\n"
+    "    return sum(values) / len(values)\n\n\nprint(mean([1.5, 2.25, 1e-3, 1000000]))\n",
+    '{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3, "unit": null}}  \t  trailing spaces   \n\n\n',
+    "Le café était fermé; die Straße war naß; el niño comió; 東京は今日も雨です。 Привет, мир! مرحبا 👩‍🚀🎉 naïve façade",
+    "If 3 apples cost 1.20 and 7 pears cost 4.55, then 12 apples and 2 pears cost 4.80 + 1.30 = 6.10. Don't round; it's "
+    "12,345.678 exactly, not 12345.678. We'll see. I'D SAY SO.",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Documents as token ids, and where they come from."""
+
+    documents: list[list[int]]
+    origin: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+
+def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
+    """About ``tokens`` tokens, never fewer if there are as many: held-out rows of the run, its samples, a fixed text."""
+    held_out, why = _held_out(run, tokenizer)
+    if held_out:
+        return Probe(_first(held_out, tokens), "held-out rows of the run")
+    samples = run / "samples.jsonl"
+    lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+    prompts = [json.loads(line)["prompt_ids"] for line in lines]
+    if prompts:
+        return Probe(_first(prompts, tokens), f"the run's held-out prompts ({why})")
+    fixed = [tokenizer.encode(text, add_special_tokens=False) for text in FIXED_TEXT]
+    return Probe(_first(fixed, tokens), f"a fixed text ({why})")
+
+
+def _held_out(run: Path, tokenizer: Any) -> tuple[list[list[int]], str]:
+    """Token ids of the held-out rows, sources in turn; or none and why."""
+    from qlora_sft.config import load_config
+    from qlora_sft.data.prepare import render_sources
+    from qlora_sft.data.read import read_sources
+    from qlora_sft.errors import QloraSftError
+
+    try:
+        config = load_config(run / "config.yaml")
+        if not config.data.held_out:
+            return [], "the run has no held-out data"
+        prepared = render_sources(read_sources(config.data.held_out, config.seed), config.data, tokenizer)
+    except (QloraSftError, OSError) as error:
+        return [], f"the held-out data cannot be read: {str(error).splitlines()[0]}"
+    by_source = [[document.input_ids for document in rows] for rows in prepared.documents.values()]
+    return [ids for group in zip_longest(*by_source) for ids in group if ids], ""
+
+
+def _first(documents: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Whole documents until there are ``tokens``; a single one is cut to that length."""
+    chosen: list[list[int]] = []
+    total = 0
+    for ids in documents:
+        if total >= tokens:
+            break
+        chosen.append(list(ids[:tokens]))
+        total += len(chosen[-1])
+    return [ids for ids in chosen if ids]
