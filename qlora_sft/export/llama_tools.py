@@ -63,7 +63,7 @@ def package_version(name: str) -> str | None:
 
 
 def find_quantizer() -> Tool | None:
-    """``llama-quantize``: in LLAMA_CPP_DIR, on PATH, or built earlier from the pinned sources. None if there is none."""
+    """``llama-quantize``: in LLAMA_CPP_DIR, on PATH, or built earlier from the pinned sources; None if nowhere."""
     if configured() != Path():
         for part in ("build/bin", "bin", "."):
             program = configured() / part / "llama-quantize"

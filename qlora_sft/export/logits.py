@@ -72,7 +72,7 @@ def model_logits(folder: Path, documents: Documents, out: Path) -> np.ndarray:
 def _run_model(model: Any, documents: Documents, out: Path) -> np.ndarray:
     import torch
 
-    rows: np.ndarray | None = None
+    rows: np.memmap | None = None
     start = 0
     for ids in documents:
         with torch.no_grad():

@@ -180,6 +180,23 @@ def _merge(
     return {"merged": str(target), **facts}
 
 
+def write_trained_base(run: Path, target: Path) -> None:
+    """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
+    from qlora_sft.export.merge_plan import plan_merge
+    from qlora_sft.export.tensors import read_model, write_index, write_shard
+
+    manifest = read_manifest(run)
+    base = base_folder(manifest["report"]["base"])
+    config = _read_config(base)
+    plan = plan_merge(read_model(base), config, {}, set(manifest["report"]["quantized_modules"]), None, str(base))
+    _check_disk(target, plan.nbytes)
+    with written_folder(target) as beside:
+        for file, tensors in plan.shards().items():
+            write_shard(beside / file, tensors)
+        write_index(beside, dict(plan.shards()))
+        _write_configs(base, beside, _with_dtype(config, plan.dtype), run / "adapter", lambda _: None)
+
+
 def _does_something(change: Any) -> bool:
     if change.b is not None and change.replaced is None and change.magnitude is None and change.tokens is None:
         return bool(change.b.any()) and bool(change.a.any())

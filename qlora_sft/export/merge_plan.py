@@ -119,21 +119,17 @@ def _untie(
     if ours is None and theirs is None:
         return {}
     resized = ours is not None and ours.replaced is not None and ours.replaced.shape != base[embedding].shape
-    if ours is not None and (theirs is None or _is_base(theirs)) and (ours.tokens is not None or resized):
-        if ours.a is None:
-            changes.pop(HEAD, None)
-            return {}
-    if ours is not None and theirs is not None and ours.only_replaces and theirs.only_replaces:
+    shared = ours is not None and ours.a is None and (ours.tokens is not None or resized)
+    if shared and (theirs is None or theirs.only_replaces):
+        changes.pop(HEAD, None)
+        return {}
+    if ours is not None and theirs is not None and ours.only_replaces and theirs.only_replaces:  # noqa: SIM102
         if _equal(ours.replaced, theirs.replaced):
             del changes[HEAD]
             return {}
     plan.config["tie_word_embeddings"] = False
     plan.notes.append("output head and embedding were one tensor and are two now: the adapter changes them differently")
     return {HEAD: base[embedding]}
-
-
-def _is_base(change: Change) -> bool:
-    return change.only_replaces
 
 
 def _equal(one: Stored | None, other: Stored | None) -> bool:

@@ -19,8 +19,11 @@ NESTED_BLOCK = 256
 class Rows(Protocol):
     """A matrix that gives its rows when they are asked for."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor: ...
 
@@ -116,4 +119,5 @@ def _decoded(
     )
     packed = codes[first * block // 2 : (first * block + values + 1) // 2].reshape(-1, 1)
     flat = dequantize_4bit(packed, state).reshape(-1)
-    return flat[begin - first * block : end - first * block].reshape(rows[1] - rows[0], width)
+    rows_: torch.Tensor = flat[begin - first * block : end - first * block].reshape(rows[1] - rows[0], width)
+    return rows_

@@ -16,9 +16,9 @@ FIXED_TEXT = (
     "village remembered such a spring. The baker, who had opened at 05:30 as always, sold 214 loaves before noon.",
     "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('empty')\n"
     "    return sum(values) / len(values)\n\n\nprint(mean([1.5, 2.25, 1e-3, 1000000]))\n",
-    '{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3, "unit": null}}  \t  trailing spaces   \n\n\n',
-    "Le café était fermé; die Straße war naß; el niño comió; 東京は今日も雨です。 Привет, мир! مرحبا 👩‍🚀🎉 naïve façade",
-    "If 3 apples cost 1.20 and 7 pears cost 4.55, then 12 apples and 2 pears cost 4.80 + 1.30 = 6.10. Don't round; it's "
+    '{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}  \t  trailing spaces   \n\n\n',
+    "Le café était fermé; die Straße war naß; el niño comió; 東京は今日も雨です。 Привет, мир! 👩‍🚀🎉 naïve façade",
+    "If 3 apples cost 1.20 and 7 pears cost 4.55, then 12 apples and 2 pears cost 4.80 + 1.30 = 6.10. Don't round: "
     "12,345.678 exactly, not 12345.678. We'll see. I'D SAY SO.",
 )
 
@@ -36,7 +36,7 @@ class Probe:
 
 
 def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
-    """About ``tokens`` tokens, never fewer if there are as many: held-out rows of the run, its samples, a fixed text."""
+    """At least ``tokens`` tokens if there are as many: held-out rows of the run, its samples, or a fixed text."""
     held_out, why = _held_out(run, tokenizer)
     if held_out:
         return Probe(_first(held_out, tokens), "held-out rows of the run")
