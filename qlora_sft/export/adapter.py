@@ -70,7 +70,10 @@ def read_adapter(folder: Path) -> dict[str, Change]:
     Raises `RunError` for a damaged adapter, one without any weight, and features that cannot be merged.
     """
     config = read_adapter_config(folder)
-    tensors = read_header(folder / "adapter_model.safetensors")
+    try:
+        tensors = read_header(folder / "adapter_model.safetensors")
+    except RunError as error:
+        raise RunError(f"{folder}: not a readable adapter: {error}") from None
     changes: dict[str, Change] = {}
     for key in tensors:
         _read_one(key, tensors, config, changes, folder)

@@ -16,6 +16,7 @@ PINNED = "llama_cpp_python-0.3.36"
 # The commit of llama.cpp that the pinned sdist carries, as its changelog says.
 PINNED_COMMIT = "0c1e57098"
 BUILT = f"{PINNED}-quantize"
+UNKNOWN = "unknown version"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,6 @@ def program_version(program: Path) -> str:
     try:
         result = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown version"
+        return UNKNOWN
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "version" in line]
-    return f"llama.cpp {lines[0].strip()}" if lines else "unknown version"
+    return f"llama.cpp {lines[0].strip()}" if lines else UNKNOWN

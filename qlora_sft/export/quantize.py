@@ -13,7 +13,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.llama_cpp import fetch_sdist
-from qlora_sft.export.llama_tools import BUILT, PINNED, Tool, find_quantizer
+from qlora_sft.export.llama_tools import BUILT, PINNED, UNKNOWN, Tool, find_quantizer
 from qlora_sft.export.say import Say, tell
 
 # What the converter writes by itself.
@@ -74,7 +74,10 @@ def quantize(source: Path, target: Path, quant: str, imatrix: Path | None, say: 
     if result.returncode or not target.is_file():
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
         raise RunError(f"llama.cpp's quantizer failed on {quant}:\n" + "\n".join(lines[-4:]))
-    return tool
+    # It has no --version; it says which build it is when it works.
+    built = [line.strip() for line in (result.stdout + result.stderr).splitlines() if "build = " in line]
+    version = f"llama.cpp, {built[0]}" if built and tool.version == UNKNOWN else tool.version
+    return Tool(tool.path, tool.found, version)
 
 
 def _build(say: Say) -> None:

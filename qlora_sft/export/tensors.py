@@ -34,8 +34,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-# Elements held at a time: 32 MiB in float32.
-SLICE = 2**23
+# Elements held at a time: 8 MiB in float32.
+SLICE = 2**21
 
 
 @dataclass(frozen=True)
