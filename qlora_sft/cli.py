@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import disk_error
@@ -63,20 +64,32 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
-    merge = verb("merge", _merge, "write the adapter of a run into its 16-bit base model")
+    merge = verb("merge", _merge, "write the adapter of a run into its base model, and compare the two")
     merge.add_argument("run", help="run folder")
     merge.add_argument("--out", help="folder to write (default: RUN/merged)")
+    merge.add_argument(
+        "--onto", choices=["nf4-dequantized", "bf16"], help="the weights to add to (default: what is measured closer)"
+    )
+    merge.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f16", "f32"], help="type of the weights")
+    merge.add_argument("--no-parity", action="store_true", help="do not compare its logits with the adapter's")
 
-    export = verb("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama")
+    export = verb("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare")
     export.add_argument("run", help="run folder")
-    export.add_argument("--quant", default="q8_0", choices=["f32", "f16", "bf16", "q8_0"], help="default: q8_0")
+    export.add_argument("--quant", default="q8_0", help="f32, f16, bf16, q8_0 (default), or any type of llama.cpp's")
+    export.add_argument("--adapter", action="store_true", help="the LoRA alone, for llama.cpp's --lora")
+    export.add_argument(
+        "--imatrix", default="auto", help="importance matrix: auto (from the training data), none, FILE"
+    )
     export.add_argument("--out", help="file to write (default: RUN/gguf/NAME-QUANT.gguf)")
+    export.add_argument("--no-parity", action="store_true", help="do not compare its logits with the merged model's")
 
     chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=512)
+
+    verb("doctor", _doctor, "what works here, what does not, and how to get it")
     return parser
 
 
@@ -98,13 +111,30 @@ def _preview(arguments: argparse.Namespace) -> Any:
 def _merge(arguments: argparse.Namespace) -> Any:
     from qlora_sft.export.merge import merge_run
 
-    return merge_run(arguments.run, arguments.out)
+    result = merge_run(arguments.run, arguments.out, arguments.onto, arguments.dtype)
+    if not arguments.no_parity:
+        from qlora_sft.export.parity import check_parity
+
+        result["parity"] = check_parity(Path(arguments.run), Path(result["merged"]))
+    return result
 
 
 def _export(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.export.gguf import export_run
+    from qlora_sft.export.gguf import export_adapter, export_run
 
-    return export_run(arguments.run, arguments.quant, arguments.out)
+    parity = not arguments.no_parity
+    if arguments.adapter:
+        return export_adapter(arguments.run, arguments.out, parity=parity)
+    return export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity)
+
+
+def _doctor(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.doctor import examine, table
+
+    facts = examine()
+    if not arguments.json:
+        print(table(facts))
+    return facts
 
 
 def _chat(arguments: argparse.Namespace) -> Any:

@@ -1,31 +1,118 @@
-"""A run -> merged model -> GGUF file."""
+"""A run -> merged model -> GGUF file, read back and compared before it takes its name."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import written_file
-from qlora_sft.export.llama_cpp import convert
-from qlora_sft.export.merge import merge_run, read_manifest
+from qlora_sft.errors import ConfigError
+from qlora_sft.export.gguf_check import check_gguf
+from qlora_sft.export.imatrix import write_imatrix
+from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
+from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_trained_base
+from qlora_sft.export.parity import check_parity, record
+from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
+from qlora_sft.export.say import Say, tell
 
 
-def export_run(run: str | Path, quant: str = "q8_0", out: str | Path | None = None) -> dict[str, Any]:
+def export_run(
+    run: str | Path,
+    quant: str = "q8_0",
+    out: str | Path | None = None,
+    *,
+    imatrix: str = "auto",
+    parity: bool = False,
+    say: Say = tell,
+) -> dict[str, Any]:
     """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``); merges first if that has not been done.
 
-    Errors as in `merge_run`, and `RunError` if the converter fails; then there is no file under the final name.
+    ``imatrix``: auto, none, or a file. Errors as in `merge_run`, `ConfigError` for an unknown type, and `RunError` if
+    a tool fails or what is read back differs from the merged model; then there is no file under the final name.
+    With ``parity`` the file's logits are compared with the merged model's afterwards, which deletes nothing.
     """
     run = Path(run)
+    quant = quant.lower()
+    check_quant(quant)
     read_manifest(run)
+    if quant not in CONVERTED:
+        # Found or built first: a missing compiler should not come to light after the merge.
+        say(f"quantizer: {require_quantizer(say).found}")
     merged = run / "merged"
     if not merged.is_dir():
-        merge_run(run)
-    target = Path(out) if out else run / "gguf" / f"{_file_name(run)}-{quant}.gguf"
+        merge_run(run, say=say)
+    target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
     with written_file(target) as beside:
-        convert(merged, beside, quant)
-    return {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size}
+        version = _write(run, merged, beside, quant, imatrix, say)
+        checked = check_gguf(beside, merged)
+    say(f"read back: {checked['tensors']} tensors, tokenizer, template, stops and rope are those of {merged}")
+    facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked["tensors"]}
+    record(run, {"gguf": {quant: facts}})
+    result = {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size, "llama_cpp": version}
+    if parity:
+        result["parity"] = check_parity(run, merged, target, quant, say=say)
+    return result
 
 
-def _file_name(run: Path) -> str:
+def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, say: Say) -> str:
+    """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
+    if quant in CONVERTED:
+        convert(merged, target, quant)
+        return llama_cpp_version()
+    full = target.with_name(f"{target.name}.full")
+    matrix = target.with_name(f"{target.name}.imatrix")
+    try:
+        convert(merged, full, "auto")
+        tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
+        return tool.version
+    finally:
+        full.unlink(missing_ok=True)
+        matrix.unlink(missing_ok=True)
+
+
+def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, wanted: str, say: Say) -> Path | None:
+    if wanted not in ("auto", "none"):
+        if not Path(wanted).is_file():
+            raise ConfigError(f"--imatrix {wanted}: no such file (or auto, none)")
+        return Path(wanted)
+    worth, reason = wants_imatrix(quant)
+    if wanted == "none" or not worth:
+        say(f"no importance matrix ({'as asked for' if wanted == 'none' else reason})")
+        return None
+    say(f"importance matrix ({reason})")
+    from gguf import GGUFReader
+
+    architecture: str = GGUFReader(str(full)).fields["general.architecture"].contents()
+    write_imatrix(run, merged, architecture, target, say)
+    return target
+
+
+def export_adapter(
+    run: str | Path, out: str | Path | None = None, *, parity: bool = False, say: Say = tell
+) -> dict[str, Any]:
+    """Writes the LoRA alone as RUN/gguf/NAME-adapter.gguf (or ``out``), for ``--lora`` in llama.cpp.
+
+    With ``parity``, a GGUF of the weights it was trained on is made for the comparison and removed again.
+    """
+    run = Path(run)
+    base = base_folder(read_manifest(run)["report"]["base"])
+    target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
+    with written_file(target) as beside:
+        convert_lora(run / "adapter", base, beside)
+    version = llama_cpp_version()
+    facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
+    record(run, {"gguf": {"lora": facts}})
+    result: dict[str, Any] = {"gguf": str(target), "quant": "lora", "bytes": facts["bytes"], "llama_cpp": version}
+    if parity:
+        with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
+            trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
+            write_trained_base(run, trained_on)
+            convert(trained_on, base_gguf, "f16")
+            result["parity"] = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
+    return result
+
+
+def file_name(run: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name) or "model"

@@ -12,6 +12,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.demo.base_model import download
 from qlora_sft.errors import RunError
+from qlora_sft.export.llama_tools import PINNED, PINNED_COMMIT
 
 PACKAGE = "llama-cpp-python==0.3.36"
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
@@ -19,6 +20,7 @@ SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 # The converter and what it imports; the other 300 MB of the archive are not unpacked.
 NEEDED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 CONVERTER = "convert_hf_to_gguf.py"
+LORA_CONVERTER = "convert_lora_to_gguf.py"
 
 
 def llama_cpp_path() -> Path:
@@ -36,10 +38,21 @@ def llama_cpp_path() -> Path:
         return folder
     folder = cache_dir("tools") / SDIST.removesuffix(".tar.gz")
     if not folder.exists():
-        archive = download(PACKAGE, SDIST, SDIST_SHA256, "--no-binary", "llama-cpp-python")
+        archive = fetch_sdist()
         with written_folder(folder) as beside:
             _unpack(archive, beside)
     return folder
+
+
+def fetch_sdist() -> Path:
+    """The pinned sources as an archive, in the user's cache."""
+    return download(PACKAGE, SDIST, SDIST_SHA256, "--no-binary", "llama-cpp-python")
+
+
+def llama_cpp_version() -> str:
+    """Which llama.cpp the converter comes from."""
+    configured = os.environ.get("LLAMA_CPP_DIR")
+    return f"LLAMA_CPP_DIR={configured}" if configured else f"llama.cpp {PINNED_COMMIT} ({PINNED})"
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -54,16 +67,18 @@ def _unpack(archive: Path, target: Path) -> None:
 
 def convert(model: Path, target: Path, quant: str) -> None:
     """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0. Raises `RunError` with the converter's last words."""
-    command = [
-        sys.executable,
-        str(llama_cpp_path() / CONVERTER),
-        str(model),
-        "--outfile",
-        str(target),
-        "--outtype",
-        quant,
-    ]
+    _call(CONVERTER, [str(model), "--outfile", str(target), "--outtype", quant], target, model)
+
+
+def convert_lora(adapter: Path, base: Path, target: Path, outtype: str = "f32") -> None:
+    """A PEFT adapter -> a GGUF that llama.cpp applies to the GGUF of ``base``. Raises `RunError` as `convert`."""
+    arguments = [str(adapter), "--base", str(base), "--outfile", str(target), "--outtype", outtype]
+    _call(LORA_CONVERTER, arguments, target, adapter)
+
+
+def _call(script: str, arguments: list[str], target: Path, source: Path) -> None:
+    command = [sys.executable, str(llama_cpp_path() / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if result.returncode or not target.is_file():
         last = "\n".join(result.stderr.strip().splitlines()[-3:])
-        raise RunError(f"llama.cpp's converter failed on {model}:\n{last}")
+        raise RunError(f"llama.cpp's converter failed on {source}:\n{last}")

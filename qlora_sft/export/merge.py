@@ -1,59 +1,59 @@
 """The adapter of a run, added into its base model: a folder that plain transformers loads.
 
-Shard by shard from safetensors: no model is built, and memory holds one shard. By default the adapter is added to
-the weights it was trained on, which for a 4-bit run are the dequantised NF4 weights, not the 16-bit originals.
+Tensor by tensor from safetensors to safetensors: no model is built, and memory holds slices. By default the adapter
+goes onto the weights that give the smaller measured difference from the adapter itself, which for a 4-bit run are
+the dequantised NF4 weights it was trained on, not the 16-bit originals.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.export.say import Say, tell
 
-Onto = Literal["nf4-dequantized", "16bit"]
-INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class LoraUpdate:
-    """One layer's update: ``W + scale * B @ A`` with A [r, in], B [out, r]."""
-
-    a: Any
-    b: Any
-    scale: float
+Onto = Literal["nf4-dequantized", "bf16"]
+# Up to here both ways are tried and measured; beyond, the minutes and gigabytes are not worth it.
+MEASURED_BELOW = 2**30
+Dtype = Literal["auto", "bf16", "f16", "f32"]
+TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
-def merge_run(run: str | Path, out: str | Path | None = None, onto: Onto | None = None) -> dict[str, Any]:
+def merge_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    onto: Onto | None = None,
+    dtype: Dtype = "auto",
+    say: Say = tell,
+) -> dict[str, Any]:
     """Writes the merged model of a run folder (default: RUN/merged) and says what was done.
 
-    Raises `ConfigError` if ``run`` is no finished run, `RunError` if adapter and base do not fit together; then
-    nothing is written.
+    ``dtype`` auto: the base's, or float16 where that is measured to keep more of the adapter than bfloat16.
+    Peak memory: a quarter of the largest tensor and a few slices. Raises `ConfigError` if ``run`` is no finished
+    run or ``onto`` is impossible for it, `RunError` if adapter and base do not fit together or the disk is too
+    small; then nothing is written under the final name.
     """
     run = Path(run)
     manifest = read_manifest(run)
     target = Path(out) if out else run / "merged"
     base = base_folder(manifest["report"]["base"])
-    quantized = set(manifest["report"]["quantized_modules"])
-    onto = onto or ("nf4-dequantized" if quantized else "16bit")
-    updates = read_adapter(run / "adapter")
-    with written_folder(target) as beside:
-        merged = _merge_shards(base, beside, updates, quantized if onto == "nf4-dequantized" else set())
-        missing = sorted(set(updates) - merged)
-        if missing:
-            raise RunError(
-                f"{run / 'adapter'}: {len(missing)} of {len(updates)} adapter modules have no weight in {base} "
-                f"(first: {missing[0]}); is it the adapter of another base model?"
-            )
-        _write_config(base, beside)
-        _write_tokenizer(run / "adapter", beside)
-    return {"merged": str(target), "onto": onto, "modules": len(merged)}
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype {dtype}: one of {', '.join(get_args(Dtype))}")
+    if onto is not None:
+        _check_onto(onto, manifest, base)
+        reason = "as asked for"
+    else:
+        onto, reason = _only_onto(manifest, base)
+    if onto is None:
+        return _merge_better(run, target, manifest, base, dtype, say)
+    say(f"merge onto {onto} ({reason})")
+    return {**_merge(run, target, base, onto, dtype, manifest, say), "reason": reason}
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -78,96 +78,195 @@ def base_folder(base: str) -> Path:
         raise RunError(f"the base model {base} is neither a folder here nor to be had from the Hub: {reason}") from None
 
 
-def read_adapter(folder: Path) -> dict[str, LoraUpdate]:
-    """Module path -> update. Raises `RunError` for an adapter that plain addition cannot merge."""
-    from safetensors.torch import load_file
+# ------------------------------------------------------------------ onto what
 
+
+def _only_onto(manifest: dict[str, Any], base: Path) -> tuple[Onto | None, str]:
+    """(onto, reason), or (None, "") when there is a choice and measuring it is cheap."""
+    if _is_4bit_checkpoint(base):
+        return "nf4-dequantized", "the base exists in 4 bits only"
+    if not manifest["report"]["quantized_modules"]:
+        return "bf16", "the adapter was trained on 16-bit weights"
+    if sum(file.stat().st_size for file in base.glob("*.safetensors")) > MEASURED_BELOW:
+        return "nf4-dequantized", "the adapter was trained on it; measuring both would need two copies of a large model"
+    return None, ""
+
+
+def _merge_better(
+    run: Path, target: Path, manifest: dict[str, Any], base: Path, dtype: Dtype, say: Say
+) -> dict[str, Any]:
+    """Merges onto both, measures both against the adapter, keeps the closer one; in f16 if bf16 is too coarse."""
+    from qlora_sft.export.parity import BOUNDS, quick_difference
+
+    scratch = target.with_name(f".{target.name}.measured-{os.getpid()}")
+    results: dict[str, dict[str, Any]] = {}
+    measured: dict[str, float] = {}
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except Exception as error:
-        raise RunError(f"{folder}: not a readable adapter ({str(error).splitlines()[0]})") from None
-    for feature in (
-        "use_dora",
-        "modules_to_save",
-        "fan_in_fan_out",
-        "rank_pattern",
-        "alpha_pattern",
-        "trainable_token_indices",
-    ):
-        if config.get(feature):
-            raise RunError(f"{folder}: an adapter with {feature} cannot be merged yet")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    updates = {}
-    for key, a in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-        if match:
-            updates[match[1]] = LoraUpdate(a.float(), tensors[key.replace("lora_A", "lora_B")].float(), scale)
-    if not updates or 2 * len(updates) != len(tensors):
-        raise RunError(f"{folder}: expected LoRA pairs only, found {len(updates)} pairs in {len(tensors)} tensors")
-    return updates
+        with quick_difference(run) as difference:
+
+            def attempt(name: str, onto: Onto, dtype: Dtype) -> None:
+                results[name] = _merge(run, scratch / name, base, onto, dtype, manifest, say)
+                measured[name] = difference(scratch / name)
+
+            for onto in get_args(Onto):
+                attempt(onto, onto, dtype)
+            best = min(measured, key=lambda name: measured[name])
+            if dtype == "auto" and measured[best] > BOUNDS["merged"][1] and results[best]["dtype"] == "bfloat16":
+                attempt(f"{best} in float16", results[best]["onto"], "f16")
+                best = min(measured, key=lambda name: measured[name])
+        reason = "mean KL from the adapter, measured: " + ", ".join(f"{o} {kl:.1e}" for o, kl in measured.items())
+        say(f"merge onto {best} ({reason})")
+        with written_folder(target) as beside:
+            beside.rmdir()
+            os.replace(scratch / best, beside)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {**results[best], "merged": str(target), "reason": reason}
 
 
-def _merge_shards(base: Path, target: Path, updates: dict[str, LoraUpdate], quantized: set[str]) -> set[str]:
-    """Writes every shard of ``base`` with its updates; returns the merged modules."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    merged = set()
-    for shard in _shards(base):
-        tensors = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                weight = file.get_tensor(name)
-                module = name.removesuffix(".weight")
-                if module in quantized:
-                    weight = _through_nf4(weight)
-                if module in updates:
-                    update = updates[module]
-                    if (update.b.shape[0], update.a.shape[1]) != tuple(weight.shape):
-                        shape = (update.b.shape[0], update.a.shape[1])
-                        raise RunError(
-                            f"{module}: the adapter is for a weight {shape}, the base has {tuple(weight.shape)}"
-                        )
-                    # One rounding, at the very end.
-                    total = weight.float().addmm_(update.b, update.a, alpha=update.scale)
-                    if not total.isfinite().all():
-                        raise RunError(f"{module}: the merged weight is not finite; the adapter is damaged")
-                    weight = total.to(weight.dtype)
-                    merged.add(module)
-                tensors[name] = weight
-        save_file(tensors, target / shard.name, metadata={"format": "pt"})
-    if (base / INDEX).is_file():
-        shutil.copyfile(base / INDEX, target / INDEX)
-    return merged
+def _check_onto(onto: str, manifest: dict[str, Any], base: Path) -> None:
+    if onto not in get_args(Onto):
+        raise ConfigError(f"--onto {onto}: one of {', '.join(get_args(Onto))}")
+    packed = _is_4bit_checkpoint(base)
+    if onto == "bf16" and packed:
+        raise ConfigError(f"--onto bf16: {base} has its weights in 4 bits only; use --onto nf4-dequantized")
+    if onto == "nf4-dequantized" and not packed and not manifest["report"]["quantized_modules"]:
+        raise ConfigError("--onto nf4-dequantized: this adapter was trained on 16-bit weights; use --onto bf16")
 
 
-def _shards(base: Path) -> Iterator[Path]:
-    if (base / INDEX).is_file():
-        names = sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (base / name).is_file():
-            raise RunError(f"{base}: {name} is missing; the base model is incomplete")
-        yield base / name
+def _is_4bit_checkpoint(base: Path) -> bool:
+    return bool(_read_config(base).get("quantization_config", {}).get("load_in_4bit"))
 
 
-def _through_nf4(weight: Any) -> Any:
-    """What the model computed with while it trained: quantised to NF4 (blocks of 64, double quantisation) and back."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(packed, state).to(weight.dtype)
-
-
-def _write_config(base: Path, target: Path) -> None:
-    for name in ("config.json", "generation_config.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, target / name)
+def _read_config(base: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{base}: no readable config.json ({error}); the base model is incomplete") from None
+    return config
 
 
-def _write_tokenizer(adapter: Path, target: Path) -> None:
+# ------------------------------------------------------------------ the merge itself
+
+
+def _merge(
+    run: Path, target: Path, base: Path, onto: Onto, dtype: Dtype, manifest: dict[str, Any], say: Say
+) -> dict[str, Any]:
+    import torch
+
+    from qlora_sft.export.adapter import read_adapter
+    from qlora_sft.export.merge_plan import plan_merge
+    from qlora_sft.export.tensors import read_model, write_index, write_shard
+
+    config = _read_config(base)
+    through_nf4 = set(manifest["report"]["quantized_modules"]) if onto == "nf4-dequantized" else set()
+    changes = read_adapter(run / "adapter")
+    if not any(_does_something(change) for change in changes.values()):
+        raise RunError(f"{run / 'adapter'}: every update is zero, the merged model would be the base; was it trained?")
+    wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
+    plan = plan_merge(read_model(base), config, changes, through_nf4, wanted, str(run / "adapter"))
+    for note in plan.notes:
+        say(note)
+    _check_disk(target, plan.nbytes)
+    _remove_leftovers(target)
+    with written_folder(target) as beside:
+        shards = plan.shards()
+        for file, tensors in shards.items():
+            write_shard(beside / file, tensors)
+        write_index(beside, dict(shards))
+        _write_configs(base, beside, _with_dtype({**config, **plan.config}, plan.dtype), run / "adapter", say)
+        _verify(beside, plan.tensors)
+    facts = {"onto": onto, "dtype": plan.dtype, "modules": len(plan.modules), "bytes": plan.nbytes}
+    return {"merged": str(target), **facts}
+
+
+def write_trained_base(run: Path, target: Path) -> None:
+    """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
+    from qlora_sft.export.merge_plan import plan_merge
+    from qlora_sft.export.tensors import read_model, write_index, write_shard
+
+    manifest = read_manifest(run)
+    base = base_folder(manifest["report"]["base"])
+    config = _read_config(base)
+    plan = plan_merge(read_model(base), config, {}, set(manifest["report"]["quantized_modules"]), None, str(base))
+    _check_disk(target, plan.nbytes)
+    with written_folder(target) as beside:
+        for file, tensors in plan.shards().items():
+            write_shard(beside / file, tensors)
+        write_index(beside, dict(plan.shards()))
+        _write_configs(base, beside, _with_dtype(config, plan.dtype), run / "adapter", lambda _: None)
+
+
+def _does_something(change: Any) -> bool:
+    if change.b is not None and change.replaced is None and change.magnitude is None and change.tokens is None:
+        return bool(change.b.any()) and bool(change.a.any())
+    return True
+
+
+def _check_disk(target: Path, needed: int) -> None:
+    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    needed += 2**26  # tokenizer and configuration
+    if free < needed:
+        raise RunError(
+            f"{target}: the merged model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {parent}. "
+            "Nothing was written. Free some room or name another folder with --out."
+        )
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What merges that were killed left beside ``target``; those that still run are left alone."""
+    for folder in target.parent.glob(f".{target.name}.*-*"):
+        pid = folder.name.rsplit("-", 1)[-1]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _verify(folder: Path, tensors: list[Any]) -> None:
+    """Reads back what was written: every tensor is there with its type, shape and bytes."""
+    from qlora_sft.export.tensors import read_model
+
+    written = read_model(folder)
+    wrong = [t.name for t in tensors if t.name not in written or written[t.name].shape != t.shape]
+    if wrong or len(written) != len(tensors):
+        raise RunError(f"{folder}: what was read back is not what was written (first: {(wrong or ['?'])[0]})")
+
+
+# ------------------------------------------------------------------ configuration and tokenizer
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """transformers 5 writes ``dtype``, earlier versions ``torch_dtype``; whichever there is has to be true."""
+    known = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(known, dtype)}
+
+
+def _write_configs(base: Path, target: Path, config: dict[str, Any], adapter: Path, say: Say) -> None:
+    config.pop("quantization_config", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer = _write_tokenizer(adapter, target)
+    generation = base / "generation_config.json"
+    if generation.is_file():
+        content = json.loads(generation.read_text(encoding="utf-8"))
+        stops = content.get("eos_token_id")
+        listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
+            content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
+            say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
+        (target / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(adapter: Path, target: Path) -> Any:
     """The tokenizer as trained. Its template loses the ``{% generation %}`` marks, which only training needs and
     not every runtime knows; ``{% if true %}`` in their place keeps the blocks and so the white space."""
     from transformers import AutoTokenizer
@@ -176,6 +275,7 @@ def _write_tokenizer(adapter: Path, target: Path) -> None:
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     tokenizer.save_pretrained(target)
+    return tokenizer
 
 
 def without_generation_marks(template: str) -> str:

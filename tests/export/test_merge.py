@@ -41,7 +41,7 @@ def logits(path: Path) -> torch.Tensor:
 def test_the_merged_model_computes_what_the_adapter_computes(run: Path) -> None:
     result = merge_run(run)
     assert result["modules"] == 2 * 7
-    assert result["onto"] == "16bit"
+    assert result["onto"] == "bf16"
     adapter, merged = logits(run), logits(run / "merged")
     base = logits(Path(json.loads((run / "manifest.json").read_text())["report"]["base"]))
     torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-4)
@@ -66,10 +66,10 @@ def test_a_merge_onto_nf4_is_what_the_4bit_model_computed_with(make_config: Any)
     assert merge_run(run)["onto"] == "nf4-dequantized"
     adapter = logits(run)
     exact = (logits(run / "merged") - adapter).norm()
-    merge_run(run, run / "merged16", onto="16bit")
-    onto_16bit = (logits(run / "merged16") - adapter).norm()
+    merge_run(run, run / "merged16", onto="bf16")
+    onto_bf16 = (logits(run / "merged16") - adapter).norm()
     assert exact < 1e-3 * adapter.norm()
-    assert exact < onto_16bit / 10
+    assert exact < onto_bf16 / 10
 
 
 def shard(folder: Path) -> None:

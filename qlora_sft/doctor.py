@@ -1,0 +1,88 @@
+"""``qlora-sft doctor``: what works here, what does not, and how to get it. Looks only; changes and fetches nothing."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from qlora_sft.cache import cache_dir
+from qlora_sft.export.llama_tools import (
+    PINNED,
+    PINNED_COMMIT,
+    configured,
+    find_quantizer,
+    llama_libraries,
+    package_version,
+)
+from qlora_sft.training.manifest import versions
+
+EXPORT_PACKAGES = ("gguf", "safetensors", "xllamacpp", "llama-cpp-python", "sentencepiece", "huggingface_hub")
+
+
+def examine() -> dict[str, Any]:
+    """{"packages": {name: version}, "checks": [{"name", "ok", "found", "cure"}]}."""
+    packages = {**versions(), **{name: package_version(name) for name in EXPORT_PACKAGES}}
+    checks = [_device(), _unsloth(packages), _converter(), _quantizer(), _logits(packages), _ollama()]
+    return {"packages": {name: found for name, found in packages.items() if found}, "checks": checks}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"{'ok' if check['ok'] else '--':<4}{check['name']:<26}{check['found']}" for check in facts["checks"]]
+    for check in facts["checks"]:
+        if not check["ok"]:
+            lines.append(f"{check['name']}: {check['cure']}")
+    lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()))
+    return "\n".join(lines)
+
+
+def _check(name: str, found: str | None, cure: str) -> dict[str, Any]:
+    return {"name": name, "ok": found is not None, "found": found or "not found", "cure": "" if found else cure}
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        return _check("device", torch.cuda.get_device_name(), "")
+    return _check("device", "CPU (training works, slowly)", "")
+
+
+def _unsloth(packages: dict[str, str | None]) -> dict[str, Any]:
+    """By version only: importing it patches other libraries, and that belongs to training."""
+    cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
+    return _check("backend unsloth", packages.get("unsloth"), cure)
+
+
+def _converter() -> dict[str, Any]:
+    """f32, f16, bf16, q8_0 and LoRA."""
+    if configured().parts:
+        there = (configured() / "convert_hf_to_gguf.py").is_file()
+        cure = f"LLAMA_CPP_DIR={configured()} has no convert_hf_to_gguf.py; point it at a checkout or unset it"
+        return _check("GGUF converter", f"LLAMA_CPP_DIR={configured()}" if there else None, cure)
+    unpacked = (cache_dir("tools") / PINNED).is_dir() or (cache_dir("downloads") / f"{PINNED}.tar.gz").is_file()
+    cure = f"the first export downloads it with pip ({PINNED}, 77 MB); without a network, set LLAMA_CPP_DIR"
+    return _check("GGUF converter", f"llama.cpp {PINNED_COMMIT} ({PINNED})" if unpacked else None, cure)
+
+
+def _quantizer() -> dict[str, Any]:
+    """K-quants and IQ types."""
+    tool = find_quantizer()
+    if tool:
+        return _check("quantizer (K, IQ types)", f"{tool.path} ({tool.found}, {tool.version})", "")
+    missing = [name for name in ("cmake", "c++") if shutil.which(name) is None]
+    if missing:
+        cure = f"to build it {' and '.join(missing)} is missing; or put llama-quantize on PATH or in LLAMA_CPP_DIR"
+    else:
+        cure = "the first export that needs it builds it from the pinned sources (5 to 10 minutes on two cores)"
+    return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do without")
+
+
+def _logits(packages: dict[str, str | None]) -> dict[str, Any]:
+    libraries = llama_libraries()
+    found = f"{libraries[0].name} (xllamacpp {packages.get('xllamacpp')})" if libraries else None
+    return _check("run and compare a GGUF", found, "pip install 'qlora-sft[gguf]'")
+
+
+def _ollama() -> dict[str, Any]:
+    return _check("ollama", shutil.which("ollama"), "optional; a GGUF runs in llama.cpp without it")

@@ -1,0 +1,130 @@
+"""A GGUF file read back and compared with the folder it was made from: weights, tokens, template, stops, rope."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_sft.errors import RunError
+from qlora_sft.export.imatrix import gguf_names
+from qlora_sft.export.tensors import Stored, read_model
+
+# Type of one tensor -> largest relative error (root mean square over the tensor). Measured on trained weights, with a
+# margin of about two; a permuted or misplaced tensor has an error of 1.4.
+LIMITS = {
+    "F64": 0.0, "F32": 1e-7, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5": 0.1, "IQ4": 0.2, "Q4": 0.2,
+    "Q3": 0.35, "IQ3": 0.4, "Q2": 0.6, "IQ2": 0.6, "IQ1": 0.9, "TQ": 1.0, "MXFP4": 0.25,
+}  # fmt: skip
+
+
+def check_gguf(gguf: Path, model: Path) -> dict[str, Any]:
+    """Raises `RunError` listing every difference; returns {"tensors": compared, "unmatched": [names]}."""
+    from gguf import GGUFReader
+
+    try:
+        reader: Any = GGUFReader(str(gguf))
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise RunError(f"{gguf}: cannot be read back ({error})") from None
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    compared, unmatched, faults = _compare_tensors(reader, fields["general.architecture"], config, model)
+    faults += list(_compare_tokenizer(fields, model)) + list(_compare_rope(fields, config))
+    if faults:
+        raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
+    return {"tensors": compared, "unmatched": unmatched}
+
+
+def _compare_tensors(
+    reader: Any, architecture: str, config: dict[str, Any], model: Path
+) -> tuple[int, list[str], list[str]]:
+    """(how many are equal within the limit of their type, names without a counterpart, faults)."""
+    names = gguf_names(architecture, model)
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    compared, unmatched, faults = 0, [], []
+    for name, stored in read_model(model).items():
+        tensor = there.get(names(name) or "")
+        if tensor is None or int(np.prod(tensor.shape)) != int(np.prod(stored.shape)):
+            unmatched.append(name)
+            continue
+        error, limit = _error(tensor, stored, config), _limit(tensor.tensor_type.name)
+        compared += 1
+        if not error <= limit:
+            faults.append(
+                f"{tensor.name}: differs from {name} by {error:.2g} (at most {limit:.2g} as {tensor.tensor_type.name})"
+            )
+    if not compared:
+        faults.append(f"no tensor of architecture {architecture!r} could be matched with the model's")
+    return compared, unmatched, faults
+
+
+def _limit(kind: str) -> float:
+    known = [name for name in LIMITS if kind.startswith(name)]
+    return LIMITS[max(known, key=len)] if known else 1.0
+
+
+def _error(tensor: Any, stored: Stored, config: dict[str, Any]) -> float:
+    """Relative error under the best of the rearrangements that llama.cpp's converter makes."""
+    from gguf.quants import dequantize
+
+    written = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(-1)
+    original = stored.whole().float().numpy()
+    norm = float(np.linalg.norm(original)) or 1.0
+    errors = []
+    for candidate in _arrangements(original, config):
+        errors.append(float(np.linalg.norm(written - candidate.reshape(-1))) / norm)
+        if errors[-1] <= _limit(tensor.tensor_type.name):
+            break
+    return min(errors)
+
+
+def _arrangements(weight: np.ndarray, config: dict[str, Any]) -> Iterator[np.ndarray]:
+    """As it is; rows of each head in llama.cpp's rope order (query and key of Llama); 1 + norm (Gemma)."""
+    yield weight
+    if weight.ndim == 1:
+        yield weight + 1
+    heads = config.get("num_attention_heads")
+    for count in {int(heads or 0), int(config.get("num_key_value_heads") or 0)} - {0}:
+        if len(weight) % (2 * count) == 0:
+            pairs = weight.reshape(count, 2, len(weight) // count // 2, *weight.shape[1:])
+            yield pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _compare_tokenizer(fields: dict[str, Any], model: Path) -> Iterator[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokens = fields.get("tokenizer.ggml.tokens") or []
+    ours = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    wrong = [i for i, token in enumerate(ours) if i >= len(tokens) or tokens[i] != token]
+    # SentencePiece byte tokens and unused slots are spelt differently by some converters; control tokens never may be.
+    special = set(tokenizer.all_special_ids)
+    if len(wrong) > len(ours) // 100 or special & set(wrong):
+        yield f"tokens: {len(wrong)} of {len(ours)} differ (first: id {wrong[0]}, {ours[wrong[0]]!r})"
+    if fields.get("tokenizer.ggml.eos_token_id") != tokenizer.eos_token_id:
+        yield f"stop token: {fields.get('tokenizer.ggml.eos_token_id')} instead of {tokenizer.eos_token_id}"
+    if tokenizer.chat_template and fields.get("tokenizer.chat_template") != tokenizer.chat_template:
+        yield "chat template: not the one that was trained"
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") if tokenizer.is_fast else None
+    written = fields.get("tokenizer.ggml.merges")
+    if merges and written and [" ".join(m) if isinstance(m, list) else m for m in merges] != written:
+        yield f"merges: {len(written):,} in the file, {len(merges):,} in the tokenizer, or in another order"
+
+
+def _compare_rope(fields: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    architecture = fields["general.architecture"]
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    written = fields.get(f"{architecture}.rope.freq_base")
+    if theta is not None and written is not None and abs(written - theta) > 1e-3 * theta:
+        yield f"rope: base {written} in the file, {theta} in the model"
+    kind = rope.get("rope_type", "default")
+    scaled = fields.get(f"{architecture}.rope.scaling.type")
+    if kind in ("linear", "yarn") and scaled != kind:
+        yield f"rope: scaling {scaled} in the file, {kind} in the model"
+    length = config.get("max_position_embeddings")
+    if length and fields.get(f"{architecture}.context_length") not in (None, length):
+        yield f"context: {fields[f'{architecture}.context_length']} in the file, {length} in the model"

@@ -1,0 +1,117 @@
+"""llama.cpp's importance matrix, computed from the training data with the merged model itself.
+
+For every weight, the sum over tokens of the square of each input: what an error in that column costs. llama.cpp has a
+program for it; this writes the same file from hooks in PyTorch, so that none has to be built, and runs on a GPU too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_sft.errors import RunError
+from qlora_sft.export.say import Say, tell
+
+TOKENS = 16384
+
+
+def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say: Say = tell) -> int:
+    """Writes ``target`` and returns how many tokens it is made of. Raises `RunError` without training data."""
+    documents = _training_documents(run, merged)
+    say(f"importance matrix from {sum(map(len, documents)):,} tokens of the training data")
+    sums, tokens = _collect(merged, documents)
+    names = gguf_names(architecture, merged)
+    entries = {names(f"{module}.weight"): values for module, values in sums.items()}
+    _write(target, {name: values for name, values in entries.items() if name}, tokens)
+    return tokens
+
+
+def _training_documents(run: Path, merged: Path) -> list[list[int]]:
+    from itertools import zip_longest
+
+    from transformers import AutoTokenizer
+
+    from qlora_sft.config import load_config
+    from qlora_sft.data.prepare import render_sources
+    from qlora_sft.data.sources import read_sources
+    from qlora_sft.errors import QloraSftError
+
+    try:
+        config = load_config(run / "config.yaml")
+        tokenizer: Any = AutoTokenizer.from_pretrained(run / "adapter")
+        prepared = render_sources(read_sources(config.data.train, config.seed), config.data, tokenizer)
+    except (QloraSftError, OSError) as error:
+        cure = "name a file made by llama-imatrix with --imatrix FILE, or choose q8_0, q6_k or q5_k_m"
+        raise RunError(f"no importance matrix: the run's training data cannot be read ({error}); {cure}") from None
+    groups = zip_longest(*([row.input_ids for row in rows] for rows in prepared.documents.values()))
+    chosen: list[list[int]] = []
+    for ids in (ids for group in groups for ids in group if ids):
+        if sum(map(len, chosen)) >= TOKENS:
+            break
+        chosen.append(ids)
+    return chosen
+
+
+def _collect(merged: Path, documents: list[list[int]]) -> tuple[dict[str, np.ndarray], int]:
+    """Module -> sum over tokens of the squares of its inputs [in], and the number of tokens."""
+    import torch
+
+    from qlora_sft.model.load import compute_dtype, load_base
+
+    model = load_base(str(merged), compute_dtype("auto")[0], load_in_4bit=False).eval()
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares = inputs[0].float().flatten(0, -2).square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for ids in documents:
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return {name: values.cpu().numpy() for name, values in sums.items()}, sum(map(len, documents))
+
+
+def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
+    """Tensor name in transformers -> name in the GGUF, or None for those that have no counterpart."""
+    import json
+
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers")
+    known = [arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    if not known or not layers:
+        return lambda _: None
+    names = get_tensor_name_map(known[0], int(layers))
+
+    def translate(name: str) -> str | None:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        return found
+
+    return translate
+
+
+def _write(target: Path, entries: dict[str, np.ndarray], tokens: int) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(target, arch="")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["the run's training data"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", tokens)
+    for name, values in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", values.astype(np.float32).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,89 @@
+"""Which llama.cpp is here: its shared library, its quantizer, its version. Looks only; fetches and builds nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qlora_sft.cache import cache_dir
+
+PINNED = "llama_cpp_python-0.3.36"
+# The commit of llama.cpp that the pinned sdist carries, as its changelog says.
+PINNED_COMMIT = "0c1e57098"
+BUILT = f"{PINNED}-quantize"
+UNKNOWN = "unknown version"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program or library of llama.cpp, where it was found, and which version it is."""
+
+    path: Path
+    found: str
+    version: str
+
+
+def llama_libraries() -> list[Path]:
+    """Libraries with llama.cpp's C interface, the preferred one first."""
+    folders = (
+        [configured() / part for part in ("build/bin", "build/src", "lib", "bin", ".")]
+        if configured() != Path()
+        else []
+    )
+    package = package_folder("llama_cpp")
+    if package:
+        folders.append(package / "lib")
+    names = ("libllama.so", "libllama.dylib", "llama.dll")
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    ours = package_folder("xllamacpp")
+    return found + (sorted(ours.glob("xllamacpp*.so")) + sorted(ours.glob("xllamacpp*.pyd")) if ours else [])
+
+
+def configured() -> Path:
+    """``LLAMA_CPP_DIR``; an empty path, which is false, if it is not set."""
+    value = os.environ.get("LLAMA_CPP_DIR")
+    return Path(value).expanduser() if value else Path()
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def find_quantizer() -> Tool | None:
+    """``llama-quantize``: in LLAMA_CPP_DIR, on PATH, or built earlier from the pinned sources; None if nowhere."""
+    if configured() != Path():
+        for part in ("build/bin", "bin", "."):
+            program = configured() / part / "llama-quantize"
+            if os.access(program, os.X_OK):
+                return Tool(program, f"LLAMA_CPP_DIR={configured()}", program_version(program))
+    on_path = shutil.which("llama-quantize")
+    if on_path:
+        return Tool(Path(on_path), "PATH", program_version(Path(on_path)))
+    built = cache_dir("tools") / BUILT / "llama-quantize"
+    if os.access(built, os.X_OK):
+        return Tool(built, "built earlier from the pinned sources", f"llama.cpp {PINNED_COMMIT} ({PINNED})")
+    return None
+
+
+def program_version(program: Path) -> str:
+    """What ``program`` --version says, in one line."""
+    try:
+        result = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return UNKNOWN
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "version" in line]
+    return f"llama.cpp {lines[0].strip()}" if lines else UNKNOWN

@@ -1,0 +1,129 @@
+"""Logits of a run's adapter, of a merged model and of a GGUF on the same documents, kept on disk, not in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_sft.errors import RunError
+from qlora_sft.export.llama_tools import llama_libraries
+from qlora_sft.export.probe import Probe
+
+
+def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
+    """The adapter on the base it was trained on, NF4 and all, computed in float32. Shape [probe.tokens, vocabulary]."""
+    import torch
+    from peft import PeftModel
+
+    from qlora_sft.model.load import compute_dtype, load_base
+
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    settings = manifest["config"]["model"]
+    # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
+    # compared are the weights and not the rounding of the arithmetic.
+    base = load_base(manifest["report"]["base"], compute_dtype(settings["dtype"])[0], settings["load_in_4bit"])
+    expand_4bit(base)
+    # Not base.float(): transformers refuses that for a model that was quantised.
+    torch.nn.Module.float(base)
+    model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    return _run_model(model, probe, out)
+
+
+def expand_4bit(model: Any) -> None:
+    """Replaces every 4-bit layer by a plain one with the weight that training computed with.
+
+    In the type that was quantised: given float32 inputs, bitsandbytes would dequantise to float32, which training
+    never saw; and it would do so again at every call.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear4bit):
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).detach()
+                plain = torch.nn.Linear(1, 1, bias=layer.bias is not None, device=weight.device)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                plain.bias = layer.bias
+                plain.in_features, plain.out_features = layer.in_features, layer.out_features
+                setattr(parent, name, plain)
+    model.is_loaded_in_4bit = model.is_quantized = False
+    model.hf_quantizer = None
+
+
+def model_logits(folder: Path, probe: Probe, out: Path) -> np.ndarray:
+    """A model folder in plain transformers, computed in float32. Shape [probe.tokens, vocabulary]."""
+    import torch
+
+    from qlora_sft.model.load import load_base
+
+    return _run_model(load_base(str(folder), torch.float32, load_in_4bit=False).eval(), probe, out)
+
+
+def _run_model(model: Any, probe: Probe, out: Path) -> np.ndarray:
+    import torch
+
+    rows: np.memmap | None = None
+    start = 0
+    for ids, positions in zip(probe.documents, probe.positions, strict=True):
+        kept = torch.tensor(positions, device=model.device)
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=kept)
+        logits = output.logits[0].float().cpu()
+        if rows is None:
+            shape = (probe.tokens, logits.shape[1])
+            rows = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+        rows[start : start + len(positions)] = logits.numpy()
+        start += len(positions)
+    assert rows is not None, "no documents"
+    rows.flush()
+    del model
+    gc.collect()
+    return rows
+
+
+def gguf_logits(
+    gguf: Path, probe: Probe, texts: list[str], out: Path, lora: Path | None = None
+) -> tuple[np.ndarray, list[list[int]]]:
+    """(logits [probe.tokens, vocabulary], the ids that llama.cpp makes of each text), computed by llama.cpp on the CPU.
+
+    Raises `RunError` when no installed library can do it, naming what to install.
+    """
+    libraries = llama_libraries()
+    if not libraries:
+        raise RunError(
+            "comparing a GGUF with its model needs llama.cpp: pip install 'qlora-sft[gguf]' (xllamacpp), "
+            "or leave the comparison out with --no-parity"
+        )
+    request = out.with_suffix(".json")
+    content = {
+        "documents": probe.documents,
+        "positions": probe.positions,
+        "texts": texts,
+        "lora": str(lora) if lora else None,
+        "threads": _threads(),
+    }
+    request.write_text(json.dumps(content), encoding="utf-8")
+    reasons = []
+    for library in libraries:
+        arguments = [str(library), str(gguf), str(request), str(out)]
+        result = subprocess.run(
+            [sys.executable, "-m", "qlora_sft.export.llama_logits", *arguments], capture_output=True, text=True
+        )
+        if result.returncode == 0:
+            return np.load(out, mmap_mode="r"), json.loads(result.stdout)["texts"]
+        last = (result.stderr.strip().splitlines() or [f"ended with {result.returncode}"])[-1]
+        reasons.append(f"{library.name}: {last}")
+    raise RunError(f"{gguf}: llama.cpp gives no logits. " + "; ".join(reasons))
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

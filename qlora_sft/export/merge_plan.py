@@ -1,0 +1,213 @@
+"""What a merged model will hold: every tensor's name, type and shape, and where its rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.export.adapter import Change
+from qlora_sft.export.nf4 import FromNF4Checkpoint, Rows, ThroughNF4, companions, described
+from qlora_sft.export.tensors import Planned, Stored, copied, row_ranges
+
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+# Large enough for one file of most models, small enough for FAT32 and for hubs that like smaller files.
+SHARD_BYTES = 4 * 10**9
+
+
+@dataclass
+class Plan:
+    """The tensors to write, in the base's order, and what of the configuration changes with them."""
+
+    tensors: list[Planned] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    """For each tensor, the file of the base it stands in."""
+    modules: list[str] = field(default_factory=list)
+    """Modules whose weight gets an update that is not zero."""
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    dtype: str = ""
+    """The type of most of the weights, as a configuration names it."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def shards(self) -> dict[str, list[Planned]]:
+        """File name -> tensors: a new file where the base has one, and where one would grow beyond `SHARD_BYTES`."""
+        groups: list[list[Planned]] = []
+        size, last = 0, None
+        for tensor, file in zip(self.tensors, self.files, strict=True):
+            if file != last or size + tensor.nbytes > SHARD_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(tensor)
+            size, last = size + tensor.nbytes, file
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def plan_merge(
+    base: dict[str, Stored],
+    config: dict[str, Any],
+    changes: dict[str, Change],
+    through_nf4: set[str],
+    dtype: torch.dtype | None,
+    where: str,
+) -> Plan:
+    """Every tensor of ``base`` with what the adapter does to it; modules in ``through_nf4`` go through NF4 first.
+    Floating-point tensors become ``dtype``, or stay what they are.
+
+    Raises `RunError` when the adapter changes something that the base does not have (``where`` names both).
+    """
+    plan = Plan()
+    changes = dict(changes)
+    head = _untie(base, config, changes, plan)
+    hidden = {part for name in base for part in companions(name, base)}
+    todo = dict(changes)
+    for name, stored in {**base, **head}.items():
+        if name in hidden or (name == HEAD and _ties(config) and not head):
+            todo.pop(name, None)
+            continue
+        change = todo.pop(name, None)
+        tensor = _planned(name, stored, base, change, name.removesuffix(".weight") in through_nf4, dtype)
+        plan.tensors.append(tensor)
+        plan.files.append(stored.file)
+        if change is not None:
+            plan.modules.append(name.removesuffix(".weight"))
+        if name.endswith(EMBEDDINGS) and "vocab_size" in config and tensor.shape[0] != config["vocab_size"]:
+            plan.config["vocab_size"] = tensor.shape[0]
+            plan.notes.append(
+                f"vocabulary: {config['vocab_size']:,} -> {tensor.shape[0]:,} rows, as the adapter has them"
+            )
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+    plan.dtype = max(sizes, key=lambda kind: sizes[kind], default="float32")
+    if todo:
+        first = sorted(todo)[0].removesuffix(".weight")
+        raise RunError(
+            f"{where}: {len(todo)} of {len(changes)} adapter modules have no weight in the base "
+            f"(first: {first}); is it the adapter of another base model?"
+        )
+    return plan
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings"))
+
+
+def _untie(
+    base: dict[str, Stored], config: dict[str, Any], changes: dict[str, Change], plan: Plan
+) -> dict[str, Stored]:
+    """For a base whose output head is its embedding: {head: its tensor} if the two part ways, else nothing.
+
+    PEFT's LoRA and modules_to_save on one of the two leave the other as it was; trained token rows and a resized
+    vocabulary are shared.
+    """
+    embedding = next((name for name in base if name.endswith(EMBEDDINGS)), None)
+    if not _ties(config) or embedding is None:
+        return {}
+    ours, theirs = changes.get(embedding), changes.get(HEAD)
+    if ours is None and theirs is None:
+        return {}
+    resized = ours is not None and ours.replaced is not None and ours.replaced.shape != base[embedding].shape
+    shared = ours is not None and ours.a is None and (ours.tokens is not None or resized)
+    if shared and (theirs is None or theirs.only_replaces):
+        changes.pop(HEAD, None)
+        return {}
+    if ours is not None and theirs is not None and ours.only_replaces and theirs.only_replaces:  # noqa: SIM102
+        if _equal(ours.replaced, theirs.replaced):
+            del changes[HEAD]
+            return {}
+    plan.config["tie_word_embeddings"] = False
+    plan.notes.append("output head and embedding were one tensor and are two now: the adapter changes them differently")
+    return {HEAD: base[embedding]}
+
+
+def _equal(one: Stored | None, other: Stored | None) -> bool:
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return all(torch.equal(one.rows(a, b), other.rows(a, b)) for a, b in row_ranges(one.shape))
+
+
+def _planned(
+    name: str,
+    stored: Stored,
+    base: dict[str, Stored],
+    change: Change | None,
+    through_nf4: bool,
+    wanted: torch.dtype | None,
+) -> Planned:
+    packed = bool(companions(name, base))
+    kept = wanted is None or not stored.dtype.is_floating_point or stored.dtype == wanted
+    if change is None and not packed and not through_nf4 and kept:
+        return copied(name, stored)
+    if change is not None and change.replaced is not None:
+        _check_replacement(name, stored, change, packed)
+        stored, packed, through_nf4 = change.replaced, False, False
+        dtype = base[name].dtype if name in base else stored.dtype
+    else:
+        dtype = stored.dtype
+
+    opened = _opener(name, stored, base, packed, through_nf4)
+    shape = stored.shape
+    if packed:
+        shape, dtype = described(name, base)
+    if change is not None:
+        _check_shapes(name, shape, change)
+    final = wanted or dtype
+    return Planned(name, final, shape, lambda: _changed(name, opened(), shape, final, change))
+
+
+def _opener(name: str, stored: Stored, base: dict[str, Stored], packed: bool, through_nf4: bool) -> Callable[[], Rows]:
+    """Opened only when it is written: both 4-bit forms hold a quarter of the tensor."""
+    if packed:
+        return lambda: FromNF4Checkpoint(name, base)
+    return (lambda: ThroughNF4(stored)) if through_nf4 else (lambda: stored)
+
+
+def _changed(
+    name: str, source: Rows, shape: tuple[int, ...], dtype: torch.dtype, change: Change | None
+) -> Iterator[torch.Tensor]:
+    for start, stop in row_ranges(shape):
+        rows = source.rows(start, stop)
+        # One rounding, at the very end.
+        total = rows if change is None else change.apply(rows, start)
+        module = name.removesuffix(".weight")
+        if change is not None and not total.isfinite().all():
+            raise RunError(f"{module}: the merged weight is not finite; the adapter is damaged")
+        rounded = total.to(dtype)
+        if dtype == torch.float16 and not rounded.isfinite().all():
+            raise RunError(f"{module}: a weight is beyond float16's range; merge with --dtype bf16 or f32")
+        yield rounded
+
+
+def _check_replacement(name: str, stored: Stored, change: Change, packed: bool) -> None:
+    """Only the number of rows of an embedding or head may differ: a vocabulary that was resized."""
+    assert change.replaced is not None
+    if packed:
+        return
+    grows = name == HEAD or name.endswith(EMBEDDINGS)
+    same = change.replaced.shape[1:] == stored.shape[1:] if grows else change.replaced.shape == stored.shape
+    if not same:
+        raise RunError(f"{name}: the adapter has it as {change.replaced.shape}, the base as {stored.shape}")
+
+
+def _check_shapes(name: str, shape: tuple[int, ...], change: Change) -> None:
+    flat = (shape[0], int(torch.Size(shape[1:]).numel()))
+    if change.a is not None and change.b is not None and (change.b.shape[0], change.a.shape[1]) != flat:
+        adapter = (change.b.shape[0], change.a.shape[1])
+        module = name.removesuffix(".weight")
+        raise RunError(f"{module}: the adapter is for a weight {adapter}, the base has {shape}")
+    if change.tokens is not None and int(change.tokens[0].max()) >= shape[0]:
+        raise RunError(f"{name}: the adapter trained token {int(change.tokens[0].max())}, the base has {shape[0]} rows")
+    if change.added is not None and tuple(change.added.shape) != shape:
+        raise ConfigError(f"{name}: the adapter adds a bias of shape {tuple(change.added.shape)}, the base has {shape}")

@@ -1,0 +1,178 @@
+"""safetensors files read and written in slices, so that no model and no whole tensor has to fit in memory.
+
+safetensors' own reader maps the file (every page touched counts as resident) and its writer wants all tensors of a
+file at once; both are too much for a merge that should need less memory than one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_sft.errors import RunError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+# Elements held at a time: 8 MiB in float32.
+SLICE = 2**21
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a safetensors file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start:stop) of the tensor, shape [stop - start, ...]; read with plain reads, never mapped."""
+        width = math.prod(self.shape[1:])
+        buffer = bytearray((stop - start) * width * self.dtype.itemsize)
+        with self.file.open("rb") as file:
+            file.seek(self.offset + start * width * self.dtype.itemsize)
+            if file.readinto(buffer) != len(buffer):
+                raise RunError(f"{self.file}: ends early; the file is incomplete, copy or download it again")
+        if not buffer:
+            return torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        return torch.frombuffer(buffer, dtype=self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def whole(self) -> torch.Tensor:
+        """The tensor in its own shape; for small ones."""
+        if not self.shape:
+            return Stored(self.file, self.dtype, (1,), self.offset).rows(0, 1).reshape(())
+        return self.rows(0, self.shape[0])
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Name -> tensor of one file, in the order they are stored. Raises `RunError` for a damaged or cut file."""
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > file.stat().st_size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        begin = 8 + length
+        tensors = {
+            name: Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+        end = max((begin + entry["data_offsets"][1] for entry in header.values()), default=begin)
+        if end > file.stat().st_size:
+            raise ValueError(f"{end:,} bytes expected, {file.stat().st_size:,} found")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise RunError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+    return tensors
+
+
+def read_model(folder: Path) -> dict[str, Stored]:
+    """Name -> tensor of a model folder, shard after shard. Raises `RunError` if a shard or the format is missing."""
+    if (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise RunError(f"{folder}: {name} is missing; the base model is incomplete, copy or download it again")
+        tensors.update(read_header(folder / name))
+    return tensors
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its place is known before its content, which comes in slices of rows, in order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    slices: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that hold about `SLICE` elements each, every range but the last a multiple of 64 rows long.
+
+    64, so that a range never cuts a block of NF4, whatever the width.
+    """
+    width = max(1, math.prod(shape[1:]))
+    step = max(64, SLICE // width // 64 * 64)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def copied(name: str, stored: Stored) -> Planned:
+    """A tensor that is written as it is read."""
+    if not stored.shape:
+        return Planned(name, stored.dtype, (), lambda: iter([stored.whole()]))
+    return Planned(name, stored.dtype, stored.shape, lambda: (stored.rows(a, b) for a, b in row_ranges(stored.shape)))
+
+
+def write_shard(file: Path, tensors: Sequence[Planned]) -> None:
+    """Header first, then every tensor slice by slice; on the disk when it returns."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            written = 0
+            for part in tensor.slices():
+                written += handle.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if written != tensor.nbytes:
+                raise RunError(
+                    f"{tensor.name}: {written:,} bytes came instead of {tensor.nbytes:,}; please report this"
+                )
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_index(folder: Path, shards: dict[str, Sequence[Planned]]) -> None:
+    """``model.safetensors.index.json`` for more than one shard; one alone needs none."""
+    if len(shards) == 1:
+        return
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    content = {
+        "metadata": {"total_size": total},
+        "weight_map": {tensor.name: file for file, tensors in shards.items() for tensor in tensors},
+    }
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""GGUF files of a trained tiny model: read back, compared on logits in llama.cpp, and refused when they differ."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.export.gguf import export_adapter, export_run
+from qlora_sft.export.gguf_check import check_gguf
+from qlora_sft.export.llama_tools import find_quantizer
+from qlora_sft.export.merge import merge_run
+from qlora_sft.export.parity import BOUNDS, bound, check_parity, compare
+from qlora_sft.export.quantize import QUANTIZED
+from qlora_sft.train import train
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def run(make_config: Any, tmp_path: Path) -> Path:
+    """Two steps at a rate that changes the answers; merged in float32, so that every difference is the export's."""
+    held_out = tmp_path / "held_out.jsonl"
+    turns = [
+        {"role": "user", "content": "Why is the sky blue?"},
+        {"role": "assistant", "content": "It scatters light."},
+    ]
+    held_out.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
+    config = make_config(
+        "training.max_steps=2", "training.learning_rate=3e-2", "model.chat_template=chatml-think",
+        f"data.held_out=[{{path: {held_out}}}]",
+    )  # fmt: skip
+    run = Path(train(config, say=quiet)["output"])
+    merge_run(run, say=quiet)
+    return run
+
+
+def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
+    said: list[str] = []
+    result = export_run(run, "f16", parity=True, say=said.append)
+    figures = result["parity"]["f16"]
+    assert figures["top1"] >= BOUNDS["f16"][0]
+    assert any("held-out rows of the run" in line for line in said)
+    kept = json.loads((run / "export.json").read_text())
+    assert kept["parity"]["f16"] == figures
+    assert set(figures) == {"top1", "kl", "max_diff", "tokens"}
+    assert kept["parity"]["merged"]["kl"] < 1e-6
+    assert "0c1e57098" in kept["gguf"]["f16"]["llama_cpp"]
+    export_run(run, "q8_0", say=quiet)
+    assert (run / "gguf" / "run-q8_0.gguf").is_file()
+
+
+def test_the_adapter_alone_is_the_adapter(run: Path) -> None:
+    figures = export_adapter(run, parity=True, say=quiet)["parity"]["lora"]
+    assert figures["top1"] >= BOUNDS["lora"][0]
+    assert sorted(path.name for path in (run / "gguf").iterdir()) == ["run-adapter.gguf"]
+
+
+def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    gguf = Path(export_run(run, "f32", say=quiet)["gguf"])
+    other = tmp_path / "other"
+    shutil.copytree(run / "merged", other)
+    tensors = load_file(other / "model.safetensors")
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+    tensors[q_proj] = tensors[q_proj].flip(0).contiguous()
+    tensors["model.norm.weight"] = -tensors["model.norm.weight"]
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(RunError) as caught:
+        check_gguf(gguf, other)
+    for part in ("blk.1.attn_q.weight: differs", "rope: base", "chat template"):
+        assert part in str(caught.value)
+    with pytest.raises(RunError, match="Suspect"):
+        check_parity(run, other, say=quiet)
+    assert gguf.is_file()
+    assert (run / "merged").is_dir()
+
+
+def test_a_failed_check_leaves_no_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("differs")
+
+    monkeypatch.setattr("qlora_sft.export.gguf.check_gguf", fail)
+    with pytest.raises(RunError, match="differs"):
+        export_run(run, "f16", say=quiet)
+    assert not list((run / "gguf").iterdir())
+
+
+def test_unknown_types_and_a_missing_quantizer_name_the_cure(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--quant q9: one of f32"):
+        export_run(run, "q9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RunError, match="cmake and c\\+\\+ is missing"):
+        export_run(run, "q4_k_m", say=quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["q4_0", "iq4_nl", "q5_1"])
+def test_types_of_the_quantizer(run: Path, quant: str) -> None:
+    """32-wide blocks, because the tiny model is 64 wide; builds the quantizer if there is none."""
+    result = export_run(run, quant, say=quiet)
+    assert find_quantizer() is not None
+    assert Path(result["gguf"]).is_file()
+
+
+def test_every_type_has_bounds_that_get_looser_with_size() -> None:
+    assert bound("q4_k_m") == BOUNDS["q4"]
+    assert bound("iq4_xs") == BOUNDS["iq4"]
+    assert all(bound(quant) in BOUNDS.values() for quant in QUANTIZED)
+    assert bound("q8_0")[0] > bound("q6_k")[0] > bound("q4_k_m")[0] > bound("q2_k")[0]
+
+
+def test_the_figures_are_what_they_say() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 50, dtype=torch.float64), torch.randn(300, 50, dtype=torch.float64)
+    figures = compare(a.float().numpy(), np.pad(b.float().numpy(), ((0, 0), (0, 6)), constant_values=99.0))
+    p, q = a.log_softmax(1), b.log_softmax(1)
+    assert figures.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
+    assert figures.top1 == pytest.approx(float((a.argmax(1) == b.argmax(1)).double().mean()))
+    assert figures.max_diff == pytest.approx(float((a - b).abs().max()), rel=1e-5)
+    assert figures.tokens == 300
+    assert compare(a.numpy(), a.numpy()).kl == 0
