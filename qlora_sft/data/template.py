@@ -18,6 +18,15 @@ from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.errors import DataError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Shipped templates and the tokens by which a model of their family is known, the more particular first.
+_SHIPPED = {
+    "qwen3": ("<|im_start|>", "<think>"),
+    "chatml-think": ("<|im_start|>",),
+    "llama3": ("<|start_header_id|>",),
+    "gemma": ("<start_of_turn>",),
+    "mistral": ("[INST]", "[AVAILABLE_TOOLS]"),
+    "phi": ("<|assistant|>", "<|end|>"),
+}
 _EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -54,7 +63,9 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
     if isinstance(own, dict):
         own = own.get("default")
     if not isinstance(own, str):
-        raise DataError("the tokenizer has no chat template; name one, e.g. model.chat_template=chatml")
+        raise DataError(
+            f"the tokenizer has no chat template; name one, e.g. model.chat_template={_suitable(tokenizer)}"
+        )
     all_stops = frozenset({tokenizer.eos_token_id, *stops})
     if has_marks(own):
         return ChatFormat(own, "the tokenizer's own; its {% generation %} marks say what is supervised", all_stops)
@@ -64,6 +75,12 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
             trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
         )
     return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
+
+
+def _suitable(tokenizer: Any) -> str:
+    """The shipped template whose control tokens the vocabulary has; ChatML, which every model can learn, if none."""
+    vocabulary = tokenizer.get_vocab()
+    return next((name for name, tokens in _SHIPPED.items() if all(t in vocabulary for t in tokens)), "chatml-think")
 
 
 def _trl_training_template(tokenizer: Any) -> str | None:
@@ -133,7 +150,7 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
         raise DataError(
             f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
             "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
-            "marks: model.chat_template=chatml-think, another shipped one, or your own .jinja file"
+            f"marks: model.chat_template={_suitable(tokenizer)}, another shipped one, or your own .jinja file"
         )
     return len(prompt), len(until)
 
