@@ -137,9 +137,16 @@ def _find(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``2e-4`` as a string, because it has no dot; people mean the number."""
+    """YAML 1.1 reads ``2e-4`` as a string, because it has no dot, and ``on`` and ``off`` as true and false; people mean
+    the number, and the words."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

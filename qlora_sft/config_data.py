@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
+Overlong = Literal["drop", "truncate_left_turns", "truncate", "error"]
 Require = Callable[[bool, str, str], None]
 """(is it good, key, what is wrong otherwise)."""
 
@@ -45,6 +46,13 @@ class SourceConfig:
     """Read the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
     loss_weight: float = 1.0
     """Factor on the loss of every supervised token of this source."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are trained: every assistant turn, the last one only, or the whole conversation."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` leaves it to the
+    rows' own ``chat_template_kwargs``."""
+    allow_special: bool = False
+    """Let control tokens inside messages act as such, instead of being text. Only for data that you wrote yourself."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class DataConfig:
     """Never trained on; loss per source before and after the run."""
     max_length: int = 2048
     """Tokens per packed row, and the longest conversation that is accepted."""
-    overlong: Literal["drop", "error"] = "drop"
-    """What happens to a conversation of more than ``max_length`` tokens. Drops are counted and shown."""
+    overlong: Overlong = "drop"
+    """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
+    its last tokens, or ends the run. All of it is counted and shown. Plain text is split into pieces that fit."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
     speed and nothing else."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import tee
 from random import Random
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
+from qlora_sft.data.fit import fit
 from qlora_sft.data.formats import Conversation
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
-from qlora_sft.data.render import Rendered, render_many
+from qlora_sft.data.render import Rendered, render_conversation, render_many
 from qlora_sft.data.sources import Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 
 Say = Callable[[str], None]
-TOO_LONG = "too long"
 
 
 @dataclass
@@ -41,6 +42,9 @@ class SourceLedger:
     """Rows left out by ``fraction`` or ``max_rows``."""
     dropped: dict[str, Drop] = field(default_factory=dict)
     kept: int = 0
+    """Rows that are trained on, whole or shortened."""
+    shortened: int = 0
+    """Kept rows that were truncated, or split in several documents."""
     tokens: int = 0
     supervised: int = 0
     p50: int = 0
@@ -86,45 +90,65 @@ def render_sources(
         ledger.not_drawn = source.read - len(source.rows) - gone
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
-        documents, only_text = [], True
-        # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
-        rows, ahead = tee(source.rows)
-        rendered = render_many(ahead, tokenizer, source=source.name, style=style)
-        for conversation, result in zip(rows, rendered, strict=True):
-            document = _checked(result, conversation, source, config)
-            if document is None:
-                ledger.drop(TOO_LONG, [place(conversation)])
-                continue
-            documents.append(document)
-            only_text = only_text and "text" in conversation
+        documents, whole = _render_source(source, config, tokenizer, style, ledger)
         _count(ledger, documents)
-        _check_mask(source, ledger, config, only_text)
+        _check_mask(source, ledger, config, whole)
         prepared.documents[source.name] = documents
         prepared.ledger[source.name] = ledger
     return prepared
 
 
-def _checked(
-    document: Rendered | DataError, conversation: Conversation, source: Source, config: DataConfig
-) -> Rendered | None:
-    """The document with its source's weight; None if it is too long and may be dropped."""
-    where = place(conversation)
-    if isinstance(document, DataError):
-        raise DataError(f"{where}: {document}")
-    length = len(document.input_ids)
-    if length > config.max_length:
-        if config.overlong == "error":
-            cure = f"raise data.max_length to {length} or set data.overlong=drop"
-            raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}; {cure}")
-        return None
-    if source.loss_weight != 1:
-        return replace(document, weights=[weight * source.loss_weight for weight in document.weights])
-    return document
+def _render_source(
+    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None, ledger: SourceLedger
+) -> tuple[list[Rendered], bool]:
+    """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
+    settings = source.settings
+    options: dict[str, Any] = {
+        "source": source.name,
+        "style": style,
+        "supervise": settings.supervise,
+        "allow_special": settings.allow_special,
+    }
+    documents, whole = [], True
+    # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+    rows, ahead = tee(_with_thinking(conversation, settings.thinking) for conversation in source.rows)
+    for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
+        whole = whole and ("text" in conversation or settings.supervise == "all")
+        try:
+            if isinstance(result, DataError):
+                raise result
+            fitting = fit(
+                result, conversation, config.max_length, config.overlong, partial(_render_one, tokenizer, options)
+            )
+        except DataError as error:
+            raise DataError(f"{place(conversation)}: {error}") from None
+        if isinstance(fitting, str):
+            ledger.drop(fitting, [place(conversation)])
+            continue
+        ledger.kept += 1
+        ledger.shortened += fitting != [result]
+        documents += [_weighted(document, settings.loss_weight) for document in fitting]
+    return documents, whole
+
+
+def _with_thinking(conversation: Conversation, thinking: str) -> Conversation:
+    """A row's own ``enable_thinking`` is stronger than its source's."""
+    if thinking == "auto" or "messages" not in conversation:
+        return conversation
+    kwargs = {"enable_thinking": thinking == "on", **(conversation.get("chat_template_kwargs") or {})}
+    return {**conversation, "chat_template_kwargs": kwargs}
+
+
+def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:
+    return render_conversation(conversation, tokenizer, **options)
+
+
+def _weighted(document: Rendered, factor: float) -> Rendered:
+    return document if factor == 1 else replace(document, weights=[weight * factor for weight in document.weights])
 
 
 def _count(ledger: SourceLedger, documents: list[Rendered]) -> None:
     lengths = sorted(len(document.input_ids) for document in documents)
-    ledger.kept = len(documents)
     ledger.tokens = sum(lengths)
     ledger.supervised = sum(document.n_supervised for document in documents)
     if lengths:
@@ -133,14 +157,14 @@ def _count(ledger: SourceLedger, documents: list[Rendered]) -> None:
         ledger.longest = lengths[-1]
 
 
-def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, only_text: bool) -> None:
+def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole: bool) -> None:
     path, name = source.path, source.name
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long; {cure}")
     if ledger.supervised == 0:
         raise DataError(f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false?")
-    if ledger.supervised == ledger.tokens and not only_text:
+    if ledger.supervised == ledger.tokens and not whole:
         raise DataError(f"{path}: every token of {name!r} is supervised, the prompts too; the chat template is wrong")
 
 
@@ -159,6 +183,8 @@ def ledger_table(ledger: dict[str, SourceLedger]) -> str:
         )
         if row.not_drawn:
             lines.append(f"  {name}: {row.not_drawn:,} rows not drawn (fraction, max_rows)")
+        if row.shortened:
+            lines.append(f"  {name}: {row.shortened:,} rows truncated or split to fit")
         for reason, drop in row.dropped.items():
             shown = ", ".join(drop.first) + (" ..." if drop.rows > len(drop.first) else "")
             lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {shown}")

@@ -60,6 +60,7 @@ def render_conversation(
     source: str = "",
     style: ChatFormat | None = None,
     supervise: Supervise = "assistant",
+    allow_special: bool = False,
 ) -> Rendered:
     """Token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
 
@@ -70,7 +71,9 @@ def render_conversation(
     Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
     belongs to which turn, or leaves out something the conversation contains.
     """
-    (result,) = render_many([conversation], tokenizer, source=source, style=style, supervise=supervise)
+    (result,) = render_many(
+        [conversation], tokenizer, source=source, style=style, supervise=supervise, allow_special=allow_special
+    )
     if isinstance(result, DataError):
         raise result
     return result
@@ -83,6 +86,7 @@ def render_many(
     source: str = "",
     style: ChatFormat | None = None,
     supervise: Supervise = "assistant",
+    allow_special: bool = False,
 ) -> Iterator[Rendered | DataError]:
     """`render_conversation` for many, in order, an error in place of each row that has one.
 
@@ -97,7 +101,7 @@ def render_many(
                     planned.append(_text_pieces(row["text"], tokenizer))
                     continue
                 style = style or chat_format(tokenizer)
-                planned.append(_pieces(row, tokenizer, style, supervise))
+                planned.append(_pieces(row, tokenizer, style, supervise, allow_special))
             except DataError as error:
                 planned.append(error)
         yield from _encoded(planned, tokenizer, style.stops if style else frozenset(), source)
@@ -108,9 +112,11 @@ def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
     return [Piece(begin + text + tokenizer.eos_token, 1.0)]
 
 
-def _pieces(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise) -> list[Piece]:
+def _pieces(
+    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise, allow_special: bool
+) -> list[Piece]:
     """The rendered text in pieces; disguised control tokens are still in it, cut in their turn by `shield.parts`."""
-    shielded, disguises = shield(conversation, tokenizer)
+    shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
     text, spans = render_text(shielded, tokenizer, style)
     check_nothing_lost(shielded, text, spans)
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}

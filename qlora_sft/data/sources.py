@@ -76,7 +76,7 @@ class Source:
     """Rows that it has; ``rows`` are those drawn by ``fraction`` and ``max_rows`` and not removed since."""
     files: list[Path] = field(default_factory=list)
     """Local files it was read from; none for a data set of the Hub."""
-    loss_weight: float = 1.0
+    settings: SourceConfig = field(default_factory=lambda: SourceConfig(""))
     removed: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> file:line of the rows that were removed for it."""
 
@@ -170,7 +170,7 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
         say(f"{name}: not used: {listed}; map columns with columns: if they hold something to learn")
     rows = Conversations(parts, _draw(source, name, total, seed))
     paths = [file for _, _, file in opened if file is not None]
-    return Source(name, Path(source.path), rows, total, paths, source.loss_weight)
+    return Source(name, Path(source.path), rows, total, paths, source)
 
 
 def _scan(

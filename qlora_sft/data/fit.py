@@ -1,0 +1,73 @@
+"""A row with more tokens than fit: dropped, shortened, split or refused, and counted in any case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from qlora_sft.config_data import Overlong
+from qlora_sft.data.render import Rendered
+from qlora_sft.errors import DataError
+
+Conversation = dict[str, Any]
+TOO_LONG = "too long"
+NOTHING_LEFT = "nothing supervised within max_length"
+
+
+def fit(
+    document: Rendered,
+    conversation: Conversation,
+    max_length: int,
+    overlong: Overlong,
+    render: Callable[[Conversation], Rendered],
+) -> list[Rendered] | str:
+    """Documents of at most ``max_length`` tokens, or the reason why there is none.
+
+    A plain text is split into consecutive pieces. A conversation is dropped; or loses its earliest turns until it
+    fits (``truncate_left_turns``; the system message stays, and it begins with a user's turn), or its last tokens
+    (``truncate``). ``render`` renders a shortened conversation. ``overlong: error`` raises `DataError`.
+    """
+    length = len(document.input_ids)
+    if length <= max_length:
+        return [document]
+    if overlong == "error":
+        cure = f"raise data.max_length to {length} or set data.overlong=drop"
+        raise DataError(f"{length} tokens, more than data.max_length={max_length}; {cure}")
+    if "text" in conversation:
+        return _pieces(document, max_length)
+    if overlong == "truncate":
+        cut = replace(document, input_ids=document.input_ids[:max_length], weights=document.weights[:max_length])
+        return [cut] if any(cut.weights[1:]) else NOTHING_LEFT
+    if overlong == "truncate_left_turns":
+        return _without_first_turns(conversation, max_length, render)
+    return TOO_LONG
+
+
+def _pieces(document: Rendered, max_length: int) -> list[Rendered]:
+    """Nothing predicts the first token of a piece, so a last piece of one token would train nothing."""
+    pieces = [
+        replace(
+            document,
+            input_ids=document.input_ids[start : start + max_length],
+            weights=document.weights[start : start + max_length],
+        )
+        for start in range(0, len(document.input_ids), max_length)
+    ]
+    return pieces if len(pieces[-1].input_ids) > 1 else pieces[:-1]
+
+
+def _without_first_turns(
+    conversation: Conversation, max_length: int, render: Callable[[Conversation], Rendered]
+) -> list[Rendered] | str:
+    messages = conversation["messages"]
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > len(system)]
+    for start in starts:
+        rest = messages[start:]
+        if not any(message["role"] == "assistant" for message in rest):
+            break
+        shorter = render({**conversation, "messages": [*system, *rest]})
+        if len(shorter.input_ids) <= max_length:
+            return [shorter] if any(shorter.weights[1:]) else NOTHING_LEFT
+    return TOO_LONG
