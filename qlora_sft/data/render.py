@@ -34,7 +34,7 @@ class Rendered:
 
     @property
     def n_supervised(self) -> int:
-        return sum(weight > 0 for weight in self.weights)
+        return len(self.weights) - self.weights.count(0.0)  # weights are never negative
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,15 @@ def _encoded(
 
 def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
     """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
-    texts = [piece.text for pieces in rows for piece in pieces]
-    encoded = iter(_batch(texts, tokenizer)["input_ids"])
+    # What a template writes between the turns is the same in every row.
+    texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
+    encoded = dict(zip(texts, _batch(texts, tokenizer)["input_ids"], strict=True))
     for pieces in rows:
         ids: list[int] = []
         weights: list[float] = []
         fault = None
         for piece in pieces:
-            new = next(encoded)
+            new = encoded[piece.text]
             ids += new
             weights += [piece.weight] * len(new)
             fault = fault or _unended(piece, new[-1], tokenizer, stops)

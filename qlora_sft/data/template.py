@@ -157,18 +157,9 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
 
 def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
     """The span without what the template adds: a header, an empty think block, what follows the end of turn."""
-    start, end = span.start, span.end
+    start, end = _start(span, text, conversation, tokenizer, style.template), span.end
     # Gemma's <end_of_turn> is no special token, but it is where generation stops.
     control = any_of((*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(sorted(style.stops))))
-    if control.match(text, start):
-        # Marks around the header too (or a turn that rightly begins with a control token): the prompt decides.
-        before = {**conversation, "messages": conversation["messages"][: span.message]}
-        prompt, _ = apply(before, tokenizer, style.template, prompt=True)
-        if text.startswith(prompt) and start <= len(prompt) <= end:
-            start = len(prompt)
-    if not conversation["messages"][span.message].get("reasoning"):
-        empty = _EMPTY_THINKING.match(text, start, end)
-        start = empty.end() if empty else start
     following = control.match(text, end)
     ends = [match.end() for match in control.finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
@@ -176,6 +167,28 @@ def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, 
     elif following:
         end = following.end()
     return Span(start, end, span.message)
+
+
+def _start(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, template: str) -> int:
+    """Where the model begins to write. Some marks take in the header, or a part of it: Qwen2.5's its newline."""
+    message = conversation["messages"][span.message]
+    content = message.get("content") or ""
+    if content[:1].strip() and text.startswith(content, span.start):
+        return span.start
+    start = span.start if message.get("reasoning") else _behind_empty_thinking(text, span.start, span.end)
+    if start > span.start:
+        return start
+    # A turn that begins with anything but its content may rightly do so; the prompt decides.
+    before = {**conversation, "messages": conversation["messages"][: span.message]}
+    prompt, _ = apply(before, tokenizer, template, prompt=True)
+    if text.startswith(prompt) and start <= len(prompt) <= span.end:
+        start = len(prompt)
+    return start if message.get("reasoning") else _behind_empty_thinking(text, start, span.end)
+
+
+def _behind_empty_thinking(text: str, start: int, end: int) -> int:
+    empty = _EMPTY_THINKING.match(text, start, end)
+    return empty.end() if empty else start
 
 
 def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:
