@@ -7,6 +7,7 @@ at inference, where the prompt ends where the answer begins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -34,7 +35,7 @@ class Rendered:
 
     @property
     def n_supervised(self) -> int:
-        return sum(weight > 0 for weight in self.weights)
+        return len(self.weights) - self.weights.count(0.0)  # weights are never negative
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,32 @@ def render_many(
     The pieces of many rows are encoded in one call, which is several times faster.
     """
     rows = iter(conversations)
-    while batch := list(islice(rows, _BATCH)):
-        planned: list[list[Piece] | DataError] = []
-        for row in batch:
-            try:
-                if "text" in row:
-                    planned.append(_text_pieces(row["text"], tokenizer))
-                    continue
-                style = style or chat_format(tokenizer)
-                planned.append(_pieces(row, tokenizer, style, supervise, allow_special))
-            except DataError as error:
-                planned.append(error)
-        yield from _encoded(planned, tokenizer, style.stops if style else frozenset(), source)
+    # The tokenizer works without the interpreter's lock, so one batch is encoded while the next one is rendered.
+    with ThreadPoolExecutor(1) as worker:
+        ahead: Future[list[Rendered | DataError]] | None = None
+        while batch := list(islice(rows, _BATCH)):
+            planned: list[list[Piece] | DataError] = []
+            for row in batch:
+                try:
+                    style = style or (None if "text" in row else chat_format(tokenizer))
+                    planned.append(_planned(row, tokenizer, style, supervise, allow_special))
+                except DataError as error:
+                    planned.append(error)
+            stops = style.stops if style else frozenset[int]()
+            encoding = worker.submit(_encoded, planned, tokenizer, stops, source)
+            if ahead:
+                yield from ahead.result()
+            ahead = encoding
+        if ahead:
+            yield from ahead.result()
+
+
+def _planned(
+    row: dict[str, Any], tokenizer: Any, style: ChatFormat | None, supervise: Supervise, allow_special: bool
+) -> list[Piece]:
+    if style is None or "text" in row:
+        return _text_pieces(row["text"], tokenizer)
+    return _pieces(row, tokenizer, style, supervise, allow_special)
 
 
 def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
@@ -156,34 +171,37 @@ def _weight(message: dict[str, Any]) -> float:
 
 def _encoded(
     planned: list[list[Piece] | DataError], tokenizer: Any, stops: frozenset[int], source: str
-) -> Iterator[Rendered | DataError]:
+) -> list[Rendered | DataError]:
     rows = [pieces for pieces in planned if isinstance(pieces, list)]
     encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
-    results = iter(encode(rows, tokenizer, stops))
+    encoded = iter(encode(rows, tokenizer, stops))
+    results: list[Rendered | DataError] = []
     for pieces in planned:
         if isinstance(pieces, DataError):
-            yield pieces
+            results.append(pieces)
             continue
-        ids, weights, fault = next(results)
+        ids, weights, fault = next(encoded)
         bos = tokenizer.bos_token_id
         # Some models begin every turn with their bos token; two at the very start are always a mistake.
         if bos is not None and ids[:2] == [bos, bos]:
             fault = DataError(
                 f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
             )
-        yield fault or Rendered(ids, weights, source)
+        results.append(fault or Rendered(ids, weights, source))
+    return results
 
 
 def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
     """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
-    texts = [piece.text for pieces in rows for piece in pieces]
-    encoded = iter(_batch(texts, tokenizer)["input_ids"])
+    # What a template writes between the turns is the same in every row.
+    texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
+    encoded = dict(zip(texts, _batch(texts, tokenizer)["input_ids"], strict=True))
     for pieces in rows:
         ids: list[int] = []
         weights: list[float] = []
         fault = None
         for piece in pieces:
-            new = next(encoded)
+            new = encoded[piece.text]
             ids += new
             weights += [piece.weight] * len(new)
             fault = fault or _unended(piece, new[-1], tokenizer, stops)

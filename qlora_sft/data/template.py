@@ -18,6 +18,15 @@ from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.errors import DataError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Shipped templates and the tokens by which a model of their family is known, the more particular first.
+_SHIPPED = {
+    "qwen3": ("<|im_start|>", "<think>"),
+    "chatml-think": ("<|im_start|>",),
+    "llama3": ("<|start_header_id|>",),
+    "gemma": ("<start_of_turn>",),
+    "mistral": ("[INST]", "[AVAILABLE_TOOLS]"),
+    "phi": ("<|assistant|>", "<|end|>"),
+}
 _EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -54,7 +63,9 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
     if isinstance(own, dict):
         own = own.get("default")
     if not isinstance(own, str):
-        raise DataError("the tokenizer has no chat template; name one, e.g. model.chat_template=chatml")
+        raise DataError(
+            f"the tokenizer has no chat template; name one, e.g. model.chat_template={_suitable(tokenizer)}"
+        )
     all_stops = frozenset({tokenizer.eos_token_id, *stops})
     if has_marks(own):
         return ChatFormat(own, "the tokenizer's own; its {% generation %} marks say what is supervised", all_stops)
@@ -64,6 +75,12 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
             trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
         )
     return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
+
+
+def _suitable(tokenizer: Any) -> str:
+    """The shipped template whose control tokens the vocabulary has; ChatML, which every model can learn, if none."""
+    vocabulary = tokenizer.get_vocab()
+    return next((name for name, tokens in _SHIPPED.items() if all(t in vocabulary for t in tokens)), "chatml-think")
 
 
 def _trl_training_template(tokenizer: Any) -> str | None:
@@ -133,25 +150,16 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
         raise DataError(
             f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
             "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
-            "marks: model.chat_template=chatml-think, another shipped one, or your own .jinja file"
+            f"marks: model.chat_template={_suitable(tokenizer)}, another shipped one, or your own .jinja file"
         )
     return len(prompt), len(until)
 
 
 def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
     """The span without what the template adds: a header, an empty think block, what follows the end of turn."""
-    start, end = span.start, span.end
+    start, end = _start(span, text, conversation, tokenizer, style.template), span.end
     # Gemma's <end_of_turn> is no special token, but it is where generation stops.
     control = any_of((*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(sorted(style.stops))))
-    if control.match(text, start):
-        # Marks around the header too (or a turn that rightly begins with a control token): the prompt decides.
-        before = {**conversation, "messages": conversation["messages"][: span.message]}
-        prompt, _ = apply(before, tokenizer, style.template, prompt=True)
-        if text.startswith(prompt) and start <= len(prompt) <= end:
-            start = len(prompt)
-    if not conversation["messages"][span.message].get("reasoning"):
-        empty = _EMPTY_THINKING.match(text, start, end)
-        start = empty.end() if empty else start
     following = control.match(text, end)
     ends = [match.end() for match in control.finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
@@ -159,6 +167,28 @@ def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, 
     elif following:
         end = following.end()
     return Span(start, end, span.message)
+
+
+def _start(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, template: str) -> int:
+    """Where the model begins to write. Some marks take in the header, or a part of it: Qwen2.5's its newline."""
+    message = conversation["messages"][span.message]
+    content = message.get("content") or ""
+    if content[:1].strip() and text.startswith(content, span.start):
+        return span.start
+    start = span.start if message.get("reasoning") else _behind_empty_thinking(text, span.start, span.end)
+    if start > span.start:
+        return start
+    # A turn that begins with anything but its content may rightly do so; the prompt decides.
+    before = {**conversation, "messages": conversation["messages"][: span.message]}
+    prompt, _ = apply(before, tokenizer, template, prompt=True)
+    if text.startswith(prompt) and start <= len(prompt) <= span.end:
+        start = len(prompt)
+    return start if message.get("reasoning") else _behind_empty_thinking(text, start, span.end)
+
+
+def _behind_empty_thinking(text: str, start: int, end: int) -> int:
+    empty = _EMPTY_THINKING.match(text, start, end)
+    return empty.end() if empty else start
 
 
 def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:

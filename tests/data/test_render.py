@@ -207,3 +207,17 @@ def test_the_wrong_eos_is_found(own_tokenizer: Any) -> None:
     wrong.eos_token = "<|im_start|>"
     with pytest.raises(DataError, match="does not stop generation"):
         render_conversation(two_turns(), wrong)
+
+
+@pytest.mark.parametrize("answer", ["A", "\nA", "\n\nA"])
+def test_marks_around_a_part_of_the_header_train_none_of_it(tokenizer: Any, answer: str) -> None:
+    """TRL's template for Qwen2.5 marks the newline of the header as generated; the prompt ends behind it."""
+    loose = copy.deepcopy(tokenizer)
+    loose.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]}
+    assert supervised_text(render_conversation(row, loose), loose) == answer + "<|im_end|>"
