@@ -26,6 +26,8 @@ class Targets:
     ids: Tensor
     docs: Tensor
     n_documents: int
+    row_range: tuple[int, int] | None = None
+    id_range: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.rows.numel()
