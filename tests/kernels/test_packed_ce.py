@@ -184,7 +184,7 @@ def test_wrong_arguments_are_named() -> None:
         packed_linear_cross_entropy(hidden, head[:, 1:], targets)
     with pytest.raises(ValueError, match="row_weights: expected"):
         packed_linear_cross_entropy(hidden, head, targets, row_weights=torch.ones(1))
-    with pytest.raises(ValueError, match=r"targets\.ids: .*100 is outside of the vocabulary of 50"):
+    with pytest.raises(ValueError, match=r"targets\.ids: .*100 is outside of the 50 words"):
         high = Targets.from_host(torch.tensor([0]), torch.tensor([100]), torch.tensor([0]), 1)
         packed_linear_cross_entropy(hidden, head[:50], high)
     with pytest.raises(ValueError, match=r"targets\.rows: 10 is outside"):
