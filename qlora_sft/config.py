@@ -35,6 +35,8 @@ class ModelConfig:
     """Name of a shipped template or a .jinja file; default: the tokenizer's own."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    loss: Literal["auto", "triton", "torch"] = "auto"
+    """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
 
 
 @dataclass(frozen=True)

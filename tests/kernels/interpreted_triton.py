@@ -59,6 +59,7 @@ def test_trainable_head_and_bias(options: dict[str, Any], reduction: str) -> Non
 
 def test_a_block_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "BLOCK", 16)
+    monkeypatch.setattr(fused, "TILE_BLOCK", 16)
     for dtype in (torch.float32, torch.float16):
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton")
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton", tile=40)
