@@ -29,7 +29,8 @@ from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "packed_ce.jsonl"
 GPU_SHAPES = {
-    "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Qwen3-8B": (4096, 151936), "Gemma-2-2B": (2304, 256000),
+    "Llama-3.1-8B": (4096, 128256), "Llama-3.2-1B": (2048, 128256), "Qwen3-8B": (4096, 151936),
+    "Gemma-2-2B": (2304, 256000),
 }  # fmt: skip
 CPU_SHAPES = {f"{d} x {v}": (d, v) for d in (576, 2048) for v in (49152, 128256)}
 
@@ -177,7 +178,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
-    cpu = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), "")
+    cpu = next(
+        (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
+    )
     return {
         "benchmark": "packed_ce", "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",

@@ -54,10 +54,10 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     )
 
 
-def logit_transform(config: Any) -> dict[str, float]:
+def logit_transform(config: Any) -> dict[str, Any]:
     """What the model does to its logits after the head, under the names each family gives it."""
     text = config.get_text_config()
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
     if softcap:
         options["softcap"] = float(softcap)

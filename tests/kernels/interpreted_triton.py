@@ -82,8 +82,7 @@ def test_nothing_crosses_a_document_boundary() -> None:
     changed = case.labels.clone()
     changed[9] = (changed[9] + 1) % 101
     first, second = (
-        call(case, targets=Targets.from_labels(labels, case.bounds, path="triton"))
-        for labels in (case.labels, changed)
+        call(case, targets=Targets.from_labels(labels, case.bounds, path="triton")) for labels in (case.labels, changed)
     )
     assert torch.equal(first[0].nll, second[0].nll)
     assert torch.equal(first[1], second[1])

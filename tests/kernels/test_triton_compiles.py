@@ -35,8 +35,8 @@ VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
     ("compact", select.compact_kernel, {"BLOCK": 1024}, 4),
 ]
 TYPES = {
-    "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 objective=*fp32 nll=*fp32 hit=*i8 V=i32 "
-    "scale=fp32 cap=fp32 smoothing=fp32 z_loss=fp32",
+    "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 objective=*fp32 nll=*fp32 hit=*i8 "
+    "V=i32 scale=fp32 cap=fp32 smoothing=fp32 z_loss=fp32",
     "tile_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 first=i32 width=i32 shift=*fp32 "
     "others=*fp32 top=*fp32 z_sum=*fp32 factor=*fp32 scale=fp32 cap=fp32",
     "gather_kernel": "X=*half stride_row=i64 stride_column=i64 rows=*i32 out=*half T=i32 D=i32",

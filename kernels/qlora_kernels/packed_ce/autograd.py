@@ -65,7 +65,12 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (dense, bias))
         ctx.mark_non_differentiable(result.nll, result.hit)
         ctx.set_materialize_grads(False)
-        return total, result.objective if result.objective is not result.nll else result.nll.clone(), result.nll, result.hit
+        return (
+            total,
+            result.objective if result.objective is not result.nll else result.nll.clone(),
+            result.nll,
+            result.hit,
+        )
 
     @staticmethod
     @once_differentiable
@@ -82,7 +87,9 @@ class _CrossEntropy(torch.autograd.Function):
             head_gradient, bias_gradient = result.head, result.bias
         elif grad_total is not None:
             head_gradient, bias_gradient = (g if g is None else g * grad_total for g in (head_gradient, bias_gradient))
-        grads = [g if g is None else g.to(dtype) for g, dtype in zip((head_gradient, bias_gradient), ctx.dtypes, strict=True)]
+        grads = [
+            g if g is None else g.to(dtype) for g, dtype in zip((head_gradient, bias_gradient), ctx.dtypes, strict=True)
+        ]
         grad_hidden = None if unscaled is None else scatter(unscaled, rows, factors, ctx.shape, ctx.plan.path)
         grad_weights = None
         if ctx.needs_input_grad[3] and grad_total is not None:

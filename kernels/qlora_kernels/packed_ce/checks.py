@@ -23,7 +23,12 @@ def check_arguments(
         raise ValueError(f"head: expected floating [V, {hidden.shape[1]}], got {head.dtype} {list(head.shape)}")
     if isinstance(head, NF4Head) and head.requires_grad:
         raise ValueError("head: a 4-bit head cannot be trained")
-    named = {"head": head, "targets.rows": targets.rows, "targets.ids": targets.ids, "targets.docs": targets.docs}
+    named: dict[str, Tensor | NF4Head | None] = {
+        "head": head,
+        "targets.rows": targets.rows,
+        "targets.ids": targets.ids,
+        "targets.docs": targets.docs,
+    }
     named |= {"row_weights": row_weights, "bias": bias}
     for name, value in named.items():
         if value is not None and value.device != hidden.device:

@@ -9,7 +9,6 @@ dequantised once for all rows of a group, and an accumulator in float32 [group, 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from qlora_kernels.packed_ce import move
@@ -28,6 +27,10 @@ TILE = 16384
 BLOCK, TILE_BLOCK, WARPS = 4096, 2048, 8
 
 
+def _ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def run(problem: Problem, tile: int | None, workspace_bytes: int | None) -> Result:
     budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     fits = budget // (4 * padded(problem.vocabulary))
@@ -42,19 +45,19 @@ def run(problem: Problem, tile: int | None, workspace_bytes: int | None) -> Resu
 
 def padded(columns: int) -> int:
     """Rows of a workspace start at multiples of 16 bytes in either type, as cuBLAS likes them."""
-    return triton.cdiv(columns, 8) * 8
+    return -(-columns // 8) * 8
 
 
 def chunk_rows(count: int, width: int, vocabulary: int, budget: int, processors: int) -> int:
     """Rows per chunk: one full wave of 128 x 256 tiles in the second product if the budget allows, in equal chunks of
     multiples of 128, because a ragged last chunk would waste most of a wave."""
-    wave = triton.cdiv(processors * 128 * 256, width)
+    wave = _ceil_divide(processors * 128 * 256, width)
     most = max(1, budget // (4 * padded(vocabulary)))
     largest = max(1, min(max(512, wave), 4096, most))
     if count <= largest:
         return count
-    even = triton.cdiv(count, triton.cdiv(count, largest))
-    rounded = triton.cdiv(even, 128) * 128
+    even = _ceil_divide(count, _ceil_divide(count, largest))
+    rounded = _ceil_divide(even, 128) * 128
     return rounded if rounded <= most else even
 
 
@@ -136,7 +139,7 @@ def _run_tiles(problem: Problem, tile: int, budget: int) -> Result:
     result = _new_result(problem)
     most = max(1, budget // (4 * padded(tile)))
     count = len(problem.rows)
-    size = triton.cdiv(count, triton.cdiv(count, most))
+    size = _ceil_divide(count, _ceil_divide(count, most))
     for start in range(0, count, size):
         _run_group(problem, result, slice(start, min(start + size, count)), tile)
     result.hit = result.hit.bool()

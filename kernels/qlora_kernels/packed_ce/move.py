@@ -3,7 +3,7 @@
 Plain references: ``hidden[rows]``, ``out[rows] = unscaled * factors[:, None]``, ``index_add_`` by document.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import torch
@@ -55,7 +55,7 @@ def document_kernel(nll, hit, bounds, out, BLOCK: tl.constexpr):
 
 
 def block_for(columns: int, largest: int = 1024) -> int:
-    return min(largest, triton.next_power_of_2(columns))
+    return min(largest, 1 << (columns - 1).bit_length())
 
 
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:

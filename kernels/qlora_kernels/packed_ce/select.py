@@ -4,7 +4,7 @@ so the rows come out in order and always the same.
 Plain reference: `targets._select_in_torch`.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ class Targets:
 
     def to(self, device: torch.device | str) -> Targets:
         """The same targets on ``device``; what the host knows about them is kept."""
-        moved = (t.to(device, non_blocking=True) for t in (self.rows, self.ids, self.docs))
-        return Targets(*moved, self.n_documents, self.row_range, self.id_range)
+        rows, ids, docs = (t.to(device, non_blocking=True) for t in (self.rows, self.ids, self.docs))
+        return replace(self, rows=rows, ids=ids, docs=docs)
 
     @classmethod
     def from_labels(

@@ -23,8 +23,9 @@ from qlora_kernels.packed_ce.finish import Finished, RowState, finish
 from qlora_kernels.packed_ce.head import Head, head_rows
 from qlora_kernels.packed_ce.options import LOG2E, Options
 
-# A tile of 1024 x 1024 logits stays in the cache of a CPU and is large enough for its matrix products.
-BLOCK_ROWS = 1024
+# A tile of some million logits stays in the caches of a CPU and is large enough for its matrix products. Many rows
+# rather than many columns: the products rearrange the tile of the head once per block of rows.
+BLOCK_ROWS = 2048
 TILE = 1024
 # A trainable head needs the exponentials of all tiles at once: so many bytes of them, that is so many rows.
 GROUP_BYTES = 64 * 2**20
@@ -126,11 +127,13 @@ class _Group:
     def begin(self) -> None:
         """The target's logit in float64 gives the shift; what the products start from is rounded to their type."""
         o, block = self.problem.options, 128
-        raw = [
-            torch.einsum("md,md->m", self.hidden[a : a + block].double(), self.head_rows(self.ids[a : a + block]).double())
+        parts = [
+            torch.einsum(
+                "md,md->m", self.hidden[a : a + block].double(), self.head_rows(self.ids[a : a + block]).double()
+            )
             for a in range(0, len(self.ids), block)
         ]
-        raw = torch.cat(raw) * o.logit_scale
+        raw = torch.cat(parts) * o.logit_scale
         # In units of log 2 at once where no softcap stands between the product and the exponential.
         self.unit = o.logit_scale if o.softcap is not None else o.logit_scale * LOG2E
         self.start = -(raw if o.softcap is not None else raw * LOG2E).to(self.dtype)
@@ -153,7 +156,9 @@ class _Group:
         blocks = -(-count // BLOCK_ROWS)
         step = -(-count // blocks)
         self.product = self.hidden.new_empty(step * self.tile)
-        self.exponent = self.product if self.dtype == self.wide else self.hidden.new_empty(step * self.tile, dtype=self.wide)
+        self.exponent = (
+            self.product if self.dtype == self.wide else self.hidden.new_empty(step * self.tile, dtype=self.wide)
+        )
         spans = [slice(a, min(a + step, count)) for a in range(0, count, step)]
         placed = [self.place(span) for span in spans]
         for index, first in enumerate(range(0, vocabulary, self.tile)):
@@ -258,16 +263,17 @@ class _Group:
 
     def head_gradient(self, done: Finished, of_target: Tensor) -> None:
         """``sum_i w_i dz_i^T h_i``: one more product per tile, with all factors of a row put onto its hidden state."""
-        o, assert_weights = self.problem.options, self.problem.weights
-        assert assert_weights is not None and self.kept is not None
-        weights = assert_weights[self.rows].to(self.wide)
+        o, kept = self.problem.options, self.kept
+        assert self.problem.weights is not None, "the gradient of the head needs the weights of the rows"
+        assert kept is not None
+        weights = self.problem.weights[self.rows].to(self.wide)
         of_sum = done.of_sum * weights * o.logit_scale
         smooth = weights * (-o.logit_scale * o.label_smoothing / self.problem.vocabulary)
         head, bias = self.result.head, self.result.bias
         if head is not None:
             x = self.hidden.to(self.wide)
             scaled, smoothed = (x * of_sum[:, None]).to(self.dtype), (x * smooth[:, None]).to(self.dtype)
-            for columns, exponentials, slope in self.kept:
+            for columns, exponentials, slope in kept:
                 head[columns] += exponentials.t() @ scaled
                 if slope is not None:
                     head[columns] += slope.to(self.dtype).t() @ smoothed
@@ -275,7 +281,7 @@ class _Group:
                 head += (x * smooth[:, None]).sum(0)
             head.index_add_(0, self.ids, x * (of_target * weights)[:, None])
         if bias is not None:
-            for columns, exponentials, slope in self.kept:
+            for columns, exponentials, slope in kept:
                 bias[columns] += exponentials.to(self.wide).t() @ of_sum
                 if slope is not None:
                     bias[columns] += slope.t() @ smooth
