@@ -181,9 +181,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     cpu = next(
         (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
     )
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
     return {
         "benchmark": "packed_ce", "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+        "device": name,
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
