@@ -30,11 +30,13 @@ def test_a_logit_far_above_the_targets(train_head: bool) -> None:
     case.hidden *= 40
     assert float(textbook(case, torch.float64)[0]) / len(case.targets) > 200
     assert_as_good_as_torch(case, train_head, path="torch", tile=16)
-    # In bfloat16 such a difference of logits is itself rounded to 2^-9 of its size.
+    # In bfloat16 such a difference of logits is itself rounded to 2^-9 of its size, and the loss with it.
     case.hidden, case.head = case.hidden.bfloat16(), case.head.bfloat16()
-    exact, mine = textbook(case, torch.float64, train_head), ours(case, train_head, path="torch", tile=16)
-    for a, b in zip(mine, exact, strict=True):
-        assert (a - b).norm() <= 2**-7 * b.norm()
+    exact, theirs = textbook(case, torch.float64, train_head), textbook(case, torch.bfloat16, train_head)
+    mine = ours(case, train_head, path="torch", tile=16)
+    assert (mine[0] - exact[0]).abs() <= 2**-9 * exact[0]
+    for a, b, c in zip(mine[1:], theirs[1:], exact[1:], strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-4 * c.norm()
 
 
 def test_a_tied_head_gets_both_gradients() -> None:
@@ -135,7 +137,7 @@ def test_wrong_options_are_named_with_their_value() -> None:
         with pytest.raises(ValueError, match=message):
             packed_linear_cross_entropy(case.hidden, case.head, case.targets, **options)
     assert choose_path("auto", cpu) == ("torch", "cpu device")
-    with pytest.raises(ValueError, match="n_supervised: 3"):
-        Targets.from_labels(case.labels, case.bounds, n_supervised=3)
+    with pytest.raises(ValueError, match="n_supervised: 99"):
+        Targets.from_labels(case.labels, case.bounds, n_supervised=99)
     with pytest.raises(ValueError, match="docs: expected 0 to 0 in ascending order"):
         Targets.from_host(torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([1, 0]), 1)

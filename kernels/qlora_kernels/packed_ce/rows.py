@@ -74,7 +74,7 @@ def row_kernel(
     y = tl.load(ids + row)
     known = (y >= 0) & (y < V)
     x_y = load_logits(X, bias, tl.where(known, y, 0), known, HAS_BIAS)
-    z_y, _ = transform(tl.where(known, x_y, float("nan")), scale, cap, HAS_CAP)
+    z_y, _slope_y = transform(tl.where(known, x_y, float("nan")), scale, cap, HAS_CAP)
 
     # 2. Online maximum and sum over the other classes.
     m = -float("inf")
