@@ -26,7 +26,7 @@ from qlora_kernels.packed_ce.options import LOG2E, Options
 # A tile of some million logits stays in the caches of a CPU and is large enough for its matrix products. Many rows
 # rather than many columns: the products rearrange the tile of the head once per block of rows.
 BLOCK_ROWS = 2048
-TILE = 1024
+TILE = 2048
 # A trainable head needs the exponentials of all tiles at once: so many bytes of them, that is so many rows.
 GROUP_BYTES = 64 * 2**20
 # Units of log 2 between the shift and the largest logit before a row is rescaled; float32 ends at 128.
