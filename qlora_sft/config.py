@@ -40,6 +40,8 @@ class ModelConfig:
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    loss: Literal["auto", "triton", "torch"] = "auto"
+    """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
 
 
 @dataclass(frozen=True)

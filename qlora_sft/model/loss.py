@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from qlora_kernels.packed_ce import CEOutput, Targets, packed_linear_cross_entropy
+from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
 
 from qlora_sft.data.batch import Batch
+from qlora_sft.errors import ConfigError
+
+# Where the choice is kept: on the model, like its attention.
+PATH = "_packed_ce_path"
+
+
+def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
+    """Chooses the implementation for all losses of ``model``, once. Returns the choice with its reason, to print.
+
+    Raises ConfigError when ``triton`` is demanded where it cannot run.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        path = choose_path(requested, base.device)
+    except ValueError as error:
+        raise ConfigError(f"model.loss: {error}") from None
+    setattr(base, PATH, path.name)
+    return f"{path.name} ({path.reason})"
 
 
 def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
@@ -23,20 +41,23 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     ).last_hidden_state
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
+    head = base.get_output_embeddings()
     return packed_linear_cross_entropy(
         hidden.squeeze(0),
-        base.get_output_embeddings().weight,
+        head.weight,
         targets,
         n_items=n_items,
         row_weights=batch["row_weights"],
+        bias=getattr(head, "bias", None),
+        path=getattr(base, PATH, "auto"),
         **logit_transform(base.config),
     )
 
 
-def logit_transform(config: Any) -> dict[str, float]:
+def logit_transform(config: Any) -> dict[str, Any]:
     """What the model does to its logits after the head, under the names each family gives it."""
     text = config.get_text_config()
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
     if softcap:
         options["softcap"] = float(softcap)

@@ -1,7 +1,16 @@
 """Cross-entropy over the supervised rows of a packed sequence, straight from the hidden states."""
 
+from qlora_kernels.packed_ce.backend import choose_path
 from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entropy
+from qlora_kernels.packed_ce.head import NF4Head
 from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
 from qlora_kernels.packed_ce.targets import Targets
 
-__all__ = ["CEOutput", "Targets", "packed_linear_cross_entropy", "reference_linear_cross_entropy"]
+__all__ = [
+    "CEOutput",
+    "NF4Head",
+    "Targets",
+    "choose_path",
+    "packed_linear_cross_entropy",
+    "reference_linear_cross_entropy",
+]

@@ -3,97 +3,113 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qlora_kernels.packed_ce.chunked import ChunkedCrossEntropy
-from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
+from qlora_kernels.packed_ce.autograd import Plan, cross_entropy, document_sums
+from qlora_kernels.packed_ce.backend import Requested, choose_path
+from qlora_kernels.packed_ce.checks import check_arguments
+from qlora_kernels.packed_ce.head import Head
+from qlora_kernels.packed_ce.options import Options
 from qlora_kernels.packed_ce.targets import Targets
 
 
 @dataclass(frozen=True)
 class CEOutput:
-    """loss: scalar, differentiable. The rest is detached and free: nll float32 [M] in nats, hit bool [M] (the
-    largest logit is the target's), per_document float32 [n_documents, 2] (sum of nll, number of rows)."""
+    """loss: scalar, or [M] with ``reduction="none"``; differentiable. The rest is detached and free:
+
+    nll: float32 [M] in nats, without smoothing or z-loss; hit: bool [M], no logit is larger than the target's;
+    per_document: float32 [n_documents, 3], sum of nll, rows, hits. All are the same, bit for bit, in every run.
+    """
 
     loss: Tensor
     nll: Tensor
     hit: Tensor
     per_document: Tensor
 
+    def per_source(self, source_of_document: Tensor, n_sources: int) -> Tensor:
+        """[n_sources, 3] from ``per_document`` and the source (int) of each document; float64."""
+        sources = torch.arange(n_sources, device=source_of_document.device)
+        member = (source_of_document[None, :] == sources[:, None]).double()
+        return member @ self.per_document.double()
+
 
 def packed_linear_cross_entropy(
     hidden: Tensor,
-    head: Tensor,
+    head: Head,
     targets: Targets,
     *,
     n_items: float | None = None,
     row_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Literal["mean", "none"] = "mean",
+    path: Requested = "auto",
+    tile: int | None = None,
+    workspace_bytes: int | None = None,
 ) -> CEOutput:
     """Mean (or ``n_items``-normalised) cross-entropy of the supervised rows, without the full logits.
 
-    ``loss = sum_i w_i * nll_i / n_items``, ``nll_i = logsumexp(z_i) - z_i[y_i]``,
-    ``z_i = cap * tanh(scale * hidden[rows_i] @ head.T / cap)`` (no cap by default).
+    ``loss = sum_i w_i * l_i / n_items`` with ``z_i = cap * tanh(scale * (hidden[rows_i] @ head.T + bias) / cap)``,
+    ``nll_i = logsumexp(z_i) - z_i[y_i]`` and ``l_i = nll_i + label_smoothing * (z_i[y_i] - mean(z_i)) +
+    z_loss * logsumexp(z_i)^2``; no cap, no bias, no smoothing and no z-loss by default.
 
     Args:
-        hidden: [T, D] last hidden states, any floating dtype.
-        head: [V, D] output embedding. Frozen: its gradient costs nothing; trainable: the plain path is taken.
+        hidden: [T, D] last hidden states, floating, any strides.
+        head: [V, D] output embedding, or an `NF4Head`. Frozen, its gradient costs nothing; trainable, one more product.
         targets: the supervised rows, see `Targets`.
         n_items: the divisor, e.g. the supervised tokens of a whole accumulation group; default: the sum of the
-            row weights (the number of rows without any).
+            row weights (the number of rows without any). With ``reduction="none"`` the default is 1.
         row_weights: float [M], default 1.
+        bias: [V] of the head.
         softcap, logit_scale: as the model's configuration has them.
+        reduction: ``none`` returns ``w_i * l_i / n_items`` per row, each differentiable. (With a trainable head its
+            backward pass has to compute the logits again.)
+        path: ``auto``, ``triton`` or ``torch``; see `choose_path`.
+        tile: columns of the vocabulary handled at once; default: on Triton all, unless they do not fit or the head
+            is in 4 bits.
+        workspace_bytes: limit of a chunk's logits on Triton; default 256 MiB.
 
     Returns `CEOutput`. Zero rows give loss 0 with a zero gradient, not NaN.
-    Raises ValueError naming the argument for wrong shapes, dtypes, devices.
+    Raises ValueError naming the argument and its value for wrong shapes, dtypes, devices and targets. Targets that
+    only the GPU knows are not looked at, for that would make the host wait: one outside of the vocabulary gives NaN.
     """
-    _check(hidden, head, targets, row_weights)
+    options = Options(softcap, logit_scale, label_smoothing, z_loss)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected mean or none, got {reduction!r}")
+    chosen = choose_path(path, hidden.device, (hidden.dtype, head.dtype)).name
+    may_wait = chosen == "torch" or hidden.device.type == "cpu"
+    check_arguments(hidden, head, targets, row_weights, bias, may_wait)
     if len(targets) == 0:
-        nothing = hidden.new_zeros(0, dtype=torch.float32)
-        per_document = nothing.new_zeros(targets.n_documents, 2)
-        return CEOutput(hidden.sum() * 0.0, nothing, nothing.bool(), per_document)
-    # Autocast would run the products of this function in half precision, behind the back of its float32 casts.
+        return _nothing_supervised(hidden, head, bias, targets, reduction)
+    weights = None if row_weights is None else row_weights.float()
+    plan = Plan(chosen, options, tile, workspace_bytes, reduction == "mean")
+    # Autocast would run the products of this function in half precision, behind the back of its float32 sums.
     with torch.autocast(hidden.device.type, enabled=False):
-        if head.requires_grad:
-            nll, hit = reference_linear_cross_entropy(hidden, head, targets, softcap=softcap, logit_scale=logit_scale)
-        else:
-            nll, hit = ChunkedCrossEntropy.apply(hidden, head, targets.rows, targets.ids, softcap, logit_scale)
-    weighted = nll if row_weights is None else nll * row_weights.to(nll.dtype)
-    if n_items is None:
-        divisor = float(len(targets)) if row_weights is None else row_weights.sum().clamp(min=1e-30)
+        total, objective, nll, hit = cross_entropy(hidden, head, bias, targets, weights, plan)
+    nll, hit = nll.detach(), hit.detach()
+    if reduction == "none":
+        loss = objective if weights is None else objective * weights
+        loss = loss if n_items is None else loss / n_items
+    elif n_items is None:
+        loss = total / (float(len(targets)) if weights is None else weights.sum().clamp(min=1e-30))
     else:
-        divisor = n_items
-    nll = nll.detach()
-    return CEOutput(weighted.sum() / divisor, nll, hit, _per_document(nll, targets))
+        loss = total / n_items
+    return CEOutput(loss, nll, hit, document_sums(nll, hit, targets, chosen))
 
 
-def _per_document(nll: Tensor, targets: Targets) -> Tensor:
-    sums = nll.new_zeros(targets.n_documents, 2)
-    documents = targets.docs.long()
-    sums[:, 0].index_add_(0, documents, nll)
-    sums[:, 1].index_add_(0, documents, torch.ones_like(nll))
-    return sums
-
-
-def _check(hidden: Tensor, head: Tensor, targets: Targets, row_weights: Tensor | None) -> None:
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected floating [T, D], got {hidden.dtype} {list(hidden.shape)}")
-    if head.dim() != 2 or head.shape[1] != hidden.shape[1] or not head.is_floating_point():
-        expected = f"floating [V, {hidden.shape[1]}]"
-        raise ValueError(f"head: expected {expected}, got {head.dtype} {list(head.shape)}")
-    for name, tensor in (("head", head), ("targets.rows", targets.rows), ("targets.ids", targets.ids)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
-    if row_weights is not None and row_weights.shape != targets.rows.shape:
-        raise ValueError(f"row_weights: expected [{len(targets)}], got {list(row_weights.shape)}")
-    if hidden.device.type == "cpu" and len(targets):
-        # On a CPU looking is free; on a GPU it would make the host wait for the device.
-        highest_row, highest_id = int(targets.rows.max()), int(targets.ids.max())
-        if int(targets.rows.min()) < 0 or highest_row >= hidden.shape[0]:
-            raise ValueError(f"targets.rows: {highest_row} is outside of the {hidden.shape[0]} rows of hidden")
-        if int(targets.ids.min()) < 0 or highest_id >= head.shape[0]:
-            low = int(targets.ids.min())
-            raise ValueError(f"targets.ids: {low}..{highest_id} is outside of the vocabulary of {head.shape[0]}")
+def _nothing_supervised(hidden: Tensor, head: Head, bias: Tensor | None, targets: Targets, reduction: str) -> CEOutput:
+    # Sums over no row at all: connected to the graph, and 0 even where hidden is not finite.
+    empty = hidden[:0].sum(1).float()
+    loss = empty.sum()
+    for parameter in (head, bias):
+        if isinstance(parameter, Tensor):
+            loss = loss + parameter[:0].sum()
+    nothing = empty.detach()
+    per_document = nothing.new_zeros(targets.n_documents, 3)
+    return CEOutput(loss if reduction == "mean" else empty, nothing, nothing.bool(), per_document)

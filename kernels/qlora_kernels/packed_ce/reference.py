@@ -16,15 +16,26 @@ def transform_logits(logits: Tensor, logit_scale: float, softcap: float | None) 
 
 
 def reference_linear_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Targets, *, softcap: float | None = None, logit_scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Per-row ``nll_i = logsumexp(z_i) - z_i[y_i]`` with ``z_i = transform(hidden[rows_i] @ head.T)``.
+    hidden: Tensor,
+    head: Tensor,
+    targets: Targets,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row ``l_i``, ``nll_i`` and hit, as `packed_linear_cross_entropy` defines them.
 
-    hidden [T, D], head [V, D] -> nll float32 [M], hit bool [M] (the largest logit is the target's).
-    Both arguments may require a gradient. Computed in float32, or float64 for float64 input.
+    hidden [T, D], head [V, D], bias [V] -> float32 [M], float32 [M], bool [M]. All three may require a gradient.
+    Computed in float32, or float64 for float64 input.
     """
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden[targets.rows.long()].to(compute) @ head.to(compute).t()
-    logits = transform_logits(logits, logit_scale, softcap)
-    nll = F.cross_entropy(logits, targets.ids.long(), reduction="none")
-    return nll, logits.argmax(-1) == targets.ids
+    logits = transform_logits(logits if bias is None else logits + bias.to(compute), logit_scale, softcap)
+    ids = targets.ids.long()
+    nll = F.cross_entropy(logits, ids, reduction="none")
+    loss = F.cross_entropy(logits, ids, reduction="none", label_smoothing=label_smoothing)
+    loss = loss + z_loss * logits.logsumexp(-1).square()
+    return loss, nll, logits.argmax(-1) == ids

@@ -1,0 +1,56 @@
+"""Wrong arguments are refused with the argument's name and its value, before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.packed_ce.head import Head, NF4Head
+from qlora_kernels.packed_ce.targets import Targets
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_arguments(
+    hidden: Tensor, head: Head, targets: Targets, row_weights: Tensor | None, bias: Tensor | None, may_wait: bool
+) -> None:
+    """``may_wait``: values on the device may be looked at even if that makes the host wait for it."""
+    if hidden.dim() != 2 or hidden.dtype not in FLOATING:
+        raise ValueError(f"hidden: expected floating [T, D], got {hidden.dtype} {list(hidden.shape)}")
+    if isinstance(head, Tensor) and (head.dim() != 2 or head.dtype not in FLOATING):
+        raise ValueError(f"head: expected floating [V, {hidden.shape[1]}], got {head.dtype} {list(head.shape)}")
+    if head.shape[1] != hidden.shape[1]:
+        raise ValueError(f"head: expected floating [V, {hidden.shape[1]}], got {head.dtype} {list(head.shape)}")
+    if isinstance(head, NF4Head) and head.requires_grad:
+        raise ValueError("head: a 4-bit head cannot be trained")
+    named: dict[str, Tensor | NF4Head | None] = {
+        "head": head,
+        "targets.rows": targets.rows,
+        "targets.ids": targets.ids,
+        "targets.docs": targets.docs,
+    }
+    named |= {"row_weights": row_weights, "bias": bias}
+    for name, value in named.items():
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
+    if row_weights is not None and (row_weights.shape != targets.rows.shape or not row_weights.is_floating_point()):
+        got = f"{row_weights.dtype} {list(row_weights.shape)}"
+        raise ValueError(f"row_weights: expected floating [{len(targets)}], got {got}")
+    if bias is not None and (bias.shape != (head.shape[0],) or not bias.is_floating_point()):
+        raise ValueError(f"bias: expected floating [{head.shape[0]}], got {bias.dtype} {list(bias.shape)}")
+    _check_range("targets.rows", targets.rows, targets.row_range, hidden.shape[0], "rows of hidden", may_wait)
+    _check_range("targets.ids", targets.ids, targets.id_range, head.shape[0], "words of the vocabulary", may_wait)
+
+
+def _check_range(
+    name: str, values: Tensor, known: tuple[int, int] | None, size: int, what: str, may_wait: bool
+) -> None:
+    if not values.numel():
+        return
+    if known is None:
+        if not may_wait:
+            return  # the kernels answer NaN for what is outside, and read nothing there
+        known = int(values.min()), int(values.max())
+    if known[0] < 0 or known[1] >= size:
+        worst = known[0] if known[0] < 0 else known[1]
+        raise ValueError(f"{name}: {worst} is outside of the {size} {what}")

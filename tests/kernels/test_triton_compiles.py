@@ -1,0 +1,83 @@
+"""Every kernel compiles ahead of time for every generation of GPU, without spilling registers. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from qlora_kernels.packed_ce import fused, move, rows, select  # noqa: E402
+
+CAPABILITIES = [75, 80, 86, 89, 90, 100, 120]
+PLAIN = {"HAS_BIAS": False, "HAS_CAP": False, "SMOOTH": False}
+EVERYTHING = {"HAS_BIAS": True, "HAS_CAP": True, "SMOOTH": True}
+ROWS, TILES = {"BLOCK": fused.BLOCK, "GRAD": True}, {"BLOCK": fused.TILE_BLOCK}
+
+# name, kernel, constants, warps
+VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
+    ("rows, plain", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS}, fused.WARPS),
+    ("rows, all options", rows.row_kernel, {**EVERYTHING, "Z_LOSS": True, **ROWS}, fused.WARPS),
+    ("rows, loss only", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS, "GRAD": False}, fused.WARPS),
+    ("tile, plain", rows.tile_kernel, {**PLAIN, **TILES}, fused.WARPS),
+    ("tile, all options", rows.tile_kernel, {**EVERYTHING, **TILES}, fused.WARPS),
+    ("gather", move.gather_kernel, {"BLOCK": 1024}, 4),
+    ("scatter", move.scatter_kernel, {"BLOCK": 1024}, 4),
+    ("documents", move.document_kernel, {"BLOCK": 256}, 4),
+    ("count", select.count_kernel, {"BLOCK": 1024}, 4),
+    ("compact", select.compact_kernel, {"BLOCK": 1024}, 4),
+]
+TYPES = {
+    "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 objective=*fp32 nll=*fp32 hit=*i8 "
+    "V=i32 scale=fp32 cap=fp32 smoothing=fp32 z_loss=fp32",
+    "tile_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 first=i32 width=i32 shift=*fp32 "
+    "others=*fp32 top=*fp32 z_sum=*fp32 factor=*fp32 scale=fp32 cap=fp32",
+    "gather_kernel": "X=*half stride_row=i64 stride_column=i64 rows=*i32 out=*half T=i32 D=i32",
+    "scatter_kernel": "U=*half rows=*i32 factors=*fp32 out=*half T=i32 D=i32",
+    "document_kernel": "nll=*fp32 hit=*i8 bounds=*i32 out=*fp32",
+    "count_kernel": "labels=*i64 docs=*i32 counts=*i32 T=i32 ignore=i32",
+    "compact_kernel": "labels=*i64 docs=*i32 ends=*i32 rows=*i32 ids=*i32 row_docs=*i32 T=i32 ignore=i32",
+}
+
+
+def resources(kernel: Any, constants: dict[str, Any], warps: int, capability: int, folder: Path) -> tuple[int, int]:
+    """(registers per thread, bytes of stack and local memory: what is spilled)"""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # bfloat16 exists from sm_80 on.
+    half = "*fp16" if capability < 80 else "*bf16"
+    given = dict(pair.split("=") for pair in TYPES[kernel.__name__].split())
+    signature = {name: half if kind == "*half" else kind for name, kind in given.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert found, report
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_kernel_spills(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for name, kernel, constants, warps in VARIANTS:
+        registers, spilled = resources(kernel, constants, warps, capability, tmp_path)
+        print(f"sm_{capability} {name}: {registers} registers, {spilled} bytes spilled")
+        record_property(f"sm_{capability} {name}", registers)
+        assert spilled == 0, f"{name} spills {spilled} bytes on sm_{capability}"
+        # 65,536 registers per multiprocessor: two blocks of eight warps run side by side up to 128.
+        assert registers <= 128, f"{name} takes {registers} registers on sm_{capability}"

@@ -1,0 +1,23 @@
+"""Runs interpreted_triton.py under Triton's interpreter, in a process where nothing has imported triton yet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def test_the_triton_kernels_on_the_cpu() -> None:
+    pytest.importorskip("triton")
+    paths = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "interpreted_triton.py")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
