@@ -91,11 +91,10 @@ def render_many(
 ) -> Iterator[Rendered | DataError]:
     """`render_conversation` for many, in order, an error in place of each row that has one.
 
-    The pieces of many rows are encoded in one call, which is several times faster.
+    Many rows are encoded in one call, which is several times faster, while the next ones are rendered.
     """
     rows = iter(conversations)
-    # The tokenizer works without the interpreter's lock, so one batch is encoded while the next one is rendered.
-    with ThreadPoolExecutor(1) as worker:
+    with ThreadPoolExecutor(1) as worker:  # the tokenizer works without the interpreter's lock
         ahead: Future[list[Rendered | DataError]] | None = None
         while batch := list(islice(rows, _BATCH)):
             planned: list[list[Piece] | DataError] = []
