@@ -69,7 +69,7 @@ class Problem:
 
 
 def block_shape(width: int) -> tuple[int, int]:
-    """(most rows of a block, columns of a tile)"""
+    """(rows of a block, columns of a tile)"""
     return (-(-BLOCK_ROWS // 4), 2 * TILE) if width >= WIDE else (BLOCK_ROWS, TILE)
 
 
@@ -161,8 +161,9 @@ class _Group:
 
     def run(self) -> None:
         count, vocabulary = len(self.ids), self.problem.vocabulary
-        blocks = -(-count // block_shape(self.hidden.shape[1])[0])
-        step = -(-count // blocks)
+        # About so many rows, equally, and in multiples of what a product does at once: a ragged rest is slow.
+        blocks = max(1, round(count / block_shape(self.hidden.shape[1])[0]))
+        step = -(-count // (32 * blocks)) * 32
         self.product = self.hidden.new_empty(step * self.tile)
         self.exponent = (
             self.product if self.dtype == self.wide else self.hidden.new_empty(step * self.tile, dtype=self.wide)
