@@ -11,8 +11,9 @@ DEMO_ARGS ?=
 demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
 
+# Two processes with one thread each: the tests are many small things, and threads would get in each other's way.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

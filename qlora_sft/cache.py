@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +21,12 @@ def cache_dir(*parts: str) -> Path:
     folder = base.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def sole_builder(name: str) -> Iterator[None]:
+    """Within it no other process builds ``name`` in the cache: of two runs started at once one downloads, one waits."""
+    from filelock import FileLock
+
+    with FileLock(cache_dir("locks") / f"{name}.lock"):
+        yield

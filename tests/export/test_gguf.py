@@ -49,7 +49,7 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
     result = export_run(run, "f16", parity=True, say=said.append)
     figures = result["parity"]["f16"]
     assert figures["top1"] >= BOUNDS["f16"][0]
-    assert any("held-out rows of the run" in line for line in said)
+    assert any("held-out rows" in line for line in said)
     kept = json.loads((run / "export.json").read_text())
     assert kept["parity"]["f16"] == figures
     assert set(figures) == {"top1", "kl", "max_diff", "tokens"}
