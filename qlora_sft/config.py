@@ -35,7 +35,8 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. ``auto``: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU."""
     chat_template: str | None = None
-    """Name of a shipped template or a .jinja file; default: the tokenizer's own."""
+    """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a .jinja file, in place of the
+    tokenizer's own."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     gradient_checkpointing: bool = True

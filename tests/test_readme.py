@@ -77,13 +77,18 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     for name in re.findall(r"(\w+\.jsonl)", recipe):
         (tmp_path / name).write_text(row * 2)
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
-    assert [command.split()[1] for command in ours] == ["train", "chat", "merge", "export", "chat"]
+    assert [command.split()[1] for command in ours] == ["preview", "train", "chat", "merge", "export", "chat"]
     for command in ours:
-        extra = {"train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4"}
+        extra = {
+            "preview": " --count 1",
+            "train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4",
+        }
         extra["chat"] = " --max-new-tokens 8"
         result = run(command + extra.get(command.split()[1], ""), tmp_path)
         if command.split()[1] == "chat":
             assert result.stdout.strip().removeprefix(">").strip()
     assert (tmp_path / "runs/support/gguf/support-q8_0.gguf").is_file()
-    unexpected = {path.name for path in tmp_path.iterdir()} - {".venv", "my-base-model", "recipe.yaml", "runs"}
+    assert "supervised" in (tmp_path / "preview.html").read_text()
+    known = {".venv", "my-base-model", "recipe.yaml", "runs", "preview.html"}
+    unexpected = {path.name for path in tmp_path.iterdir()} - known
     assert all(name.endswith(".jsonl") for name in unexpected)

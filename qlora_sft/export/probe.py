@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = 2048
+# Held-out tokens from which on no others are needed.
+ENOUGH = 256
 # Prose, digits, code, accents, other scripts, emoji, white space: what tokenizers disagree about.
 FIXED_TEXT = (
     "The river had risen two metres in the night, and by seven o'clock the lower road was under water. Nobody in the "
@@ -43,15 +45,17 @@ class Probe:
 def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
     """At least ``tokens`` positions if there are as many: held-out rows of the run, its samples, or a fixed text."""
     held_out, why = _held_out(run, tokenizer)
-    if held_out:
+    fixed = [_whole(tokenizer.encode(text, add_special_tokens=False)) for text in FIXED_TEXT]
+    if sum(len(positions) for _, positions in held_out) >= ENOUGH:
         return _first(held_out, tokens, "supervised tokens of the run's held-out rows")
+    if held_out:
+        return _first([*held_out, *fixed], tokens, "supervised tokens of the run's few held-out rows, and a fixed text")
     samples = run / "samples.jsonl"
     lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
     prompts = [json.loads(line)["prompt_ids"] for line in lines]
     if prompts:
         return _first([_whole(ids) for ids in prompts], tokens, f"the run's held-out prompts ({why})")
-    fixed = [tokenizer.encode(text, add_special_tokens=False) for text in FIXED_TEXT]
-    return _first([_whole(ids) for ids in fixed], tokens, f"a fixed text ({why})")
+    return _first(fixed, tokens, f"a fixed text ({why})")
 
 
 def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
