@@ -45,12 +45,10 @@ def compiled(device: torch.device) -> Loss:
 def torch_fused(device: torch.device) -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
         raise NotAvailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    try:
-        from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
-        options: dict[str, Any] = {"options": LinearCrossEntropyOptions()}
-    except ImportError:
-        options = {}
+    # Without options it forms all the logits.
+    options: dict[str, Any] = {"options": LinearCrossEntropyOptions()}
     return lambda hidden, head, labels: F.linear_cross_entropy(
         hidden, head, labels.shifted, ignore_index=-100, **options
     )

@@ -65,7 +65,7 @@ def test_a_block_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) ->
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton", tile=40)
 
 
-def test_rows_in_the_same_chunk_or_not_are_the_same_bit_for_bit() -> None:
+def test_the_size_of_the_chunks_changes_no_row() -> None:
     case = make([20, 12], vocabulary=64, share=1.0)
     whole, gradient = call(case, n_items=1.0)
     again, gradient_again = call(case, n_items=1.0)
