@@ -41,7 +41,11 @@ def test_unsloths_patched_trainer_trains_our_batches_and_writes_nowhere_else(bas
 def test_control_c_saves_the_adapter_and_ends_with_130(base_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(
-        command("model.backend=transformers", "training.epochs=9", output=output), stderr=subprocess.PIPE, text=True
+        command("model.backend=transformers", "training.epochs=9", output=output),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore the signal, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 240
