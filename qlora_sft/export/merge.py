@@ -22,6 +22,8 @@ Onto = Literal["nf4-dequantized", "bf16"]
 # Up to here both ways are tried and measured; beyond, the minutes and gigabytes are not worth it.
 MEASURED_BELOW = 2**30
 Dtype = Literal["auto", "bf16", "f16", "f32"]
+# Mean KL from the adapter from which on the rounding of bfloat16 is worth avoiding, where it is measured.
+TAKE_FLOAT16 = 1e-4
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -96,7 +98,7 @@ def _merge_better(
     run: Path, target: Path, manifest: dict[str, Any], base: Path, dtype: Dtype, say: Say
 ) -> dict[str, Any]:
     """Merges onto both, measures both against the adapter, keeps the closer one; in f16 if bf16 is too coarse."""
-    from qlora_sft.export.parity import BOUNDS, quick_difference
+    from qlora_sft.export.parity import quick_difference
 
     scratch = target.with_name(f".{target.name}.measured-{os.getpid()}")
     results: dict[str, dict[str, Any]] = {}
@@ -111,7 +113,7 @@ def _merge_better(
             for onto in get_args(Onto):
                 attempt(onto, onto, dtype)
             best = min(measured, key=lambda name: measured[name])
-            if dtype == "auto" and measured[best] > BOUNDS["merged"][1] and results[best]["dtype"] == "bfloat16":
+            if dtype == "auto" and measured[best] > TAKE_FLOAT16 and results[best]["dtype"] == "bfloat16":
                 attempt(f"{best} in float16", results[best]["onto"], "f16")
                 best = min(measured, key=lambda name: measured[name])
         reason = "mean KL from the adapter, measured: " + ", ".join(f"{o} {kl:.1e}" for o, kl in measured.items())

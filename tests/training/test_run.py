@@ -45,7 +45,7 @@ def test_control_c_saves_the_adapter_and_ends_with_130(base_model: Path, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background jobs ignore the signal, and their children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - starts before any thread
     )
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 240
