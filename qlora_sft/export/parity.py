@@ -123,13 +123,13 @@ def check_parity(
             ours = model_logits(merged, probe, folder / "merged.npy")
             if not measured:
                 found["merged"] = compare(reference, ours)
-                faults += _judge("merged", found["merged"], "adapter", say)
+                faults += _judge("merged", found["merged"], "adapter", probe.own_words, say)
             reference = ours
         if gguf is not None:
             texts = _texts(probe, tokenizer)
             theirs, ids = gguf_logits(gguf, probe, texts, folder / "gguf.npy", lora)
             found[form] = compare(reference, theirs)
-            faults += _judge(form, found[form], "merged" if merged is not None else "adapter", say)
+            faults += _judge(form, found[form], "merged" if merged is not None else "adapter", probe.own_words, say)
             faults += compare_texts(texts, ids, tokenizer)
     result = {name: asdict(figures) for name, figures in found.items()}
     record(run, {"parity": result})
@@ -167,9 +167,11 @@ def _texts(probe: Probe, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in chosen] + list(FIXED_TEXT)
 
 
-def _judge(form: str, figures: Figures, against: str, say: Say) -> list[str]:
-    """Prints one comparison; returns the fault with its suspect, if there is one."""
+def _judge(form: str, figures: Figures, against: str, own_words: bool, say: Say) -> list[str]:
+    """Prints one comparison; returns the fault with its suspect, if there is one. The top-1 bound holds for the model's
+    own words only."""
     top1, kl = bound(form)
+    top1 = top1 if own_words else 0.0
     say(
         f"{form} against {against}: top-1 {figures.top1:.2%} (at least {top1:.1%}), mean KL {figures.kl:.1e} "
         f"(at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, {figures.tokens:,} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ class Probe:
     documents: list[list[int]]
     positions: list[list[int]]
     origin: str
+    own_words: bool = False
+    """Whether all positions are of text that the model was trained to write. Of other text it knows little, many next
+    tokens are about as likely, and which one comes first says nothing about the export; the KL divergence still does."""
 
     @property
     def tokens(self) -> int:
@@ -47,7 +50,7 @@ def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
     held_out, why = _held_out(run, tokenizer)
     fixed = [_whole(tokenizer.encode(text, add_special_tokens=False)) for text in FIXED_TEXT]
     if sum(len(positions) for _, positions in held_out) >= ENOUGH:
-        return _first(held_out, tokens, "supervised tokens of the run's held-out rows")
+        return replace(_first(held_out, tokens, "supervised tokens of the run's held-out rows"), own_words=True)
     if held_out:
         return _first([*held_out, *fixed], tokens, "supervised tokens of the run's few held-out rows, and a fixed text")
     samples = run / "samples.jsonl"
