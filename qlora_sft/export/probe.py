@@ -38,7 +38,7 @@ class Probe:
     origin: str
     own_words: bool = False
     """Whether all positions are of text that the model was trained to write. Of other text it knows little, many next
-    tokens are about as likely, and which one comes first says nothing about the export; the KL divergence still does."""
+    tokens are about as likely, and which comes first says nothing about the export; the KL divergence still does."""
 
     @property
     def tokens(self) -> int:
