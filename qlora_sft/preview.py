@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.config import Config
+from qlora_sft.say import tell
 
 
 def preview(config: Config, count: int = 3, page: str | None = None, show: bool = True) -> dict[str, Any]:
@@ -20,15 +21,15 @@ def preview(config: Config, count: int = 3, page: str | None = None, show: bool 
 
     from qlora_sft.data.plan import plan_data
     from qlora_sft.data.show import as_page, as_text
+    from qlora_sft.data.splits import read_data
     from qlora_sft.data.template import chat_format
     from qlora_sft.model.load import load_tokenizer, resolve_base, stop_ids
-    from qlora_sft.train import read_data
 
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(text)
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     train_sources, held_out_sources, _ = read_data(config, say)
     base = resolve_base(config.model.path)

@@ -19,6 +19,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_the_recipe_imports_nothing_that_unsloth_has_to_patch_first() -> None:
+    """Imported before Unsloth, transformers, trl and peft would keep their own functions, and it would be left out."""
+    result = python(f"import sys, qlora_sft.train, qlora_sft.preview; print([m for m in {HEAVY} if m in sys.modules])")
+    assert result.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nosuch.yaml"]])
 def test_the_command_line_imports_nothing_heavy_before_there_is_work(arguments: list[str]) -> None:
     code = (

@@ -18,8 +18,8 @@ from qlora_sft.config_data import DataConfig, SourceConfig
 from qlora_sft.data.formats import Conversation
 from qlora_sft.data.sources import Source, open_parts, place
 from qlora_sft.errors import DataError
+from qlora_sft.say import Say
 
-Say = Callable[[str], None]
 SIMILARITY = 0.8
 """Jaccard similarity from which two conversations are near duplicates."""
 _SHINGLE = 5

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from qlora_sft.config_data import Overlong
+from qlora_sft.data.formats import Conversation
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import DataError
 
-Conversation = dict[str, Any]
 TOO_LONG = "too long"
 NOTHING_LEFT = "nothing supervised within max_length"
 

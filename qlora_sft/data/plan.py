@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from qlora_sft.config import Config
 from qlora_sft.data import store
-from qlora_sft.data.prepare import Prepared, ledger_table, plan_bins, render_sources
+from qlora_sft.data.ledger import ledger_table
+from qlora_sft.data.prepare import Prepared, plan_bins, render_sources
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
+from qlora_sft.say import Say
 
 
 def plan_data(
@@ -18,7 +19,7 @@ def plan_data(
     held_out_sources: list[Source],
     tokenizer: Any,
     style: ChatFormat,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[Prepared, Prepared, list[list[int]]]:
     """(training split, held-out split, bins of training documents in order); says what became of every row.
 

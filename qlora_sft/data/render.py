@@ -203,7 +203,7 @@ def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -
             new = encoded[piece.text]
             ids += new
             weights += [piece.weight] * len(new)
-            fault = fault or _unended(piece, new[-1], tokenizer, stops)
+            fault = fault or _unended(piece, new[-1] if new else -1, tokenizer, stops)
         yield ids, weights, fault
 
 
@@ -271,8 +271,9 @@ def _unended(piece: Piece, last: int, tokenizer: Any, stops: frozenset[int]) -> 
 
 
 def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError:
+    ending = tokenizer.decode([last]) if last >= 0 else ""
     return DataError(
-        f"message {message}: the turn would end in {tokenizer.decode([last])!r}, which does not stop generation "
+        f"message {message}: the turn would end in {ending!r}, which does not stop generation "
         f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stops))}). Name the token in model.stop_tokens "
         "if it ends turns, else use another chat template"
     )

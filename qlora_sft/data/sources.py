@@ -20,10 +20,10 @@ from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.formats import CURE, Conversation, Form, convert, detect
 from qlora_sft.errors import DataError
+from qlora_sft.say import Say
 
 # After so many faults the file as a whole is wrong, and a longer list helps nobody.
 MAX_PROBLEMS = 10
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

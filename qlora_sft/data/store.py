@@ -14,7 +14,8 @@ import numpy as np
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.config import Config
-from qlora_sft.data.prepare import Drop, Prepared, SourceLedger
+from qlora_sft.data.ledger import Drop, SourceLedger
+from qlora_sft.data.prepare import Prepared
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat

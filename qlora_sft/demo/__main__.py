@@ -20,7 +20,9 @@ from typing import Any
 from qlora_sft.cli import guarded
 from qlora_sft.config import load_config
 from qlora_sft.errors import RunError
-from qlora_sft.train import Stopwatch, train
+from qlora_sft.say import tell
+from qlora_sft.train import train
+from qlora_sft.training.stopwatch import Stopwatch
 
 AGREEMENT_PROMPTS = 10
 
@@ -43,10 +45,10 @@ def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
     run = Path(output)
     with watch("merge"):
         merged = merge_run(run)
-    say(f"merged: {merged['merged']} ({merged['modules']} modules, onto {merged['onto']})")
+    tell(f"merged: {merged['merged']} ({merged['modules']} modules, onto {merged['onto']})")
     with watch("export"):
         gguf = Path(export_run(run, "q8_0")["gguf"])
-    say(f"GGUF: {gguf} ({gguf.stat().st_size / 2**20:.0f} MiB)")
+    tell(f"GGUF: {gguf} ({gguf.stat().st_size / 2**20:.0f} MiB)")
     with watch("ask the GGUF"):
         agreement, question = ask(gguf, run)
     result = {
@@ -57,8 +59,8 @@ def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
         "seconds": {**report["seconds"], **watch.rounded()},
     }
     (run / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    say(f"GGUF and adapter agree on {agreement:.0%} of the prompts; figures: {run / 'demo.json'}")
-    say(f"\nAsked of {gguf.name} in llama.cpp:\n{question['prompt']}\n\nIt answers:")
+    tell(f"GGUF and adapter agree on {agreement:.0%} of the prompts; figures: {run / 'demo.json'}")
+    tell(f"\nAsked of {gguf.name} in llama.cpp:\n{question['prompt']}\n\nIt answers:")
     print(question["gguf"])
     return result
 
@@ -83,10 +85,6 @@ def spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """``count`` of the records at equal distances, so that every source is among them."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

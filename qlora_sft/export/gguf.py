@@ -15,7 +15,7 @@ from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_trained_base
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
-from qlora_sft.export.say import Say, tell
+from qlora_sft.say import Say, tell
 
 
 def export_run(

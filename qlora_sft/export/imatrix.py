@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_sft.errors import RunError
-from qlora_sft.export.say import Say, tell
+from qlora_sft.say import Say, tell
 
 TOKENS = 16384
 

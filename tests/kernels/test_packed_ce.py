@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ce_cases import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy, reference_linear_cross_entropy, tiled
@@ -18,14 +19,8 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Targets]:
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    hidden = (2 * torch.randn(total, width, generator=generator)).to(dtype).requires_grad_()
-    head = (torch.randn(vocabulary, width, generator=generator) / 2).to(dtype)
-    labels = torch.randint(0, vocabulary, (total,), generator=generator)
-    labels[torch.rand(total, generator=generator) > share] = -100
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return hidden, head, labels, Targets.from_labels(labels, bounds)
+    case = make(lengths, width=width, vocabulary=vocabulary, share=share, dtype=dtype, seed=seed)
+    return case.hidden.requires_grad_(), case.head, case.labels, case.targets
 
 
 def textbook(

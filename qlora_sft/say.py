@@ -1,4 +1,4 @@
-"""Where the export reports what it decided and why: standard error, so that stdout holds results only."""
+"""Where a command reports what it decides and why: standard error, so that stdout holds results only."""
 
 from __future__ import annotations
 

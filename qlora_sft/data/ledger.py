@@ -1,0 +1,68 @@
+"""What became of every row: kept, shortened, dropped for which reason, and how much of it is supervised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Drop:
+    """Rows that were dropped for one reason: how many, and the first three (file:line)."""
+
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SourceLedger:
+    """What became of the rows of one source: ``read`` = ``not_drawn`` + rows of all ``dropped`` + ``kept``."""
+
+    path: str
+    files: list[str] = field(default_factory=list)
+    read: int = 0
+    not_drawn: int = 0
+    """Rows left out by ``fraction`` or ``max_rows``."""
+    dropped: dict[str, Drop] = field(default_factory=dict)
+    kept: int = 0
+    """Rows that are trained on, whole or shortened."""
+    shortened: int = 0
+    """Kept rows that were truncated, or split in several documents."""
+    tokens: int = 0
+    supervised: int = 0
+    p50: int = 0
+    """Half of the kept rows have at most so many tokens; p95 and p99 likewise."""
+    p95: int = 0
+    p99: int = 0
+    longest: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def drop(self, reason: str, places: list[str]) -> None:
+        drop = self.dropped.setdefault(reason, Drop())
+        drop.rows += len(places)
+        drop.first += places[: 3 - len(drop.first)]
+
+
+def ledger_table(ledger: dict[str, SourceLedger]) -> str:
+    """The ledger as text: a line per source, and one per reason for which rows were dropped."""
+    lines = [
+        f"{'source':<16}{'read':>9}{'kept':>9}{'dropped':>9}{'tokens':>13}{'supervised':>20}"
+        f"{'p50':>7}{'p95':>7}{'p99':>7}{'longest':>9}"
+    ]
+    for name, row in ledger.items():
+        supervised = f"{row.supervised:,} ({row.share:.1%})"
+        dropped = sum(drop.rows for drop in row.dropped.values())
+        lines.append(
+            f"{name:<16}{row.read:>9,}{row.kept:>9,}{dropped:>9,}{row.tokens:>13,}{supervised:>20}"
+            f"{row.p50:>7,}{row.p95:>7,}{row.p99:>7,}{row.longest:>9,}"
+        )
+        if row.not_drawn:
+            lines.append(f"  {name}: {row.not_drawn:,} rows not drawn (fraction, max_rows)")
+        if row.shortened:
+            lines.append(f"  {name}: {row.shortened:,} rows truncated or split to fit")
+        for reason, drop in row.dropped.items():
+            shown = ", ".join(drop.first) + (" ..." if drop.rows > len(drop.first) else "")
+            lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {shown}")
+    return "\n".join(lines)

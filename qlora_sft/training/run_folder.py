@@ -1,0 +1,76 @@
+"""The run folder: claimed before anything is done, cleared only when training begins, written file by file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_sft.atomic import written_file, written_folder
+from qlora_sft.config import Config, dump_config
+from qlora_sft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_sft.data.dedup import Removed
+
+# What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
+RUN_FILES = (
+    "config.yaml manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter checkpoints merged gguf "
+    "export.json demo.json"
+).split()
+
+
+def claim_run_folder(config: Config, overwrite: bool) -> Path:
+    """The run folder. Refuses to write over an earlier run unless told to."""
+    run = Path(config.output).expanduser()
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output: {run} is a file; name a folder")
+    earlier = [name for name in RUN_FILES if (run / name).exists()]
+    if earlier and not overwrite:
+        raise ConfigError(
+            f"output: {run} holds an earlier run ({', '.join(earlier)}); choose another output=... or add --overwrite"
+        )
+    return run
+
+
+def begin_run(run: Path, config: Config) -> None:
+    """Only now, with everything checked, does an earlier run that may be overwritten go."""
+    for name in RUN_FILES:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+
+
+def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
+    """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
+    says of them, so that a run that is resumed can prove to go on in the same order."""
+    from qlora_sft.data.mixture import order_digest
+
+    record = {"sha256": order_digest(bins), "rows": len(bins)}
+    with written_file(run / "order.json") as beside:
+        beside.write_text(json.dumps({**record, "bins": bins}) + "\n", encoding="utf-8")
+    if removed:
+        from qlora_sft.data.dedup import removed_lines
+
+        with written_file(run / "removed.jsonl") as beside:
+            beside.write_text(removed_lines(removed), encoding="utf-8")
+    return {**record, "removed": len(removed)}
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
+    with written_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def write_samples(run: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """``samples.jsonl``: the answers after training, each with the answer before."""
+    with written_file(run / "samples.jsonl") as beside:
+        rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]
+        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
