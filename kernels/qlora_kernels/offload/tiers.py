@@ -1,0 +1,161 @@
+"""How much of each layer stays on the GPU between its forward and its backward, chosen by a budget in bytes.
+
+A decoder layer is kept in one of four ways, from the fastest to the smallest::
+
+    tier         stays on the GPU              done again in backward      goes to host memory
+    keep         everything backward needs     nothing                     nothing
+    attention    input, attention output       all but attention           nothing
+    checkpoint   input                         the layer                   nothing
+    offload      nothing                       the layer                   input
+
+The last layers get the fast tiers: their backward comes first, so what they keep is gone before an earlier layer
+is computed again, and the two never need room at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+Tier = Literal["keep", "attention", "checkpoint", "offload"]
+TIERS: tuple[Tier, ...] = ("keep", "attention", "checkpoint", "offload")
+
+# Inputs on their way to the host, and inputs fetched ahead of their layer.
+LAG = 2
+DEPTH = 2
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one decoder layer for one row of T tokens."""
+
+    input: int
+    """The hidden states that enter it: T x hidden x itemsize."""
+    attention: int
+    """What attention keeps of its result: T x heads x (head size x itemsize + 4 for the log-sum-exp)."""
+    kept: int
+    """All that its backward needs, the input and the attention output included."""
+    backward: int
+    """What its backward takes on top of that while it runs."""
+
+    def stored(self, tier: Tier) -> int:
+        """Bytes on the GPU from the layer's forward to its backward."""
+        on_gpu = {"keep": self.kept, "attention": self.input + self.attention, "checkpoint": self.input, "offload": 0}
+        return on_gpu[tier]
+
+
+@dataclass(frozen=True)
+class Choice:
+    tiers: tuple[Tier, ...]
+    """One per layer, in the order of the forward."""
+    gpu_bytes: int
+    """Most that activations take at any time."""
+    host_bytes: int
+    reason: str
+
+
+def slab_bytes(n_offloaded: int, tokens: int, hidden: int, itemsize: int) -> int:
+    """Host memory of the inputs of ``n_offloaded`` layers: no rounding, nothing beside."""
+    return n_offloaded * tokens * hidden * itemsize
+
+
+def peak_bytes(tiers: Sequence[Tier], layer: LayerBytes, loss: int = 0) -> int:
+    """Most bytes of activations on the GPU at any time of a step; ``loss``: workspace and gradient of the loss.
+
+    ::
+
+        end of forward:       sum of stored + LAG inputs still leaving + loss
+        backward of layer i:  sum of stored up to i + what layer i restores + its backward + inputs fetched ahead
+    """
+    return _peak([(tier, len(list(run))) for tier, run in groupby(tiers)], layer, loss)
+
+
+def _peak(runs: Sequence[tuple[Tier, int]], layer: LayerBytes, loss: int) -> int:
+    """`peak_bytes` of runs of equal tiers. Within a run the last layer is the worst: most is stored before it."""
+    stored = peak = offloaded = 0
+    for tier, count in runs:
+        if not count:
+            continue
+        stored += count * layer.stored(tier)
+        ahead = offloaded + (count - 1 if tier == "offload" else 0)
+        offloaded += count if tier == "offload" else 0
+        restored = layer.kept - layer.stored(tier)
+        peak = max(peak, stored + restored + layer.backward + min(DEPTH, ahead) * layer.input)
+    leaving = min(LAG, offloaded) * layer.input
+    return max(peak, stored + leaving + loss)
+
+
+def choose_tiers(
+    n_layers: int,
+    layer: LayerBytes,
+    budget: int,
+    host_budget: int,
+    *,
+    loss: int = 0,
+    attention_share: float = 0.1,
+) -> Choice:
+    """The split with the least recomputation whose peak fits ``budget`` and whose host part fits ``host_budget``.
+
+    ``attention_share``: share of a layer's forward that attention takes (it grows with the length of the documents).
+    Raises ValueError, with the least that would do, if even offloading every layer does not fit.
+    """
+    best: tuple[float, int, tuple[Tier, ...]] | None = None
+    for keep in range(n_layers + 1):
+        for attention in range(n_layers - keep + 1):
+            found = _fewest_offloaded(n_layers, keep, attention, layer, budget, loss)
+            if found is None or found.count("offload") * layer.input > host_budget:
+                continue
+            recomputed = n_layers - keep - attention * attention_share
+            candidate = (recomputed, found.count("offload"), found)
+            if best is None or candidate < best:
+                best = candidate
+    if best is None:
+        raise ValueError(_too_small(n_layers, layer, budget, host_budget, loss))
+    tiers = best[2]
+    return Choice(
+        tiers,
+        gpu_bytes=peak_bytes(tiers, layer, loss),
+        host_bytes=tiers.count("offload") * layer.input,
+        reason=_reason(tiers, budget),
+    )
+
+
+def _fewest_offloaded(
+    n_layers: int, keep: int, attention: int, layer: LayerBytes, budget: int, loss: int
+) -> tuple[Tier, ...] | None:
+    """The split with that many fast layers and as few offloaded ones as fit; None if not even all of the rest do."""
+    rest = n_layers - keep - attention
+    for offload in range(rest + 1):
+        runs: list[tuple[Tier, int]] = [
+            ("offload", offload), ("checkpoint", rest - offload), ("attention", attention), ("keep", keep)
+        ]  # fmt: skip
+        if _peak(runs, layer, loss) <= budget:
+            return tuple(tier for tier, count in runs for _ in range(count))
+    return None
+
+
+def describe(tiers: Sequence[Tier]) -> str:
+    """``20 offload, 10 checkpoint, 2 keep``, in the order of the forward."""
+    counts = [(tiers.count(tier), tier) for tier in reversed(TIERS)]
+    return ", ".join(f"{count} {tier}" for count, tier in counts if count)
+
+
+def _reason(tiers: Sequence[Tier], budget: int) -> str:
+    if tiers.count("keep") == len(tiers):
+        return f"everything fits {gib(budget)}"
+    return f"the least recomputation that fits {gib(budget)}"
+
+
+def _too_small(n_layers: int, layer: LayerBytes, budget: int, host_budget: int, loss: int) -> str:
+    least = peak_bytes(("offload",) * n_layers, layer, loss)
+    host = n_layers * layer.input
+    return (
+        f"activations do not fit: with every layer offloaded they take {gib(least)} on the GPU and {gib(host)} of host "
+        f"memory; there are {gib(budget)} and {gib(host_budget)}"
+    )
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
