@@ -149,7 +149,7 @@ def _reason(tiers: Sequence[Tier], budget: int) -> str:
 
 
 def _too_small(n_layers: int, layer: LayerBytes, budget: int, host_budget: int, loss: int) -> str:
-    least = peak_bytes(("offload",) * n_layers, layer, loss)
+    least = _peak([("offload", n_layers)], layer, loss)
     host = n_layers * layer.input
     return (
         f"activations do not fit: with every layer offloaded they take {gib(least)} on the GPU and {gib(host)} of host "
