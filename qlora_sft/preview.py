@@ -33,7 +33,7 @@ def preview(config: Config, count: int = 3, page: str | None = None, show: bool 
 
     train_sources, held_out_sources, _ = read_data(config, say)
     base = resolve_base(config.model.path)
-    tokenizer = load_tokenizer(config.model, base)
+    tokenizer = load_tokenizer(config.model, base, say)
     style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
     say(f"chat template: {style.reason}")
     prepared, _, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)

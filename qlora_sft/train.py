@@ -57,16 +57,24 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
-        from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
+        from qlora_sft.model.load import (
+            compute_dtype,
+            end_turns,
+            load_tokenizer,
+            quantized_modules,
+            resolve_base,
+            stop_ids,
+        )
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
     with watch("data"):
-        tokenizer = load_tokenizer(config.model, base)
+        tokenizer = load_tokenizer(config.model, base, say)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
         say(f"chat template: {style.reason}")
         prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
         documents = prepared.all_documents
+        end_turns(tokenizer, config.model, base, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):

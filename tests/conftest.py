@@ -36,7 +36,7 @@ def tokenizer(base_model: Path) -> Any:
     """The same tokenizer with the shipped template for tools and thinking."""
     from transformers import AutoTokenizer
 
-    from qlora_sft.model.load import TEMPLATES
+    from qlora_sft.data.shipped import FOLDER as TEMPLATES
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base_model)
     tokenizer.chat_template = (TEMPLATES / "chatml-think.jinja").read_text()

@@ -15,18 +15,10 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.shield import any_of, special_tokens
+from qlora_sft.data.shipped import suitable
 from qlora_sft.errors import DataError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Shipped templates and the tokens by which a model of their family is known, the more particular first.
-_SHIPPED = {
-    "qwen3": ("<|im_start|>", "<think>"),
-    "chatml-think": ("<|im_start|>",),
-    "llama3": ("<|start_header_id|>",),
-    "gemma": ("<start_of_turn>",),
-    "mistral": ("[INST]", "[AVAILABLE_TOOLS]"),
-    "phi": ("<|assistant|>", "<|end|>"),
-}
 _EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -64,7 +56,7 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
         own = own.get("default")
     if not isinstance(own, str):
         raise DataError(
-            f"the tokenizer has no chat template; name one, e.g. model.chat_template={_suitable(tokenizer)}"
+            f"the tokenizer has no chat template; name one, e.g. model.chat_template={suitable(tokenizer.get_vocab())}"
         )
     all_stops = frozenset({tokenizer.eos_token_id, *stops})
     if has_marks(own):
@@ -75,12 +67,6 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
             trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
         )
     return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
-
-
-def _suitable(tokenizer: Any) -> str:
-    """The shipped template whose control tokens the vocabulary has; ChatML, which every model can learn, if none."""
-    vocabulary = tokenizer.get_vocab()
-    return next((name for name, tokens in _SHIPPED.items() if all(t in vocabulary for t in tokens)), "chatml-think")
 
 
 def _trl_training_template(tokenizer: Any) -> str | None:
@@ -150,7 +136,8 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
         raise DataError(
             f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
             "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
-            f"marks: model.chat_template={_suitable(tokenizer)}, another shipped one, or your own .jinja file"
+            f"marks: model.chat_template={suitable(tokenizer.get_vocab())}, another shipped one, or a .jinja file of "
+            "your own"
         )
     return len(prompt), len(until)
 

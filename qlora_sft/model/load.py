@@ -11,10 +11,19 @@ from typing import Any
 import torch
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig
+from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.backend import Name, fast_language_model
-
-TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
+from qlora_sft.model.vocabulary import (
+    add_tokens,
+    describe_new,
+    grow,
+    missing_tokens,
+    new_rows,
+    trainable_rows,
+    trained_rows,
+)
+from qlora_sft.say import Say
 
 
 def resolve_base(path: str) -> str:
@@ -33,8 +42,11 @@ def resolve_base(path: str) -> str:
     return path
 
 
-def load_tokenizer(model: ModelConfig, base: str) -> Any:
-    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured."""
+def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> Any:
+    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
+
+    Control tokens that a shipped template writes and the base lacks are added, and said. Raises `ConfigError`.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -42,38 +54,58 @@ def load_tokenizer(model: ModelConfig, base: str) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {_first_line(error)}") from None
     if model.chat_template:
-        tokenizer.chat_template = _template_text(model.chat_template)
+        tokenizer.chat_template = template_text(model.chat_template)
+        if missing := missing_tokens(model.chat_template, tokenizer):
+            add_tokens(tokenizer, missing)
+            say(describe_new(missing, model.chat_template))
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
     return tokenizer
 
 
 def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
-    """Tokens at which the model stops: its generation config's, the eos token, and ``model.stop_tokens``.
+    """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
+    and ``model.stop_tokens``.
 
     Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
     """
+    ids = _generation_stops(base)
+    end = _end_of_turn(model)
+    for token in [*([end] if end else []), *model.stop_tokens]:
+        found = tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ConfigError(
+                f"model.stop_tokens: {token!r} is not a token of {base}; name the one that ends turns in the template"
+            )
+        ids.add(found)
+    return {tokenizer.eos_token_id, *ids}
+
+
+def end_turns(tokenizer: Any, model: ModelConfig, base: str, say: Say) -> None:
+    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already:
+    runtimes stop where the saved tokenizer says.
+
+    To be called when all is rendered, because a plain text ends in the base's own eos token.
+    """
+    end = _end_of_turn(model)
+    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stops(base)}:
+        say(f"eos token of the adapter's tokenizer: {end}, which ends turns, instead of {tokenizer.eos_token}")
+        tokenizer.eos_token = end
+
+
+def _end_of_turn(model: ModelConfig) -> str:
+    shipped = SHIPPED.get(model.chat_template or "")
+    return shipped.end if shipped else ""
+
+
+def _generation_stops(base: str) -> set[int]:
     from transformers import GenerationConfig
 
     try:
         configured = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:  # a base without a generation_config.json
         configured = None
-    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
-    for token in model.stop_tokens:
-        found = tokenizer.get_vocab().get(token)
-        if found is None:
-            raise ConfigError(f"model.stop_tokens: {token!r} is not a token of {base}")
-        ids.add(found)
-    return {tokenizer.eos_token_id, *ids}
-
-
-def _template_text(name: str) -> str:
-    shipped = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
-    file = shipped.get(name, Path(name).expanduser())
-    if not file.is_file():
-        raise ConfigError(f"model.chat_template: {name}: neither a file nor a shipped template ({', '.join(shipped)})")
-    return file.read_text(encoding="utf-8")
+    return set(configured if isinstance(configured, list) else [] if configured is None else [configured])
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -105,7 +137,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     """
     try:
         load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
-        model = load(config, base, dtype)
+        model = load(config, base, dtype, new_rows(config.model, base))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {_first_line(error)}") from None
     model.config.use_cache = False
@@ -113,7 +145,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     return model
 
 
-def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype) -> Any:
+def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
     fast = fast_language_model()
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -124,22 +156,25 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype) -> Any:
             load_in_4bit=config.model.load_in_4bit,
             use_gradient_checkpointing=config.model.gradient_checkpointing,
         )
+        grow(model, rows, initialise=True)
         return fast.get_peft_model(
             model,
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
             target_modules=target_modules(model, config.lora),
+            trainable_token_indices=trainable_rows(model, rows),
             use_gradient_checkpointing=config.model.gradient_checkpointing,
             random_state=config.seed,
         )
 
 
-def _load_with_transformers(config: Config, base: str, dtype: torch.dtype) -> Any:
+def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     model = load_base(base, dtype, config.model.load_in_4bit)
+    grow(model, rows, initialise=True)
     # What peft.prepare_model_for_kbit_training does and is wanted here: frozen base, checkpointing that works
     # with a frozen embedding. Not wanted: its cast of every 16-bit weight (the embedding!) to float32.
     model.requires_grad_(False)
@@ -152,6 +187,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype) -> An
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=target_modules(model, config.lora),
+        trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
@@ -178,12 +214,19 @@ def load_for_inference(path: Path) -> Any:
     if not (path / "adapter").is_dir():
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
     from peft import PeftModel
+    from transformers import AutoTokenizer
 
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     settings = manifest["config"]["model"]
     dtype, _ = compute_dtype(settings["dtype"])
     base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"])
+    grow(base, trained_rows(path / "adapter"), initialise=False)
     disable_inference_repacking(base)
+    tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
+    # The base's own list does not have the end of turn that a template brought.
+    chat = ModelConfig("", chat_template=settings.get("chat_template"), stop_tokens=settings.get("stop_tokens") or [])
+    stops = stop_ids(chat, manifest["report"]["base"], tokenizer)
+    base.generation_config.eos_token_id = sorted(stops)
     return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
 
 

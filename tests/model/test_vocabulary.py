@@ -1,0 +1,190 @@
+"""A base without a chat template and without its control tokens: they are added, trained, saved and found again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_sft.config import Config, load_config
+from qlora_sft.model.load import load_for_inference, load_model, load_tokenizer, stop_ids
+from qlora_sft.model.vocabulary import new_rows
+from qlora_sft.train import train
+
+NEW = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(own_tokenizer: Any) -> Any:
+    """A byte-level tokenizer of 300 tokens that has seen no chat: eos and nothing else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    raw.train_from_iterator(["Question and answer, because why not"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
+
+
+def make_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + room, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def configured(make_config: Any, base: Path, *more: str) -> Config:
+    config: Config = make_config(
+        f"model.path={base}", "model.chat_template=llama3", "training.learning_rate=1e-2", "data.max_length=512", *more
+    )
+    return config
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(input_ids=torch.tensor([ids])).logits
+    return result
+
+
+@pytest.mark.parametrize("room", [0, 8], ids=["grown", "in unused rows"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_new_control_tokens_are_trained_saved_and_found_again(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool, room: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied, room)
+    config = configured(make_config, base, "training.max_steps=2")
+    said: list[str] = []
+    train(config, say=said.append)
+    assert f"vocabulary: {', '.join(NEW)} added, because chat_template=llama3 writes them" in "\n".join(said)
+    run = tmp_path / "run"
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    first = len(small_tokenizer)
+    rows = [first, first + 1, first + 2]
+    assert all(each == rows for each in adapter["trainable_token_indices"].values())
+    # Some kilobytes of rows, not a second embedding.
+    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size < 400_000
+
+    trained = load_for_inference(run)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = (getattr(model, layer)().weight for model in (plain, trained.get_base_model()))
+        assert torch.equal(after[:first], before[:first])
+        assert ((after[rows] - before[:first].mean(0)).abs().amax(1) > 1e-4).all()
+        # The model never has to write the header's tokens: in a head of its own nothing tells them apart.
+        assert len(torch.unique(after[rows], dim=0)) == (3 if tied or layer == "get_input_embeddings" else 2)
+
+
+def test_what_was_saved_computes_what_was_trained(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
+    from qlora_sft.training.run_folder import save_adapter
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    config = configured(make_config, base, "training.max_steps=1")
+    train(config, say=lambda _: None)
+    tokenizer = load_tokenizer(config.model, str(base))
+    model = load_model(config, str(base), torch.float32, "transformers")
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, tokenizer, tmp_path / "run" / "shaken")
+    (tmp_path / "run" / "adapter").rename(tmp_path / "run" / "first")
+    (tmp_path / "run" / "shaken").rename(tmp_path / "run" / "adapter")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "why?"}], return_dict=False)
+    assert set(ids) & set(tokenizer.convert_tokens_to_ids(NEW))
+    torch.testing.assert_close(logits(load_for_inference(tmp_path / "run"), ids), logits(model, ids))
+
+
+def test_new_rows_begin_as_the_mean_in_both_matrices(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
+    base = make_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    model = load_model(configured(make_config, base), str(base), torch.float32, "transformers")
+    rows = new_rows(configured(make_config, base).model, str(base))
+    for layer in (model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings()):
+        mean = layer.weight[: min(rows)].mean(0)
+        torch.testing.assert_close(layer.weight[rows], mean.expand(3, -1))
+
+
+def test_the_end_of_turn_stops_generation_and_is_the_saved_eos(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    (tmp_path / "plain.txt").write_text("A plain text.\n")
+    config = configured(
+        make_config, base, "training.max_steps=1", f"data.replay={{path: {tmp_path / 'plain.txt'}, share: 0.5}}"
+    )
+    tokenizer = load_tokenizer(config.model, str(base))
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert stop_ids(config.model, str(base), tokenizer) == {end, 0}
+    train(config, say=lambda _: None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token == "<|eot_id|>"
+    assert load_for_inference(tmp_path / "run").generation_config.eos_token_id == [0, end]
+
+
+def test_a_plain_text_still_ends_in_the_bases_own_eos(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
+    from qlora_sft.data.render import render_conversation
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    tokenizer = load_tokenizer(configured(make_config, base).model, str(base))
+    assert render_conversation({"text": "x"}, tokenizer).input_ids[-1] == 0
+
+
+def test_nothing_is_added_where_nothing_is_missing(make_config: Any, tiny_model: Path) -> None:
+    config = make_config("model.chat_template=chatml")
+    assert new_rows(config.model, str(tiny_model)) == []
+    model = load_model(config, str(tiny_model), torch.float32, "transformers")
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_a_base_without_a_template_is_told_which_to_name(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    from qlora_sft.errors import DataError
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    with pytest.raises(DataError, match=r"no chat template; name one, e\.g\. model\.chat_template=chatml-think"):
+        train(make_config(f"model.path={base}"), say=lambda _: None)
+
+
+UNSLOTH = """
+import sys
+from qlora_sft.config import load_config
+from qlora_sft.train import train
+train(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
+def test_unsloth_trains_them_as_well(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool) -> None:
+    base = make_base(tmp_path / "base", small_tokenizer, tied=tied, room=0)
+    make_config()
+    overrides = [
+        f"model.path={base}", "model.chat_template=llama3", "model.backend=unsloth", "training.max_steps=1",
+        "data.max_length=512", "training.learning_rate=1e-2",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", UNSLOTH, str(tmp_path / "config.yaml"), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    trained = load_for_inference(tmp_path / "run").get_base_model()
+    assert len(torch.unique(trained.get_input_embeddings().weight[-3:], dim=0)) == 3
+    assert len(torch.unique(trained.get_output_embeddings().weight[-3:], dim=0)) >= 2
