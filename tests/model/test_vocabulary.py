@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_sft.config import Config, load_config
+from qlora_sft.config import Config
 from qlora_sft.model.load import load_for_inference, load_model, load_tokenizer, stop_ids
 from qlora_sft.model.vocabulary import new_rows
 from qlora_sft.train import train
