@@ -26,6 +26,8 @@ from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_da
 from qlora_sft.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from qlora_sft.data.render import Rendered
@@ -131,7 +133,7 @@ def fit(
     model: Any,
     tokenizer: Any,
     config: Config,
-    documents: list[Rendered],
+    documents: Sequence[Rendered],
     bins: list[list[int]],
     dtype: torch.dtype,
     run: Path,

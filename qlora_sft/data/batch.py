@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypedDict
 
@@ -76,7 +77,7 @@ def flatten(documents: list[Rendered]) -> Batch:
 class BinCollator:
     """``[{"documents": [i, j]}, ...]`` (bins, as the data loader hands them over) -> `Batch`."""
 
-    def __init__(self, documents: list[Rendered]):
+    def __init__(self, documents: Sequence[Rendered]):
         self.documents = documents
 
     def __call__(self, bins: list[dict[str, Any]]) -> Batch:

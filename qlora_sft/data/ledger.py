@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+from qlora_sft.data.coverage import describe_lost
 
 
 @dataclass
 class Drop:
-    """Rows that were dropped for one reason: how many, and the first three (file:line)."""
+    """Rows to which one thing happened: how many, and the first three (file:line)."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
+
+    def add(self, places: list[str]) -> None:
+        self.rows += len(places)
+        self.first += places[: 3 - len(self.first)]
+
+    @property
+    def shown(self) -> str:
+        return ", ".join(self.first) + (" ..." if self.rows > len(self.first) else "")
 
 
 @dataclass
@@ -27,6 +38,10 @@ class SourceLedger:
     """Rows that are trained on, whole or shortened."""
     shortened: int = 0
     """Kept rows that were truncated, or split in several documents."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Characters that the vocabulary cannot hold, and how many of each the kept rows have."""
+    lost_in: Drop = field(default_factory=Drop)
+    """The kept rows that have some."""
     tokens: int = 0
     supervised: int = 0
     p50: int = 0
@@ -40,9 +55,13 @@ class SourceLedger:
         return self.supervised / self.tokens if self.tokens else 0.0
 
     def drop(self, reason: str, places: list[str]) -> None:
-        drop = self.dropped.setdefault(reason, Drop())
-        drop.rows += len(places)
-        drop.first += places[: 3 - len(drop.first)]
+        self.dropped.setdefault(reason, Drop()).add(places)
+
+    def lose(self, lost: dict[str, int], place: str) -> None:
+        """Notes the characters that a kept row loses, if it loses any."""
+        if lost:
+            self.lost = dict(Counter(self.lost) + Counter(lost))
+            self.lost_in.add([place])
 
 
 def ledger_table(ledger: dict[str, SourceLedger]) -> str:
@@ -63,6 +82,10 @@ def ledger_table(ledger: dict[str, SourceLedger]) -> str:
         if row.shortened:
             lines.append(f"  {name}: {row.shortened:,} rows truncated or split to fit")
         for reason, drop in row.dropped.items():
-            shown = ", ".join(drop.first) + (" ..." if drop.rows > len(drop.first) else "")
-            lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {shown}")
+            lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {drop.shown}")
+        if row.lost:
+            lines.append(
+                f"  {name}: {sum(row.lost.values()):,} characters are lost, because no token of this vocabulary spells "
+                f"them: {describe_lost(row.lost)}; in {row.lost_in.rows:,} rows: {row.lost_in.shown}"
+            )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -10,13 +11,14 @@ from random import Random
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
+from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
 from qlora_sft.data.fit import fit
 from qlora_sft.data.formats import Conversation
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered, render_conversation, render_many
-from qlora_sft.data.sources import Source, place
+from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
@@ -26,12 +28,12 @@ from qlora_sft.say import Say
 class Prepared:
     """Documents of one split, by source, and the ledger that accounts for every row."""
 
-    documents: dict[str, list[Rendered]]
+    documents: dict[str, Documents]
     ledger: dict[str, SourceLedger]
 
     @property
-    def all_documents(self) -> list[Rendered]:
-        return [document for documents in self.documents.values() for document in documents]
+    def all_documents(self) -> Chain:
+        return Chain(list(self.documents.values()))
 
 
 def render_sources(
@@ -39,27 +41,35 @@ def render_sources(
 ) -> Prepared:
     """Renders every conversation and accounts for it.
 
-    Raises `DataError` naming file and line, also when a source ends up with 0% or 100% supervised tokens:
-    both mean a wrong mask, and both train without complaint. (Plain text is supervised whole, and may be.)
+    Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source), also
+    when a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without complaint.
+    (Plain text is supervised whole, and may be.)
     """
     prepared = Prepared({}, {})
+    problems: list[str] = []
     for source in sources:
         gone = sum(map(len, source.removed.values()))
         ledger = SourceLedger(str(source.path), [str(file) for file in source.files], source.read)
         ledger.not_drawn = source.read - len(source.rows) - gone
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
-        documents, whole = _render_source(source, config, tokenizer, style, ledger)
-        _count(ledger, documents)
-        _check_mask(source, ledger, config, whole)
+        try:
+            documents, whole = _render_source(source, config, tokenizer, style, ledger)
+            _count(ledger, documents)
+            _check_mask(source, ledger, config, whole)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         prepared.documents[source.name] = documents
         prepared.ledger[source.name] = ledger
+    if problems:
+        raise DataError("\n".join(problems))
     return prepared
 
 
 def _render_source(
     source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None, ledger: SourceLedger
-) -> tuple[list[Rendered], bool]:
+) -> tuple[Documents, bool]:
     """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
     settings = source.settings
     options: dict[str, Any] = {
@@ -68,7 +78,8 @@ def _render_source(
         "supervise": settings.supervise,
         "allow_special": settings.allow_special,
     }
-    documents, whole = [], True
+    render = partial(_render_one, tokenizer, options)
+    documents, whole, problems = Writer(source.name), True, []
     # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
     rows, ahead = tee(_with_thinking(conversation, settings.thinking) for conversation in source.rows)
     for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
@@ -76,18 +87,24 @@ def _render_source(
         try:
             if isinstance(result, DataError):
                 raise result
-            fitting = fit(
-                result, conversation, config.max_length, config.overlong, partial(_render_one, tokenizer, options)
-            )
+            fitting = fit(result, conversation, config.max_length, config.overlong, render)
         except DataError as error:
-            raise DataError(f"{place(conversation)}: {error}") from None
+            problems.append(f"{place(conversation)}: {error}")
+            if len(problems) == MAX_PROBLEMS:
+                problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
+                break
+            continue
         if isinstance(fitting, str):
             ledger.drop(fitting, [place(conversation)])
             continue
         ledger.kept += 1
         ledger.shortened += fitting != [result]
-        documents += [_weighted(document, settings.loss_weight) for document in fitting]
-    return documents, whole
+        ledger.lose(result.lost, place(conversation))
+        for document in fitting:
+            documents.add(_weighted(document, settings.loss_weight))
+    if problems:
+        raise DataError("\n".join(problems))
+    return documents.finish(), whole
 
 
 def _with_thinking(conversation: Conversation, thinking: str) -> Conversation:
@@ -106,10 +123,11 @@ def _weighted(document: Rendered, factor: float) -> Rendered:
     return document if factor == 1 else replace(document, weights=[weight * factor for weight in document.weights])
 
 
-def _count(ledger: SourceLedger, documents: list[Rendered]) -> None:
-    lengths = sorted(len(document.input_ids) for document in documents)
+def _count(ledger: SourceLedger, documents: Documents) -> None:
+    of_each = sizes(documents)
+    lengths = sorted(of_each.tokens)
     ledger.tokens = sum(lengths)
-    ledger.supervised = sum(document.n_supervised for document in documents)
+    ledger.supervised = sum(of_each.supervised)
     if lengths:
         # Nearest rank: the shortest length that this share of the rows does not exceed.
         ledger.p50, ledger.p95, ledger.p99 = (lengths[math.ceil(p * len(lengths)) - 1] for p in (0.5, 0.95, 0.99))
@@ -128,7 +146,7 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
 
 
 def plan_bins(
-    documents: list[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
+    documents: Sequence[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
 ) -> list[list[int]]:
     """Bins of document indices in training order, the whole run.
 
@@ -136,31 +154,30 @@ def plan_bins(
     stretch of its order (an epoch, or a part of a curriculum) is packed alone and its bins are shuffled, so that bins
     hold what the mixture has at that time. The same seed gives the same order on every machine.
     """
+    of_each = sizes(documents)
     numbers: dict[str, list[int]] = {}
-    for index, document in enumerate(documents):
-        numbers.setdefault(document.source, []).append(index)
+    for index, source in enumerate(of_each.source):
+        numbers.setdefault(source, []).append(index)
     order = plan_order({name: len(indices) for name, indices in numbers.items()}, config, epochs, seed)
-    say(describe_order(order, documents, numbers, config, epochs))
+    say(describe_order(order, of_each, numbers, config, epochs))
     planned: list[list[int]] = []
     for number, picks in enumerate(order):
         indices = [numbers[name][row] for name, row in picks]
-        packed = pack(
-            [len(documents[index].input_ids) for index in indices], config.max_length, strategy=config.packing
-        )
+        packed = pack([of_each.tokens[index] for index in indices], config.max_length, strategy=config.packing)
         bins = [[indices[i] for i in each] for each in packed]
         Random(f"bins {seed} {number}").shuffle(bins)
         planned += bins
     if config.packing != "none":
-        say(describe_packing(planned, documents, config))
+        say(describe_packing(planned, of_each.tokens, config))
     return planned
 
 
 def describe_order(
-    order: list[list[Pick]], documents: list[Rendered], numbers: dict[str, list[int]], config: DataConfig, epochs: int
+    order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: int
 ) -> str:
     """The mixture as text: the strategy, and a table of what the run will really train on."""
     facts = {
-        name: [(len(documents[i].input_ids), documents[i].n_supervised, sum(documents[i].weights)) for i in indices]
+        name: [(of_each.tokens[i], of_each.supervised[i], of_each.weight[i]) for i in indices]
         for name, indices in numbers.items()
     }
     strategy = config.mixture + (f", T = {config.temperature:g}" if config.temperature else "")
@@ -170,8 +187,8 @@ def describe_order(
     return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
 
 
-def describe_packing(bins: list[list[int]], documents: list[Rendered], config: DataConfig) -> str:
-    lengths = [len(documents[index].input_ids) for each in bins for index in each]
+def describe_packing(bins: list[list[int]], tokens: list[int], config: DataConfig) -> str:
+    lengths = [tokens[index] for each in bins for index in each]
     filled = sum(lengths) / (len(bins) * config.max_length)
     padded = sum(lengths) / (len(lengths) * max(lengths))
     return (

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
+from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.shield import parts, shield
 from qlora_sft.data.template import ChatFormat, Span, chat_format, check_nothing_lost, render_text
 from qlora_sft.errors import DataError
@@ -32,6 +33,8 @@ class Rendered:
     input_ids: list[int]
     weights: list[float]
     source: str
+    lost: Lost = field(default_factory=dict, compare=False)
+    """Characters that the vocabulary cannot hold and that are therefore not in ``input_ids``, and how many of each."""
 
     @property
     def n_supervised(self) -> int:
@@ -186,7 +189,8 @@ def _encoded(
             fault = DataError(
                 f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
             )
-        results.append(fault or Rendered(ids, weights, source))
+        lost = lost_characters([piece.text for piece in pieces], tokenizer)
+        results.append(fault or Rendered(ids, weights, source, lost))
     return results
 
 

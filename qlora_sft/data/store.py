@@ -14,9 +14,9 @@ import numpy as np
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.config import Config
+from qlora_sft.data.documents import Documents
 from qlora_sft.data.ledger import Drop, SourceLedger
 from qlora_sft.data.prepare import Prepared
-from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 
@@ -49,7 +49,7 @@ def load(key: str) -> tuple[Prepared, Prepared, Bins, list[str]] | None:
     if not folder.is_dir():
         return None
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    splits = [_split(np.load(folder / f"{name}.npz"), facts[name]) for name in ("train", "held_out")]
+    splits = [_split(folder / name, facts[name]) for name in ("train", "held_out")]
     bins = np.load(folder / "bins.npz")
     return splits[0], splits[1], _unflat(bins["values"], bins["bounds"]), facts["said"]
 
@@ -60,12 +60,11 @@ def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[s
     with written_folder(folder) as beside:
         facts: dict[str, Any] = {"said": said}
         for name, split in (("train", train), ("held_out", held_out)):
-            documents = split.all_documents
-            ids, bounds = _flat([document.input_ids for document in documents], np.int32)
-            weights, _ = _flat([document.weights for document in documents], np.float64)
-            np.savez(beside / f"{name}.npz", ids=ids, bounds=bounds, weights=weights)
+            for number, rows in enumerate(split.documents.values()):
+                for part, values in (("ids", rows.ids), ("weights", rows.weights), ("bounds", rows.bounds)):
+                    np.save(beside / f"{name}-{number}-{part}.npy", values)
             facts[name] = {
-                "documents": {source: len(rows) for source, rows in split.documents.items()},
+                "sources": list(split.documents),
                 "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
             }
         values, bounds = _flat(bins, np.int64)
@@ -74,16 +73,18 @@ def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[s
     return folder
 
 
-def _split(arrays: Any, facts: dict[str, Any]) -> Prepared:
-    ids, weights = (_unflat(arrays[name], arrays["bounds"]) for name in ("ids", "weights"))
-    rows = iter(zip(ids, weights, strict=True))
-    documents = {
-        source: [Rendered(*next(rows), source) for _ in range(count)] for source, count in facts["documents"].items()
-    }
+def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
+    """Mapped, not read: a document is in memory while somebody looks at it."""
+    documents = {}
+    for number, source in enumerate(facts["sources"]):
+        ids, weights, bounds = (
+            np.load(f"{prefix}-{number}-{part}.npy", mmap_mode="r") for part in ("ids", "weights", "bounds")
+        )
+        documents[source] = Documents(source, ids, weights, bounds)
     ledger = {}
     for source, row in facts["ledger"].items():
         dropped = {reason: Drop(**drop) for reason, drop in row["dropped"].items()}
-        ledger[source] = SourceLedger(**{**row, "dropped": dropped})
+        ledger[source] = SourceLedger(**{**row, "dropped": dropped, "lost_in": Drop(**row["lost_in"])})
     return Prepared(documents, ledger)
 
 

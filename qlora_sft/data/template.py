@@ -115,8 +115,16 @@ def apply(
             **tokenizer.special_tokens_map,
             **(conversation.get("chat_template_kwargs") or {}),
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template is not valid Jinja (its line {error.lineno}: {error}); mend it") from None
+    except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Expressions of a template fail as Python's do: a split without the part that is taken, a field that is None.
+        raise DataError(
+            f"the chat template fails on this conversation ({type(error).__name__}: {error}); it expects something "
+            "that the row has not: change the row, or use another model.chat_template"
+        ) from None
     return texts[0], bounds[0] if marks else []
 
 
@@ -143,16 +151,18 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
 
 
 def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
-    """The span without what the template adds: a header, an empty think block, what follows the end of turn."""
+    """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
+    the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
+    none at all the renderer raises."""
     start, end = _start(span, text, conversation, tokenizer, style.template), span.end
     # Gemma's <end_of_turn> is no special token, but it is where generation stops.
-    control = any_of((*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(sorted(style.stops))))
-    following = control.match(text, end)
-    ends = [match.end() for match in control.finditer(text, start, end)]
+    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(style.stops)))
+    ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stops)).finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
         end = ends[-1]
-    elif following:
-        end = following.end()
+    if not text.endswith(stops, start, end):
+        behind = any_of(stops).match(text, end)
+        end = behind.end() if behind else end
     return Span(start, end, span.message)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def prompts_of(document: Rendered) -> list[Prompt]:
     return prompts
 
 
-def choose_prompts(documents: dict[str, list[Rendered]], per_source: int, seed: int) -> list[Prompt]:
+def choose_prompts(documents: Mapping[str, Sequence[Rendered]], per_source: int, seed: int) -> list[Prompt]:
     """``per_source`` prompts of every source, drawn with ``seed``; all of them if there are fewer."""
     chosen = []
     for source, rows in documents.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qlora_sft.model.loss import batch_loss
 
 
 def held_out_loss(
-    model: Any, documents: dict[str, list[Rendered]], capacity: int, dtype: torch.dtype
+    model: Any, documents: Mapping[str, Sequence[Rendered]], capacity: int, dtype: torch.dtype
 ) -> dict[str, float]:
     """Source -> weighted mean loss per supervised token, in nats. The model is left in training mode."""
     model.eval()

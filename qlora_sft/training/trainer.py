@@ -6,7 +6,7 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     whole accumulation group, so accumulating is the same as one large batch.
     """
 
-    def __init__(self, model: Any, config: Config, documents: list[Rendered], bins: list[list[int]], **kwargs: Any):
+    def __init__(self, model: Any, config: Config, documents: Sequence[Rendered], bins: list[list[int]], **kwargs: Any):
         super().__init__(
             model=model,
             data_collator=BinCollator(documents),

@@ -1,0 +1,141 @@
+"""Rendered documents on disk: written as they come, then mapped into memory and read one by one.
+
+A token in Python lists takes some 40 bytes, so a data set of a gigabyte would take tens of them. Here it takes 12, on
+disk, and what is in memory is what the system keeps of the file while there is room.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+
+from qlora_sft.cache import cache_dir
+from qlora_sft.data.render import Rendered
+
+# Documents whose weights are looked at together.
+_AT_ONCE = 4096
+
+
+class Documents(Sequence[Rendered]):
+    """The documents of one source: ``ids`` int32 [T] and ``weights`` float64 [T] of all of them behind one another
+    (usually memory-mapped), ``bounds`` int64 [D + 1]."""
+
+    def __init__(self, source: str, ids: Any, weights: Any, bounds: Any):
+        self.source = source
+        self.ids, self.weights, self.bounds = ids, weights, bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Rendered]: ...
+    def __getitem__(self, index: int | slice) -> Rendered | list[Rendered]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = slice(int(self.bounds[number]), int(self.bounds[number + 1]))
+        return Rendered(self.ids[part].tolist(), self.weights[part].tolist(), self.source)
+
+
+class Chain(Sequence[Rendered]):
+    """The documents of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Rendered]]):
+        self.parts = [part for part in parts if len(part)]
+        self.ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Rendered]: ...
+    def __getitem__(self, index: int | slice) -> Rendered | list[Rendered]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = bisect_right(self.ends, number)
+        return self.parts[part][number - (self.ends[part - 1] if part else 0)]
+
+    def __iter__(self) -> Iterator[Rendered]:
+        for part in self.parts:
+            yield from part
+
+
+class Writer:
+    """Takes the documents of one source as they are rendered, and gives them back as `Documents`.
+
+    Its files stand in the user's cache, because /tmp is memory on many machines.
+    """
+
+    def __init__(self, source: str):
+        self.source = source
+        self.bounds = array("q", [0])
+        self._ids, self._weights = (tempfile.TemporaryFile(dir=cache_dir("scratch")) for _ in range(2))
+
+    def add(self, document: Rendered) -> None:
+        array("i", document.input_ids).tofile(self._ids)
+        array("d", document.weights).tofile(self._weights)
+        self.bounds.append(self.bounds[-1] + len(document.input_ids))
+
+    def finish(self) -> Documents:
+        return Documents(
+            self.source,
+            _mapped(self._ids, np.dtype(np.int32)),
+            _mapped(self._weights, np.dtype(np.float64)),
+            np.array(self.bounds, dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of each document: its source, tokens, supervised tokens, and the sum of their weights."""
+
+    source: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+
+
+def sizes(documents: Sequence[Rendered]) -> Sizes:
+    """One pass over all of them, a part in memory at a time."""
+    result = Sizes()
+    for part in documents.parts if isinstance(documents, Chain) else [documents]:
+        if isinstance(part, Documents):
+            _add_mapped(part, result)
+            continue
+        for document in part:
+            result.source.append(document.source)
+            result.tokens.append(len(document.input_ids))
+            result.supervised.append(document.n_supervised)
+            result.weight.append(sum(document.weights))
+    return result
+
+
+def _add_mapped(part: Documents, result: Sizes) -> None:
+    result.source.extend([part.source] * len(part))
+    result.tokens.extend(np.diff(part.bounds).tolist())
+    for start in range(0, len(part), _AT_ONCE):
+        bounds = part.bounds[start : start + _AT_ONCE + 1]
+        weights = part.weights[bounds[0] : bounds[-1]]
+        # Differences of running sums, which are right for a document without tokens as well.
+        for values, column in ((weights > 0, result.supervised), (weights, result.weight)):
+            running = np.concatenate(([0], np.cumsum(values)))
+            column.extend(np.diff(running[bounds - bounds[0]]).tolist())
+
+
+def _mapped(file: Any, dtype: Any) -> Any:
+    """The numbers in the file, mapped; it has no name, so it goes when nobody refers to them any more."""
+    file.flush()
+    # Nothing can be mapped of an empty file.
+    return np.memmap(file, dtype, mode="r") if file.tell() else np.empty(0, dtype)
