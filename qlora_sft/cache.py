@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def cache_dir(*parts: str) -> Path:
@@ -21,6 +23,11 @@ def cache_dir(*parts: str) -> Path:
     folder = base.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def scratch_file() -> IO[bytes]:
+    """A file without a name, which goes when it is closed; in the cache, because /tmp is memory on many machines."""
+    return tempfile.TemporaryFile(dir=cache_dir("scratch"))
 
 
 @contextmanager

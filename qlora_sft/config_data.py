@@ -98,7 +98,8 @@ class DataConfig:
     """Drop conversations that occurred before, in any training source. ``near``: also those that differ in little
     (MinHash over 5-word shingles, Jaccard similarity from 0.8 on; needs ``pip install qlora-sft[dedup]``)."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation files (any that a source can be). Training rows that share a run of words with them are dropped."""
+    """Evaluation files (any that a source can be). Training rows that share a run of words with them are dropped. Of a
+    data set of the Hub all splits but ``train`` are read, or the one in brackets: ``owner/name[test]``."""
     decontaminate_words: int = 13
     """Length of that run of words."""
 

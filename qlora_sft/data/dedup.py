@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_sft.config_data import DataConfig, SourceConfig
+from qlora_sft.config_data import DataConfig
 from qlora_sft.data.formats import Conversation
-from qlora_sft.data.sources import Source, open_parts, place
+from qlora_sft.data.sources import Source, open_evaluation, place
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
@@ -137,7 +137,7 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
     counted and printed.
     """
     known: dict[int, str] = {}
-    for label, read, _ in (part for path in paths for part in open_parts(SourceConfig(path))):
+    for label, read, _ in (part for path in paths for part in open_evaluation(path)):
         texts = short = 0
         for line, row, fault in read():
             if fault is not None:

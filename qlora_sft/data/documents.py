@@ -6,7 +6,6 @@ disk, and what is in memory is what the system keeps of the file while there is 
 
 from __future__ import annotations
 
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from qlora_sft.cache import cache_dir
+from qlora_sft.cache import scratch_file
 from qlora_sft.data.render import Rendered
 
 # Documents whose weights are looked at together.
@@ -75,13 +74,13 @@ class Chain(Sequence[Rendered]):
 class Writer:
     """Takes the documents of one source as they are rendered, and gives them back as `Documents`.
 
-    Its files stand in the user's cache, because /tmp is memory on many machines.
+    They go from disk with the last who refers to them.
     """
 
     def __init__(self, source: str):
         self.source = source
         self.bounds = array("q", [0])
-        self._ids, self._weights = (tempfile.TemporaryFile(dir=cache_dir("scratch")) for _ in range(2))
+        self._ids, self._weights = scratch_file(), scratch_file()
 
     def add(self, document: Rendered) -> None:
         array("i", document.input_ids).tofile(self._ids)

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,7 @@ def open_parts(
         _refuse_dataset_keys(source, "file")
         return [_file_part(path)]
     dataset_folder = path if path.is_dir() and (source.split or (path / "state.json").is_file()) else None
-    # A name with the ending of a file is a file that is missing, not a data set of the Hub.
-    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source.path) and files.kind_of(path) not in files.READERS
-    if dataset_folder or (hub_name and not path.exists()):
+    if dataset_folder or _is_hub_name(source.path):
         from qlora_sft.data.hub import dataset_rows, open_dataset
 
         label, dataset = open_dataset(source, dataset_folder)
@@ -135,6 +134,25 @@ def open_parts(
             raise DataError(f"{path}: no file matches; check the pattern and the folder you are in")
         return _all_files(path, found, say)
     raise DataError(_no_such_file(path))
+
+
+def open_evaluation(path: str) -> list[tuple[str, Callable[[], files.Rows], Path | None]]:
+    """`open_parts` of a set that must not be trained on. Of a data set of the Hub: the split in brackets
+    (``owner/name[test]``), or all but ``train``, which is what one trains on."""
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+(?::[\w.-]+)?)\[([\w.-]+)\]", path)
+    if named and not glob.glob(path):
+        return open_parts(SourceConfig(named[1], split=named[2]))
+    if not _is_hub_name(path):
+        return open_parts(SourceConfig(path))
+    from qlora_sft.data.hub import dataset_rows, open_splits
+
+    return [(label, partial(dataset_rows, rows), None) for label, rows in open_splits(SourceConfig(path))]
+
+
+def _is_hub_name(path: str) -> bool:
+    """A name with the ending of a file is a file that is missing, not a data set of the Hub."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and files.kind_of(Path(path)) not in files.READERS
+    return bool(named) and not resolve_path(path).exists()
 
 
 # ------------------------------------------------------------------ reading and checking

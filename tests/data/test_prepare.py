@@ -62,6 +62,54 @@ def test_the_loss_weight_of_a_source_multiplies_the_weights_of_its_messages(tmp_
     assert triple.weights == [3 * weight for weight in half.weights]
 
 
+def test_all_rows_that_cannot_be_rendered_are_named_at_once(tmp_path: Path, own_tokenizer: Any) -> None:
+    """The model's own template has no tools; every such row, of every source, is in one error."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    bad = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    sources = []
+    for name, rows in (("a", [good, bad, good, bad]), ("b", [good]), ("c", [bad] * 30)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        sources.append(SourceConfig(str(file)))
+    data = DataConfig([TrainSourceConfig("a")])
+    with pytest.raises(DataError) as caught:
+        render_sources(read_sources(sources, 0), data, own_tokenizer)
+    lines = str(caught.value).splitlines()
+    where = [f"{tmp_path / 'a.jsonl'}:{n}" for n in (2, 4)] + [f"{tmp_path / 'c.jsonl'}:{n}" for n in range(1, 11)]
+    assert [line.split(": ")[0] for line in lines] == [*where, str(tmp_path / "c.jsonl")]
+    assert "model.chat_template=chatml-think" in lines[0]
+    assert lines[-1].endswith("stopped after 10 faults")
+
+
+def test_a_template_that_fails_in_its_own_code_names_row_and_cause(tmp_path: Path, own_tokenizer: Any) -> None:
+    import copy
+
+    failing = copy.deepcopy(own_tokenizer)
+    failing.chat_template = "{% for m in messages %}{{ m.content.index('=') }}{% endfor %}"
+    source = write(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template fails on this conversation \(ValueError: sub"):
+        render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")]), failing)
+    failing.chat_template = "{% for m in %}"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template is not valid Jinja \(its line 1"):
+        render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")]), failing)
+
+
+def test_lost_characters_are_in_the_ledger_with_file_and_line(tmp_path: Path, tokenizer: Any) -> None:
+    hole = next(
+        chr(c) for c in range(0x10000, 0x110000, 0x1000) if chr(c) not in tokenizer.decode(tokenizer(chr(c)).input_ids)
+    )
+    source = write(tmp_path / "a.jsonl", ["fine", f"not {hole}{hole}", "fine", f"nor {hole}"])
+    ledger = render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")]), tokenizer).ledger["a"]
+    assert ledger.lost == {hole: 3}
+    assert (ledger.lost_in.rows, ledger.lost_in.first) == (2, [f"{source.path}:2", f"{source.path}:4"])
+    text = ledger_table({"a": ledger})
+    assert (
+        f"3 characters are lost, because no token of this vocabulary spells them: (U+{ord(hole):04X}) 3 times" in text
+    )
+    assert f"in 2 rows: {source.path}:2, {source.path}:4" in text
+
+
 def test_all_rows_too_long_is_an_error_with_the_cure(tmp_path: Path, tokenizer: Any) -> None:
     source = write(tmp_path / "a.jsonl", ["long " * 80])
     with pytest.raises(DataError, match=r"all 1 conversations of 'a' are too long; raise data\.max_length \(now 64\)"):

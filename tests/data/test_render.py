@@ -221,3 +221,61 @@ def test_marks_around_a_part_of_the_header_train_none_of_it(tokenizer: Any, answ
     )
     row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]}
     assert supervised_text(render_conversation(row, loose), loose) == answer + "<|im_end|>"
+
+
+def marking(behind: str) -> str:
+    """A template that marks the content alone, and writes ``behind`` it what ends the turn."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        f"{behind}{{% endfor %}}"
+    )
+
+
+@pytest.mark.parametrize("answer", ["A", "A</tool>", "A "])
+def test_marks_that_end_before_the_end_of_turn_train_it_all_the_same(own_tokenizer: Any, answer: str) -> None:
+    """A model that is never shown the end of a turn never stops; the marks of some templates leave it out."""
+    short = copy.deepcopy(own_tokenizer)
+    short.add_tokens(["</tool>"], special_tokens=True)
+    short.chat_template = marking("<|im_end|>\n")
+    row = two_turns(content=answer)
+    # A special token of the answer's own, at its end, is not the end of the turn.
+    for allow in (False, True):
+        rendered = render_conversation(row, short, allow_special=allow)
+        assert supervised_text(rendered, short) == f"A1<|im_end|>{answer}<|im_end|>"
+
+
+def test_an_end_of_turn_that_cannot_be_had_is_refused_with_the_cure(own_tokenizer: Any) -> None:
+    """Something else stands between the marks and the end of turn, and nobody says who has to write it."""
+    apart = copy.deepcopy(own_tokenizer)
+    for between in (" <|im_end|>", "<|im_start|>", ""):
+        apart.chat_template = marking(between)
+        with pytest.raises(DataError, match=r"message 1: the turn would end in .*, which does not stop generation"):
+            render_conversation(two_turns(), apart)
+
+
+def test_characters_that_the_vocabulary_lacks_are_counted(own_tokenizer: Any) -> None:
+    """SmolLM2 has no token for some bytes: the letters written with them vanish."""
+    row = {"messages": [{"role": "user", "content": "Q \U0001d54f"}, {"role": "assistant", "content": "\u0e4fa\u0e4f"}]}
+    lost = {c for c in "\U0001d54f\u0e4f" if c not in own_tokenizer.decode(own_tokenizer(f"x{c}x")["input_ids"])}
+    rendered = render_conversation(row, own_tokenizer)
+    assert set(rendered.lost) == lost
+    ordinary = {"messages": [{"role": "user", "content": "a ü 中 😀\n\t"}, {"role": "assistant", "content": "ß «»"}]}
+    assert render_conversation(ordinary, own_tokenizer).lost == {}
+
+
+def test_what_is_lost_is_exactly_what_decoding_does_not_give_back() -> None:
+    """A byte-level vocabulary without 0xC3 (é, ü, ...), and one with an unknown token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c != "Ã"]
+    for unknown in (None, "<unk>"):
+        vocabulary = {c: i for i, c in enumerate([*alphabet, "<|end|>", *([unknown] if unknown else [])])}
+        raw = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        lacking = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", unk_token=unknown)
+        text = "Das é, das ü, das ü; 中 ☃\n"
+        lost = render_conversation({"text": text}, lacking).lost
+        assert lost == {"é": 1, "ü": 2}
