@@ -107,12 +107,12 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
 
 def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, say: Say) -> Any:
     """NF4 base with LoRA, attending inside documents only."""
-    from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.attention_check import use_checked_attention
     from qlora_sft.model.load import load_model
     from qlora_sft.model.loss import use_loss
 
     model = load_model(config, base, dtype, backend)
-    use_document_attention(model)
+    use_checked_attention(model, dtype, say)
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
