@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
-    """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing would mix documents."""
+    """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         say(f"attention: {use_document_attention(model)}")
@@ -33,7 +33,7 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
     # A difference that is not a number is no agreement either.
     if not difference <= TOLERANCE[dtype]:
         raise RunError(
-            f"{type(base).__name__}: documents in one row see each other: their hidden states differ by {difference:.1e} "
+            f"{type(base).__name__}: documents in one row see each other: hidden states differ by {difference:.1e} "
             f"from those of the same documents alone (rounding explains {TOLERANCE[dtype]:.0e}). {_cure(base)}"
         )
     say(f"attention check: {len(LENGTHS)} documents packed and alone agree within {difference:.0e}")
