@@ -58,9 +58,11 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
         from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
+        from qlora_sft.model.rope import check_context
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
+        check_context(config, base)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
