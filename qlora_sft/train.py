@@ -133,7 +133,8 @@ def fit(
 ) -> dict[str, Any]:
     """The training itself. Returns steps, losses and speed."""
     from qlora_sft.training.progress import Progress
-    from qlora_sft.training.trainer import PackedSFTTrainer, count_steps, sft_config
+    from qlora_sft.training.steps import count_steps
+    from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
     steps = count_steps(len(bins), config)
     # TRL wants a folder; what it leaves there is nobody's result.
