@@ -25,6 +25,22 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Positions beyond those the model was trained on, in transformers' names; see its `modeling_rope_utils`."""
+
+    rope_type: Literal["yarn", "linear", "dynamic"]
+    """``yarn`` keeps most of what the model knows; ``dynamic`` depends on the longest document of a row."""
+    factor: float
+    """How many times as many positions."""
+    original_max_position_embeddings: int | None = None
+    """Positions the model was trained on; default: the model's own ``max_position_embeddings``."""
+    attention_factor: float | None = None
+    """YaRN's scale of the logits; default: ``0.1 * ln(factor) + 1``."""
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     path: str
     """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
@@ -43,6 +59,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
+    rope_scaling: RopeScaling | None = None
+    """Needed where ``data.max_length`` exceeds the positions of the model; the merged model and the GGUF carry it."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +274,7 @@ def _check_values(config: Config, file: str) -> list[str]:
     require(bool(d.train), "data.train", "must name at least one source")
     require(d.max_length >= 2, "data.max_length", f"must be at least 2, got {d.max_length}")
     check_data(d, require)
+    _check_rope(config, require)
     require(config.lora.r > 0, "lora.r", f"must be positive, got {config.lora.r}")
     require(0 <= config.lora.dropout < 1, "lora.dropout", f"must be in [0, 1), got {config.lora.dropout}")
     require(t.learning_rate > 0, "training.learning_rate", f"must be positive, got {t.learning_rate}")
@@ -266,6 +285,26 @@ def _check_values(config: Config, file: str) -> list[str]:
     require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")
     require(e.max_new_tokens > 0, "evaluation.max_new_tokens", f"must be positive, got {e.max_new_tokens}")
     return problems
+
+
+def _check_rope(config: Config, require: typing.Callable[[bool, str, str], None]) -> None:
+    rope = config.model.rope_scaling
+    if rope is None:
+        return
+    require(rope.factor > 1, "model.rope_scaling.factor", f"must be larger than 1, got {rope.factor}")
+    original = rope.original_max_position_embeddings
+    key = "model.rope_scaling.original_max_position_embeddings"
+    require(original is None or original > 0, key, f"must be positive, got {original}")
+    for name in ("attention_factor", "beta_fast", "beta_slow"):
+        given = getattr(rope, name) is not None
+        require(not given or rope.rope_type == "yarn", f"model.rope_scaling.{name}", "belongs to rope_type yarn only")
+    alone = config.data.packing == "none" and config.training.batch_size == 1
+    require(
+        rope.rope_type != "dynamic" or alone,
+        "model.rope_scaling.rope_type",
+        "dynamic: the longest document of a row would change the positions of the others; take yarn, or set "
+        "data.packing=none and training.batch_size=1",
+    )
 
 
 def _did_you_mean(name: str, names: typing.Iterable[Any]) -> str:

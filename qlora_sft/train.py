@@ -67,9 +67,11 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
             resolve_base,
             stop_ids,
         )
+        from qlora_sft.model.rope import check_context
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
+        check_context(config, base)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base, say)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
@@ -117,12 +119,12 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
 
 def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, say: Say) -> Any:
     """NF4 base with LoRA, attending inside documents only."""
-    from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.attention_check import use_checked_attention
     from qlora_sft.model.load import load_model
     from qlora_sft.model.loss import use_loss
 
     model = load_model(config, base, dtype, backend)
-    use_document_attention(model)
+    use_checked_attention(model, dtype, say)
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
@@ -141,7 +143,8 @@ def fit(
 ) -> dict[str, Any]:
     """The training itself. Returns steps, losses and speed."""
     from qlora_sft.training.progress import Progress
-    from qlora_sft.training.trainer import PackedSFTTrainer, count_steps, sft_config
+    from qlora_sft.training.steps import count_steps
+    from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
     steps = count_steps(len(bins), config)
     # TRL wants a folder; what it leaves there is nobody's result.

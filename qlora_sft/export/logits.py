@@ -22,13 +22,12 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     import torch
     from peft import PeftModel
 
-    from qlora_sft.model.load import compute_dtype, load_base
+    from qlora_sft.model.load import load_trained_base
 
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    settings = manifest["config"]["model"]
     # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
     # compared are the weights and not the rounding of the arithmetic.
-    base = load_base(manifest["report"]["base"], compute_dtype(settings["dtype"])[0], settings["load_in_4bit"])
+    base = load_trained_base(manifest)
     expand_4bit(base)
     # Not base.float(): transformers refuses that for a model that was quantised.
     torch.nn.Module.float(base)

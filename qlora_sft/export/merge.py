@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qlora_sft.atomic import written_folder
+from qlora_sft.config import RopeScaling
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.say import Say, tell
 
 Onto = Literal["nf4-dequantized", "bf16"]
@@ -140,6 +142,12 @@ def _is_4bit_checkpoint(base: Path) -> bool:
     return bool(_read_config(base).get("quantization_config", {}).get("load_in_4bit"))
 
 
+def trained_config(manifest: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The base's config.json with the positions it was trained with."""
+    rope = manifest["config"]["model"].get("rope_scaling")
+    return with_rope_scaling(_read_config(base), RopeScaling(**rope) if rope else None)
+
+
 def _read_config(base: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -160,7 +168,7 @@ def _merge(
     from qlora_sft.export.merge_plan import plan_merge
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
-    config = _read_config(base)
+    config = trained_config(manifest, base)
     through_nf4 = set(manifest["report"]["quantized_modules"]) if onto == "nf4-dequantized" else set()
     changes = read_adapter(run / "adapter")
     if not any(_does_something(change) for change in changes.values()):
@@ -189,7 +197,7 @@ def write_trained_base(run: Path, target: Path) -> None:
 
     manifest = read_manifest(run)
     base = base_folder(manifest["report"]["base"])
-    config = _read_config(base)
+    config = trained_config(manifest, base)
     plan = plan_merge(read_model(base), config, {}, set(manifest["report"]["quantized_modules"]), None, str(base))
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:

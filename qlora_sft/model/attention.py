@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
+
 NAME = "qlora_documents"
+# What layers may ask for: the rest (chunks, recurrence) comes to no attention function as an argument.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def document_attention(
@@ -30,56 +35,91 @@ def document_attention(
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, d], key and value [1, Hkv, T, d], bounds int32 [D + 1] -> [1, T, H, d].
 
-    Raises ValueError rather than attend across documents, or without a window or cap that the model asks for.
+    ``sliding_window``: a token sees itself and the ``sliding_window - 1`` before it. ``softcap``: logits become
+    ``cap * tanh(logit / cap)``. ``s_aux`` [H]: attention sinks, one more logit per head that nothing is attended by.
+    Raises ValueError rather than attend across documents, or in another way than the model asks for.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
             f"{NAME} needs one flat row and its cu_seq_lens_q, and takes no mask; got batch {query.shape[0]}, "
             f"mask {'none' if attention_mask is None else list(attention_mask.shape)}. Use sdpa for other inputs."
         )
-    if softcap is not None:
-        raise ValueError(f"{NAME} does not cap attention logits (this model asks for {softcap})")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
     longest = max_length_q if max_length_q is not None else int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
-    if sliding_window is not None and sliding_window < longest:
-        raise ValueError(f"{NAME} has no sliding window; documents must not exceed {sliding_window} tokens")
-    attend = _varlen if query.is_cuda else _one_by_one
-    return attend(query, key, value, cu_seq_lens_q, longest, scaling, dropout), None
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
+    if path in ("varlen", "flex") and dropout:
+        raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")
+    if path == "varlen":
+        return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    if path == "sdpa":
+        return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
+    if path == "flex":
+        return flex_documents(query, key, value, cu_seq_lens_q, scaling, window, softcap, s_aux), None
+    return plain_documents(query, key, value, cu_seq_lens_q, scaling, dropout, window, softcap, s_aux), None
+
+
+class Path(NamedTuple):
+    name: Literal["varlen", "sdpa", "flex", "plain"]
+    reason: str
+
+
+@cache
+def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> Path:
+    """How documents are attended to; ``capped``: the model caps its logits or has sinks, which FlashAttention lacks."""
+    if device.type != "cuda":
+        if capped:
+            return Path("plain", "document by document in plain products, because the model caps logits or has sinks")
+        return Path("sdpa", f"document by document, on a {device.type}")
+    if capped:
+        return Path("flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks")
+    slower = "document by document, slower with many short ones: FlashAttention"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Path("sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Path("sdpa", f"{slower} needs compute capability 8.0")
+    if head_size > 256:
+        return Path("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+    return Path("varlen", "FlashAttention over all documents at once")
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
     """One call per document. On a CPU twice as fast as one call with a block-diagonal mask (2,048 tokens in 8
     documents: 5.2 s against 11.1 s for forward and backward of the whole model)."""
     grouped = query.shape[1] != key.shape[1]
     edges = bounds.tolist()
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-            dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped,
-        )
-        for a, b in pairwise(edges)
-    ]  # fmt: skip
+    outputs = []
+    for a, b in pairwise(edges):
+        band = in_band(b - a, window, query.device) if window is not None and window < b - a else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
+                attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped,
+            )
+        )  # fmt: skip
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """torch's own variable-length FlashAttention: one launch, no mask, no host synchronisation."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")
     grouped = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    causal = (-1, 0)  # any distance to the left, none to the right
+    # So many tokens to the left of itself (-1: any number), none to the right.
+    left = -1 if window is None else window - 1
     out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=causal, enable_gqa=grouped
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=grouped
     )  # fmt: skip
     return cast(Tensor, out).unsqueeze(0)
 
@@ -89,24 +129,41 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def use_document_attention(model: Any) -> None:
-    """Switches ``model`` to attention by document. Raises ValueError if the model does not follow the switch."""
+def use_document_attention(model: Any) -> str:
+    """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
+
+    Raises ValueError if the model does not follow the switch, or has layers that attend in a way of their own.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, document_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(NAME)
-    if base.config._attn_implementation != NAME:
+    config = base.config.get_text_config()
+    if base.config._attn_implementation != NAME or config._attn_implementation != NAME:
         raise ValueError(f"{type(base).__name__} keeps its own attention, so packed documents would see each other")
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if unknown:
+        raise ValueError(f"{type(base).__name__} has layers of type {', '.join(unknown)}, which cannot be packed here")
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    path = choose_path(base.device, base.dtype, head_size, _capped(base))
+    return f"{path.name} ({path.reason})"
+
+
+def _capped(base: Any) -> bool:
+    """Whether attention does something to its logits that sdpa and FlashAttention do not do."""
+    softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap is not None or not getattr(base, "_supports_sdpa", True)
 
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """Within it, ``model`` uses transformers' sdpa, for padded batches and generation."""
+    """Within it, ``model`` uses transformers' own attention, for padded batches and generation: sdpa, or eager where
+    sdpa would leave out a cap on the logits or attention sinks."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation("eager" if _capped(base) else "sdpa")
     try:
         yield
     finally:

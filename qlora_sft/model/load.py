@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from qlora_sft.config import Config, LoraConfig, ModelConfig
+from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.backend import Name, fast_language_model
+from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.vocabulary import (
     add_tokens,
     describe_new,
@@ -140,6 +141,8 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
         model = load(config, base, dtype, new_rows(config.model, base))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {_first_line(error)}") from None
+    if config.model.rope_scaling is not None:
+        check_rope(model, scaled_config(base, config.model.rope_scaling))
     model.config.use_cache = False
     disable_inference_repacking(model)
     return model
@@ -147,6 +150,8 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
 
 def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
     fast = fast_language_model()
+    rope = config.model.rope_scaling
+    scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope))}
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
     with contextlib.redirect_stdout(io.StringIO()):
         model, _ = fast.from_pretrained(
@@ -155,6 +160,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
             use_gradient_checkpointing=config.model.gradient_checkpointing,
+            **scaling,
         )
         grow(model, rows, initialise=True)
         return fast.get_peft_model(
@@ -173,7 +179,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    model = load_base(base, dtype, config.model.load_in_4bit)
+    model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
     grow(model, rows, initialise=True)
     # What peft.prepare_model_for_kbit_training does and is wanted here: frozen base, checkpointing that works
     # with a frozen embedding. Not wanted: its cast of every 16-bit weight (the embedding!) to float32.
@@ -193,11 +199,11 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     return get_peft_model(model, lora)
 
 
-def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool) -> Any:
+def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> Any:
     """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope)}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -209,6 +215,18 @@ def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
 
 
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    parameters: dict[str, Any] = config.get_text_config().rope_parameters
+    return dict(parameters)
+
+
+def load_trained_base(manifest: dict[str, Any]) -> Any:
+    """The base of a run as its adapter knows it."""
+    settings = manifest["config"]["model"]
+    rope = RopeScaling(**settings["rope_scaling"]) if settings.get("rope_scaling") else None
+    return load_base(manifest["report"]["base"], compute_dtype(settings["dtype"])[0], settings["load_in_4bit"], rope)
+
+
 def load_for_inference(path: Path) -> Any:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
     if not (path / "adapter").is_dir():
@@ -218,8 +236,7 @@ def load_for_inference(path: Path) -> Any:
 
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     settings = manifest["config"]["model"]
-    dtype, _ = compute_dtype(settings["dtype"])
-    base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"])
+    base = load_trained_base(manifest)
     grow(base, trained_rows(path / "adapter"), initialise=False)
     disable_inference_repacking(base)
     tokenizer = AutoTokenizer.from_pretrained(path / "adapter")

@@ -5,7 +5,6 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import BinCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.training.steps import choose_optimizer
 
 
 @dataclass
@@ -115,20 +115,10 @@ def rate_factor(warmup: int, steps: int, step: int) -> float:
     return max(0.0, (steps - step) / (steps - warmup))
 
 
-def count_steps(n_bins: int, config: Config) -> int:
-    """Optimizer steps of the run. The last group of an epoch may be smaller."""
-    t = config.training
-    steps = math.ceil(math.ceil(n_bins / t.batch_size) / t.gradient_accumulation)
-    return min(steps, t.max_steps) if t.max_steps else steps
-
-
 def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
     """Our settings in TRL's words, and the optimizer with the reason. ``scratch``: a folder TRL may use."""
     on_gpu = torch.cuda.is_available()
-    optimizer, reason = config.training.optimizer, "as configured"
-    if optimizer == "auto":
-        optimizer = "adamw_8bit" if on_gpu else "adamw_torch_fused"
-        reason = "its states take 2 bytes per parameter" if on_gpu else "bitsandbytes has no 8-bit optimizer for a CPU"
+    optimizer, reason = choose_optimizer(config, on_gpu)
     args = SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=config.training.batch_size,

@@ -64,10 +64,9 @@ def test_what_it_cannot_do_is_refused() -> None:
         document_attention(module, q, q, q, None)
     with pytest.raises(ValueError, match="takes no mask"):
         document_attention(module, q, q, q, torch.ones(1, 1, 6, 6), cu_seq_lens_q=bounds)
-    with pytest.raises(ValueError, match="no sliding window"):
-        document_attention(module, q, q, q, None, cu_seq_lens_q=bounds, sliding_window=4)
-    with pytest.raises(ValueError, match="does not cap"):
-        document_attention(module, q, q, q, None, cu_seq_lens_q=bounds, softcap=30.0)
+    module.is_causal = False
+    with pytest.raises(ValueError, match="attends in both directions"):
+        document_attention(module, q, q, q, None, cu_seq_lens_q=bounds)
 
 
 def test_generation_goes_through_sdpa_and_back(model: Any) -> None:

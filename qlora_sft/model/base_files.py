@@ -1,0 +1,111 @@
+"""What can be known of a base model without its weights: config.json, and the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora_sft.errors import ConfigError
+
+
+class Header(NamedTuple):
+    dtype: str
+    """As safetensors names it: BF16, F16, F32, U8."""
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_config(base: str) -> dict[str, Any]:
+    """config.json of a folder or of a Hub id (only this file is fetched). Raises `ConfigError`."""
+    file = Path(base) / "config.json"
+    if not Path(base).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(base, "config.json"))
+        except Exception as error:
+            raise _unreachable(base, error) from None
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {base}: no readable config.json ({error})") from None
+    return config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part that describes the language model: models that also see have it in a section of its own."""
+    inner: dict[str, Any] = config.get("text_config") or config
+    return inner
+
+
+def read_headers(base: str) -> dict[str, Header]:
+    """Name -> type, shape and bytes of every tensor; of a Hub id only the first kilobytes of its files are fetched.
+
+    Raises `ConfigError` for a model without safetensors files.
+    """
+    folder = Path(base) if Path(base).is_dir() else _cached(base)
+    if folder is None:
+        return _headers_of_hub(base)
+    headers = {name: header for file in _files(folder) for name, header in _headers_of_file(file).items()}
+    if not headers:
+        raise ConfigError(f"model.path: {base} has no safetensors files; their headers say how large the model is")
+    return headers
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that the index names, or all there are: a folder may hold a second copy in other files."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _headers_of_file(file: Path) -> dict[str, Header]:
+    """A safetensors file begins with 8 bytes, the length of the JSON that follows: name -> dtype, shape, offsets."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(opened.read(length))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {file}: not a safetensors file ({error})") from None
+    return {
+        name: Header(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _cached(base: str) -> Path | None:
+    """Folder of a Hub model whose weights were fetched before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(base, local_files_only=True))
+    except Exception:
+        return None
+    files = _files(folder)
+    return folder if files and all(file.is_file() for file in files) else None
+
+
+def _headers_of_hub(base: str) -> dict[str, Header]:
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(base)
+    except Exception as error:
+        raise _unreachable(base, error) from None
+    return {
+        name: Header(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for file in metadata.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+
+
+def _unreachable(base: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"model.path: {base} is neither a folder here nor to be had from the Hub: {reason}")
