@@ -53,11 +53,13 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
 
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
+        from qlora_sft.data.batch import longest_row
         from qlora_sft.data.plan import plan_data
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
         from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
+        from qlora_sft.model.memory import use_memory
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
@@ -73,6 +75,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         dtype, reason = compute_dtype(config.model.dtype)
         say(f"compute in {str(dtype).removeprefix('torch.')} ({reason})")
         model = prepare_model(config, base, dtype, backend.name, say)
+        memory = use_memory(model, config, longest_row(documents, bins, config.training.batch_size), dtype, say)
     prompts = choose_prompts(held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -80,7 +83,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
     begin_run(run, config)
     order = record_data(run, bins, removed)
-    with watch("train"):
+    with watch("train"), memory:
         fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say)
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
@@ -96,6 +99,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),
         **fitted,
+        "memory": memory.report,
         "order": order,
         "seconds": watch.rounded(),
     }

@@ -116,13 +116,15 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
 def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype) -> Any:
     fast = fast_language_model()
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
+    # Its trainer switches every layer on or off by what it was told here: True, whatever the tiers will be.
+    checkpointing = {"use_gradient_checkpointing": True}
     with contextlib.redirect_stdout(io.StringIO()):
         model, _ = fast.from_pretrained(
             base,
             max_seq_length=config.data.max_length,
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
-            use_gradient_checkpointing=config.model.gradient_checkpointing,
+            **checkpointing,
         )
         return fast.get_peft_model(
             model,
@@ -130,7 +132,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype) -> Any:
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
             target_modules=target_modules(model, config.lora),
-            use_gradient_checkpointing=config.model.gradient_checkpointing,
+            **checkpointing,
             random_state=config.seed,
         )
 
@@ -140,12 +142,9 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype) -> An
     from peft import get_peft_model
 
     model = load_base(base, dtype, config.model.load_in_4bit)
-    # What peft.prepare_model_for_kbit_training does and is wanted here: frozen base, checkpointing that works
-    # with a frozen embedding. Not wanted: its cast of every 16-bit weight (the embedding!) to float32.
+    # What peft.prepare_model_for_kbit_training does and is wanted here. Not wanted: its cast of every 16-bit weight
+    # (the embedding!) to float32.
     model.requires_grad_(False)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     torch.manual_seed(config.seed)
     lora = PeftLoraConfig(
         r=config.lora.r,
