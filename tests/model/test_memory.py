@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -187,6 +191,51 @@ def test_room_is_measured_within_the_machine(make_config: Any) -> None:
     assert 0 < room.available_ram() <= psutil.virtual_memory().total
     config = make_config("memory.policy=offload", "memory.host_budget_gib=2")
     assert room.host_room(config) == (2 * GIB, "memory.host_budget_gib=2")
+
+
+UNDER_UNSLOTH = """
+import json, sys
+from pathlib import Path
+from qlora_sft.model.backend import choose_backend
+choose_backend("unsloth")
+import torch
+from tests_support import documents_of
+from qlora_sft.config import load_config
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.layer_bytes import decoder_layers
+from qlora_sft.model.load import load_model, load_tokenizer
+from qlora_sft.model.memory import use_memory
+from qlora_sft.train import fit
+config = load_config(sys.argv[1], sys.argv[2:])
+documents = documents_of(config)
+model = load_model(config, config.model.path, torch.float32, "unsloth")
+use_document_attention(model)
+Path(config.output).mkdir()
+with use_memory(model, config, 256, torch.float32, lambda text: None) as memory:
+    slots = []
+    for layer in decoder_layers(model):
+        def counted(function, *args, own=layer._gradient_checkpointing_func):
+            result = own(function, *args)
+            slots.append(memory.slab.taken)
+            return result
+        layer._gradient_checkpointing_func = counted
+    fit(model, load_tokenizer(config.model, config.model.path), config, documents, [[0, 1], [2]], torch.float32,
+        Path(config.output), lambda text: None)
+    print(json.dumps([slots, memory.slab.taken]))
+"""
+
+
+def test_the_tiers_run_under_the_trainer_of_unsloth(make_config: Any, tmp_path: Path) -> None:
+    """It switches checkpointing on or off in every layer as it likes before it trains."""
+    make_config()
+    overrides = ["memory.policy=offload", "model.backend=unsloth", f"output={tmp_path / 'out'}"]
+    run = subprocess.run(
+        [sys.executable, "-c", UNDER_UNSLOTH, str(tmp_path / "config.yaml"), *overrides],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])},
+    )  # fmt: skip
+    # Two layers in each of two steps: slots taken after each forward, and after all.
+    assert json.loads(run.stdout.splitlines()[-1]) == [[1, 2, 1, 2], 0]
 
 
 @pytest.mark.parametrize(
