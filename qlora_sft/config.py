@@ -17,8 +17,8 @@ from typing import Any, Literal
 import yaml
 
 from qlora_sft.config_data import DataConfig as DataConfig
+from qlora_sft.config_data import Require, check_data
 from qlora_sft.config_data import SourceConfig as SourceConfig
-from qlora_sft.config_data import check_data
 from qlora_sft.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -55,8 +55,6 @@ class ModelConfig:
     tokenizer's own."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
     rope_scaling: RopeScaling | None = None
@@ -104,6 +102,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What each layer keeps from its forward to its backward. It changes time and memory, no bit of the result."""
+
+    policy: Literal["auto", "none", "checkpoint", "offload"] = "auto"
+    """``auto``: the least recomputation that fits, chosen layer by layer and printed. ``none``: keep everything.
+    ``checkpoint``: keep the input of every layer, compute the layer again in the backward (about a third more time).
+    ``offload``: the same, with the inputs in host memory."""
+    gpu_budget_gib: float | None = None
+    """What this run may use of the GPU, weights included; default: what is free, less 5% of the card."""
+    host_budget_gib: float | None = None
+    """Host memory that inputs of layers may take; default: half of what is available."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig
     data: DataConfig
@@ -112,6 +124,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     seed: int = 0
 
 
@@ -282,12 +295,13 @@ def _check_values(config: Config, file: str) -> list[str]:
         require(getattr(t, key) > 0, f"training.{key}", f"must be positive, got {getattr(t, key)}")
     require(t.max_steps is None or t.max_steps > 0, "training.max_steps", f"must be positive, got {t.max_steps}")
     require(0 <= t.warmup_ratio < 1, "training.warmup_ratio", f"must be in [0, 1), got {t.warmup_ratio}")
+    _check_memory(config.memory, require)
     require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")
     require(e.max_new_tokens > 0, "evaluation.max_new_tokens", f"must be positive, got {e.max_new_tokens}")
     return problems
 
 
-def _check_rope(config: Config, require: typing.Callable[[bool, str, str], None]) -> None:
+def _check_rope(config: Config, require: Require) -> None:
     rope = config.model.rope_scaling
     if rope is None:
         return
@@ -305,6 +319,23 @@ def _check_rope(config: Config, require: typing.Callable[[bool, str, str], None]
         "dynamic: the longest document of a row would change the positions of the others; take yarn, or set "
         "data.packing=none and training.batch_size=1",
     )
+
+
+def _check_memory(m: MemoryConfig, require: Require) -> None:
+    for key in ("gpu_budget_gib", "host_budget_gib"):
+        value = getattr(m, key)
+        require(
+            value is None or value > 0, f"memory.{key}", f"must be positive, got {value}; leave it out to measure it"
+        )
+    # A key that has no effect would be believed to have one.
+    require(
+        m.gpu_budget_gib is None or m.policy == "auto", "memory.gpu_budget_gib",
+        f"has an effect only with memory.policy=auto, not {m.policy}; remove one of them",
+    )  # fmt: skip
+    require(
+        m.host_budget_gib is None or m.policy in ("auto", "offload"), "memory.host_budget_gib",
+        f"has an effect only where inputs go to host memory, not with memory.policy={m.policy}; remove one of them",
+    )  # fmt: skip
 
 
 def _did_you_mean(name: str, names: typing.Iterable[Any]) -> str:

@@ -55,6 +55,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
 
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
+        from qlora_sft.data.batch import longest_row
         from qlora_sft.data.plan import plan_data
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
@@ -67,6 +68,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
             resolve_base,
             stop_ids,
         )
+        from qlora_sft.model.memory import use_memory
         from qlora_sft.model.rope import check_context
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
@@ -85,6 +87,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         dtype, reason = compute_dtype(config.model.dtype)
         say(f"compute in {str(dtype).removeprefix('torch.')} ({reason})")
         model = prepare_model(config, base, dtype, backend.name, say)
+        memory = use_memory(model, config, longest_row(documents, bins, config.training.batch_size), dtype, say)
     prompts = choose_prompts(held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -92,7 +95,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
     begin_run(run, config)
     order = record_data(run, bins, removed)
-    with watch("train"):
+    with watch("train"), memory:
         fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say)
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
@@ -108,6 +111,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),
         **fitted,
+        "memory": memory.report,
         "order": order,
         "seconds": watch.rounded(),
     }

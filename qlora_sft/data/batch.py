@@ -74,6 +74,12 @@ def flatten(documents: list[Rendered]) -> Batch:
     )
 
 
+def longest_row(documents: list[Rendered], bins: list[list[int]], batch_size: int) -> int:
+    """Tokens of the longest micro-batch: ``batch_size`` bins, in training order, as one row."""
+    lengths = [sum(len(documents[index].input_ids) for index in each) for each in bins]
+    return max((sum(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)), default=0)
+
+
 class BinCollator:
     """``[{"documents": [i, j]}, ...]`` (bins, as the data loader hands them over) -> `Batch`."""
 

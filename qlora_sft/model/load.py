@@ -153,14 +153,16 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
     rope = config.model.rope_scaling
     scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope))}
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
+    # Its trainer switches every layer on or off by what it was told here: True, whatever the tiers will be.
+    checkpointing = {"use_gradient_checkpointing": True}
     with contextlib.redirect_stdout(io.StringIO()):
         model, _ = fast.from_pretrained(
             base,
             max_seq_length=config.data.max_length,
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
-            use_gradient_checkpointing=config.model.gradient_checkpointing,
             **scaling,
+            **checkpointing,
         )
         grow(model, rows, initialise=True)
         return fast.get_peft_model(
@@ -170,7 +172,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             lora_dropout=config.lora.dropout,
             target_modules=target_modules(model, config.lora),
             trainable_token_indices=trainable_rows(model, rows),
-            use_gradient_checkpointing=config.model.gradient_checkpointing,
+            **checkpointing,
             random_state=config.seed,
         )
 
@@ -181,12 +183,9 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
 
     model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
     grow(model, rows, initialise=True)
-    # What peft.prepare_model_for_kbit_training does and is wanted here: frozen base, checkpointing that works
-    # with a frozen embedding. Not wanted: its cast of every 16-bit weight (the embedding!) to float32.
+    # What peft.prepare_model_for_kbit_training does and is wanted here. Not wanted: its cast of every 16-bit weight
+    # (the embedding!) to float32.
     model.requires_grad_(False)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     torch.manual_seed(config.seed)
     lora = PeftLoraConfig(
         r=config.lora.r,

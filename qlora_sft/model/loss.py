@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
+from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
@@ -27,10 +28,10 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
     return f"{path.name} ({path.reason})"
 
 
-def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
-    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
+def last_hidden_states(model: Any, batch: Batch) -> Tensor:
+    """[1, T, D], behind the last norm, before the output head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(
+    output = base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         cu_seq_lens_q=batch["cu_seqlens"],
@@ -38,7 +39,14 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
         max_length_q=batch["longest"],
         max_length_k=batch["longest"],
         use_cache=False,
-    ).last_hidden_state
+    )
+    return cast(Tensor, output.last_hidden_state)
+
+
+def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
+    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = last_hidden_states(model, batch)
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
     head = base.get_output_embeddings()

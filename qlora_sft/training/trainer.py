@@ -135,7 +135,7 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
-        # Checkpointing was set up with the model; the trainer must not switch it on again in its own way.
+        # What each layer keeps was set up with the model (model/memory.py); the trainer must not do it in its own way.
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,

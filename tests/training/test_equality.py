@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from tests_support import documents_of
 
 from qlora_sft.config import Config
+from qlora_sft.data.batch import longest_row
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model, load_tokenizer
+from qlora_sft.model.memory import use_memory
 from qlora_sft.train import fit
 from qlora_sft.training.run_folder import begin_run
 
@@ -28,7 +30,9 @@ def run_bins(
     use_document_attention(model)
     run = Path(config.output)
     begin_run(run, config)
-    fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)
+    tokens = longest_row(documents, bins, config.training.batch_size)
+    with use_memory(model, config, tokens, torch.float32, lambda _: None):
+        fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
@@ -91,12 +95,14 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(make_config: Any) -> None:
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_checkpointing_changes_no_bit(make_config: Any) -> None:
-    config = make_config("model.gradient_checkpointing=true")
+@pytest.mark.parametrize("policy", ["none", "offload", "auto"])
+def test_what_layers_keep_changes_no_bit(make_config: Any, policy: str) -> None:
+    config = make_config("memory.policy=checkpoint", "lora.dropout=0.1")
     documents = documents_of(config)
     first = run_bins(config, documents, BINS)
-    second = run_bins(make_config("model.gradient_checkpointing=false"), documents, BINS)
+    second = run_bins(make_config(f"memory.policy={policy}", "lora.dropout=0.1"), documents, BINS)
     assert first[0] == second[0]
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
 def test_learning_rate_rises_and_falls_to_zero_without_a_wasted_step() -> None:

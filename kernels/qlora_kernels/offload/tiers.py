@@ -103,7 +103,8 @@ def choose_tiers(
     """
     best: tuple[float, int, tuple[Tier, ...]] | None = None
     for keep in range(n_layers + 1):
-        for attention in range(n_layers - keep + 1):
+        # Attention that is not among the operators known keeps nothing, and would seem to cost nothing.
+        for attention in range(n_layers - keep + 1 if layer.attention else 1):
             found = _fewest_offloaded(n_layers, keep, attention, layer, budget, loss)
             if found is None or found.count("offload") * layer.input > host_budget:
                 continue

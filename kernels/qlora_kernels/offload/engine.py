@@ -1,0 +1,88 @@
+"""What runs the copies between device and host: two streams of a GPU, or nothing but memory on a CPU.
+
+An engine has three queues: compute, out (device to host) and in (host to device). Each works in order; between them
+only events give an order. The host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Event = Any
+"""A point in one of the queues; what it is, only its engine knows."""
+
+
+class Engine(Protocol):
+    def mark(self) -> Event:
+        """Here, in the compute queue."""
+        ...
+
+    def save(self, tensor: Tensor, view: Tensor, after: Iterable[Event]) -> Event:
+        """Out queue: copies ``tensor`` into host memory once all of ``after`` have passed."""
+        ...
+
+    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
+        """In queue: copies host memory into a new tensor once all of ``after`` have passed. The tensor's memory belongs
+        to the compute queue, so ``after`` must hold a `mark` made before this call."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """The compute queue goes on only when ``event`` has passed."""
+        ...
+
+
+class CpuEngine:
+    """Device and host are the same: every copy is done when its call returns."""
+
+    def mark(self) -> Event:
+        return None
+
+    def save(self, tensor: Tensor, view: Tensor, after: Iterable[Event]) -> Event:
+        view.copy_(tensor)
+
+    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
+        return view.clone(), None
+
+    def wait(self, event: Event) -> None:
+        pass
+
+
+class CudaEngine:
+    """Compute is the current stream of whoever calls: in a backward, autograd makes it that of the forward."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        # Each direction has a copy engine of its own on the card; one stream for both would let only one work.
+        self.outward = torch.cuda.Stream(device)
+        self.inward = torch.cuda.Stream(device)
+
+    def mark(self) -> Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def save(self, tensor: Tensor, view: Tensor, after: Iterable[Event]) -> Event:
+        with torch.cuda.stream(self.outward):
+            for event in after:
+                self.outward.wait_event(event)
+            view.copy_(tensor, non_blocking=True)
+            return self.outward.record_event()
+
+    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
+        # Allocated under the compute stream, so that it goes back to that stream's memory: no record_stream, which
+        # would return it at a time that depends on the host.
+        tensor = torch.empty(view.shape, dtype=view.dtype, device=self.device)
+        with torch.cuda.stream(self.inward):
+            for event in after:
+                self.inward.wait_event(event)
+            tensor.copy_(view, non_blocking=True)
+            return tensor, self.inward.record_event()
+
+    def wait(self, event: Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+
+def engine_for(device: torch.device) -> Engine:
+    return CudaEngine(device) if device.type == "cuda" else CpuEngine()

@@ -1,0 +1,153 @@
+"""What each decoder layer keeps between its forward and its backward: measured, chosen, installed and printed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from qlora_kernels.offload import (
+    Choice,
+    HostSlab,
+    LayerBytes,
+    Schedule,
+    Tier,
+    choose_tiers,
+    describe,
+    engine_for,
+    gib,
+    layer_functions,
+    peak_bytes,
+)  # fmt: skip
+
+from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+from qlora_sft.model.room import device_room, host_room
+from qlora_sft.say import Say
+
+
+class Memory:
+    """The tiers of a model, in force. As a context: frees the host memory at its end, however it ends."""
+
+    def __init__(self, report: dict[str, Any], slab: HostSlab | None):
+        self.report = report
+        """For the manifest: tiers, bytes, reason."""
+        self.slab = slab
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.slab is not None:
+            self.slab.close()
+
+
+def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
+    """Decides what every layer keeps for rows of up to ``tokens``, and installs it. Call before training.
+
+    Raises `ConfigError` if the model cannot be checkpointed layer by layer, or if a configured budget is too small.
+    """
+    layers = decoder_layers(model)
+    if config.memory.policy != "none":
+        _require_checkpointing(layers, config)
+    layer = measure_layer(model, tokens, dtype)
+    choice = choose(model, config, len(layers), layer, loss_bytes(model, tokens, layer.input), say)
+    slab = install(model, choice.tiers, layer.input, say)
+    where = "GPU" if model.device.type == "cuda" else "CPU"
+    host = f" and {gib(choice.host_bytes)} of host memory" if choice.host_bytes else ""
+    say(
+        f"memory: of {len(layers)} layers {describe(choice.tiers)} ({choice.reason}); "
+        f"activations of {tokens:,} tokens take {gib(choice.gpu_bytes)} on the {where}{host}"
+    )
+    report = {
+        "tiers": list(choice.tiers),
+        "split": describe(choice.tiers),
+        "reason": choice.reason,
+        "tokens": tokens,
+        "device_bytes": choice.gpu_bytes,
+        "host_bytes": choice.host_bytes,
+        "layer": asdict(layer),
+    }
+    return Memory(report, slab)
+
+
+def choose(model: Any, config: Config, n_layers: int, layer: LayerBytes, loss: int, say: Say) -> Choice:
+    """The tier of every layer, by ``memory.policy``."""
+    policy = config.memory.policy
+    if policy == "auto":
+        return _choose_by_room(model, config, n_layers, layer, loss, say)
+    tiers = _times("keep" if policy == "none" else "checkpoint", n_layers)
+    reason = f"memory.policy={policy}"
+    if policy == "offload":
+        host = host_room(config)
+        offloaded = min(n_layers, host.nbytes // layer.input)
+        # The first layers wait longest for their backward.
+        tiers[:offloaded] = _times("offload", offloaded)
+        if offloaded < n_layers:
+            reason += f"; host memory holds the inputs of {offloaded} layers ({host.reason})"
+    return _choice(tiers, layer, loss, reason)
+
+
+def _choose_by_room(model: Any, config: Config, n_layers: int, layer: LayerBytes, loss: int, say: Say) -> Choice:
+    on_gpu = model.device.type == "cuda"
+    if config.memory.gpu_budget_gib is not None and not on_gpu:
+        say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
+    room = device_room(model, config)
+    # On a CPU host and device are the same memory: to copy an input there would only cost time.
+    host = host_room(config).nbytes if on_gpu else 0
+    try:
+        choice = choose_tiers(n_layers, layer, room.nbytes, host, loss=loss)
+    except ValueError as error:
+        if on_gpu and (config.memory.gpu_budget_gib is not None or config.memory.host_budget_gib is not None):
+            raise ConfigError(
+                f"memory: {error} ({room.reason}). Shorten data.max_length, lower training.batch_size, or raise "
+                "memory.gpu_budget_gib or memory.host_budget_gib"
+            ) from None
+        # What is free is known only roughly; what was not forbidden is tried.
+        say(f"memory: {error} ({room.reason}); trying the least that is possible. If it fails, shorten data.max_length")
+        offloaded = min(n_layers, host // layer.input)
+        least = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
+        return _choice(least, layer, loss, "the least memory that is possible")
+    return _choice(choice.tiers, layer, loss, f"{choice.reason}: {room.reason}")
+
+
+def _times(tier: Tier, count: int) -> list[Tier]:
+    return [tier] * count
+
+
+def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> Choice:
+    return Choice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
+
+
+def install(model: Any, tiers: Any, input_bytes: int, say: Say) -> HostSlab | None:
+    """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    slab = schedule = None
+    if "offload" in tiers:
+        slab = HostSlab(tiers.count("offload"), input_bytes, model.device)
+        if slab.warning:
+            say(f"memory: {slab.warning}")
+        schedule = Schedule(slab, engine_for(model.device), warn=say)
+    for layer, function in zip(decoder_layers(model), layer_functions(tiers, schedule), strict=True):
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+        # Also where everything is kept: Unsloth switches this on again in every layer before it trains.
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+    if any(tier != "keep" for tier in tiers):
+        base.enable_input_require_grads()
+    return slab
+
+
+def loss_bytes(model: Any, tokens: int, input_bytes: int) -> int:
+    """Of the step between forward and backward: last hidden states, their gradient, that of the supervised rows (all
+    of them, at most), and the workspace of packed_ce."""
+    return 3 * input_bytes + (256 if model.device.type == "cuda" else 32) * 2**20
+
+
+def _require_checkpointing(layers: Any, config: Config) -> None:
+    lacking = sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "gradient_checkpointing")})
+    if lacking:
+        raise ConfigError(
+            f"memory.policy={config.memory.policy}: {', '.join(lacking)} cannot be checkpointed (it is no "
+            "GradientCheckpointingLayer of transformers); set memory.policy=none"
+        )
