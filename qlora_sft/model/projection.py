@@ -8,8 +8,11 @@ import torch
 from qlora_kernels.nf4_lora import NF4Weight, Projection
 
 
-def projection_of(layer: torch.nn.Module) -> Projection | str:
-    """The frozen weight with the one active adapter, read anew from ``layer``; or why that is not what it computes."""
+def projection_of(layer: torch.nn.Module, training: bool) -> Projection | str:
+    """The frozen weight with the one active adapter, read anew from ``layer``; or why that is not what it computes.
+
+    training: whether LoRA dropout would act.
+    """
     adapted = hasattr(layer, "base_layer")
     base: Any = layer.base_layer if adapted else layer
     if type(base).__name__ not in ("Linear", "Linear4bit") or not isinstance(base, torch.nn.Linear):
@@ -22,7 +25,7 @@ def projection_of(layer: torch.nn.Module) -> Projection | str:
         weight = frozen_weight(base)
     except ValueError as error:
         return str(error)
-    factors = active_factors(layer) if adapted else None
+    factors = active_factors(layer, training) if adapted else None
     if isinstance(factors, str):
         return factors
     A, B, scale = factors or (None, None, 1.0)
@@ -39,7 +42,7 @@ def frozen_weight(base: Any) -> torch.Tensor | NF4Weight:
     return NF4Weight.from_bitsandbytes(base.weight.data, state)
 
 
-def active_factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | str | None:
+def active_factors(layer: Any, training: bool) -> tuple[torch.Tensor, torch.Tensor, float] | str | None:
     """(A, B, scale) of a PEFT LoRA layer; None if it adds nothing now; or the feature that has no formula here."""
     if not hasattr(layer, "lora_A"):
         return f"{type(layer).__name__} adapters"
@@ -58,7 +61,7 @@ def active_factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | str
     if layer.lora_bias[name]:
         return "lora_bias"
     dropout = layer.lora_dropout[name]
-    if layer.training and getattr(dropout, "p", 0.0):
+    if training and getattr(dropout, "p", 0.0):
         return f"LoRA dropout {dropout.p}"
     if not layer.cast_input_dtype_enabled:
         return "disabled input casts"

@@ -45,7 +45,7 @@ def lora_linear(
     if p.A is not None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             lora = precision.lora or p.A.dtype
-            u = (x.reshape(-1, x.shape[-1]).to(lora) @ p.A.to(lora).t()).view(*x.shape[:-1], -1)
+            u = flat(x).to(lora) @ p.A.to(lora).t()
     held = hold(x, u, *p.adapter)
     return cast(Tensor, _LoraLinear.apply(p, precision, x.requires_grad, held, u, *p.adapter))
 
@@ -57,8 +57,8 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.hold, ctx.weight, ctx.scale, ctx.precision, ctx.need_x = held.grad_fn, p.weight, p.scale, precision, need_x
         with torch.autocast(held.device.type, enabled=False):
-            y = InUse(p, precision).forward(flat(held), None if u is None else flat(u))
-        return y.view(*held.shape[:-1], -1)
+            y = InUse(p, precision).forward(flat(held), u)
+        return y.view(*held.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -70,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
             layer = InUse(p, ctx.precision, ctx.needs_input_grad[5:])
             flat_dy = flat(dy)
             v = layer.up(flat_dy)
-            layer.accumulate(flat(x), None if u is None else flat(u), flat_dy, v)
+            layer.accumulate(flat(x), u, flat_dy, v)
             dx = layer.backward(flat_dy, v).to(x.dtype).view(x.shape) if ctx.need_x else None
         return None, None, None, dx, None, *layer.gradients(p)
 

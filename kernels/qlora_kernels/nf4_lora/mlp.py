@@ -116,7 +116,7 @@ class _LoraMLP(torch.autograd.Function):
             for t, (g, u) in zip(tiles(len(x), spec.tile), pairs, strict=True):
                 h = gated(g, u, spec.activation, out=None if kept_gate is not None else g)
                 y[t] = last.forward(h, last.down(h))
-        return y.view(*held.shape[:-1], -1)
+        return y.view(*held.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
