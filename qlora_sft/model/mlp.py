@@ -1,0 +1,141 @@
+"""The gated MLPs of a model, computed by `qlora_kernels.nf4_lora`: tiled over tokens, nothing kept but the input.
+
+Each ``mlp`` module is replaced by a `TiledMLP` that holds the very same layers under the same names, so parameter
+names, PEFT and what is saved stay as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from qlora_kernels.nf4_lora import Activation, Projection, default_tile, lora_mlp
+from torch import Tensor
+
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.projection import base_dtype, projection_of
+
+LAYERS = ("gate_proj", "up_proj", "down_proj")
+# Modules whose forward is known to be down_proj(act_fn(gate_proj(x)) * up_proj(x)), by their class's name.
+FAMILIES = {
+    "LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP",
+}  # fmt: skip
+# transformers' modules for the activations that qlora_kernels has.
+ACTIVATIONS: dict[str, Activation] = {
+    "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+}  # fmt: skip
+# Normalises what the MLP returns, and saves it: the recomputation of a layer then has to run the whole MLP.
+NORM_AFTER = "post_feedforward_layernorm"
+
+Requested = Literal["auto", "on", "off"]
+
+
+class TiledMLP(torch.nn.Module):
+    """Takes the place of a transformers MLP. ``recompute`` and ``tile`` as in `lora_mlp`; may be set at any time."""
+
+    def __init__(self, mlp: Any, activation: Activation, recompute: bool, tile: int):
+        super().__init__()
+        for name, value in vars(mlp).items():
+            if not name.startswith("_") and name != "training" and name != "forward":
+                setattr(self, name, value)  # config, hidden_size, intermediate_size
+        for name, layer in mlp.named_children():
+            self.add_module(name, layer)
+        self.activation, self.recompute, self.tile = activation, recompute, tile
+        self.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A short row of which nothing is saved (generation) gains nothing from tiles.
+        if not (torch.is_grad_enabled() and self.training) and x.numel() // x.shape[-1] <= self.tile:
+            return self.plain(x)
+        layers = projections_of(self, self.training)
+        # A feature that was refused at the start may come later: an adapter is disabled, added or merged.
+        if isinstance(layers, str):
+            return self.plain(x)
+        dtype = base_dtype(self.gate_proj)
+        return lora_mlp(x, *layers, self.activation, tile=self.tile, recompute=self.recompute, dtype=dtype)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What the module in whose place this one stands computes."""
+        layers: Any = self  # its children are not known to the type checker
+        hidden = layers.act_fn(layers.gate_proj(x)) * layers.up_proj(x)
+        return cast(Tensor, layers.down_proj(hidden))
+
+
+def projections_of(mlp: Any, training: bool) -> tuple[Projection, Projection, Projection] | str:
+    """gate, up and down as they are now, or what keeps them from being computed here."""
+    found = [projection_of(getattr(mlp, name), training) for name in LAYERS]
+    for reason in found:
+        if isinstance(reason, str):
+            return reason
+    gate, up, down = (p for p in found if isinstance(p, Projection))
+    if len({type(p.weight) for p in (gate, up, down)} | {base_dtype(getattr(mlp, name)) for name in LAYERS}) > 2:
+        return "some layers quantised and some not"
+    return gate, up, down
+
+
+def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
+    """Replaces the MLPs of ``model`` as ``requested``; returns the choice with its reason, to print.
+
+    tokens: longest row of the run. ``auto``: on for a GPU, for checkpointed layers (which then compute down_proj once;
+    measured on a CPU: 1.11 times the steps per second) and for rows of more than one tile (memory). Otherwise there
+    is little to gain (1.02 times), and off rounds as PEFT does.
+
+    Raises `ConfigError` when ``on`` is demanded where it cannot be.
+    """
+    if requested == "off":
+        return "off (as configured)"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    blocks = list(base.get_decoder().layers)
+    obstacle = next((reason for block in blocks if (reason := obstacle_of(block))), None)
+    if obstacle:
+        if requested == "on":
+            raise ConfigError(f"memory.tiled_mlp: on is not possible here: {obstacle}; use auto or off")
+        return f"off ({obstacle})"
+    tile = default_tile(blocks[0].mlp.hidden_size)
+    wanted = "as configured" if requested == "on" else reason_for(blocks[0], base.device, tokens, tile)
+    if wanted is None:
+        return f"off (rows of {tokens:,} tokens fit into one tile of {tile:,}, and no layer is checkpointed)"
+    for block in blocks:
+        block.mlp = tiled(block, tokens, tile)
+    again = "computed again in the backward" if blocks[0].mlp.recompute else "kept for the backward"
+    return f"on, {tile:,} tokens at a time, gate and up {again} ({wanted})"
+
+
+def reason_for(block: Any, device: torch.device, tokens: int, tile: int) -> str | None:
+    """Why the MLPs are tiled by choice, or None."""
+    if tokens > tile:
+        return f"rows of {tokens:,} tokens"
+    if is_checkpointed(block):
+        return "a checkpointed layer then computes its down projection once"
+    return "saves memory on a GPU" if device.type == "cuda" else None
+
+
+def is_checkpointed(block: Any) -> bool:
+    return bool(getattr(block, "gradient_checkpointing", False))
+
+
+def tiled(block: Any, tokens: int, tile: int) -> TiledMLP:
+    """The MLP of a decoder layer, tiled.
+
+    Gate and up are computed again where the layer is checkpointed, and where they would take more than a tile. Only a
+    layer that ends with a norm has to compute its MLP in the recomputation anyway, so short rows keep them there.
+    """
+    recompute = tokens > tile or (is_checkpointed(block) and not hasattr(block, NORM_AFTER))
+    return TiledMLP(block.mlp, ACTIVATIONS[type(block.mlp.act_fn).__name__], recompute, tile)
+
+
+def obstacle_of(block: Any) -> str | None:
+    """Why this decoder layer's MLP must stay as it is."""
+    mlp = getattr(block, "mlp", None)
+    if isinstance(mlp, TiledMLP):
+        return "its MLPs are tiled already"
+    if mlp is None:
+        return "a decoder layer without mlp"
+    if type(mlp).__name__ not in FAMILIES:
+        return f"no formula here for {type(mlp).__name__}"
+    if mlp._forward_hooks or mlp._forward_pre_hooks or hasattr(mlp, "_hf_hook"):
+        return "hooks on the MLP"
+    if type(mlp.act_fn).__name__ not in ACTIVATIONS:
+        return f"no derivative here for {type(mlp.act_fn).__name__}"
+    layers = projections_of(mlp, training=True)
+    return layers if isinstance(layers, str) else None
