@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", help="file to write (default: RUN/gguf/NAME-QUANT.gguf)")
     export.add_argument("--no-parity", action="store_true", help="do not compare its logits with the merged model's")
+    export.add_argument("--system", help="SYSTEM text of the Modelfile (default: the training data's, if it has one)")
+    export.add_argument("--create", metavar="NAME", help="also register the model with Ollama under this name")
 
     chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
@@ -122,10 +124,13 @@ def _merge(arguments: argparse.Namespace) -> Any:
 def _export(arguments: argparse.Namespace) -> Any:
     from qlora_sft.export.gguf import export_adapter, export_run
 
+    for_ollama = {"system": arguments.system, "create_as": arguments.create}
     parity = not arguments.no_parity
     if arguments.adapter:
-        return export_adapter(arguments.run, arguments.out, parity=parity)
-    return export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity)
+        return export_adapter(arguments.run, arguments.out, parity=parity, **for_ollama)
+    return export_run(
+        arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity, **for_ollama
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> Any:

@@ -62,7 +62,8 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
 def test_the_adapter_alone_is_the_adapter(run: Path) -> None:
     figures = export_adapter(run, parity=True, say=quiet)["parity"]["lora"]
     assert figures["top1"] >= BOUNDS["lora"][0]
-    assert sorted(path.name for path in (run / "gguf").iterdir()) == ["run-adapter.gguf"]
+    names = sorted(path.name for path in (run / "gguf").iterdir())
+    assert names == ["run-adapter.Modelfile", "run-adapter.gguf"]
 
 
 def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> None:
