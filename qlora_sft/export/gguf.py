@@ -35,8 +35,9 @@ def export_run(
 
     ``imatrix``: auto, none, or a file. ``system`` as in `write_modelfile`; ``create_as``: registers the model under
     that name with Ollama, after a comparison that it passed. Errors as in `merge_run`, `ConfigError` for an unknown
-    type, and `RunError` if a tool fails or what is read back differs from the merged model; then there is no file under the final name.
-    With ``parity`` the file's logits are compared with the merged model's afterwards, which deletes nothing.
+    type, and `RunError` if a tool fails or what is read back differs from the merged model; then there is no file
+    under the final name. With ``parity`` the file's logits are compared with the merged model's afterwards, which
+    deletes nothing.
     """
     run = Path(run)
     quant = quant.lower()
