@@ -31,8 +31,9 @@ def push(
     """Uploads to the model repository ``repo`` (user/name), made private unless ``public``, in one commit.
 
     ``gguf``: of the GGUF files only the one of this name. ``dry_run``: prints what would go up and opens no
-    connection. ``api``: a `huggingface_hub.HfApi` to use instead of the default one. Raises `ConfigError` for a bad name or something that was not exported, `RunError` without a token,
-    without a network, and when the Hub refuses; the token is in no message.
+    connection. ``api``: a `huggingface_hub.HfApi` to use instead of the default one. Raises `ConfigError` for a bad
+    name or something that was not exported, `RunError` without a token, without a network, and when the Hub refuses;
+    the token is in no message.
     """
     run = Path(run)
     read_manifest(run)
