@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
-from qlora_sft.export.bos import adds_bos, tokenizer_adds_bos, with_trained_bos
+from qlora_sft.export.as_trained import adds_bos, asked_as_trained, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
@@ -17,6 +17,7 @@ from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_
 from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
+from qlora_sft.export.trained import Trained, read_trained
 from qlora_sft.say import Say, tell
 
 
@@ -52,14 +53,15 @@ def export_run(
     if not merged.is_dir():
         merge_run(run, say=say)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
+    trained = read_trained(run)
     with written_file(target) as beside:
-        version = _write(run, merged, beside, quant, imatrix, say)
+        version = _write(run, merged, beside, quant, imatrix, trained, say)
         checked = check_gguf(beside, merged)
     say(f"read back: {checked['tensors']} tensors, tokenizer, template, stops and rope are those of {merged}")
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked["tensors"]}
     record(run, {"gguf": {quant: facts}})
     result: dict[str, Any] = {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size, "llama_cpp": version}
-    result |= write_modelfile(run, Subject(target, merged, adds_bos(target)), system, say)
+    result |= write_modelfile(run, Subject(target, merged, adds_bos(target)), trained, system, say)
     if parity:
         result["parity"] = check_parity(run, merged, target, quant, say=say)
     if create_as:
@@ -67,17 +69,19 @@ def export_run(
     return result
 
 
-def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, say: Say) -> str:
+def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
     """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
     if quant in CONVERTED:
-        with with_trained_bos(merged) as model:
+        with asked_as_trained(merged, trained.can_think) as model:
             convert(model, target, quant)
+        leave_bos_to_the_template(target, merged)
         return llama_cpp_version()
     full = target.with_name(f"{target.name}.full")
     matrix = target.with_name(f"{target.name}.imatrix")
     try:
-        with with_trained_bos(merged) as model:
+        with asked_as_trained(merged, trained.can_think) as model:
             convert(model, full, "auto")
+        leave_bos_to_the_template(full, merged)
         tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
         return tool.version
     finally:
@@ -130,7 +134,7 @@ def export_adapter(
     record(run, {"gguf": {"lora": facts}})
     result: dict[str, Any] = {"gguf": str(target), "quant": "lora", "bytes": facts["bytes"], "llama_cpp": version}
     subject = Subject(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(run / "adapter")), base)
-    result |= write_modelfile(run, subject, system, say)
+    result |= write_modelfile(run, subject, read_trained(run), system, say)
     if parity:
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")

@@ -12,7 +12,7 @@ from typing import Any
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.go_template import go_template, writes_bos
-from qlora_sft.export.trained import Trained, as_ollama_has_it, read_trained
+from qlora_sft.export.trained import Trained, as_ollama_has_it
 from qlora_sft.say import Say, tell
 
 # A conversation needs room even if every trained row was short; Ollama's own default has been this for years.
@@ -34,18 +34,20 @@ class Subject:
     base: Path | None = None
 
 
-def write_modelfile(run: Path, subject: Subject, system: str | None = None, say: Say = tell) -> dict[str, Any]:
+def write_modelfile(
+    run: Path, subject: Subject, trained: Trained, system: str | None = None, say: Say = tell
+) -> dict[str, Any]:
     """Writes GGUF's name with ``.Modelfile`` beside it; returns {"modelfile", "template": name or None}.
 
-    ``system``: the SYSTEM text; None takes the training data's if all of it has one and the same, ``""`` none.
+    ``trained``: what the run's data says. ``system``: the SYSTEM text; None takes the training data's if all of it has
+    one and the same, ``""`` none.
     Raises `ConfigError` for a text that a Modelfile cannot hold.
     """
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "adapter")
-    trained = read_trained(run)
     say(f"Ollama: {trained.unknown or _about(trained)}")
-    form = go_template(tokenizer, subject.adds_bos, trained.thinks or bool(trained.unknown))
+    form = go_template(tokenizer, subject.adds_bos, trained.can_think)
     if form:
         say(f"Ollama: TEMPLATE is the Go form of {form.name}, which writes what the trained template writes")
         _warn_of_tools(trained, say)

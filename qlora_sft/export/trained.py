@@ -22,6 +22,11 @@ class Trained:
     tools: list[dict[str, Any]] = field(default_factory=list)
     unknown: str = ""
 
+    @property
+    def can_think(self) -> bool:
+        """Where nothing is known, the template's modes are left in."""
+        return self.thinks or bool(self.unknown)
+
 
 def read_trained(run: Path) -> Trained:
     """From the first rows of each training source of the run."""

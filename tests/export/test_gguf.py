@@ -136,3 +136,17 @@ def test_the_figures_are_what_they_say() -> None:
     assert figures.max_diff == pytest.approx(float((a - b).abs().max()), rel=1e-5)
     assert figures.tokens == 300
     assert compare(a.numpy(), a.numpy()).kl == 0
+
+
+def test_a_runtime_asks_as_was_trained(run: Path) -> None:
+    """llama.cpp turns thinking on unasked; where the data has none, the file must not change for it."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = GGUFReader(export_run(run, "q8_0", say=quiet)["gguf"]).fields
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    trained = tokenizer.apply_chat_template(chat, tokenize=False)
+    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    for mode in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        assert tokenizer.apply_chat_template(chat, tokenize=False, **mode) == trained

@@ -236,7 +236,7 @@ def modelfile(run: Path, base: Path | None = None, system: str | None = None) ->
     gguf = run / "gguf" / "model-q8_0.gguf"
     gguf.parent.mkdir(exist_ok=True)
     folder = Path(json.loads((run / "manifest.json").read_text())["report"]["base"])
-    result = write_modelfile(run, Subject(gguf, folder, False, base), system, said.append)
+    result = write_modelfile(run, Subject(gguf, folder, False, base), read_trained(run), system, said.append)
     return Path(result["modelfile"]).read_text(), said
 
 
