@@ -11,10 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_sft.atomic import disk_error
-from qlora_sft.errors import QloraSftError
+from qlora_sft.errors import ConfigError, QloraSftError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f16", "f32"], help="type of the weights")
     merge.add_argument("--no-parity", action="store_true", help="do not compare its logits with the adapter's")
+    merge.add_argument("--push", metavar="USER/NAME", help="afterwards upload it to the Hub, as a private repository")
 
     export = verb("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare")
     export.add_argument("run", help="run folder")
@@ -82,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", help="file to write (default: RUN/gguf/NAME-QUANT.gguf)")
     export.add_argument("--no-parity", action="store_true", help="do not compare its logits with the merged model's")
+    export.add_argument("--system", help="SYSTEM text of the Modelfile (default: the training data's, if it has one)")
+    export.add_argument("--create", metavar="NAME", help="also register the model with Ollama under this name")
+    export.add_argument("--push", metavar="USER/NAME", help="afterwards upload it to the Hub, as a private repository")
+
+    push = verb("push", _push, "upload a run's adapter, merged model or GGUF files to the Hub, with a model card")
+    push.add_argument("run", help="run folder")
+    push.add_argument("repo", metavar="USER/NAME", help="repository on the Hub; made if there is none")
+    push.add_argument("--what", default="adapter", choices=["adapter", "merged", "gguf"], help="default: adapter")
+    push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    push.add_argument("--dry-run", action="store_true", help="print what would go up, and the card; upload nothing")
 
     chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
@@ -109,6 +120,7 @@ def _preview(arguments: argparse.Namespace) -> Any:
 
 
 def _merge(arguments: argparse.Namespace) -> Any:
+    _check_push(arguments)
     from qlora_sft.export.merge import merge_run
 
     result = merge_run(arguments.run, arguments.out, arguments.onto, arguments.dtype)
@@ -116,16 +128,43 @@ def _merge(arguments: argparse.Namespace) -> Any:
         from qlora_sft.export.parity import check_parity
 
         result["parity"] = check_parity(Path(arguments.run), Path(result["merged"]))
-    return result
+    return _pushed(result, arguments, "merged")
 
 
 def _export(arguments: argparse.Namespace) -> Any:
+    _check_push(arguments)
     from qlora_sft.export.gguf import export_adapter, export_run
 
-    parity = not arguments.no_parity
+    shared = {"parity": not arguments.no_parity, "system": arguments.system, "create_as": arguments.create}
     if arguments.adapter:
-        return export_adapter(arguments.run, arguments.out, parity=parity)
-    return export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity)
+        result = export_adapter(arguments.run, arguments.out, **shared)
+    else:
+        result = export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, **shared)
+    return _pushed(result, arguments, "gguf")
+
+
+def _check_push(arguments: argparse.Namespace) -> None:
+    """Before an hour of work, not after it."""
+    if arguments.push:
+        from qlora_sft.export.hub import check_name
+
+        check_name(arguments.push)
+        if arguments.out:
+            raise ConfigError("--push uploads from the run folder; leave --out away")
+
+
+def _pushed(result: dict[str, Any], arguments: argparse.Namespace, what: Literal["merged", "gguf"]) -> dict[str, Any]:
+    if arguments.push:
+        from qlora_sft.export.hub import push
+
+        result["push"] = push(arguments.run, arguments.push, what, gguf=result.get("gguf"))
+    return result
+
+
+def _push(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.export.hub import push
+
+    return push(arguments.run, arguments.repo, arguments.what, public=arguments.public, dry_run=arguments.dry_run)
 
 
 def _doctor(arguments: argparse.Namespace) -> Any:

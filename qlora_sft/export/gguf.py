@@ -1,4 +1,4 @@
-"""A run -> merged model -> GGUF file, read back and compared before it takes its name."""
+"""A run -> merged model -> GGUF file, read back and compared before it takes its name; a Modelfile beside it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
+from qlora_sft.export.as_trained import adds_bos, asked_as_trained, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_trained_base
+from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
+from qlora_sft.export.trained import Trained, read_trained
 from qlora_sft.say import Say, tell
 
 
@@ -25,18 +28,24 @@ def export_run(
     *,
     imatrix: str = "auto",
     parity: bool = False,
+    system: str | None = None,
+    create_as: str | None = None,
     say: Say = tell,
 ) -> dict[str, Any]:
-    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``); merges first if that has not been done.
+    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile; merges first if that has not been done.
 
-    ``imatrix``: auto, none, or a file. Errors as in `merge_run`, `ConfigError` for an unknown type, and `RunError` if
-    a tool fails or what is read back differs from the merged model; then there is no file under the final name.
-    With ``parity`` the file's logits are compared with the merged model's afterwards, which deletes nothing.
+    ``imatrix``: auto, none, or a file. ``system`` as in `write_modelfile`; ``create_as``: registers the model under
+    that name with Ollama, after a comparison that it passed. Errors as in `merge_run`, `ConfigError` for an unknown
+    type, and `RunError` if a tool fails or what is read back differs from the merged model; then there is no file
+    under the final name. With ``parity`` the file's logits are compared with the merged model's afterwards, which
+    deletes nothing.
     """
     run = Path(run)
     quant = quant.lower()
     check_quant(quant)
     read_manifest(run)
+    if create_as:
+        require_ollama()
     if quant not in CONVERTED:
         # Found or built first: a missing compiler should not come to light after the merge.
         say(f"quantizer: {require_quantizer(say).found}")
@@ -44,27 +53,35 @@ def export_run(
     if not merged.is_dir():
         merge_run(run, say=say)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
+    trained = read_trained(run)
     with written_file(target) as beside:
-        version = _write(run, merged, beside, quant, imatrix, say)
+        version = _write(run, merged, beside, quant, imatrix, trained, say)
         checked = check_gguf(beside, merged)
     say(f"read back: {checked['tensors']} tensors, tokenizer, template, stops and rope are those of {merged}")
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked["tensors"]}
     record(run, {"gguf": {quant: facts}})
-    result = {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size, "llama_cpp": version}
+    result: dict[str, Any] = {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size, "llama_cpp": version}
+    result |= write_modelfile(run, Subject(target, merged, adds_bos(target)), trained, system, say)
     if parity:
         result["parity"] = check_parity(run, merged, target, quant, say=say)
+    if create_as:
+        create(create_as, Path(result["modelfile"]), say)
     return result
 
 
-def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, say: Say) -> str:
+def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
     """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
     if quant in CONVERTED:
-        convert(merged, target, quant)
+        with asked_as_trained(merged, trained.can_think) as model:
+            convert(model, target, quant)
+        leave_bos_to_the_template(target, merged)
         return llama_cpp_version()
     full = target.with_name(f"{target.name}.full")
     matrix = target.with_name(f"{target.name}.imatrix")
     try:
-        convert(merged, full, "auto")
+        with asked_as_trained(merged, trained.can_think) as model:
+            convert(model, full, "auto")
+        leave_bos_to_the_template(full, merged)
         tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
         return tool.version
     finally:
@@ -90,13 +107,24 @@ def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, want
 
 
 def export_adapter(
-    run: str | Path, out: str | Path | None = None, *, parity: bool = False, say: Say = tell
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    parity: bool = False,
+    system: str | None = None,
+    create_as: str | None = None,
+    say: Say = tell,
 ) -> dict[str, Any]:
-    """Writes the LoRA alone as RUN/gguf/NAME-adapter.gguf (or ``out``), for ``--lora`` in llama.cpp.
+    """Writes the LoRA alone as RUN/gguf/NAME-adapter.gguf (or ``out``), for ``--lora`` in llama.cpp, and a Modelfile.
 
-    With ``parity``, a GGUF of the weights it was trained on is made for the comparison and removed again.
+    ``system`` and ``create_as`` as in `export_run`. With ``parity``, a GGUF of the weights it was trained on is made
+    for the comparison and removed again.
     """
+    from transformers import AutoTokenizer
+
     run = Path(run)
+    if create_as:
+        require_ollama()
     base = base_folder(read_manifest(run)["report"]["base"])
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:
@@ -105,12 +133,16 @@ def export_adapter(
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     record(run, {"gguf": {"lora": facts}})
     result: dict[str, Any] = {"gguf": str(target), "quant": "lora", "bytes": facts["bytes"], "llama_cpp": version}
+    subject = Subject(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(run / "adapter")), base)
+    result |= write_modelfile(run, subject, read_trained(run), system, say)
     if parity:
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
             write_trained_base(run, trained_on)
             convert(trained_on, base_gguf, "f16")
             result["parity"] = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
+    if create_as:
+        create(create_as, Path(result["modelfile"]), say)
     return result
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from qlora_sft.errors import RunError
+from qlora_sft.export.as_trained import bos_first, without_thinking
+from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
 from qlora_sft.export.tensors import Stored, read_model
 
@@ -106,8 +108,11 @@ def _compare_tokenizer(fields: dict[str, Any], model: Path) -> Iterator[str]:
         yield f"tokens: {len(wrong)} of {len(ours)} differ (first: id {wrong[0]}, {ours[wrong[0]]!r})"
     if fields.get("tokenizer.ggml.eos_token_id") != tokenizer.eos_token_id:
         yield f"stop token: {fields.get('tokenizer.ggml.eos_token_id')} instead of {tokenizer.eos_token_id}"
-    if tokenizer.chat_template and fields.get("tokenizer.chat_template") != tokenizer.chat_template:
+    right = (tokenizer.chat_template, without_thinking(tokenizer))
+    if tokenizer.chat_template and fields.get("tokenizer.chat_template") not in right:
         yield "chat template: not the one that was trained"
+    if bos_first(fields) and tokenizer.chat_template and not writes_bos(tokenizer):
+        yield "bos token: put before every prompt, which the trained template does not do"
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") if tokenizer.is_fast else None
     written = fields.get("tokenizer.ggml.merges")
     if merges and written and [" ".join(m) if isinstance(m, list) else m for m in merges] != written:

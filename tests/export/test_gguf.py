@@ -62,7 +62,8 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
 def test_the_adapter_alone_is_the_adapter(run: Path) -> None:
     figures = export_adapter(run, parity=True, say=quiet)["parity"]["lora"]
     assert figures["top1"] >= BOUNDS["lora"][0]
-    assert sorted(path.name for path in (run / "gguf").iterdir()) == ["run-adapter.gguf"]
+    names = sorted(path.name for path in (run / "gguf").iterdir())
+    assert names == ["run-adapter.Modelfile", "run-adapter.gguf"]
 
 
 def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> None:
@@ -135,3 +136,17 @@ def test_the_figures_are_what_they_say() -> None:
     assert figures.max_diff == pytest.approx(float((a - b).abs().max()), rel=1e-5)
     assert figures.tokens == 300
     assert compare(a.numpy(), a.numpy()).kl == 0
+
+
+def test_a_runtime_asks_as_was_trained(run: Path) -> None:
+    """llama.cpp turns thinking on unasked; where the data has none, the file must not change for it."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = GGUFReader(export_run(run, "q8_0", say=quiet)["gguf"]).fields
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    trained = tokenizer.apply_chat_template(chat, tokenize=False)
+    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    for mode in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        assert tokenizer.apply_chat_template(chat, tokenize=False, **mode) == trained

@@ -1,0 +1,130 @@
+"""A run's adapter, merged model or GGUF files to the Hugging Face Hub, with a card made from what the run recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.export.merge import read_manifest
+from qlora_sft.export.model_card import base_name, model_card
+from qlora_sft.say import Say, tell
+
+What = Literal["adapter", "merged", "gguf"]
+Files = dict[str, Path | bytes]
+"""Name in the repository -> file, or its content."""
+
+
+def push(
+    run: str | Path,
+    repo: str,
+    what: What = "adapter",
+    *,
+    gguf: str | None = None,
+    public: bool = False,
+    dry_run: bool = False,
+    api: Any = None,
+    say: Say = tell,
+) -> dict[str, Any]:
+    """Uploads to the model repository ``repo`` (user/name), made private unless ``public``, in one commit.
+
+    ``gguf``: of the GGUF files only the one of this name. ``dry_run``: prints what would go up and opens no
+    connection. ``api``: a `huggingface_hub.HfApi` to use instead of the default one. Raises `ConfigError` for a bad
+    name or something that was not exported, `RunError` without a token, without a network, and when the Hub refuses;
+    the token is in no message.
+    """
+    run = Path(run)
+    read_manifest(run)
+    if what not in get_args(What):
+        raise ConfigError(f"--what {what}: one of {', '.join(get_args(What))}")
+    check_name(repo)
+    files = files_of(run, repo, what, gguf)
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    verb = "would go" if dry_run else "goes"
+    say(f"{verb} to https://huggingface.co/{repo} ({'public' if public else 'private'}):")
+    for name, size in sizes.items():
+        say(f"  {size:>16,} bytes  {name}")
+    say(f"  {sum(sizes.values()):>16,} bytes  in all")
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    result: dict[str, Any] = {"repo": repo, "what": what, "public": public, "files": sizes, "card": card.decode()}
+    if dry_run:
+        say(result["card"])
+        return {**result, "dry_run": True}
+    url = _upload(api, repo, files, public, say)
+    say(f"uploaded: {url}")
+    return {**result, "dry_run": False, "url": url}
+
+
+def check_name(repo: str) -> None:
+    """Raises `ConfigError` for what cannot be the name of a repository."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]{1,96}", repo):
+        raise ConfigError(f"{repo}: name the repository as user/name")
+
+
+def files_of(run: Path, repo: str, what: What, gguf: str | None = None) -> Files:
+    """Everything that goes up. No file of it says where anything lay on this machine."""
+    folder = run / what
+    found = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
+    # The base of an adapter's Modelfile is a folder of this machine.
+    found = [file for file in found if file.suffix != ".Modelfile" or "\nADAPTER " not in file.read_text("utf-8")]
+    files: Files = {file.name: file for file in found if gguf is None or file.stem == Path(gguf).stem}
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if not any(name.endswith((".safetensors", ".gguf")) for name in files):
+        cure = {"adapter": "train", "merged": "merge", "gguf": "export"}[what]
+        raise ConfigError(f"{folder}: nothing there to upload; run 'qlora-sft {cure}' first")
+    if what == "adapter":
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base_name(read_manifest(run))
+        files["adapter_config.json"] = json.dumps(config, indent=2).encode()
+    files["README.md"] = model_card(run, repo, what, ggufs).encode()
+    return files
+
+
+def _upload(api: Any, repo: str, files: Files, public: bool, say: Say) -> str:
+    import huggingface_hub
+    from httpx import HTTPError
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    token = huggingface_hub.get_token()
+    if api is None:
+        if not token:
+            raise RunError("no Hugging Face token: run 'hf auth login', or set HF_TOKEN to one that may write")
+        api = huggingface_hub.HfApi(token=token)
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        private = api.repo_info(repo).private
+        if not public and not private:
+            raise RunError(f"{repo} exists and is public; nothing was uploaded. Add --public, or choose another name")
+        if public and private:
+            say(f"{repo} exists and is private; it stays so until that is changed in its settings")
+        commit = api.create_commit(repo, operations, commit_message="Upload from qlora_sft")
+    except OfflineModeIsEnabled:
+        raise RunError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it and try again") from None
+    except HfHubHTTPError as error:
+        raise RunError(_refusal(repo, error, token)) from None
+    except (HTTPError, OSError) as error:
+        reason = _without(str(error).strip().splitlines() or [type(error).__name__], token)
+        raise RunError(
+            f"the Hub cannot be reached ({reason}); nothing was uploaded. Try the same again later"
+        ) from None
+    return str(commit.commit_url)
+
+
+def _refusal(repo: str, error: Any, token: str | None) -> str:
+    status = getattr(error.response, "status_code", 0)
+    cures = {
+        401: "the token is not valid: run 'hf auth login' again, or set HF_TOKEN",
+        403: f"the token may not write to {repo}: make one with write access, or name a repository of yours",
+    }
+    cure = cures.get(status) or _without(str(error).strip().splitlines(), token)
+    return f"the Hub refused the upload to {repo} ({status or 'no answer'}): {cure}"
+
+
+def _without(lines: list[str], token: str | None) -> str:
+    """The first line, never with the token in it."""
+    return lines[0].replace(token, "***") if token else lines[0]

@@ -1,0 +1,153 @@
+"""A model card (README.md) from what a run recorded. Names files and folders, never where they lay."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+UNKNOWN = "not measured"
+# What `model.path: demo` stands for.
+DEMO = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+
+
+def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
+    """The card's text. ``what``: adapter, merged or gguf; ``ggufs``: names of the GGUF files that go up."""
+    manifest: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    exported = run / "export.json"
+    parity = json.loads(exported.read_text(encoding="utf-8")).get("parity", {}) if exported.is_file() else {}
+    base, licence = base_name(manifest), base_licence(manifest)
+    parts = [
+        _front_matter(base, licence, what),
+        f"# {repo.split('/')[-1]}\n\n{_about(manifest, base, licence)}",
+        "## Results on held-out data\n\n" + _results(manifest["report"]),
+        "## Training data\n\n" + _data(manifest),
+        "## Training\n\n" + _training(manifest),
+        *(["## Exports against the trained model\n\n" + _parity(parity)] if parity else []),
+        "## How to run it\n\n" + _usage(repo, what, base, ggufs),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_name(manifest: dict[str, Any]) -> str:
+    """Hub id of the base, or the name of the folder it was in."""
+    if manifest["config"]["model"]["path"] == "demo":
+        return DEMO[0]
+    base = str(manifest["report"]["base"])
+    return Path(base).name if Path(base).expanduser().is_absolute() or Path(base).is_dir() else base
+
+
+def base_licence(manifest: dict[str, Any]) -> str | None:
+    """As the front matter of the base's own card says, if the base is a folder that has one."""
+    if manifest["config"]["model"]["path"] == "demo":
+        return DEMO[1]
+    card = Path(manifest["report"]["base"]) / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.S)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], flags=re.M) if front else None
+    return found[1] if found else None
+
+
+def _front_matter(base: str, licence: str | None, what: str) -> str:
+    lines = [
+        *([f"license: {licence}"] if licence else []),
+        *([f"base_model: {base}"] if "/" in base else []),
+        f"library_name: {LIBRARIES[what]}",
+        "pipeline_tag: text-generation",
+        "tags: [qlora, lora, sft, qlora_sft]",
+    ]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _about(manifest: dict[str, Any], base: str, licence: str | None) -> str:
+    model, lora = manifest["config"]["model"], manifest["config"]["lora"]
+    kind = "NF4 (4-bit) weights" if model["load_in_4bit"] else "16-bit weights"
+    of_base = f"Licence of the base: {licence}." if licence else "Licence: that of the base model; see there."
+    link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
+    return (
+        f"{link}, fine-tuned with LoRA (rank {lora['r']}, alpha {lora['alpha']}) on {kind} by "
+        f"qlora_sft {manifest['versions'].get('qlora-sft', '')}.\n\n{of_base}"
+    )
+
+
+def _results(report: dict[str, Any]) -> str:
+    sources = list(report.get("loss") or report.get("exact_match") or {})
+    if not sources:
+        return "Not measured: the run had no held-out data."
+    rows = []
+    for name in sources:
+        loss, match = report["loss"].get(name), report["exact_match"].get(name)
+        losses = [f"{loss[when]:.3f}" for when in ("before", "after")] if loss else [UNKNOWN] * 2
+        matches = [f"{match[when]:.1%}" for when in ("before", "after")] if match else [UNKNOWN] * 2
+        rows.append([name, *losses, *matches])
+    return _table(["source", "loss before", "loss after", "exact match before", "exact match after"], rows)
+
+
+def _data(manifest: dict[str, Any]) -> str:
+    rows = []
+    total = sum(row["supervised"] for row in manifest["data"].values()) or 1
+    for name, row in manifest["data"].items():
+        share = f"{row['supervised'] / total:.1%}"
+        digest = f"`{row['sha256'][:16]}`" if row["sha256"] else f"Hub: {row['path']}"
+        counts = [f"{row[key]:,}" for key in ("read", "kept", "tokens", "supervised")]
+        rows.append([name, *counts, share, digest])
+    head = ["source", "rows read", "rows kept", "tokens", "supervised tokens", "of all supervised", "sha256"]
+    mixture = manifest["config"]["data"].get("mixture")
+    return _table(head, rows) + (f"\n\nMixture: `{json.dumps(mixture)}`" if mixture else "")
+
+
+def _training(manifest: dict[str, Any]) -> str:
+    report, training = manifest["report"], manifest["config"]["training"]
+    template = manifest["config"]["model"].get("chat_template")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    lines = [
+        f"{report['steps']:,} steps on {report['tokens']:,} tokens ({report['supervised_tokens']:,} supervised)",
+        f"loss {report['train_loss']['first']:.3f} -> {report['train_loss']['last']:.3f}",
+        f"learning rate {training['learning_rate']:g}, {report['optimizer']}",
+        f"rows of up to {manifest['config']['data']['max_length']:,} tokens",
+        f"chat template: {Path(template).name if template else 'the one of the base'}; it is in the files here",
+        f"seed {manifest['config']['seed']}; {versions}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _parity(parity: dict[str, dict[str, float]]) -> str:
+    rows = [
+        [form, f"{each['top1']:.2%}", f"{each['kl']:.1e}", f"{each['tokens']:,}"]
+        for form, each in sorted(parity.items())
+    ]
+    return _table(["format", "same likeliest token", "mean KL (nats)", "tokens"], rows)
+
+
+def _usage(repo: str, what: str, base: str, ggufs: list[str]) -> str:
+    if what == "gguf":
+        file = ggufs[0]
+        name = file.removesuffix(".gguf")
+        return (
+            f"```sh\nhf download {repo} --local-dir {name}\nllama-cli -m {name}/{file}\n"
+            f"ollama create {name} -f {name}/{name}.Modelfile && ollama run {name}\n```"
+        )
+    load = f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")'
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if what == "adapter":
+        imports = "from peft import PeftModel\n" + imports
+        load = (
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
+            f'model = PeftModel.from_pretrained(base, "{repo}")'
+        )
+    return (
+        f'```python\n{imports}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        'messages = [{"role": "user", "content": "Hello"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=256)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
