@@ -43,7 +43,7 @@ def read_message(message: Any, unused: set[str]) -> list[Message]:
     if message.get("function_call") is not None:
         calls += read_calls([message["function_call"]], unused)
     if calls and role != "assistant":
-        raise DataError(f"only an assistant may have tool_calls, this is a {role} message")
+        raise DataError(f"only an assistant may have tool_calls, this is a {role} message; check its role")
     content, reasoning = _reasoning(message, parts, role)
     result = [{"role": "tool", "content": text, **_kept(message, "train", "weight")} for text in parts.results]
     if result and not content and not calls:
@@ -76,7 +76,7 @@ def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
         return []
     calls = from_json_text(calls, "'tool_calls'")
     if not isinstance(calls, list) or not calls:
-        raise DataError("'tool_calls' must be a list with at least one call")
+        raise DataError("'tool_calls' must be a list with at least one call; remove the key where there is none")
     return [_call(call, unused) for call in calls]
 
 
@@ -87,7 +87,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
         return []
     tools = from_json_text(tools, "'tools'")
     if not isinstance(tools, list):
-        raise DataError(f"'tools' must be a list, got {kind(tools)}")
+        raise DataError(f"'tools' must be a list of functions or JSON text of one, got {kind(tools)}")
     result = []
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -159,7 +159,9 @@ class _Parts:
             self.results.append(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
         else:
             allowed = "text, reasoning, tool_call and tool_result"
-            raise DataError(f"a content part of type {name!r} cannot be trained on; this package knows {allowed}")
+            raise DataError(
+                f"a content part of type {name!r} cannot be trained on, only {allowed}; remove it or the row"
+            )
 
 
 def _is_typed(content: list[Any]) -> bool:
@@ -200,7 +202,7 @@ def _reasoning(message: Message, parts: _Parts, role: str) -> tuple[str | None, 
         if thought:
             found["<think> text"] = thought
     if found and role != "assistant":
-        raise DataError(f"only an assistant may have reasoning, this is a {role} message")
+        raise DataError(f"only an assistant may have reasoning, this is a {role} message; check its role")
     if len(set(found.values())) > 1:
         raise DataError(f"the reasoning is given twice, by {' and '.join(found)}; keep one")
     return content, {"reasoning": next(iter(found.values()))} if found else {}
@@ -208,9 +210,9 @@ def _reasoning(message: Message, parts: _Parts, role: str) -> tuple[str | None, 
 
 def _check_content(content: str | None, role: str, calls: list[Any]) -> None:
     if content is None and not calls:
-        raise DataError("'content' must be a text, got nothing")
+        raise DataError("'content' must be a text, got nothing; write it or remove the message")
     if role == "assistant" and not content and not calls:
-        raise DataError("an assistant turn with neither content nor tool_calls")
+        raise DataError("an assistant turn with neither content nor tool_calls; fill it in or remove the row")
 
 
 def _kept(message: Message, *keys: str) -> dict[str, Any]:
@@ -221,9 +223,10 @@ def _kept(message: Message, *keys: str) -> dict[str, Any]:
     result = {key: message[key] for key in keys if message.get(key) is not None}
     for key, value in result.items():
         if not isinstance(value, kinds[key]) or (key == "weight" and isinstance(value, bool)):
-            raise DataError(f"{key!r} has the wrong type: {value!r}")
+            wanted = {"train": "true or false", "weight": "a number"}.get(key, "a text")
+            raise DataError(f"{key!r} has the wrong type: {value!r}; it must be {wanted}")
     if not 0 <= result.get("weight", 0) < float("inf"):
-        raise DataError(f"'weight' must not be negative or infinite, got {result['weight']}")
+        raise DataError(f"'weight' must not be negative or infinite, got {result['weight']}; 0 leaves it out")
     return result
 
 
@@ -231,7 +234,7 @@ def _call(call: Any, unused: set[str]) -> dict[str, Any]:
     call = from_json_text(call, "a tool call")
     function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError("a tool call needs a function with a 'name' and 'arguments'")
+        raise DataError(f"a tool call needs a function with a 'name' and 'arguments', got {_short(call)}")
     unused |= {f"tool call key {key!r}" for key in {*call, *function} - _KNOWN_CALL_KEYS}
     name = function["name"]
     arguments = function.get("arguments", function.get("input"))

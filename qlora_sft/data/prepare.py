@@ -140,9 +140,13 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long; {cure}")
     if ledger.supervised == 0:
-        raise DataError(f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false?")
+        raise DataError(
+            f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false, or weight: 0?"
+        )
     if ledger.supervised == ledger.tokens and not whole:
-        raise DataError(f"{path}: every token of {name!r} is supervised, the prompts too; the chat template is wrong")
+        raise DataError(
+            f"{path}: every token of {name!r} is supervised, the prompts too; use another model.chat_template"
+        )
 
 
 def plan_bins(

@@ -292,6 +292,7 @@ def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=offsets,
+        verbose=False,  # it would warn of long texts, which are split or dropped later
     )
 
 

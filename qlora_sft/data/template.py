@@ -6,6 +6,7 @@ a turn is what follows its own generation prompt, provided that both renderings 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span
             wanted.append(("reasoning", message["reasoning"]))
         wanted += [("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls") or []]
         for key, value in wanted:
-            if value.strip() not in where:
+            # Some templates write a tool's result as a JSON text.
+            if value.strip() not in where and json.dumps(value.strip(), ensure_ascii=False)[1:-1] not in where:
                 raise DataError(
                     f"message {index} ({message['role']}): the chat template leaves out its {key!r}; use one that "
                     "knows it, e.g. model.chat_template=chatml-think"

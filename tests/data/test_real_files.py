@@ -1,5 +1,6 @@
 """Real data files, where they are at hand (QLORA_SFT_DATA, default ../shared/data): recognised, converted, rendered."""
 
+import html
 import json
 import os
 from pathlib import Path
@@ -90,29 +91,41 @@ def test_the_texts_of_the_tool_sets_arrive_whole() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [file[:2] for file in FILES], ids=[file for file, *_ in FILES])
-def test_real_files_go_through_preview_and_a_training_step(
-    name: str, options: Any, make_config: Any, capsys: pytest.CaptureFixture[str]
+def test_what_preview_counts_is_what_is_trained(
+    name: str, options: Any, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_sft.preview import preview
+    """Every row is in the ledger; its tokens are those of the documents shown, of the manifest and of the run."""
+    from qlora_sft.cli import main
     from qlora_sft.train import train
 
     if not (FOLDER / name).is_file():
         pytest.skip(f"no {FOLDER / name}; set QLORA_SFT_DATA")
     columns = "".join(f", columns: {{prompt: {c['prompt']}, completion: {c['completion']}}}" for c in options.values())
-    config = make_config(
-        f"data.train=[{{path: {FOLDER / name}, max_rows: 12{columns}}}]",
-        "data.max_length=2000",
+    rows = 2 if name.endswith(".txt") else 12
+    overrides = [
+        f"data.train=[{{path: {FOLDER / name}, max_rows: {rows}{columns}}}]",
+        "data.max_length=1500",
         "model.chat_template=chatml-think",
-        "training.max_steps=1",
-    )
-    shown = preview(config, count=2, show=False)
-    assert len(shown["rows"]) == 2
-    assert all(sum(row["supervised"]) > 0 for row in shown["rows"])
-    ledger = shown["ledger"][Path(name).stem]
-    assert (
-        ledger["read"]
-        == ledger["not_drawn"] + sum(drop["rows"] for drop in ledger["dropped"].values()) + ledger["kept"]
-    )
+    ]
+    config = make_config(*overrides)
+    page = tmp_path / "page.html"
+    command = ["preview", str(tmp_path / "config.yaml"), *overrides, "--count", "1000", "--json", "--html", str(page)]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    (ledger,) = shown["ledger"].values()
+    dropped = sum(drop["rows"] for drop in ledger["dropped"].values())
+    assert ledger["read"] == ledger["not_drawn"] + dropped + ledger["kept"]
+    assert ledger["not_drawn"] == ledger["read"] - rows
+    assert sum(len(row["ids"]) for row in shown["rows"]) == ledger["tokens"]
+    assert sum(map(sum, (row["supervised"] for row in shown["rows"]))) == ledger["supervised"] > 0
+    line = next(line for line in err.splitlines() if line.startswith(Path(name).stem) and "%)" in line)
+    assert f"{ledger['supervised']:,}" in line
+    assert html.escape(line) in page.read_text()
     report = train(config, say=lambda _: None)
-    assert report["steps"] == 1
-    assert report["train_loss"]["first"] > 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    kept = manifest["data"][Path(name).stem]
+    assert {key: kept[key] for key in ledger} == ledger
+    assert report["tokens"] == ledger["tokens"]
+    # Nothing predicts the first token of a document, so where that is supervised it is no target.
+    assert report["supervised_tokens"] == ledger["supervised"] - sum(row["supervised"][0] for row in shown["rows"])
