@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qlora_sft.config import Config
 from qlora_sft.plan.blueprint import Blueprint
+from qlora_sft.plan.random_model import random_model
 
 SECONDS = 10.0
 # Share of a layer's forward that attention takes, as `choose_tiers` assumes it.
@@ -73,47 +74,13 @@ def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents:
 
 
 def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-    """The decoder with its first layer only: random weights, NF4 as configured, LoRA, attention by document."""
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from qlora_sft.model.attention import use_document_attention
-    from qlora_sft.model.load import disable_inference_repacking, target_modules
-
+    """The decoder with its first layer only."""
     settings = deepcopy(blueprint.config)
     settings.num_hidden_layers, settings.vocab_size = 1, 8
     settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:1]
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    model.requires_grad_(False)
-    targets = target_modules(model, config.lora)
-    if config.model.load_in_4bit:
-        quantize(model.get_decoder().layers, dtype, device)
-    disable_inference_repacking(model)
-    lora = PeftLoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=targets)
-    peft = get_peft_model(model, lora).train()
-    use_document_attention(peft)
-    return peft.get_base_model().get_decoder()
-
-
-def quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces every linear layer below ``layers`` by one in NF4 with double quantisation."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for parent in list(layers.modules()):
-        for name, old in list(parent.named_children()):
-            if type(old) is not torch.nn.Linear:
-                continue
-            new = Linear4bit(
-                old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=dtype, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            new.weight = Params4bit(old.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
-            new.bias = old.bias
-            setattr(parent, name, new.to(device))
+    return random_model(settings, config, dtype, device).get_base_model().get_decoder()
 
 
 def _loss(
