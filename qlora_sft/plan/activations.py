@@ -114,20 +114,26 @@ class _Layer:
 
     def backward(self, tokens: int) -> int:
         """At its peak, in down_proj: the gradients of the layer's result, of the residual and of LoRA's share [T, D]
-        each, those of its input from LoRA and from the frozen weight [T, F] each, and that weight dequantised."""
+        each, those of its input from LoRA and from the frozen weight [T, F] each, and that weight dequantised.
+
+        Where PEFT casts, computing the layer again may need more: down_proj's input a second time, and in float32.
+        """
         hidden, wide = self.blueprint.hidden, self.down.inputs
         weight = max((x.inputs * x.outputs for x in self.linears if x.quantized), default=0)
-        return self.size * (tokens * (3 * hidden + 2 * wide) + weight)
+        backward = self.size * (tokens * (3 * hidden + 2 * wide) + weight)
+        again = tokens * (wide * (4 + self.size) + 3 * hidden * self.size) if self.recast else 0
+        return max(backward, again)
 
 
 # ------------------------------------------------------------------ between forward and backward
 
 
 def loss_bytes(blueprint: Blueprint, tokens: int, dtype: torch.dtype, on_gpu: bool) -> int:
-    """Of a row that is supervised throughout: the last norm's float32 input, last hidden states, their gradient, that
-    of the supervised rows, and packed_ce's workspace by its own rule."""
+    """Of a row that is supervised throughout: the last norm's float32 input, the last hidden states, the gradient of
+    the supervised rows; and packed_ce's workspace by its own rule, or after it the gradient of the hidden states."""
     hidden, size = blueprint.hidden, dtype.itemsize
-    return tokens * (4 * hidden + 4 + 3 * hidden * size) + _workspace(blueprint, tokens, dtype, on_gpu)
+    kept = tokens * (4 * hidden + 4 + 2 * hidden * size)
+    return kept + max(tokens * hidden * size, _workspace(blueprint, tokens, dtype, on_gpu))
 
 
 def rotation_bytes(blueprint: Blueprint, tokens: int, dtype: torch.dtype) -> int:
@@ -146,5 +152,6 @@ def _workspace(blueprint: Blueprint, tokens: int, dtype: torch.dtype, on_gpu: bo
         rows = min(tokens, WORKSPACE_BYTES // (4 * padded(TILE)))
         return rows * (4 * padded(TILE) + 4 * hidden + hidden * dtype.itemsize)
     block, tile = block_shape(hidden)
-    # The supervised rows, gathered, their float32 sums, and two tiles of logits.
-    return tokens * (4 + dtype.itemsize) * hidden + min(block, tokens) * tile * (4 + dtype.itemsize)
+    # The supervised rows, gathered, their float32 sums, and a tile of logits, in 16 bits a second time.
+    logits = min(block, tokens) * tile
+    return tokens * (4 + dtype.itemsize) * hidden + logits * (4 if dtype.itemsize == 4 else 4 + dtype.itemsize)

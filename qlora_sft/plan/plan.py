@@ -229,7 +229,6 @@ def _time(
     seconds = speed.row(choice.tiers)
     return {
         "measured": asdict(speed),
-        "documents": len(documents),
         "tokens_per_second": speed.tokens / seconds,
         "training": workload.tokens * seconds / speed.tokens if workload else None,
     }

@@ -100,7 +100,7 @@ def _run(plan: dict[str, Any]) -> str:
     if timed["training"] is not None:
         lines.append(f"  about {duration(timed['training'])} of training")
     lines.append(
-        f"      from one layer measured here on a row of {m['tokens']:,} tokens in {timed['documents']} documents: "
+        f"      from one layer measured here on a row of {m['tokens']:,} tokens in {m['documents']} documents: "
         f"forward {1000 * m['forward']:.0f} ms, backward {1000 * m['backward']:.0f} ms, loss {1000 * m['loss']:.0f} ms"
         f" (median of {m['repeats']}); without loading, evaluation and the optimizer's steps"
     )

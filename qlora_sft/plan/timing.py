@@ -23,6 +23,9 @@ from qlora_sft.plan.blueprint import Blueprint
 from qlora_sft.plan.random_model import random_model
 
 SECONDS = 10.0
+# Tokens of the row that is measured, at most, so that it ends in time. Of longer documents attention takes a larger
+# share, which is then missed.
+LONGEST = {"cuda": 32_768, "cpu": 2_048}
 # Share of a layer's forward that attention takes, as `choose_tiers` assumes it.
 ATTENTION_SHARE = 0.1
 
@@ -32,6 +35,7 @@ class Speed:
     """Seconds for one row of ``tokens``."""
 
     tokens: int
+    documents: int
     forward: float
     backward: float
     """Of a layer whose forward was kept."""
@@ -49,6 +53,7 @@ class Speed:
 def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents: list[int], supervised: float) -> Speed:
     """``documents``: lengths in the row that is measured; ``supervised``: share of its tokens."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    documents = shortened(documents, LONGEST[device.type])
     tokens = sum(documents)
     model = one_layer(blueprint, config, dtype, device)
     hidden = torch.randn(1, tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
@@ -70,7 +75,17 @@ def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents:
     while not timed or time.perf_counter() < end:
         timed.append((*layer(), loss()))
     forward, backward, of_loss = (median(column) for column in zip(*timed, strict=True))
-    return Speed(tokens, forward, backward, of_loss, len(timed))
+    return Speed(tokens, len(documents), forward, backward, of_loss, len(timed))
+
+
+def shortened(documents: list[int], most: int) -> list[int]:
+    """As many documents as ``most`` tokens hold; the first is cut if it alone is longer."""
+    total, kept = 0, []
+    for length in documents:
+        if total + length > most:
+            break
+        total, kept = total + length, [*kept, length]
+    return kept or [most]
 
 
 def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
