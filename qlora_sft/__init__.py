@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_sft.errors import RunError as RunError
     from qlora_sft.export.gguf import export_run as export_run
     from qlora_sft.export.merge import merge_run as merge_run
+    from qlora_sft.plan.plan import make_plan as make_plan
     from qlora_sft.train import train as train
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "RunError": "errors",
     "export_run": "export.gguf",
     "load_config": "config",
+    "make_plan": "plan.plan",
     "merge_run": "export.merge",
     "pack": "data.packing",
     "render_conversation": "data.render",

@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
+    plan = verb("plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
+    plan.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    plan.add_argument("--no-data", action="store_true", help="do not read the data: no steps and no tokens")
+    plan.add_argument("--no-time", action="store_true", help="do not measure a layer: no time")
+
     merge = verb("merge", _merge, "write the adapter of a run into its base model, and compare the two")
     merge.add_argument("run", help="run folder")
     merge.add_argument("--out", help="folder to write (default: RUN/merged)")
@@ -117,6 +123,18 @@ def _preview(arguments: argparse.Namespace) -> Any:
 
     config = load_config(arguments.config, arguments.overrides)
     return preview(config, arguments.count, arguments.html, show=not arguments.json)
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.config import load_config
+    from qlora_sft.plan.plan import make_plan
+    from qlora_sft.plan.table import table
+
+    config = load_config(arguments.config, arguments.overrides)
+    plan = make_plan(config, data=not arguments.no_data, timing=not arguments.no_time)
+    if not arguments.json:
+        print(table(plan))
+    return plan
 
 
 def _merge(arguments: argparse.Namespace) -> Any:

@@ -77,10 +77,11 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     for name in re.findall(r"(\w+\.jsonl)", recipe):
         (tmp_path / name).write_text(row * 2)
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
-    assert [command.split()[1] for command in ours] == ["preview", "train", "chat", "merge", "export", "chat"]
+    assert [command.split()[1] for command in ours] == ["preview", "plan", "train", "chat", "merge", "export", "chat"]
     for command in ours:
         extra = {
             "preview": " --count 1",
+            "plan": " --no-time",
             "train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4",
         }
         extra["chat"] = " --max-new-tokens 8"

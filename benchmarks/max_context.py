@@ -1,0 +1,246 @@
+"""Question: how long may one row be on a card of 8 to 80 GB? Llama-3.1-8B's shape, NF4, rank 32, batch 1, real steps.
+
+Random weights, so nothing is downloaded. The card is capped with `torch.cuda.set_per_process_memory_fraction`; for each
+size the plan's prediction is tried first, then longer or shorter rows until the longest that trains for two optimizer
+steps is known to 2%. A row per size goes to results/max_context.jsonl, beside the plan's prediction and what Unsloth
+publishes for the same model and settings. ``--smoke`` does a tiny shape on any machine, without a cap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from qlora_kernels.offload.tiers import Choice, choose_tiers, describe
+from transformers import LlamaConfig
+
+from qlora_sft.config import Config, load_config
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.loss import batch_loss
+from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
+from qlora_sft.plan.blueprint import Blueprint, blueprint_of
+from qlora_sft.plan.random_model import random_model
+from qlora_sft.plan.split import FRAGMENTATION, Row, available_memory, longest_row
+from qlora_sft.plan.weights import residents
+
+RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
+# Unsloth's own figures for Llama-3.1-8B QLoRA, rank 32, batch 1.
+PUBLISHED = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
+PRECISION = 0.02
+STEPS = 2
+LLAMA_8B = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500_000.0, "max_position_embeddings": 131_072,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def planned_row(blueprint: Blueprint, config: Config, on_gpu: bool) -> Row:
+    def row(tokens: int) -> Any:
+        between = loss_bytes(blueprint, tokens, torch.bfloat16, on_gpu)
+        between += rotation_bytes(blueprint, tokens, torch.bfloat16)
+        return layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu), between
+
+    return row
+
+
+def install_tiers(model: Any, choice: Choice, input_bytes: int) -> Any:
+    """Lets every layer keep what ``choice`` says; returns the host memory that this takes, to be closed, or None."""
+    try:
+        from qlora_sft.model.memory import install
+    except ModuleNotFoundError:  # without tiers: transformers' own checkpoints, all or none
+        if set(choice.tiers) - {"keep", "checkpoint"}:
+            raise
+        if "checkpoint" in choice.tiers:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.get_base_model().enable_input_require_grads()
+        return None
+    return install(model, choice.tiers, input_bytes, print)
+
+
+def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int) -> float:
+    """Seconds of the last of a few optimizer steps on one document, supervised throughout."""
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch: Any = flatten([Rendered(ids, [1.0] * tokens, "random")])
+    batch = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    seconds = 0.0
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            loss = batch_loss(model, batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not bool(torch.isfinite(loss)):  # waits for the device
+            raise RuntimeError(f"the loss of {tokens:,} tokens is {float(loss)}")
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def attempt(
+    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], Choice], row: Row
+) -> dict[str, Any] | None:
+    """What was measured, or None if the row does not fit."""
+    on_gpu = model.device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        choice = split(tokens)
+    except ValueError as error:
+        print(f"  {tokens:,} tokens: {error}", flush=True)
+        return None
+    slab = None
+    try:
+        slab = install_tiers(model, choice, row(tokens)[0].input)
+        seconds = train_steps(model, optimizer, tokens)
+    except torch.OutOfMemoryError as error:
+        print(f"  {tokens:,} tokens: {str(error).splitlines()[0]}", flush=True)
+        optimizer.zero_grad()
+        return None
+    finally:
+        if slab is not None:
+            slab.close()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    print(f"  {tokens:,} tokens: {seconds:.1f} s, {describe(choice.tiers)}", flush=True)
+    return {
+        "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+        "peak_bytes": peak, "host_bytes": choice.host_bytes, "split": describe(choice.tiers),
+    }  # fmt: skip
+
+
+def search(first: int, attempt_at: Callable[[int], dict[str, Any] | None], until: float) -> dict[str, Any] | None:
+    """The longest row that was trained, from ``first`` in steps of 2% up while they fit, or down until one does."""
+    tokens, best = first, attempt_at(first)
+    going_up = best is not None
+    while time.monotonic() < until and tokens > 1:
+        tokens = max(1, int(tokens * (1 + PRECISION if going_up else 1 - PRECISION)))
+        found = attempt_at(tokens)
+        if going_up and found is None:
+            break
+        best = found or best
+        if not going_up and found is not None:
+            break
+    return best
+
+
+def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, seconds: float) -> dict[str, Any]:
+    """The longest row with torch capped to a card of ``gib``, less what the driver takes of it."""
+    total = torch.cuda.mem_get_info()[1]
+    cap = gib * 2**30 - context_bytes()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    n_layers, host = len(model.get_base_model().get_decoder().layers), available_memory() // 2
+    budget = int(cap - gib * 2**30 * FRAGMENTATION) - held
+    predicted = longest_row(n_layers, row, budget, host)
+
+    def split(tokens: int) -> Choice:
+        layer, loss = row(tokens)
+        # Beyond the prediction everything is offloaded that host memory holds: what does not fit will show.
+        return choose_tiers(n_layers, layer, max(budget, _least(n_layers, row, tokens, host)), host, loss=loss)
+
+    print(f"{gib} GB: the plan says {predicted:,} tokens", flush=True)
+    until = time.monotonic() + seconds
+    best = search(max(1, predicted), lambda tokens: attempt(model, optimizer, tokens, split, row), until)
+    return {
+        "card_gib": gib,
+        "predicted": predicted,
+        "published": PUBLISHED.get(gib),
+        "host_budget": host,
+        **(best or {}),
+    }
+
+
+def _least(n_layers: int, row: Row, tokens: int, host: int) -> int:
+    """Bytes of the split that needs least."""
+    from qlora_kernels.offload.tiers import peak_bytes
+
+    layer, loss = row(tokens)
+    offloaded = min(n_layers, host // layer.input)
+    tiers: Any = ("offload",) * offloaded + ("checkpoint",) * (n_layers - offloaded)
+    return peak_bytes(tiers, layer, loss)
+
+
+def context_bytes() -> int:
+    """What is taken of the card and is not torch's: the driver's context and loaded kernels (and other programs)."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def smoke(model: Any, optimizer: Any, row: Row, output: Path, machine: dict[str, Any]) -> None:
+    """One short row through everything but the cap, in plain checkpoints where tiers are not installed yet."""
+    tokens, n_layers = 64, len(model.get_base_model().get_decoder().layers)
+    layer, loss = row(tokens)
+    choice = choose_tiers(n_layers, layer, 2**40, 0, loss=loss)
+    found = search(tokens, lambda n: attempt(model, optimizer, n, lambda _: choice, row), time.monotonic())
+    if found is None:
+        raise SystemExit("smoke: a row of 64 tokens could not be trained")
+    write(output, {**machine, "smoke": True, "card_gib": None, "predicted": None, "published": None, **found})
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    on_gpu = device.type == "cuda"
+    return {
+        "benchmark": "max_context", "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+def write(output: Path, row: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", type=int, nargs="+", default=list(PUBLISHED), help="sizes in GB")
+    parser.add_argument("--seconds", type=float, default=600, help="for the search on each size")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape, one short row, any machine")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.smoke:
+        print("max_context: needs an NVIDIA GPU; not measured. --smoke runs anywhere.", file=sys.stderr)
+        return 1
+    config = load_config("demo", ["lora.r=32", "lora.alpha=32"])
+    settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
+    blueprint = blueprint_of(settings, config)
+    row = planned_row(blueprint, config, device.type == "cuda")
+    model = random_model(settings, config, torch.bfloat16, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    machine = describe_machine(device)
+    if options.smoke:
+        smoke(model, torch.optim.AdamW(trained, lr=1e-4), row, options.output, machine)
+        return 0
+    import bitsandbytes as bnb
+
+    optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
+    held = residents(blueprint, config, torch.bfloat16, "adamw_8bit").total
+    shape = {"shape": "Llama-3.1-8B", "rank": 32, "batch": 1}
+    for gib in options.cards:
+        write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, row, held, options.seconds)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""A model without its weights: every tensor's shape and what becomes of it when the model is loaded for training.
+
+transformers builds the model on the meta device, from config.json alone, so shapes, ties and names are those of the
+real one; which layers bitsandbytes quantises is asked of transformers' own rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.base_files import Header, read_headers
+from qlora_sft.model.rope import scaled_config
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``inputs`` -> ``outputs``; ``block``: number of its decoder layer, None outside of them."""
+
+    name: str
+    inputs: int
+    outputs: int
+    block: int | None
+    quantized: bool
+    adapted: bool
+
+    @property
+    def short(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Norm:
+    name: str
+    kind: str
+    """Name of its class."""
+    width: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    kind: str
+    """Class of the model."""
+    config: Any
+    """transformers' configuration of the language model."""
+    parameters: dict[str, torch.Size]
+    """Tied ones once."""
+    buffer_bytes: int
+    linears: list[Linear]
+    norms: list[list[Norm]]
+    """Per decoder layer."""
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.norms)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(shape.numel() for shape in self.parameters.values())
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key and value heads, size of a head)"""
+        count = int(self.config.num_attention_heads)
+        groups = int(getattr(self.config, "num_key_value_heads", None) or count)
+        return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
+
+    def layer(self, number: int) -> list[Linear]:
+        return [linear for linear in self.linears if linear.block == number]
+
+
+def read_blueprint(config: Config, base: str) -> Blueprint:
+    """Raises `ConfigError` for a model that transformers does not know, or without decoder layers."""
+    try:
+        settings = scaled_config(base, config.model.rope_scaling)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path: cannot read the configuration of {base}: {_first_line(error)}") from None
+    return blueprint_of(settings, config)
+
+
+def blueprint_of(settings: Any, config: Config) -> Blueprint:
+    """The same, from transformers' configuration object."""
+    from transformers import AutoModelForCausalLM
+
+    from qlora_sft.model.load import target_modules
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+        blocks = model.get_decoder().layers
+        targets = target_modules(model, config.lora)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model.path: {type(settings).__name__} is not understood here: {_first_line(error)}"
+        ) from None
+    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
+    return Blueprint(
+        kind=type(model).__name__,
+        config=model.config.get_text_config(),
+        parameters={name: p.shape for name, p in model.named_parameters()},
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        linears=_linears(model, prefix, targets, config.model.load_in_4bit),
+        norms=[
+            [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
+            for block in blocks
+        ],
+    )
+
+
+def _linears(model: Any, prefix: str, targets: list[str], load_in_4bit: bool) -> list[Linear]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return [
+        Linear(
+            name, module.in_features, module.out_features,
+            block=int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None,
+            quantized=load_in_4bit and type(module) is torch.nn.Linear and should_convert_module(name, kept),
+            adapted=name.rsplit(".", 1)[-1] in targets,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]  # fmt: skip
+
+
+def _is_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
+
+
+def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
+    """What the files hold: {bytes, parameters, note}. The note says what does not fit the configuration.
+
+    Also for a checkpoint in 4 bits, whose packed tensors count two parameters per byte.
+    """
+    headers = read_headers(base)
+    packed = any("quant_state" in name for name in headers)
+    held = sum(_parameters(name, header) for name, header in headers.items())
+    spare = held - blueprint.n_parameters
+    note = ""
+    tied = {
+        name for name in headers if name.endswith("lm_head.weight")
+    } and "lm_head.weight" not in blueprint.parameters
+    if spare < 0 and not packed:
+        note = f"the files hold {-spare:,} parameters fewer than config.json asks for: an incomplete download?"
+    elif spare > 0 and not packed and not tied:
+        note = (
+            f"the files hold {spare:,} parameters that a language model does not use (images, sound, or a second head)"
+        )
+    return {"bytes": sum(header.nbytes for header in headers.values()), "parameters": held, "note": note}
+
+
+def _parameters(name: str, header: Header) -> int:
+    if any(mark in name for mark in (".absmax", ".quant_map", ".nested_", ".quant_state")):
+        return 0
+    count = 1
+    for size in header.shape:
+        count *= size
+    return 2 * count if header.dtype == "U8" else count
+
+
+def _first_line(error: Exception) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).strip().splitlines()[0]
+    return type(error).__name__

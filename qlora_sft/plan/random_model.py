@@ -1,0 +1,73 @@
+"""A model of a given shape with random weights, as it would be loaded for training: NF4 base, LoRA, on the device.
+
+For measurements that need no model. One tensor at a time, so that no more than the largest exists in full precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_sft.config import Config
+
+
+def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+    """PeftModel in training mode, attending by document. ``settings``: transformers' configuration object."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.load import disable_inference_repacking, target_modules
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    model.tie_weights()
+    targets = target_modules(model, config.lora)
+    if config.model.load_in_4bit:
+        _quantize(model.get_decoder().layers, dtype, device)
+    _fill(model, dtype, device)
+    model.tie_weights()
+    model.requires_grad_(False)
+    disable_inference_repacking(model)
+    lora = config.lora
+    adapters = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    peft = get_peft_model(model, adapters).train()
+    use_document_attention(peft)
+    return peft
+
+
+def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(layers.modules()):
+        for name, old in list(parent.named_children()):
+            if type(old) is not nn.Linear:
+                continue
+            bias = old.bias is not None
+            new = Linear4bit(
+                old.in_features, old.out_features, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+            )
+            weight = _random(old.weight, dtype, device)
+            new.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+            setattr(parent, name, new)
+
+
+def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                filled = nn.Parameter(_random(parameter, dtype, device), requires_grad=False)
+                setattr(module, name, filled)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _random(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Matrices small, as trained ones are; scales of norms (and biases) at one."""
+    if like.dim() < 2:
+        return torch.ones(like.shape, dtype=dtype, device=device)
+    return torch.empty(like.shape, dtype=dtype, device=device).normal_(std=0.02)

@@ -1,0 +1,131 @@
+"""Seconds of a run, from one decoder layer and the loss measured on this machine for a few seconds.
+
+A layer of the model's shape with random NF4 weights and LoRA takes a row like those of the run, forward and backward.
+Extrapolated over layers, their tiers and the run's tokens. Not in it: loading, evaluation, the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median
+from typing import Any
+
+import torch
+from qlora_kernels.offload.tiers import Tier
+from torch import Tensor
+
+from qlora_sft.config import Config
+from qlora_sft.plan.blueprint import Blueprint
+from qlora_sft.plan.random_model import random_model
+
+SECONDS = 10.0
+# Tokens of the row that is measured, at most, so that it ends in time. Of longer documents attention takes a larger
+# share, which is then missed.
+LONGEST = {"cuda": 32_768, "cpu": 2_048}
+# Share of a layer's forward that attention takes, as `choose_tiers` assumes it.
+ATTENTION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for one row of ``tokens``."""
+
+    tokens: int
+    documents: int
+    forward: float
+    backward: float
+    """Of a layer whose forward was kept."""
+    loss: float
+    """The output head and the loss, with their gradient."""
+    repeats: int
+
+    def row(self, tiers: tuple[Tier, ...]) -> float:
+        """Forward, what is computed again, and backward of all layers, and the loss."""
+        again = {"keep": 0.0, "attention": 1 - ATTENTION_SHARE, "checkpoint": 1.0, "offload": 1.0}
+        layers = sum(self.forward * (1 + again[tier]) + self.backward for tier in tiers)
+        return layers + self.loss
+
+
+def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents: list[int], supervised: float) -> Speed:
+    """``documents``: lengths in the row that is measured; ``supervised``: share of its tokens."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    documents = shortened(documents, LONGEST[device.type])
+    tokens = sum(documents)
+    model = one_layer(blueprint, config, dtype, device)
+    hidden = torch.randn(1, tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
+    bounds = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in documents])[None]
+    inputs: dict[str, Any] = {"position_ids": positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    inputs |= {"max_length_q": max(documents), "max_length_k": max(documents), "use_cache": False}
+
+    def layer() -> tuple[float, float]:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            forward, out = _timed(device, lambda: model(inputs_embeds=hidden, **inputs).last_hidden_state)
+        backward, _ = _timed(device, lambda: out.backward(torch.ones_like(out)))
+        return forward, backward
+
+    loss = _loss(blueprint, dtype, device, tokens, max(1, round(supervised * tokens)))
+    layer(), loss()  # the first time includes compilation and first allocations
+    timed: list[tuple[float, float, float]] = []
+    end = time.perf_counter() + SECONDS
+    while not timed or time.perf_counter() < end:
+        timed.append((*layer(), loss()))
+    forward, backward, of_loss = (median(column) for column in zip(*timed, strict=True))
+    return Speed(tokens, len(documents), forward, backward, of_loss, len(timed))
+
+
+def shortened(documents: list[int], most: int) -> list[int]:
+    """As many documents as ``most`` tokens hold; the first is cut if it alone is longer."""
+    total, kept = 0, []
+    for length in documents:
+        if total + length > most:
+            break
+        total, kept = total + length, [*kept, length]
+    return kept or [most]
+
+
+def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+    """The decoder with its first layer only."""
+    settings = deepcopy(blueprint.config)
+    settings.num_hidden_layers, settings.vocab_size = 1, 8
+    settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[:1]
+    return random_model(settings, config, dtype, device).get_base_model().get_decoder()
+
+
+def _loss(
+    blueprint: Blueprint, dtype: torch.dtype, device: torch.device, tokens: int, supervised: int
+) -> Callable[[], float]:
+    from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy
+
+    head = torch.randn(blueprint.vocabulary, blueprint.hidden, dtype=dtype, device=device) * 0.02
+    hidden = torch.randn(tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
+    # The last token of a row has none that follows it.
+    rows = torch.arange(min(supervised, max(1, tokens - 1)), dtype=torch.int32, device=device)
+    ids = torch.randint(0, blueprint.vocabulary, rows.shape, dtype=torch.int32, device=device)
+    targets = Targets.from_host(rows, ids, torch.zeros_like(rows), 1)
+
+    def once() -> Tensor:
+        loss = packed_linear_cross_entropy(hidden, head, targets).loss
+        loss.backward()
+        return loss
+
+    return lambda: _timed(device, once)[0]
+
+
+def _timed(device: torch.device, action: Callable[[], Any]) -> tuple[float, Any]:
+    _wait(device)
+    start = time.perf_counter()
+    result = action()
+    _wait(device)
+    return time.perf_counter() - start, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,85 @@
+"""Bytes of what stays on the device all the time: weights, adapters, their gradients, the optimizer's states. Exact.
+
+Every function is checked, tensor by tensor, against a loaded model after an optimizer step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_sft.config import Config
+from qlora_sft.plan.blueprint import Blueprint, Linear
+
+# bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+# float32 tables of 16 and 256 values, and the mean that was subtracted before the maxima were quantised; per layer.
+NF4_TABLES = (16 + 256 + 1) * 4
+# bitsandbytes' 8-bit AdamW: states of smaller tensors stay in float32; one float32 maximum per 256 values and state.
+SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
+LORA_BYTES = 4  # LoRA and its gradients are float32
+
+
+@dataclass(frozen=True)
+class Residents:
+    """Bytes."""
+
+    nf4: int
+    full: int
+    """What stays in the compute type: embeddings, head, norms, biases."""
+    buffers: int
+    adapters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.nf4 + self.full + self.buffers + self.adapters + self.gradients + self.optimizer
+
+
+def residents(blueprint: Blueprint, config: Config, dtype: torch.dtype, optimizer: str) -> Residents:
+    quantized = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
+    full = sum(shape.numel() for name, shape in blueprint.parameters.items() if name not in quantized)
+    adapters = adapter_tensors(blueprint, config.lora.r)
+    return Residents(
+        nf4=sum(nf4_bytes(linear.inputs * linear.outputs) for linear in blueprint.linears if linear.quantized),
+        full=full * dtype.itemsize,
+        buffers=blueprint.buffer_bytes,
+        adapters=sum(adapters) * LORA_BYTES,
+        gradients=sum(adapters) * LORA_BYTES,
+        optimizer=optimizer_bytes(adapters, optimizer),
+    )
+
+
+def nf4_bytes(count: int) -> int:
+    """``count`` weights in NF4 with double quantisation: 4.127 bits each, and the tables."""
+    blocks = _ceil(count, NF4_BLOCK)
+    return _ceil(count, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + NF4_TABLES
+
+
+def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
+    """Elements of every A [rank, inputs] and B [outputs, rank]."""
+    return [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
+
+
+def _lora(linear: Linear, rank: int) -> tuple[int, int]:
+    return rank * linear.inputs, rank * linear.outputs
+
+
+def optimizer_bytes(tensors: list[int], optimizer: str) -> int:
+    """States of AdamW for trained tensors of so many elements.
+
+    float32: two values per parameter, and torch's own AdamW a float32 step per tensor. 8 bits: two bytes per
+    parameter, a maximum per block and state, and two tables of 256 values for all.
+    """
+    if "8bit" not in optimizer:
+        return sum(8 * count + 4 for count in tensors)
+    large = [count for count in tensors if count >= SMALLEST_8BIT]
+    small = sum(8 * count for count in tensors if count < SMALLEST_8BIT)
+    tables = 2 * 256 * 4 if large else 0
+    return small + tables + sum(2 * count + 2 * 4 * _ceil(count, OPTIMIZER_BLOCK) for count in large)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

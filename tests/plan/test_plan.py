@@ -1,0 +1,77 @@
+"""The verb: one document, from headers and data alone, with training's own steps; its faults are those of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeConfig
+
+from qlora_sft.cli import main
+from qlora_sft.plan import timing
+from qlora_sft.plan.plan import make_plan
+from qlora_sft.plan.table import size, table
+
+
+def test_headers_are_all_it_reads_of_the_weights(make_config: MakeConfig, tiny_model: Path, tmp_path: Path) -> None:
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    for file in tiny_model.iterdir():
+        (hollow / file.name).write_bytes(file.read_bytes())
+    weights = (tiny_model / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    (hollow / "model.safetensors").write_bytes(weights[:header])
+    whole = make_plan(make_config(), timing=False, say=lambda _: None)
+    plan = make_plan(make_config(f"model.path={hollow}"), timing=False, say=lambda _: None)
+    assert plan["resident"] == whole["resident"]
+    assert plan["model"]["note"] == ""
+
+
+def test_its_steps_and_tokens_are_those_of_the_training(make_config: MakeConfig) -> None:
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=2", "training.batch_size=2", "evaluation.loss=false")
+    plan = make_plan(config, timing=False, say=lambda _: None)
+    report = train(config, say=lambda _: None)
+    assert plan["data"]["steps"] == report["steps"]
+    assert plan["data"]["tokens"] == report["tokens"]
+    assert plan["data"]["supervised_tokens"] == report["supervised_tokens"]
+
+
+def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.2)
+    plan = make_plan(make_config(), say=lambda _: None)
+    assert plan["time"]["training"] > 0
+    assert plan["time"]["measured"]["tokens"] <= plan["data"]["longest_row"]
+    text = table(plan)
+    for part in ("from one layer measured here on a row of", "optimizer", "80 GB", "exact", "assumed"):
+        assert part in text
+    json.dumps(plan)
+
+
+def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:
+    make_config()
+    assert main(["plan", str(tmp_path / "config.yaml"), "--json", "--no-data", "--no-time"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["data"] is None
+    assert plan["time"] is None
+    assert [row["gib"] for row in plan["cards"]["rows"]] == [8, 12, 16, 24, 48, 80]
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_faults_are_those_of_the_configuration(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:
+    make_config()
+    assert main(["plan", str(tmp_path / "config.yaml"), "data.max_length=4096", "--no-time"]) == 2
+    assert "knows positions up to 2,048" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
+    assert main(["plan", str(tmp_path / "config.yaml"), f"model.path={tmp_path}", "--no-data"]) == 2
+    assert "not a safetensors file" in capsys.readouterr().err
+
+
+def test_sizes_have_three_digits() -> None:
+    assert [size(n) for n in (0, 999, 1000, 1536 * 1024, 45 * 2**20, 616 * 2**20, 2**40)] == [
+        "0 B", "999 B", "0.98 KiB", "1.50 MiB", "45.0 MiB", "616 MiB", "1024 GiB",
+    ]  # fmt: skip

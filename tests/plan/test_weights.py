@@ -1,0 +1,111 @@
+"""The plan's bytes of what stays on the device are those of the loaded model after an optimizer step, exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora_sft.config import Config, load_config
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.load import load_model
+from qlora_sft.model.loss import batch_loss
+from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
+from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, optimizer_bytes, residents
+
+
+def configured(*overrides: str) -> Config:
+    return load_config("demo", ["model.backend=transformers", *overrides])
+
+
+def after_one_step(config: Config, base: Path, dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer]:
+    model = load_model(config, str(base), dtype, "transformers")
+    use_document_attention(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    batch_loss(model, flatten([Rendered(list(range(20, 40)), [1.0] * 20, "s")])).loss.backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def stored(parameter: Any) -> int:
+    """With everything that bitsandbytes keeps beside a packed weight."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return int(parameter.nbytes)
+    beside = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    return int(parameter.nbytes + sum(tensor.nbytes for tensor in beside))
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def compare(model: Any, optimizer: torch.optim.Optimizer, blueprint: Blueprint, config: Config, dtype: Any) -> None:
+    planned = residents(blueprint, config, dtype, "adamw_torch_fused")
+    frozen = {plain_name(n): stored(p) for n, p in model.named_parameters() if not p.requires_grad}
+    quantized = {f"{linear.name}.weight": linear for linear in blueprint.linears if linear.quantized}
+    assert set(frozen) == set(blueprint.parameters)
+    for name, nbytes in frozen.items():
+        shape = blueprint.parameters[name]
+        assert nbytes == (nf4_bytes(shape.numel()) if name in quantized else shape.numel() * dtype.itemsize), name
+    assert sum(frozen.values()) == planned.nf4 + planned.full
+    assert sum(b.nbytes for b in model.buffers()) == planned.buffers
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(p.numel() for p in trained) == sorted(adapter_tensors(blueprint, config.lora.r))
+    assert sum(p.nbytes for p in trained) == planned.adapters
+    assert sum(p.grad.nbytes for p in trained) == planned.gradients
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert sum(value.nbytes for value in states) == planned.optimizer
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_weights_adapters_gradients_and_optimizer_of_the_real_model(base_model: Path, in_4bit: bool) -> None:
+    config = configured(f"model.load_in_4bit={in_4bit}")
+    model, optimizer = after_one_step(config, base_model, torch.bfloat16)
+    compare(model, optimizer, read_blueprint(config, str(base_model)), config, torch.bfloat16)
+
+
+def test_some_modules_only_and_another_rank(tiny_model: Path) -> None:
+    config = configured("lora.r=3", "lora.target_modules=[q_proj, down_proj]")
+    model, optimizer = after_one_step(config, tiny_model, torch.float32)
+    compare(model, optimizer, read_blueprint(config, str(tiny_model)), config, torch.float32)
+
+
+@pytest.mark.parametrize("count", [64, 4095, 4096, 4097, 70_000])
+def test_bitsandbytes_8_bit_states(count: int) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(count)), torch.nn.Parameter(torch.zeros(count + 1))]
+    optimizer = bnb.optim.AdamW8bit(parameters)
+    for index, parameter in enumerate(parameters):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    tensors = {
+        value.data_ptr(): value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert sum(tensors.values()) == optimizer_bytes([count, count + 1], "adamw_8bit")
+
+
+def test_the_files_headers_say_what_will_be_downloaded(tiny_model: Path) -> None:
+    config = configured()
+    facts = check_headers(read_blueprint(config, str(tiny_model)), str(tiny_model))
+    file = tiny_model / "model.safetensors"
+    assert 0 < file.stat().st_size - facts["bytes"] < 20_000
+    assert facts["note"] == ""
+
+
+def test_files_that_do_not_fit_the_configuration_are_noticed(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny_model / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    some = dict(list(tensors.items())[:-1])
+    save_file(some, tmp_path / "model.safetensors")
+    blueprint = read_blueprint(configured(), str(tmp_path))
+    assert "fewer than config.json asks for" in check_headers(blueprint, str(tmp_path))["note"]
+    save_file({**tensors, "vision.weight": torch.zeros(7, 3)}, tmp_path / "model.safetensors")
+    assert "21 parameters that a language model does not use" in check_headers(blueprint, str(tmp_path))["note"]
