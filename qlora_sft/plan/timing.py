@@ -80,7 +80,8 @@ def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents:
 
 def shortened(documents: list[int], most: int) -> list[int]:
     """As many documents as ``most`` tokens hold; the first is cut if it alone is longer."""
-    total, kept = 0, []
+    total = 0
+    kept: list[int] = []
     for length in documents:
         if total + length > most:
             break
