@@ -110,6 +110,22 @@ def test_what_was_saved_computes_what_was_trained(make_config: Any, tmp_path: Pa
     torch.testing.assert_close(logits(load_for_inference(tmp_path / "run"), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_merge_has_them_too(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from qlora_sft.export.merge import merge_run
+
+    base = make_base(tmp_path / "base", small_tokenizer, tied, room=8)
+    config = configured(make_config, base, "training.max_steps=2")
+    train(config, say=lambda _: None)
+    merge_run(tmp_path / "run", say=lambda _: None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    tokenizer = load_tokenizer(config.model, str(base))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "why?"}], return_dict=False)
+    torch.testing.assert_close(logits(merged, ids), logits(load_for_inference(tmp_path / "run"), ids))
+
+
 def test_new_rows_begin_as_the_mean_in_both_matrices(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
     base = make_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
     model = load_model(configured(make_config, base), str(base), torch.float32, "transformers")
