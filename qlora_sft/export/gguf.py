@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
-from qlora_sft.export.as_trained import adds_bos, asked_as_trained, leave_bos_to_the_template, tokenizer_adds_bos
+from qlora_sft.export.as_trained import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
@@ -72,15 +73,15 @@ def export_run(
 def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
     """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
     if quant in CONVERTED:
-        with asked_as_trained(merged, trained.can_think) as model:
-            convert(model, target, quant)
+        with for_converter(merged, trained.can_think) as model:
+            convert(model, target, quant, model_name(run, merged))
         leave_bos_to_the_template(target, merged)
         return llama_cpp_version()
     full = target.with_name(f"{target.name}.full")
     matrix = target.with_name(f"{target.name}.imatrix")
     try:
-        with asked_as_trained(merged, trained.can_think) as model:
-            convert(model, full, "auto")
+        with for_converter(merged, trained.can_think) as model:
+            convert(model, full, "auto", model_name(run, merged))
         leave_bos_to_the_template(full, merged)
         tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
         return tool.version
@@ -144,6 +145,12 @@ def export_adapter(
     if create_as:
         create(create_as, Path(result["modelfile"]), say)
     return result
+
+
+def model_name(run: Path, merged: Path) -> str:
+    """The name inside the file; by it llama.cpp knows that Phi-3's control tokens swallow white space."""
+    phi3 = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("model_type") == "phi3"
+    return f"phi-3-{file_name(run)}" if phi3 else file_name(run)
 
 
 def file_name(run: Path) -> str:
