@@ -57,6 +57,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
+        from qlora_sft.model.fingerprint import fingerprint
         from qlora_sft.model.load import compute_dtype, load_tokenizer, quantized_modules, resolve_base, stop_ids
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
@@ -92,6 +93,8 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         "output": str(run),
         "backend": backend._asdict(),
         "base": base,
+        "base_sha256": fingerprint(base),
+        "dtype": str(dtype).removeprefix("torch."),
         "quantized_modules": quantized_modules(model),
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),

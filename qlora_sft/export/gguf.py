@@ -14,7 +14,7 @@ from qlora_sft.export.as_trained import adds_bos, for_converter, leave_bos_to_th
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
-from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_trained_base
+from qlora_sft.export.merge import base_folder, check_base, merge_run, read_manifest, write_trained_base
 from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
@@ -126,7 +126,9 @@ def export_adapter(
     run = Path(run)
     if create_as:
         require_ollama()
-    base = base_folder(read_manifest(run)["report"]["base"])
+    manifest = read_manifest(run)
+    base = base_folder(manifest["report"]["base"])
+    check_base(manifest, base)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:
         convert_lora(run / "adapter", base, beside)
@@ -148,8 +150,14 @@ def export_adapter(
 
 
 def model_name(run: Path, merged: Path) -> str:
-    """The name inside the file; by it llama.cpp knows that Phi-3's control tokens swallow white space."""
-    phi3 = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("model_type") == "phi3"
+    """The name inside the file; by it llama.cpp knows that Phi-3's control tokens swallow white space.
+
+    With that name it takes the tokens below for granted and cannot load a file without them.
+    """
+    vocabulary = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    swallows = any(token["special"] and token["rstrip"] for token in vocabulary["added_tokens"])
+    expected = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+    phi3 = swallows and expected <= {token["content"] for token in vocabulary["added_tokens"]}
     return f"phi-3-{file_name(run)}" if phi3 else file_name(run)
 
 

