@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.errors import ConfigError, ContextFull, RunError
+from qlora_sft.export.llama_tools import threads
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Any]:
     params.hostnames = ["127.0.0.1"]
     params.port = port
     params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
     params.verbosity = -1
     params.warmup = False
     try:
