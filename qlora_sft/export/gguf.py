@@ -142,7 +142,8 @@ def export_adapter(
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
             write_trained_base(run, trained_on)
-            convert(trained_on, base_gguf, "f16")
+            with for_converter(trained_on, thinks=True) as model:
+                convert(model, base_gguf, "f16", model_name(run, trained_on))
             result["parity"] = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
     if create_as:
         create(create_as, Path(result["modelfile"]), say)

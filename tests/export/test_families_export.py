@@ -13,7 +13,7 @@ import transformers
 from families import load, npm_is_here
 from peft import LoraConfig, get_peft_model
 
-from qlora_sft.export.gguf import export_run
+from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
 from qlora_sft.model.load import TEMPLATES
@@ -93,6 +93,8 @@ def export_and_compare(tmp_path: Path, family: str) -> None:
     # Raises for tokens that differ, too.
     figures = export_run(run, "f16", parity=True, say=lambda _: None)["parity"]["f16"]
     assert figures["kl"] < 1e-5, figures
+    lora = export_adapter(run, parity=True, say=lambda _: None)["parity"]["lora"]
+    assert lora["kl"] < 1e-5, lora
 
 
 @pytest.mark.parametrize("family", FAST)
