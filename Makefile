@@ -12,6 +12,8 @@ demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
 
 # Two processes with one thread each: the tests are many small things, and threads would get in each other's way.
+# Optional: Go (apt install golang-go), whose text/template renders the Ollama templates, and npm, which fetches the
+# tokenizers of other families; without them those tests are skipped and say so.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -1,79 +1,206 @@
-"""``qlora-sft chat``: talk to the adapter of a run, a model folder or a GGUF file."""
+"""``qlora-sft chat``: a conversation on the terminal. What answers is opened in `chat_models`."""
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, ContextFull
+from qlora_sft.say import Say, tell
 
 Messages = list[dict[str, Any]]
-Answer = Callable[[Messages], str]
+HELP = """/system TEXT   answer under this system text (without TEXT: under none)
+/think on|off  set the template's thinking mode (/think auto: leave it to the template)
+/reset         forget the conversation, keep the system text
+/help          this
+/exit          end (so does the end of input); Ctrl-C stops an answer"""
 
 
-def chat(model: str, message: str | None, system: str | None, max_new_tokens: int) -> dict[str, Any]:
-    """One answer to ``message``, or a conversation on the terminal until end of input or ``/exit``.
+@dataclass(frozen=True)
+class Said:
+    """An answer as the model wrote it, and why it ended: "stop" (of its own accord), "length" or "interrupt"."""
 
-    Answers are greedy and are printed on stdout as they come. Returns the whole conversation.
+    text: str
+    ended: str = "stop"
+
+
+class Speaker(Protocol):
+    """Answers ``messages`` under the model's template; ``show`` gets every piece as it comes, ``stopped`` is asked
+    again and again whether to give up. Raises `ContextFull`."""
+
+    def __call__(
+        self, messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Said: ...
+
+
+@dataclass
+class Conversation:
+    """What the next answer depends on."""
+
+    system: str | None = None
+    think: bool | None = None
+    turns: Messages = field(default_factory=list)
+
+    @property
+    def messages(self) -> Messages:
+        return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
+
+
+def chat(
+    model: str,
+    message: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    *,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """One answer to ``message``, or a conversation until the end of input or ``/exit``. Answers are greedy.
+
+    ``show`` gets the answers piece by piece (default: stdout). Returns the whole conversation.
     """
-    messages: Messages = [{"role": "system", "content": system}] if system else []
-    with _opened(Path(model).expanduser(), max_new_tokens) as answer:
-        for text in [message] if message is not None else _typed():
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": answer(messages)})
-            print(flush=True)
-    return {"messages": messages}
+    from qlora_sft.chat_models import opened
+
+    talk = Conversation(system)
+    with opened(Path(model).expanduser(), max_new_tokens) as speaker:
+        if message is not None:
+            answer(speaker, talk, message, show or _on_stdout, raising=True)
+        else:
+            converse(speaker, talk, lines(), show or _on_stdout)
+    return {"messages": talk.messages}
 
 
-def _typed() -> Iterator[str]:
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return
+def converse(
+    speaker: Speaker, talk: Conversation, typed: Iterator[str], show: Callable[[str], None], say: Say = tell
+) -> None:
+    """Answers every line that was typed, and obeys commands, until ``/exit`` or the end of input."""
+    for line in typed:
+        text = line.strip()
         if text in ("/exit", "/quit"):
             return
-        if text:
-            yield text
+        if text.startswith("/"):
+            command(talk, text, say)
+        elif text:
+            answer(speaker, talk, text, show, say)
+
+
+def command(talk: Conversation, text: str, say: Say) -> None:
+    """Everything but ``/exit``."""
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    modes = {"on": True, "off": False, "auto": None}
+    if name == "/system":
+        talk.system = rest or None
+        say("system text set" if rest else "no system text")
+    elif name == "/reset":
+        talk.turns.clear()
+        say("forgotten; the system text is kept" if talk.system else "forgotten")
+    elif name == "/think" and rest in modes:
+        talk.think = modes[rest]
+        say(f"thinking: {rest}")
+    elif name == "/help":
+        say(HELP)
+    else:
+        say(f"{text}: no such command\n{HELP}")
+
+
+def answer(
+    speaker: Speaker,
+    talk: Conversation,
+    text: str,
+    show: Callable[[str], None],
+    say: Say = tell,
+    raising: bool = False,
+) -> None:
+    """Adds the question and its answer to the conversation; neither, if the question does not fit any more."""
+    question = {"role": "user", "content": text}
+    try:
+        with interruptible() as stopped:
+            said = speaker([*talk.messages, question], talk.think, show, stopped)
+    except ContextFull as error:
+        if raising:
+            raise
+        say(f"{error}; /reset forgets the conversation")
+        return
+    show("\n")
+    talk.turns += [question, {"role": "assistant", "content": said.text}]
+    for call in tool_calls(said.text):
+        say(f"[tool call, not carried out] {call}")
+    if said.ended == "length":
+        say("(cut off: --max-new-tokens allows more, as long as the context does)")
+    elif said.ended == "interrupt":
+        say("(stopped)")
+
+
+def tool_calls(text: str) -> list[str]:
+    """name(arguments) of every call in an answer, in the forms of the shipped templates."""
+    blocks = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", text, flags=re.S)
+    blocks += re.findall(r"^\s*(\{.*\})\s*$", text, flags=re.S)
+    mistral = re.search(r"\[TOOL_CALLS\]\s*(\[.*\])", text, flags=re.S)
+    found = []
+    for block in [*blocks, *([mistral[1]] if mistral else [])]:
+        try:
+            content = json.loads(block)
+        except ValueError:
+            continue
+        for call in content if isinstance(content, list) else [content]:
+            arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+            if arguments is not None and "name" in call:
+                found.append(f"{call['name']}({json.dumps(arguments, ensure_ascii=False)})")
+    return found
 
 
 @contextmanager
-def _opened(path: Path, max_new_tokens: int) -> Iterator[Answer]:
-    if path.suffix == ".gguf":
-        from qlora_sft.export.run_gguf import reply, running
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """While it lasts, Ctrl-C sets what is yielded instead of ending the program; a second one ends it."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
 
-        with running(path) as server:
-            yield lambda messages: reply(server, messages, max_new_tokens, _show)
-    elif (path / "adapter").is_dir() or (path / "config.json").is_file():
-        yield _with_transformers(path, max_new_tokens)
-    else:
+    def stop(*_: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def lines() -> Iterator[str]:
+    """What is typed, with a prompt and a history on a terminal; the lines of a pipe without either."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() then has a history)
+    tell("/help for help")
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            tell("")
+            return
+        except KeyboardInterrupt:
+            tell("\n(/exit to end)")
+
+
+def check_model(path: Path) -> None:
+    """Raises `ConfigError` for a path that nobody can talk to."""
+    if path.suffix != ".gguf" and not (path / "adapter").is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder, nor a model folder, nor a .gguf file")
 
 
-def _with_transformers(path: Path, max_new_tokens: int) -> Answer:
-    """The adapter on its NF4 base as it was trained, or a merged model, in plain transformers."""
-    from transformers import AutoTokenizer, TextStreamer
-
-    from qlora_sft.model.load import load_for_inference
-
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model = load_for_inference(path)
-
-    def answer(messages: Messages) -> str:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-    return answer
-
-
-def _show(piece: str) -> None:
+def _on_stdout(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()

@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    chat.add_argument("--serve", action="store_true", help="of a .gguf: llama.cpp's OpenAI-compatible server instead")
+    chat.add_argument("--port", type=int, default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)")
 
     verb("doctor", _doctor, "what works here, what does not, and how to get it")
     return parser
@@ -195,9 +197,19 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
 
 def _chat(arguments: argparse.Namespace) -> Any:
+    if arguments.serve:
+        from qlora_sft.chat_serve import serve
+
+        return serve(Path(arguments.model).expanduser(), arguments.port)
     from qlora_sft.chat import chat
 
-    return chat(arguments.model, arguments.message, arguments.system, arguments.max_new_tokens)
+    show = _on_stderr if arguments.json else None
+    return chat(arguments.model, arguments.message, arguments.system, arguments.max_new_tokens, show=show)
+
+
+def _on_stderr(piece: str) -> None:
+    sys.stderr.write(piece)
+    sys.stderr.flush()
 
 
 def quiet_libraries() -> None:

@@ -31,6 +31,10 @@ class RunError(QloraSftError):
     exit_code = 1
 
 
+class ContextFull(RunError):
+    """A conversation is longer than the model's context."""
+
+
 class Interrupted(QloraSftError):
     """Ctrl-C during training. What was learned so far is saved where the message says."""
 

@@ -60,6 +60,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
+        from qlora_sft.model.fingerprint import fingerprint
         from qlora_sft.model.load import (
             compute_dtype,
             end_turns,
@@ -107,6 +108,8 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         "output": str(run),
         "backend": backend._asdict(),
         "base": base,
+        "base_sha256": fingerprint(base),
+        "dtype": str(dtype).removeprefix("torch."),
         "quantized_modules": quantized_modules(model),
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),

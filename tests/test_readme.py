@@ -76,20 +76,29 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     (row,) = blocks("json")
     for name in re.findall(r"(\w+\.jsonl)", recipe):
         (tmp_path / name).write_text(row * 2)
-    ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
-    assert [command.split()[1] for command in ours] == ["preview", "plan", "train", "chat", "merge", "export", "chat"]
-    for command in ours:
+    # A server does not end by itself; tests/test_chat.py has one.
+    ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft") and "--serve" not in command]
+    verbs = ["preview", "plan", "train", "chat", "merge", "export", "chat", "export", "export", "push"]
+    assert [command.split()[1] for command in ours] == verbs
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ollama").write_text("#!/bin/sh\necho $* > ../../../ollama.said\n")
+    (tmp_path / "bin" / "ollama").chmod(0o755)
+    for number, command in enumerate(ours):
         extra = {
             "preview": " --count 1",
             "plan": " --no-time",
             "train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4",
         }
         extra["chat"] = " --max-new-tokens 8"
-        result = run(command + extra.get(command.split()[1], ""), tmp_path)
+        # The first export is compared, which is enough.
+        extra["export"] = " --no-parity" if number > verbs.index("export") else ""
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        result = run(command + extra.get(command.split()[1], ""), tmp_path, PATH=path)
         if command.split()[1] == "chat":
             assert result.stdout.strip().removeprefix(">").strip()
     assert (tmp_path / "runs/support/gguf/support-q8_0.gguf").is_file()
+    assert (tmp_path / "ollama.said").read_text() == "create support -f support-q8_0.Modelfile\n"
     assert "supervised" in (tmp_path / "preview.html").read_text()
-    known = {".venv", "my-base-model", "recipe.yaml", "runs", "preview.html"}
+    known = {".venv", "my-base-model", "recipe.yaml", "runs", "preview.html", "bin", "ollama.said"}
     unexpected = {path.name for path in tmp_path.iterdir()} - known
     assert all(name.endswith(".jsonl") for name in unexpected)

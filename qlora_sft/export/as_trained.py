@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
+from qlora_sft.export.spm import is_sentencepiece, write_spm
 
 BOS_FIELD = "tokenizer.ggml.add_bos_token"
 _FIELDS = (BOS_FIELD, "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -62,27 +63,32 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
 
 
 @contextmanager
-def asked_as_trained(model: Path, thinks: bool) -> Iterator[Path]:
-    """The files of ``model`` for the converter, without the template's thinking modes if it never learned them."""
+def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
+    """The files of ``model`` as llama.cpp's converter needs them: without the template's thinking modes if the model
+    never learned them, and with a tokenizer.model where the vocabulary is SentencePiece's."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    template = without_thinking(tokenizer)
-    if thinks or template == tokenizer.chat_template:
-        yield model
-        return
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
-        # Of the same name, which the converter takes for the model's.
-        view = Path(scratch, model.resolve().name)
-        view.mkdir()
+        view = Path(scratch)
         for file in model.iterdir():
             (view / file.name).symlink_to(file.resolve())
-        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-        settings.pop("chat_template", None)
-        for name, text in (("tokenizer_config.json", json.dumps(settings)), ("chat_template.jinja", template)):
-            (view / name).unlink(missing_ok=True)
-            (view / name).write_text(text, encoding="utf-8")
+        if tokenizer.chat_template and not thinks:
+            settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+            settings.pop("chat_template", None)
+            _replace(view / "tokenizer_config.json", json.dumps(settings))
+            _replace(view / "chat_template.jinja", without_thinking(tokenizer))
+        vocabulary = view / "tokenizer.json"
+        content = json.loads(vocabulary.read_text(encoding="utf-8")) if vocabulary.is_file() else None
+        if content and is_sentencepiece(content):
+            (view / "tokenizer.model").unlink(missing_ok=True)
+            write_spm(view, content)
         yield view
+
+
+def _replace(file: Path, text: str) -> None:
+    file.unlink(missing_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def without_thinking(tokenizer: Any) -> str:

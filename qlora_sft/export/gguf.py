@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
-from qlora_sft.export.as_trained import adds_bos, asked_as_trained, leave_bos_to_the_template, tokenizer_adds_bos
+from qlora_sft.export.as_trained import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
-from qlora_sft.export.merge import base_folder, merge_run, read_manifest, write_trained_base
+from qlora_sft.export.merge import base_folder, check_base, merge_run, read_manifest, write_trained_base
 from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
@@ -72,15 +73,15 @@ def export_run(
 def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
     """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
     if quant in CONVERTED:
-        with asked_as_trained(merged, trained.can_think) as model:
-            convert(model, target, quant)
+        with for_converter(merged, trained.can_think) as model:
+            convert(model, target, quant, model_name(run, merged))
         leave_bos_to_the_template(target, merged)
         return llama_cpp_version()
     full = target.with_name(f"{target.name}.full")
     matrix = target.with_name(f"{target.name}.imatrix")
     try:
-        with asked_as_trained(merged, trained.can_think) as model:
-            convert(model, full, "auto")
+        with for_converter(merged, trained.can_think) as model:
+            convert(model, full, "auto", model_name(run, merged))
         leave_bos_to_the_template(full, merged)
         tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
         return tool.version
@@ -125,7 +126,9 @@ def export_adapter(
     run = Path(run)
     if create_as:
         require_ollama()
-    base = base_folder(read_manifest(run)["report"]["base"])
+    manifest = read_manifest(run)
+    base = base_folder(manifest["report"]["base"])
+    check_base(manifest, base)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:
         convert_lora(run / "adapter", base, beside)
@@ -139,11 +142,24 @@ def export_adapter(
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
             write_trained_base(run, trained_on)
-            convert(trained_on, base_gguf, "f16")
+            with for_converter(trained_on, thinks=True) as model:
+                convert(model, base_gguf, "f16", model_name(run, trained_on))
             result["parity"] = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
     if create_as:
         create(create_as, Path(result["modelfile"]), say)
     return result
+
+
+def model_name(run: Path, merged: Path) -> str:
+    """The name inside the file; by it llama.cpp knows that Phi-3's control tokens swallow white space.
+
+    With that name it takes the tokens below for granted and cannot load a file without them.
+    """
+    vocabulary = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    swallows = any(token["special"] and token["rstrip"] for token in vocabulary["added_tokens"])
+    expected = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+    phi3 = swallows and expected <= {token["content"] for token in vocabulary["added_tokens"]}
+    return f"phi-3-{file_name(run)}" if phi3 else file_name(run)
 
 
 def file_name(run: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,9 +68,13 @@ def unpack(archive: Path, target: Path, wanted: tuple[str, ...]) -> None:
                 tar.extract(member, target, filter="data")
 
 
-def convert(model: Path, target: Path, quant: str) -> None:
-    """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0. Raises `RunError` with the converter's last words."""
-    _call(CONVERTER, [str(model), "--outfile", str(target), "--outtype", quant], target, model)
+def convert(model: Path, target: Path, quant: str, name: str = "model") -> None:
+    """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0, called ``name`` inside.
+
+    Raises `RunError` with the converter's last words.
+    """
+    arguments = [str(model), "--outfile", str(target), "--outtype", quant, "--model-name", name]
+    _call(CONVERTER, arguments, target, model)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path, outtype: str = "f32") -> None:
@@ -81,6 +86,15 @@ def convert_lora(adapter: Path, base: Path, target: Path, outtype: str = "f32") 
 def _call(script: str, arguments: list[str], target: Path, source: Path) -> None:
     command = [sys.executable, str(llama_cpp_path() / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if result.returncode or not target.is_file():
-        last = "\n".join(result.stderr.strip().splitlines()[-3:])
-        raise RunError(f"llama.cpp's converter failed on {source}:\n{last}")
+    if result.returncode == 0 and target.is_file():
+        return
+    if "BPE pre-tokenizer was not recognized" in result.stderr:
+        digest = re.search(r"chkhsh:\s+([0-9a-f]{64})", result.stderr)
+        raise RunError(
+            f"{source}: llama.cpp ({llama_cpp_version()}) does not know this tokenizer (chkhsh "
+            f"{digest[1] if digest else 'not given'}), and a file with a guessed one would split text differently from "
+            "training. Set LLAMA_CPP_DIR to a newer llama.cpp that knows the model; the merged folder runs in "
+            "transformers and vLLM as it is"
+        )
+    last = "\n".join(result.stderr.strip().splitlines()[-3:])
+    raise RunError(f"llama.cpp's converter failed on {source}:\n{last}")

@@ -87,3 +87,14 @@ def program_version(program: Path) -> str:
         return UNKNOWN
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "version" in line]
     return f"llama.cpp {lines[0].strip()}" if lines else UNKNOWN
+
+
+def threads() -> int:
+    """How many llama.cpp shall use: OMP_NUM_THREADS, or one per core that this process may run on.
+
+    Its threads wait for each other in a loop; more of them than free cores cost a multiple of the time.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted):
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_sft.errors import RunError
-from qlora_sft.export.llama_tools import llama_libraries
+from qlora_sft.export.llama_tools import llama_libraries, threads
 from qlora_sft.export.probe import Probe
 
 
@@ -24,10 +23,9 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
 
     from qlora_sft.model.load import load_trained_base
 
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
     # compared are the weights and not the rounding of the arithmetic.
-    base = load_trained_base(manifest)
+    base = load_trained_base(run)
     expand_4bit(base)
     # Not base.float(): transformers refuses that for a model that was quantised.
     torch.nn.Module.float(base)
@@ -108,7 +106,7 @@ def gguf_logits(
         "positions": probe.positions,
         "texts": texts,
         "lora": str(lora) if lora else None,
-        "threads": _threads(),
+        "threads": threads(),
     }
     request.write_text(json.dumps(content), encoding="utf-8")
     reasons = []
@@ -122,7 +120,3 @@ def gguf_logits(
         last = (result.stderr.strip().splitlines() or [f"ended with {result.returncode}"])[-1]
         reasons.append(f"{library.name}: {last}")
     raise RunError(f"{gguf}: llama.cpp gives no logits. " + "; ".join(reasons))
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from qlora_sft.atomic import written_folder
 from qlora_sft.config import RopeScaling
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.say import Say, tell
 
@@ -47,6 +48,7 @@ def merge_run(
     manifest = read_manifest(run)
     target = Path(out) if out else run / "merged"
     base = base_folder(manifest["report"]["base"])
+    check_base(manifest, base)
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype}: one of {', '.join(get_args(Dtype))}")
     if onto is not None:
@@ -80,6 +82,25 @@ def base_folder(base: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"the base model {base} is neither a folder here nor to be had from the Hub: {reason}") from None
+
+
+def check_base(manifest: dict[str, Any], base: Path) -> None:
+    """Raises `RunError` if ``base`` has other weights than those that were trained on, as the manifest knows them."""
+    trained = manifest["report"].get("base_sha256")
+    # A folder with a shard missing has no fingerprint to trust; that error is clearer where the tensors are read.
+    if trained and _is_whole(base) and fingerprint(base) != trained:
+        raise RunError(
+            f"{base}: these are not the weights that the adapter was trained on (the fingerprint in manifest.json is "
+            "another); put the base model of the run there, or train again on this one"
+        )
+
+
+def _is_whole(base: Path) -> bool:
+    index = base / "model.safetensors.index.json"
+    if not index.is_file():
+        return (base / "model.safetensors").is_file()
+    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((base / name).is_file() for name in files)
 
 
 # ------------------------------------------------------------------ onto what

@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.errors import ConfigError, ContextFull, RunError
+from qlora_sft.export.llama_tools import threads
 
 
 @contextmanager
-def running(gguf: Path, context: int = 2048) -> Iterator[Any]:
-    """llama.cpp with ``gguf`` loaded, on this machine's loopback address only.
+def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Any]:
+    """llama.cpp with ``gguf`` loaded; it listens on the loopback address, at a free ``port`` if that is 0.
 
-    Raises `ConfigError` if there is no such file, `RunError` if xllamacpp is missing or cannot load it.
+    Raises `ConfigError` if there is no such file, `RunError` if xllamacpp is missing, cannot load it, or if the port
+    is taken.
     """
     if not gguf.is_file():
         raise ConfigError(f"{gguf}: no such file")
@@ -25,13 +27,17 @@ def running(gguf: Path, context: int = 2048) -> Iterator[Any]:
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx = context
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
     params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
     params.verbosity = -1
     params.warmup = False
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        raise RunError(f"llama.cpp cannot load {gguf}: {error}") from None
+        taken = f", or port {port} is taken" if port else ""
+        raise RunError(f"llama.cpp cannot load {gguf}{taken}: {error}") from None
     yield server
 
 
@@ -45,20 +51,36 @@ def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def reply(server: Any, messages: list[dict[str, Any]], max_new_tokens: int, show: Callable[[str], None]) -> str:
-    """The next turn of a chat under the file's own template; ``show`` gets every piece as it comes."""
+def stream(
+    server: Any, prompt: str, max_new_tokens: int, show: Callable[[str], None], stopped: Callable[[], bool]
+) -> tuple[str, str]:
+    """(text, why it ended: "stop", "length" or "interrupt"); the text goes to ``show`` piece by piece as it comes.
+
+    Raises `ContextFull` for a prompt that does not fit, `RunError` for anything else that llama.cpp refuses.
+    """
     pieces: list[str] = []
+    ends: list[str] = []
+    errors: list[dict[str, Any]] = []
 
-    def on_chunk(chunk: dict[str, Any]) -> None:
+    def on_chunk(chunk: dict[str, Any]) -> bool:
+        """Whether to stop. What is raised here is lost, so that errors are kept for later."""
         if "error" in chunk:
-            raise RunError(f"llama.cpp: {chunk['error']}")
+            errors.append(chunk["error"])
         for choice in chunk.get("choices", []):
-            delta = choice.get("delta", {})
-            text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
-            if text:
-                pieces.append(text)
-                show(text)
+            if choice.get("text"):
+                pieces.append(choice["text"])
+                show(choice["text"])
+            if choice.get("finish_reason"):
+                ends.append(choice["finish_reason"])
+        return stopped()
 
-    request = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0, "stream": True}
-    server.handle_chat_completions(request, on_chunk)
-    return "".join(pieces)
+    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0.0, "stream": True}
+    refused = server.handle_completions(request, on_chunk)
+    if isinstance(refused, dict) and "error" in refused:
+        errors.append(refused["error"])
+    if errors:
+        if errors[0].get("type") == "exceed_context_size_error":
+            count, limit = errors[0].get("n_prompt_tokens", 0), errors[0].get("n_ctx", 0)
+            raise ContextFull(f"the conversation has {count:,} tokens, the context {limit:,}")
+        raise RunError(f"llama.cpp: {errors[0].get('message', errors[0])}")
+    return "".join(pieces), ends[-1] if ends else "interrupt" if stopped() else "stop"

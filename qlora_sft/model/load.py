@@ -219,11 +219,17 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return dict(parameters)
 
 
-def load_trained_base(manifest: dict[str, Any]) -> Any:
-    """The base of a run as its adapter knows it."""
+def load_trained_base(run: Path) -> Any:
+    """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows (still empty)."""
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     settings = manifest["config"]["model"]
+    # Trained in, which "auto" need not mean on this machine.
+    dtype, _ = compute_dtype(manifest["report"].get("dtype") or settings["dtype"])
     rope = RopeScaling(**settings["rope_scaling"]) if settings.get("rope_scaling") else None
-    return load_base(manifest["report"]["base"], compute_dtype(settings["dtype"])[0], settings["load_in_4bit"], rope)
+    base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"], rope)
+    grow(base, trained_rows(run / "adapter"), initialise=False)
+    disable_inference_repacking(base)
+    return base
 
 
 def load_for_inference(path: Path) -> Any:
@@ -233,11 +239,9 @@ def load_for_inference(path: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
+    base = load_trained_base(path)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     settings = manifest["config"]["model"]
-    base = load_trained_base(manifest)
-    grow(base, trained_rows(path / "adapter"), initialise=False)
-    disable_inference_repacking(base)
     tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
     # The base's own list does not have the end of turn that a template brought.
     chat = ModelConfig("", chat_template=settings.get("chat_template"), stop_tokens=settings.get("stop_tokens") or [])

@@ -132,6 +132,20 @@ def test_the_adapter_of_another_base_is_refused(run: Path) -> None:
     assert nothing_under_the_final_name(run)
 
 
+def test_other_weights_of_the_same_shape_are_refused(run: Path, sharded: Path) -> None:
+    """The same weights in other files are fine, one that was trained on is not."""
+    report = json.loads((run / "manifest.json").read_text())["report"]
+    assert report["dtype"] == "float32"
+    file = sharded / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * 1.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunError, match="not the weights that the adapter was trained on"):
+        merge_run(run)
+    assert nothing_under_the_final_name(run)
+
+
 def test_an_adapter_of_the_wrong_shape_and_a_damaged_one(run: Path) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         name = next(name for name in tensors if "lora_A" in name)

@@ -95,20 +95,81 @@ def test_the_merge_is_the_sum_and_counts_its_modules(tmp_path: Path, base_model:
         assert torch.equal(merged[name].whole(), (stored.whole().float() + update).to(torch.bfloat16))
 
 
-def test_merge_and_export_open_no_connection(tmp_path: Path, base_model: Path) -> None:
-    """In a process where making a socket is an error, with the tools in the cache."""
+# Runs before anything else in a process: no name is looked up and nothing is connected to, whoever asks.
+NO_NETWORK = """
+import socket
+class Refused(Exception): pass
+def refuse(*a, **k): raise OSError("no network in this test")
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+socket.socket.connect = refuse
+"""
+
+
+def test_an_export_of_a_run_needs_no_network(tmp_path: Path, make_config: Any) -> None:
+    """Merge, conversion and read-back of a tiny run with the tools in the cache, in processes without a network."""
     from qlora_sft.export.llama_cpp import llama_cpp_path
+    from qlora_sft.train import train
 
     llama_cpp_path()
-    run = write_run(tmp_path, matrices=2, rows=64, tokenizer_from=base_model)
-    code = (
-        "import socket, sys\n"
-        "def refuse(*a, **k): raise AssertionError('a connection was tried')\n"
-        "socket.create_connection = socket.getaddrinfo = refuse\n"
-        "from qlora_sft.export.llama_cpp import llama_cpp_path\n"
-        "from qlora_sft.export.merge import merge_run\n"
-        "merge_run(sys.argv[1], onto='bf16'); print(llama_cpp_path())"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    run = train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None)["output"]
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(NO_NETWORK)
+    path = f"{tmp_path / 'blocked'}:{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parents[2]}"
+    command = [sys.executable, "-m", "qlora_sft", "export", run, "--quant", "f16", "--no-parity", "--json"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert (run / "merged" / "model.safetensors").is_file()
+    assert Path(json.loads(result.stdout)["gguf"]).is_file()
+
+
+def test_without_tools_and_network_the_error_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_sft.export.llama_cpp import llama_cpp_path
+
+    monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RunError, match=r"llama-cpp-python==0\.3\.36"):
+        llama_cpp_path()
+
+
+def test_the_adapter_needs_nothing_of_ours(make_config: Any, tmp_path: Path) -> None:
+    """Plain PEFT and transformers, in a process that cannot import this package."""
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=1", "training.learning_rate=1e-2", "model.chat_template=chatml-think")
+    run = train(config, say=lambda _: None)["output"]
+    code = (
+        "import sys, torch\n"
+        "sys.modules['qlora_sft'] = None\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "chat = [{'role': 'user', 'content': 'Why?'}]\n"
+        "options = dict(add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
+        "inputs = tokenizer.apply_chat_template(chat, **options)\n"
+        "with model.disable_adapter(): without = model(**inputs).logits\n"
+        "assert (model(**inputs).logits - without).abs().max() > 1e-3\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(Path(run) / "adapter")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_named(tmp_path: Path, make_config: Any) -> None:
+    from qlora_sft.export.gguf import export_run
+    from qlora_sft.train import train
+
+    run = Path(train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None)["output"])
+    merge_run(run, say=lambda _: None)
+    file = run / "merged" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"does not know this tokenizer \(chkhsh [0-9a-f]{64}\)"):
+        export_run(run, "f16", say=lambda _: None)
+    assert not list((run / "gguf").glob("*"))

@@ -1,0 +1,193 @@
+"""What can answer in a chat: a run's adapter or a model folder in transformers, a GGUF in llama.cpp.
+
+All three get their prompt from the same chat template, rendered here: llama.cpp's own chat endpoint sets
+enable_thinking unasked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.chat import Messages, Said, Speaker, check_model
+from qlora_sft.errors import ConfigError, ContextFull, RunError
+
+# Of a model that could take more: its cache is memory, and a chat on the terminal is short.
+LARGEST_CONTEXT = 8192
+
+
+@contextmanager
+def opened(path: Path, max_new_tokens: int) -> Iterator[Speaker]:
+    """Raises `ConfigError` for a path that is no model, `RunError` for one that cannot be loaded."""
+    check_model(path)
+    if path.suffix == ".gguf":
+        from qlora_sft.export.run_gguf import running
+
+        facts = gguf_facts(path)
+        with running(path, facts.context) as server:
+            yield _in_llama_cpp(server, facts, max_new_tokens)
+    else:
+        yield _in_transformers(path, max_new_tokens)
+
+
+def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think: bool | None) -> str:
+    """The prompt for the next answer; ``tokens``: bos_token, eos_token and so on, as templates name them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    mode = {} if think is None else {"enable_thinking": think}
+    try:
+        texts, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **tokens, **mode
+        )
+    except Exception as error:
+        raise RunError(f"the chat template refuses this conversation: {error}") from None
+    return str(texts[0])
+
+
+# ------------------------------------------------------------------ transformers
+
+
+def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
+    """The adapter on its NF4 base as it was trained, or a merged model."""
+    from transformers import AutoTokenizer
+
+    from qlora_sft.model.load import load_for_inference
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if (path / "adapter").is_dir() else path)
+    model = load_for_inference(path)
+    stops = _stop_ids(path, model, tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+
+    def speak(messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]) -> Said:
+        text = prompt_text(messages, tokenizer.chat_template, tokenizer.special_tokens_map, think)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+        room = _room(inputs["input_ids"].shape[1], limit)
+        streamer = _Streamer(tokenizer, stops, show)
+        model.generate(
+            **inputs,
+            max_new_tokens=min(max_new_tokens, room),
+            do_sample=False,
+            eos_token_id=sorted(stops),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
+            streamer=streamer,
+            stopping_criteria=[lambda ids, _: stopped()],
+        )
+        ended = "stop" if streamer.stopped else "interrupt" if stopped() else "length"
+        return Said(streamer.text, ended)
+
+    return speak
+
+
+def _stop_ids(path: Path, model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    if (path / "adapter").is_dir():
+        from qlora_sft.config import load_config
+        from qlora_sft.model.load import stop_ids
+
+        base = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["report"]["base"]
+        ids |= stop_ids(load_config(path / "config.yaml").model, base, tokenizer)
+    return ids | {tokenizer.eos_token_id}
+
+
+def _room(prompt: int, limit: int) -> int:
+    if prompt >= limit:
+        raise ContextFull(f"the conversation has {prompt:,} tokens, the model takes {limit:,}")
+    return limit - prompt
+
+
+class _Streamer:
+    """Shows text as tokens come, control tokens of calls and thoughts included, but not the one that ends the turn."""
+
+    def __init__(self, tokenizer: Any, stops: set[int], show: Callable[[str], None]):
+        self.tokenizer, self.stops, self.show = tokenizer, stops, show
+        self.ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._prompt = True
+
+    def put(self, value: Any) -> None:
+        """``value``: first the ids of the prompt [1, n], then one id at a time [1]."""
+        if self._prompt:
+            self._prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.stopped |= token in self.stops
+            if not self.stopped:
+                self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
+        # Half of a character comes with the next token.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show_up_to(text)
+
+    def end(self) -> None:
+        self._show_up_to(self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False))
+
+    def _show_up_to(self, text: str) -> None:
+        if len(text) > len(self.text):
+            self.show(text[len(self.text) :])
+            self.text = text
+
+
+# ------------------------------------------------------------------ llama.cpp
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """What a GGUF says of itself. ``tokens``: control tokens by the names templates use; ``adds_bos``: llama.cpp puts
+    bos before every prompt; ``context``: tokens to make room for."""
+
+    template: str
+    tokens: dict[str, str]
+    adds_bos: bool
+    context: int
+
+
+def gguf_facts(path: Path) -> GgufFacts:
+    """Raises `ConfigError` if there is no such file, `RunError` for one that is damaged or has no chat template."""
+    from gguf import GGUFReader
+
+    from qlora_sft.export.as_trained import bos_first
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        reader: Any = GGUFReader(str(path))
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise RunError(f"{path}: not a whole GGUF file ({error})") from None
+    # Not the merges and scores, which take seconds and are not needed.
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.endswith(
+            ("_token_id", "_token", ".context_length", ".model", ".pre", ".chat_template", ".architecture")
+        )
+    }
+    template = fields.get("tokenizer.chat_template")
+    if not template:
+        raise RunError(f"{path}: the file has no chat template, so it does not say how it wants to be asked")
+    vocabulary = reader.fields["tokenizer.ggml.tokens"]
+    tokens = {}
+    for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        at = fields.get(f"tokenizer.ggml.{kind}_token_id")
+        if at is not None:
+            tokens[f"{name}_token"] = str(vocabulary.contents(at))
+    context = int(fields.get(f"{fields['general.architecture']}.context_length", LARGEST_CONTEXT))
+    return GgufFacts(template, tokens, bos_first(fields), min(context, LARGEST_CONTEXT))
+
+
+def _in_llama_cpp(server: Any, facts: GgufFacts, max_new_tokens: int) -> Speaker:
+    from qlora_sft.export.run_gguf import stream
+
+    def speak(messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]) -> Said:
+        text = prompt_text(messages, facts.template, facts.tokens, think)
+        # llama.cpp puts bos before every prompt for which the file says so.
+        if facts.adds_bos:
+            text = text.removeprefix(facts.tokens.get("bos_token", ""))
+        return Said(*stream(server, text, max_new_tokens, show, stopped))
+
+    return speak

@@ -1,0 +1,71 @@
+"""``tokenizer.model`` for vocabularies that come from SentencePiece, rebuilt from ``tokenizer.json``.
+
+llama.cpp's converter reads those of Gemma, Phi-3, Llama 2 and early Mistral from that file only, which transformers no
+longer writes and which would not have the tokens that were added in training. What it holds is in tokenizer.json: the
+pieces, and in the order of the merges what SentencePiece keeps as scores.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Of SentencePiece's ModelProto.SentencePiece.Type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+# Below every merge.
+NEVER_MERGED = -1e9
+
+
+def is_sentencepiece(tokenizer_json: dict[str, Any]) -> bool:
+    """BPE that falls back to bytes: what transformers makes of SentencePiece's BPE."""
+    model = tokenizer_json["model"]
+    return bool(model["type"] == "BPE" and model.get("byte_fallback"))
+
+
+def write_spm(folder: Path, tokenizer_json: dict[str, Any]) -> None:
+    """Writes ``folder``/tokenizer.model, and the added tokens into ``folder``/tokenizer_config.json."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
+
+    model = proto.ModelProto()
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
+    scores = _scores(tokenizer_json["model"]["merges"])
+    unknown = tokenizer_json["model"].get("unk_token")
+    for text, number in sorted(tokenizer_json["model"]["vocab"].items(), key=lambda item: item[1]):
+        kind = _kind(text, added.get(number), unknown)
+        model.pieces.add(piece=text, score=scores.get(text, NEVER_MERGED), type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.vocab_size = len(model.pieces)
+    for name, kinds in (("unk", UNKNOWN), ("bos", None), ("eos", None), ("pad", None)):
+        at = next((i for i, piece in enumerate(model.pieces) if piece.type == kinds), -1)
+        setattr(model.trainer_spec, f"{name}_id", at)
+    model.normalizer_spec.add_dummy_prefix = "Prepend" in json.dumps(tokenizer_json.get("normalizer"))
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    content["added_tokens_decoder"] = {number: {key: token[key] for key in keys} for number, token in added.items()}
+    settings.unlink()
+    settings.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _kind(text: str, added: dict[str, Any] | None, unknown: str | None) -> int:
+    if text == unknown:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added["special"] else USER_DEFINED
+    return BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+
+
+def _scores(merges: list[Any]) -> dict[str, float]:
+    """Text -> minus the rank of the first merge that makes it: SentencePiece takes the highest score first."""
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        text = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+        scores.setdefault(text, -float(rank))
+    return scores

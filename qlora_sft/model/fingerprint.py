@@ -1,0 +1,51 @@
+"""Which weights a base model has, in one short text: so that an adapter is not merged into others of the same shape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+# Of the middle of each tensor. Fine-tuning changes every one of them, and reading them all would take minutes.
+SAMPLE = 4096
+
+
+def fingerprint(base: str | Path) -> str | None:
+    """sha256 over name, type, shape and a sample of every tensor, by name: however they are spread over files.
+
+    ``base``: a folder, or the id of a model in the Hub's cache. None if its weights are not in safetensors files here.
+    """
+    folder = Path(base) if Path(base).is_dir() else _in_cache(str(base))
+    tensors: dict[str, tuple[Path, int, dict[str, object]]] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")) if folder else []:
+            with file.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            tensors |= {name: (file, 8 + length, entry) for name, entry in header.items()}
+        digest = hashlib.sha256()
+        for name, (file, begin, entry) in sorted(tensors.items()):
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            digest.update(_sample(file, begin, entry["data_offsets"]))  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+    return digest.hexdigest() if tensors else None
+
+
+def _sample(file: Path, begin: int, offsets: list[int]) -> bytes:
+    start, stop = offsets
+    middle = max(start, (start + stop - SAMPLE) // 2)
+    with file.open("rb") as handle:
+        handle.seek(begin + middle)
+        return handle.read(min(SAMPLE, stop - middle))
+
+
+def _in_cache(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors"]))
+    except Exception:
+        return None
