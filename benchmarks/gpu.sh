@@ -21,3 +21,9 @@ bench() { timeout "$1" python3 benchmarks/kernels/packed_ce.py --output "$out/pa
 bench 120 --rows 8192 --share 0.25
 bench 120 --rows 2048 32768 --share 0.25 --shape Llama-3.1-8B --repeats 5
 bench 80 --rows 8192 --share 0.1 0.5 1 --shape Llama-3.1-8B Llama-3.2-1B --repeats 5
+
+# 8 of the 32 layers of an 8B model: what a layer costs is the same, and loading it six times is not. Each process is short,
+# so what was measured when the time is up is kept only at the end of a row length: one length per call.
+tiers() { timeout "$1" python3 benchmarks/memory.py --output "$out/memory.jsonl" --rounds 1 --timeout 60 "${@:2}" 2>&1 | tee -a "$out/memory.txt"; }
+tiers 200 --shape 8B --layers 8 --tokens 32768 --only "torch checkpoint" "transformers offload" "TRL offload" Unsloth "ours, offload" "ours, auto"
+tiers 120 --shape 8B --layers 8 --tokens 8192 --only "torch checkpoint" "nothing recomputed" "ours, offload" "ours, auto"

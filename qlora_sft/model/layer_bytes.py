@@ -102,7 +102,7 @@ def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lay
             saved[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with _peak_above(hidden.device) as peak, _AttentionBytes() as attention:
+    with peak_above(hidden.device) as peak, _AttentionBytes() as attention:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             # Not layer(...), which would run the checkpointing that the loader has switched on.
             output = next(t for t in _tensors(layer.forward(*args[:0], hidden, *args[1:], **kwargs)))
@@ -162,7 +162,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _peak_above(device: torch.device) -> Iterator[list[int]]:
+def peak_above(device: torch.device) -> Iterator[list[int]]:
     """``[bytes]``: the most that was allocated at once inside, beyond what there was before."""
     found = [0]
     if device.type == "cuda":
