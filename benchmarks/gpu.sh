@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in under 9 minutes, writing results as it goes:  bash benchmarks/gpu.sh OUT
+# Everything that needs an NVIDIA GPU, each part in under 9 minutes, writing results as it goes:
+#   bash benchmarks/gpu.sh OUT [loss|memory]
 set -uo pipefail
 out=${1:?name a folder for the results}
+part=${2:-all}
 mkdir -p "$out"
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/gpu.txt"
 
-timeout 150 python3 -m pytest -q -m gpu tests/kernels 2>&1 | tee "$out/kernel-tests.txt"
+if [ "$part" != memory ]; then
+timeout 150 python3 -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_offload_gpu.py 2>&1 | tee "$out/kernel-tests.txt"
 
 # The row kernel writes bfloat16 over the float32 bytes it reads.
 if command -v compute-sanitizer > /dev/null; then
@@ -21,9 +24,13 @@ bench() { timeout "$1" python3 benchmarks/kernels/packed_ce.py --output "$out/pa
 bench 120 --rows 8192 --share 0.25
 bench 120 --rows 2048 32768 --share 0.25 --shape Llama-3.1-8B --repeats 5
 bench 80 --rows 8192 --share 0.1 0.5 1 --shape Llama-3.1-8B Llama-3.2-1B --repeats 5
+fi
 
-# 8 of the 32 layers of an 8B model: what a layer costs is the same, and loading it six times is not. Each process is short,
-# so what was measured when the time is up is kept only at the end of a row length: one length per call.
+if [ "$part" != loss ]; then
+timeout 100 python3 -m pytest -q -m gpu tests/kernels/test_offload_gpu.py 2>&1 | tee "$out/offload-tests.txt"
+
+# 8 of the 32 layers of an 8B model: what a layer costs is the same, and every provider has to load them.
 tiers() { timeout "$1" python3 benchmarks/memory.py --output "$out/memory.jsonl" --rounds 1 --timeout 60 "${@:2}" 2>&1 | tee -a "$out/memory.txt"; }
 tiers 200 --shape 8B --layers 8 --tokens 32768 --only "torch checkpoint" "transformers offload" "TRL offload" Unsloth "ours, offload" "ours, auto"
 tiers 120 --shape 8B --layers 8 --tokens 8192 --only "torch checkpoint" "nothing recomputed" "ours, offload" "ours, auto"
+fi

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,11 @@ def main() -> None:
         args.folder = folder
         make_model(args)
         for tokens in args.tokens or ([8192, 32768] if gpu else [512]):
-            cells = measure(args, tokens)
-            with Path(args.output).open("a") as file:
-                file.writelines(json.dumps({**machine(), **cell}) + "\n" for cell in cells)
+            cells = []
+            for cell in measure(args, tokens):  # written one by one: a timeout loses only what was not measured
+                with Path(args.output).open("a") as file:
+                    file.write(json.dumps({**machine(), **cell}) + "\n")
+                cells.append(cell)
             print(table(cells), flush=True)
 
 
@@ -100,25 +102,27 @@ def make_model(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(args.folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the workers need the room
     words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(args.folder)
 
 
-def measure(args: argparse.Namespace, tokens: int) -> list[dict[str, Any]]:
-    cells: dict[str, dict[str, Any]] = {name: {"provider": name, "seconds": []} for name in args.only}
-    for _ in range(args.rounds):
-        for name, cell in cells.items():
-            if "not_measured" in cell:
-                continue
+def measure(args: argparse.Namespace, tokens: int) -> Iterator[dict[str, Any]]:
+    """The cell of each provider, as its last round ends."""
+    seconds: dict[str, list[float]] = {name: [] for name in args.only}
+    for turn in range(args.rounds):
+        for name in args.only:
             found = run_worker(name, args, tokens)
-            cell |= {**found, "seconds": cell["seconds"] + found.get("seconds", [])}
-    for cell in cells.values():
-        seconds = cell.pop("seconds")
-        cell |= {"shape": args.shape, "layers": args.layers, "tokens": tokens, "documents": args.documents}
-        if "not_measured" not in cell:
-            cell["milliseconds"] = 1000 * statistics.median(seconds)
-            cell["gradient_error"] = gradient_error(Path(args.folder), cell["provider"])
-    return list(cells.values())
+            seconds[name] += found.pop("seconds", [])
+            if turn < args.rounds - 1:
+                continue
+            cell = {"provider": name, **found, "shape": args.shape, "layers": args.layers, "tokens": tokens}
+            cell["documents"] = args.documents
+            if "not_measured" not in cell:
+                cell["milliseconds"] = 1000 * statistics.median(seconds[name])
+                cell["gradient_error"] = gradient_error(Path(args.folder), name)
+            yield cell
 
 
 def run_worker(name: str, args: argparse.Namespace, tokens: int) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def work(name: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from qlora_sft.model.attention import use_document_attention
-    from qlora_sft.model.layer_bytes import peak_above
+    from qlora_sft.model.layer_bytes import memory_use
 
     model, config, dtype = load(args.folder, backend, mode)
     use_document_attention(model)
@@ -155,9 +159,9 @@ def work(name: str, args: argparse.Namespace) -> dict[str, Any]:
     gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
     torch.save(torch.cat(gradients), Path(args.folder) / f"{name}.pt")
     seconds = [step(model, batch, dtype, around) for _ in range(args.repeats)]
-    with peak_above(model.device) as peak:
+    with memory_use(model.device) as use:
         step(model, batch, dtype, around)
-    return {"seconds": seconds, "peak_bytes": peak[0], "dtype": str(dtype).removeprefix("torch."), **facts}
+    return {"seconds": seconds, "peak_bytes": use.peak(), "dtype": str(dtype).removeprefix("torch."), **facts}
 
 
 def load(folder: str, backend: Any, mode: str) -> tuple[Any, Any, Any]:
@@ -239,12 +243,20 @@ def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float
     model.zero_grad(set_to_none=True)
     synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronise()
-    started = time.perf_counter()
+    clock = choose_clock(model.device.type)
+    started = clock()
     with autocast(model.device, dtype), around():
         loss = batch_loss(model, batch).loss
     loss.backward()
     synchronise()
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def choose_clock(device: str) -> Callable[[], float]:
+    """Wall time; with one thread on a CPU the time that the process ran, which other processes do not lengthen."""
+    import torch
+
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def gradient_error(folder: Path, name: str) -> float | None:

@@ -82,6 +82,24 @@ def test_no_split_that_fits_recomputes_less(
     assert choice.host_bytes == choice.tiers.count("offload") * layer.input <= host
 
 
+@settings(max_examples=60, deadline=None)
+@given(n_layers=st.integers(5, 40), layer=layers(), budget=st.integers(0, 1500), loss=st.integers(0, 100))
+def test_no_more_layers_are_offloaded_than_needed(n_layers: int, layer: LayerBytes, budget: int, loss: int) -> None:
+    """Of deep models: for as many fast layers as were chosen, one offloaded layer less does not fit."""
+    try:
+        tiers = choose_tiers(n_layers, layer, budget, 10**6, loss=loss).tiers
+    except ValueError:
+        for offloaded in range(n_layers + 1):
+            least: list[Tier] = ["offload"] * offloaded + ["checkpoint"] * (n_layers - offloaded)  # type: ignore[assignment]
+            assert peak_bytes(least, layer, loss) > budget
+        return
+    fast = [tier for tier in tiers if tier in ("attention", "keep")]
+    rest = n_layers - len(fast)
+    for offloaded in range(tiers.count("offload")):
+        fewer: list[Tier] = ["offload"] * offloaded + ["checkpoint"] * (rest - offloaded) + fast  # type: ignore[assignment]
+        assert peak_bytes(fewer, layer, loss) > budget
+
+
 def test_the_formula_of_the_slab() -> None:
     """Llama-3.1-8B at 100,000 tokens in bfloat16: 24.4 GiB."""
     assert slab_bytes(32, 100_000, 4096, 2) == 32 * 100_000 * 4096 * 2
