@@ -23,6 +23,8 @@ SHORT, LONG = 256, 512
 
 def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
+    if model.device.type == "cuda":
+        _measured(model, SHORT, dtype)  # cuBLAS and Triton take workspaces of their own at their first call
     if tokens <= LONG:
         return _measured(model, tokens, dtype)
     low, high = _measured(model, SHORT, dtype), _measured(model, LONG, dtype)
@@ -143,16 +145,21 @@ def memory_use(device: torch.device) -> Iterator[MemoryUse]:
 
 
 class _CudaUse:
+    """Requested bytes: allocated ones include up to 1 MiB of rounding per tensor, which a long row has no more of."""
+
     def __init__(self, device: torch.device):
         self.device = device
-        self.before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        self.before = self._requested("current")
 
     def live(self) -> int:
-        return torch.cuda.memory_allocated(self.device) - self.before
+        return self._requested("current") - self.before
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.before
+        return self._requested("peak") - self.before
+
+    def _requested(self, when: str) -> int:
+        return int(torch.cuda.memory_stats(self.device).get(f"requested_bytes.all.{when}", 0))
 
 
 class _CpuUse(TorchDispatchMode):
