@@ -139,10 +139,11 @@ def install(model: Any, tiers: Any, input_bytes: int, say: Say) -> HostSlab | No
 
 
 def loss_bytes(model: Any, tokens: int, input_bytes: int) -> int:
-    """Of the step between forward and backward, at most: last hidden states, their gradient, that of the supervised rows,
+    """Between forward and backward, at most: last hidden states, their gradient, that of the supervised rows,
     and the workspace of packed_ce, as if all rows were supervised."""
     if model.device.type == "cuda":
-        workspace = min(256 * 2**20, tokens * model.get_input_embeddings().num_embeddings * 4)
+        vocabulary: int = model.get_input_embeddings().num_embeddings
+        workspace = min(256 * 2**20, tokens * vocabulary * 4)
     else:
         workspace = min(tokens, 2048) * 2048 * 8  # a block of rows by a tile of the vocabulary, twice
     return 3 * input_bytes + workspace
