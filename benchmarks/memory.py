@@ -240,7 +240,7 @@ def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float
     from qlora_sft.evaluation.held_out import autocast
     from qlora_sft.model.loss import batch_loss
 
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=False)  # gradients of adapters are no activations
     synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronise()
     clock = choose_clock(model.device.type)
