@@ -103,7 +103,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What each layer keeps from its forward to its backward. It changes time and memory, no bit of the result."""
+    """What each layer keeps from its forward to its backward. It changes time and memory, not the result."""
 
     policy: Literal["auto", "none", "checkpoint", "offload"] = "auto"
     """``auto``: the least recomputation that fits, chosen layer by layer and printed. ``none``: keep everything.

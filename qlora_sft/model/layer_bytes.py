@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes
@@ -23,6 +23,8 @@ SHORT, LONG = 256, 512
 
 def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
+    if model.device.type == "cuda":
+        _measured(model, SHORT, dtype)  # cuBLAS and Triton take workspaces of their own at their first call
     if tokens <= LONG:
         return _measured(model, tokens, dtype)
     low, high = _measured(model, SHORT, dtype), _measured(model, LONG, dtype)
@@ -94,31 +96,20 @@ def _document(model: Any, tokens: int) -> Batch:
 
 def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBytes:
     hidden = args[0].detach().requires_grad_()
-    shared = {_address(t) for t in (*layer.parameters(), *layer.buffers(), *_tensors((args, kwargs)))}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in shared:
-            saved[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with _peak_above(hidden.device) as peak, _AttentionBytes() as attention:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with memory_use(hidden.device) as use, _AttentionBytes() as attention:
+        with torch.enable_grad():
             # Not layer(...), which would run the checkpointing that the loader has switched on.
-            output = next(t for t in _tensors(layer.forward(*args[:0], hidden, *args[1:], **kwargs)))
-        saved.pop(_address(output), None)  # the next layer's input
+            result = layer.forward(hidden, *args[1:], **kwargs)
+        output = _tensors(result)[0]
+        # The output is the next layer's input.
+        kept = hidden.nbytes + use.live() - output.nbytes
         wanted = [hidden, *(p for p in layer.parameters() if p.requires_grad)]
         torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
-    kept = hidden.nbytes + sum(saved.values())
-    return LayerBytes(hidden.nbytes, attention.nbytes, kept, max(0, hidden.nbytes + peak[0] - kept))
+    return LayerBytes(hidden.nbytes, attention.nbytes, kept, max(0, hidden.nbytes + use.peak() - kept))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class _AttentionBytes(TorchDispatchMode):
@@ -135,43 +126,69 @@ class _AttentionBytes(TorchDispatchMode):
         return result
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of all memory that operators have allocated and that is still in use; for devices without such counts."""
+class MemoryUse(Protocol):
+    """Bytes allocated since it began."""
+
+    def live(self) -> int: ...
+    def peak(self) -> int: ...
+
+
+@contextlib.contextmanager
+def memory_use(device: torch.device) -> Iterator[MemoryUse]:
+    """What is done inside takes: by torch's allocator on a GPU, by the results of all operators on a CPU."""
+    if device.type == "cuda":
+        yield _CudaUse(device)
+    else:
+        counted = _CpuUse()
+        with counted:
+            yield counted
+
+
+class _CudaUse:
+    """Requested bytes: allocated ones include up to 1 MiB of rounding per tensor, which a long row has no more of."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = self._requested("current")
+
+    def live(self) -> int:
+        return self._requested("current") - self.before
+
+    def peak(self) -> int:
+        return self._requested("peak") - self.before
+
+    def _requested(self, when: str) -> int:
+        return int(torch.cuda.memory_stats(self.device).get(f"requested_bytes.all.{when}", 0))
+
+
+class _CpuUse(TorchDispatchMode):
+    """Follows the storage of every new tensor until it is freed; what an operator takes inside, it does not see."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self._live = self._peak = 0
         self._known: set[int] = set()
 
+    def live(self) -> int:
+        return self._live
+
+    def peak(self) -> int:
+        return self._peak
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
-            if address and address not in before and address not in self._known:
+            if address and address not in given and address not in self._known:
                 self._known.add(address)
-                self.live += storage.nbytes()
+                self._live += storage.nbytes()
                 weakref.finalize(storage, self._freed, address, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        self._peak = max(self._peak, self._live)
         return result
 
     def _freed(self, address: int, nbytes: int) -> None:
         self._known.discard(address)
-        self.live -= nbytes
-
-
-@contextlib.contextmanager
-def _peak_above(device: torch.device) -> Iterator[list[int]]:
-    """``[bytes]``: the most that was allocated at once inside, beyond what there was before."""
-    found = [0]
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found[0] = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with _LiveBytes() as live:
-            yield found
-        found[0] = live.peak
+        self._live -= nbytes

@@ -139,9 +139,14 @@ def install(model: Any, tiers: Any, input_bytes: int, say: Say) -> HostSlab | No
 
 
 def loss_bytes(model: Any, tokens: int, input_bytes: int) -> int:
-    """Of the step between forward and backward: last hidden states, their gradient, that of the supervised rows (all
-    of them, at most), and the workspace of packed_ce."""
-    return 3 * input_bytes + (256 if model.device.type == "cuda" else 32) * 2**20
+    """Between forward and backward, at most: last hidden states, their gradient, that of the supervised rows,
+    and the workspace of packed_ce, as if all rows were supervised."""
+    if model.device.type == "cuda":
+        vocabulary: int = model.get_input_embeddings().num_embeddings
+        workspace = min(256 * 2**20, tokens * vocabulary * 4)
+    else:
+        workspace = min(tokens, 2048) * 2048 * 8  # a block of rows by a tile of the vocabulary, twice
+    return 3 * input_bytes + workspace
 
 
 def _require_checkpointing(layers: Any, config: Config) -> None:

@@ -57,7 +57,7 @@ def test_the_peak_is_that_of_a_simulated_step(tiers: list[Tier], layer: LayerByt
     assert peak_bytes(tiers, layer, loss) == simulated_peak(tiers, layer, loss)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     n_layers=st.integers(1, 4), layer=layers(), budget=st.integers(0, 600), host=st.integers(0, 80),
     loss=st.integers(0, 100), share=st.sampled_from([0.0, 0.1, 0.5]),
@@ -67,7 +67,7 @@ def test_no_split_that_fits_recomputes_less(
 ) -> None:
     usable = [tier for tier in TIERS if layer.attention or tier != "attention"]
     fitting = [
-        (sum({"keep": 0.0, "attention": share}.get(tier, 1.0) for tier in tiers), tiers.count("offload"))
+        (sum({"keep": 0.0, "attention": 1 - share}.get(tier, 1.0) for tier in tiers), tiers.count("offload"))
         for tiers in product(usable, repeat=n_layers)
         if simulated_peak(list(tiers), layer, loss) <= budget and tiers.count("offload") * layer.input <= host
     ]
@@ -76,10 +76,28 @@ def test_no_split_that_fits_recomputes_less(
             choose_tiers(n_layers, layer, budget, host, loss=loss, attention_share=share)
         return
     choice = choose_tiers(n_layers, layer, budget, host, loss=loss, attention_share=share)
-    recomputed = sum({"keep": 0.0, "attention": share}.get(tier, 1.0) for tier in choice.tiers)
+    recomputed = sum({"keep": 0.0, "attention": 1 - share}.get(tier, 1.0) for tier in choice.tiers)
     assert (pytest.approx(recomputed), choice.tiers.count("offload")) == min(fitting)
     assert choice.gpu_bytes == peak_bytes(choice.tiers, layer, loss) <= budget
     assert choice.host_bytes == choice.tiers.count("offload") * layer.input <= host
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_layers=st.integers(5, 40), layer=layers(), budget=st.integers(0, 1500), loss=st.integers(0, 100))
+def test_no_more_layers_are_offloaded_than_needed(n_layers: int, layer: LayerBytes, budget: int, loss: int) -> None:
+    """Of deep models: for as many fast layers as were chosen, one offloaded layer less does not fit."""
+    try:
+        tiers = choose_tiers(n_layers, layer, budget, 10**6, loss=loss).tiers
+    except ValueError:
+        for offloaded in range(n_layers + 1):
+            least: list[Tier] = ["offload"] * offloaded + ["checkpoint"] * (n_layers - offloaded)  # type: ignore[assignment]
+            assert peak_bytes(least, layer, loss) > budget
+        return
+    fast = [tier for tier in tiers if tier in ("attention", "keep")]
+    rest = n_layers - len(fast)
+    for offloaded in range(tiers.count("offload")):
+        fewer: list[Tier] = ["offload"] * offloaded + ["checkpoint"] * (rest - offloaded) + fast  # type: ignore[assignment]
+        assert peak_bytes(fewer, layer, loss) > budget
 
 
 def test_the_formula_of_the_slab() -> None:

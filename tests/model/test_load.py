@@ -109,6 +109,30 @@ def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tok
     assert any(g.abs().max() > 0 for g in before.values())
 
 
+def test_what_layers_keep_changes_no_bit_of_an_nf4_gradient(nf4_model: Any) -> None:
+    from qlora_sft.data.batch import flatten
+    from qlora_sft.data.render import Rendered
+    from qlora_sft.evaluation.held_out import autocast
+    from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+    from qlora_sft.model.loss import batch_loss
+    from qlora_sft.model.memory import install
+
+    documents = [Rendered(list(range(9, 9 + size)), [1.0] * size, "s") for size in (40, 24)]
+    n_layers = len(decoder_layers(nf4_model))
+    layer = measure_layer(nf4_model, 64, torch.bfloat16)
+    mixture = ["offload"] * 8 + ["checkpoint"] * 8 + ["attention"] * 8 + ["keep"] * (n_layers - 24)
+    gradients = []
+    for tiers in (["checkpoint"] * n_layers, mixture):
+        install(nf4_model, tiers, layer.input, lambda text: None)
+        nf4_model.zero_grad()
+        with autocast(nf4_model.device, torch.bfloat16):
+            loss = batch_loss(nf4_model, flatten(documents)).loss
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in nf4_model.named_parameters() if p.requires_grad})
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 def test_a_missing_model_folder_and_a_folder_without_a_model(tmp_path: Path) -> None:
     for path, message in ((str(tmp_path / "none"), "no such folder"), (str(tmp_path), "has no config.json")):
         with pytest.raises(ConfigError, match=message):

@@ -14,6 +14,7 @@ is computed again, and the two never need room at the same time.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -102,13 +103,15 @@ def choose_tiers(
     Raises ValueError, with the least that would do, if even offloading every layer does not fit.
     """
     best: tuple[float, int, tuple[Tier, ...]] | None = None
-    for keep in range(n_layers + 1):
+    for keep in reversed(range(n_layers + 1)):
         # Attention that is not among the operators known keeps nothing, and would seem to cost nothing.
         for attention in range(n_layers - keep + 1 if layer.attention else 1):
+            recomputed = n_layers - keep - attention * attention_share
+            if best is not None and recomputed > best[0]:
+                continue
             found = _fewest_offloaded(n_layers, keep, attention, layer, budget, loss)
             if found is None or found.count("offload") * layer.input > host_budget:
                 continue
-            recomputed = n_layers - keep - attention * attention_share
             candidate = (recomputed, found.count("offload"), found)
             if best is None or candidate < best:
                 best = candidate
@@ -128,13 +131,21 @@ def _fewest_offloaded(
 ) -> tuple[Tier, ...] | None:
     """The split with that many fast layers and as few offloaded ones as fit; None if not even all of the rest do."""
     rest = n_layers - keep - attention
-    for offload in range(rest + 1):
-        runs: list[tuple[Tier, int]] = [
-            ("offload", offload), ("checkpoint", rest - offload), ("attention", attention), ("keep", keep)
-        ]  # fmt: skip
-        if _peak(runs, layer, loss) <= budget:
-            return tuple(tier for tier, count in runs for _ in range(count))
-    return None
+
+    def runs(offload: int) -> list[tuple[Tier, int]]:
+        return [("offload", offload), ("checkpoint", rest - offload), ("attention", attention), ("keep", keep)]
+
+    def fits(offload: int) -> bool:
+        return _peak(runs(offload), layer, loss) <= budget
+
+    # From here on one more offloaded layer takes an input off the GPU and puts none more in flight.
+    steady = min(max(LAG, DEPTH + 1), rest)
+    found = next((offload for offload in range(steady) if fits(offload)), None)
+    if found is None:
+        if not fits(rest):
+            return None
+        found = bisect_left(range(rest), True, lo=steady, key=fits)
+    return tuple(tier for tier, count in runs(found) for _ in range(count))
 
 
 def describe(tiers: Sequence[Tier]) -> str:
