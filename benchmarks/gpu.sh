@@ -21,3 +21,7 @@ bench() { timeout "$1" python3 benchmarks/kernels/packed_ce.py --output "$out/pa
 bench 120 --rows 8192 --share 0.25
 bench 120 --rows 2048 32768 --share 0.25 --shape Llama-3.1-8B --repeats 5
 bench 80 --rows 8192 --share 0.1 0.5 1 --shape Llama-3.1-8B Llama-3.2-1B --repeats 5
+
+mlp() { timeout "$1" python3 benchmarks/kernels/nf4_lora.py --output "$out/nf4_lora.jsonl" "${@:2}" 2>&1 | tee -a "$out/nf4_lora.txt"; }
+mlp 60 --shape Llama-3.1-8B --tokens 4096 32768
+mlp 40 --shape Llama-3.2-1B --tokens 8192 --repeats 5
