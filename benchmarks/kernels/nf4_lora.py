@@ -4,8 +4,8 @@
 
 The layer is ``x + mlp(x)`` with NF4 weights and rank-16 LoRA in float32 under autocast, as a trainer runs it, once by
 itself and once inside torch's checkpoint (non-reentrant; a layer of a checkpointed model). All providers hold the same
-weights and take turns in one process; times are medians. Error: of the gradients of the input and of the factors together,
-against float32 on the dequantised weights. Peak memory is measured as in packed_ce.py.
+weights and take turns in one process; times are medians. Error: of the gradients of the input and of the
+factors, against float32 on the dequantised weights. Peak memory is measured as in packed_ce.py.
 """
 
 from __future__ import annotations
