@@ -60,9 +60,9 @@ def active_factors(layer: Any, training: bool) -> tuple[torch.Tensor, torch.Tens
         return f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} adapters"
     if layer.lora_bias[name]:
         return "lora_bias"
-    dropout = layer.lora_dropout[name]
-    if training and getattr(dropout, "p", 0.0):
-        return f"LoRA dropout {dropout.p}"
+    dropout = float(getattr(layer.lora_dropout[name], "p", 0.0))  # Identity where there is none
+    if training and dropout:
+        return f"LoRA dropout {dropout:g}"
     if not layer.cast_input_dtype_enabled:
         return "disabled input casts"
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

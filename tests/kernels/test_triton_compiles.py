@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from qlora_kernels.nf4_lora import pointwise  # noqa: E402
 from qlora_kernels.packed_ce import fused, move, rows, select  # noqa: E402
 
 CAPABILITIES = [75, 80, 86, 89, 90, 100, 120]
@@ -33,6 +34,11 @@ VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
     ("documents", move.document_kernel, {"BLOCK": 256}, 4),
     ("count", select.count_kernel, {"BLOCK": 1024}, 4),
     ("compact", select.compact_kernel, {"BLOCK": 1024}, 4),
+    *(
+        (f"{name}, {activation}", kernel, {"ACTIVATION": activation, "BLOCK": pointwise.BLOCK}, pointwise.WARPS)
+        for name, kernel in (("gated", pointwise.gated_kernel), ("gated backward", pointwise.gated_backward_kernel))
+        for activation in ("silu", "gelu", "gelu_tanh")
+    ),
 ]
 TYPES = {
     "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 objective=*fp32 nll=*fp32 hit=*i8 "
@@ -43,6 +49,8 @@ TYPES = {
     "scatter_kernel": "U=*half rows=*i32 factors=*fp32 out=*half T=i32 D=i32",
     "document_kernel": "nll=*fp32 hit=*i8 bounds=*i32 out=*fp32",
     "count_kernel": "labels=*i64 docs=*i32 counts=*i32 T=i32 ignore=i32",
+    "gated_kernel": "G=*half U=*half H=*half n=i64",
+    "gated_backward_kernel": "D=*half G=*half U=*half n=i64",
     "compact_kernel": "labels=*i64 docs=*i32 ends=*i32 rows=*i32 ids=*i32 row_docs=*i32 T=i32 ignore=i32",
 }
 

@@ -1,4 +1,4 @@
-"""Runs interpreted_triton.py under Triton's interpreter, in a process where nothing has imported triton yet."""
+"""Runs interpreted_*.py under Triton's interpreter, in a process where nothing has imported triton yet."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def test_the_triton_kernels_on_the_cpu() -> None:
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_gated.py"])
+def test_the_triton_kernels_on_the_cpu(file: str) -> None:
     pytest.importorskip("triton")
     paths = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "interpreted_triton.py")], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(HERE / file)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
