@@ -10,6 +10,7 @@ from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.prepare import Prepared, plan_bins, render_sources
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
+from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
 
@@ -24,7 +25,7 @@ def plan_data(
     """(training split, held-out split, bins of training documents in order); says what became of every row.
 
     Kept in the user's cache, so that a second start with the same files, settings, template and tokenizer takes no
-    time. Data sets of the Hub are prepared anew each time.
+    time. Data sets of the Hub are prepared anew each time. Raises one `DataError` for the faults of both splits.
     """
     key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, style)
     kept = store.load(key) if key else None
@@ -40,8 +41,15 @@ def plan_data(
         said.append(text)
         say(text)
 
-    train = render_sources(train_sources, config.data, tokenizer, style)
-    held_out = render_sources(held_out_sources, config.data, tokenizer, style)
+    splits, problems = [], []
+    for sources in (train_sources, held_out_sources):
+        try:
+            splits.append(render_sources(sources, config.data, tokenizer, style))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    train, held_out = splits
     say_and_keep("training data\n" + ledger_table(train.ledger))
     if held_out.ledger:
         say_and_keep("held-out data\n" + ledger_table(held_out.ledger))

@@ -10,6 +10,7 @@ from qlora_sft.config import Config
 from qlora_sft.data import plan, store
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.template import chat_format
+from qlora_sft.errors import DataError
 from qlora_sft.model.load import load_tokenizer
 
 
@@ -69,3 +70,14 @@ def test_a_preparation_that_was_cut_short_is_not_used(make_config: Any, monkeypa
         run(config)
     monkeypatch.undo()
     assert "cache" not in run(config)[1][0]
+
+
+def test_rows_of_both_splits_that_cannot_be_rendered_come_together(make_config: Any, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    config = make_config(f"data.held_out=[{{path: {tmp_path / 'held.jsonl'}}}]", rows=[{"messages": turns}])
+    with pytest.raises(DataError) as caught:
+        run(config)
+    where = [line.split(": ")[0] for line in str(caught.value).splitlines()]
+    assert where == [f"{tmp_path / 'chat.jsonl'}:1", f"{tmp_path / 'held.jsonl'}:1"]
