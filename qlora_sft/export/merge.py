@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from qlora_sft.atomic import written_folder
 from qlora_sft.config import RopeScaling
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.export.base import base_folder, check_base
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.say import Say, tell
 
@@ -69,38 +69,6 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise ConfigError(f"{run}: not the folder of a finished run (it has no manifest.json); train one first")
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return manifest
-
-
-def base_folder(base: str) -> Path:
-    """Local folder of the base; a Hub id is looked up in, or fetched into, the Hub's own cache."""
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"the base model {base} is neither a folder here nor to be had from the Hub: {reason}") from None
-
-
-def check_base(manifest: dict[str, Any], base: Path) -> None:
-    """Raises `RunError` if ``base`` has other weights than those that were trained on, as the manifest knows them."""
-    trained = manifest["report"].get("base_sha256")
-    # A folder with a shard missing has no fingerprint to trust; that error is clearer where the tensors are read.
-    if trained and _is_whole(base) and fingerprint(base) != trained:
-        raise RunError(
-            f"{base}: these are not the weights that the adapter was trained on (the fingerprint in manifest.json is "
-            "another); put the base model of the run there, or train again on this one"
-        )
-
-
-def _is_whole(base: Path) -> bool:
-    index = base / "model.safetensors.index.json"
-    if not index.is_file():
-        return (base / "model.safetensors").is_file()
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((base / name).is_file() for name in files)
 
 
 # ------------------------------------------------------------------ onto what
