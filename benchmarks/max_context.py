@@ -28,6 +28,8 @@ from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.memory import install
+from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
@@ -56,20 +58,6 @@ def planned_row(blueprint: Blueprint, config: Config, on_gpu: bool) -> Row:
         return layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu), between
 
     return row
-
-
-def install_tiers(model: Any, choice: Choice, input_bytes: int) -> Any:
-    """Lets every layer keep what ``choice`` says; returns the host memory that this takes, to be closed, or None."""
-    try:
-        from qlora_sft.model.memory import install
-    except ModuleNotFoundError:  # without tiers: transformers' own checkpoints, all or none
-        if set(choice.tiers) - {"keep", "checkpoint"}:
-            raise
-        if "checkpoint" in choice.tiers:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-            model.get_base_model().enable_input_require_grads()
-        return None
-    return install(model, choice.tiers, input_bytes, print)
 
 
 def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int) -> float:
@@ -108,7 +96,7 @@ def attempt(
         return None
     slab = None
     try:
-        slab = install_tiers(model, choice, row(tokens)[0].input)
+        slab = install(model, choice.tiers, tokens, row(tokens)[0].input, print)
         seconds = train_steps(model, optimizer, tokens)
     except torch.OutOfMemoryError as error:
         print(f"  {tokens:,} tokens: {str(error).splitlines()[0]}", flush=True)
@@ -227,6 +215,7 @@ def main(arguments: list[str]) -> int:
     blueprint = blueprint_of(settings, config)
     row = planned_row(blueprint, config, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
+    print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     machine = describe_machine(device)
     if options.smoke:

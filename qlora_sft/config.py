@@ -113,6 +113,9 @@ class MemoryConfig:
     """What this run may use of the GPU, weights included; default: what is free, less 5% of the card."""
     host_budget_gib: float | None = None
     """Host memory that inputs of layers may take; default: half of what is available."""
+    tiled_mlp: Literal["auto", "on", "off"] = "auto"
+    """MLPs in tiles of tokens that keep nothing but their input where a layer is computed again. ``auto``: wherever the
+    model's MLP is one that is known."""
 
 
 @dataclass(frozen=True)

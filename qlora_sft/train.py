@@ -56,6 +56,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
         from qlora_sft.data.batch import longest_row
+        from qlora_sft.data.documents import sizes
         from qlora_sft.data.plan import plan_data
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
@@ -87,8 +88,9 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
     with watch("load model"):
         dtype, reason = compute_dtype(config.model.dtype)
         say(f"compute in {str(dtype).removeprefix('torch.')} ({reason})")
-        model = prepare_model(config, base, dtype, backend.name, say)
-        memory = use_memory(model, config, longest_row(documents, bins, config.training.batch_size), dtype, say)
+        tokens = longest_row(sizes(documents).tokens, bins, config.training.batch_size)
+        model = prepare_model(config, base, dtype, backend.name, tokens, say)
+        memory = use_memory(model, config, tokens, dtype, say)
     prompts = choose_prompts(held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -124,14 +126,16 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
     return report
 
 
-def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, say: Say) -> Any:
-    """NF4 base with LoRA, attending inside documents only."""
+def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say) -> Any:
+    """NF4 base with LoRA for rows of up to ``tokens``, attending inside documents only."""
     from qlora_sft.model.attention_check import use_checked_attention
     from qlora_sft.model.load import load_model
     from qlora_sft.model.loss import use_loss
+    from qlora_sft.model.mlp import use_tiled_mlp
 
     model = load_model(config, base, dtype, backend)
     use_checked_attention(model, dtype, say)
+    say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")

@@ -74,9 +74,12 @@ def flatten(documents: list[Rendered]) -> Batch:
     )
 
 
-def longest_row(documents: list[Rendered], bins: list[list[int]], batch_size: int) -> int:
-    """Tokens of the longest micro-batch: ``batch_size`` bins, in training order, as one row."""
-    lengths = [sum(len(documents[index].input_ids) for index in each) for each in bins]
+def longest_row(tokens: Sequence[int], bins: Sequence[Sequence[int]], batch_size: int) -> int:
+    """Tokens of the longest micro-batch: ``batch_size`` bins, in training order, as one row.
+
+    tokens: of each document.
+    """
+    lengths = [sum(tokens[index] for index in each) for each in bins]
     return max((sum(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)), default=0)
 
 

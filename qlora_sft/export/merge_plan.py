@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,29 @@ def _planned(
     if change is not None:
         _check_shapes(name, shape, change)
     final = wanted or dtype
-    return Planned(name, final, shape, lambda: _changed(name, opened(), shape, final, change))
+    grown = _new_rows(name, shape, change)
+    whole = (shape[0] + len(grown), *shape[1:])
+    return Planned(
+        name, final, whole, lambda: chain(_changed(name, opened(), shape, final, change), _cast(grown, final))
+    )
+
+
+def _cast(rows: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [rows.to(dtype)] if len(rows) else []
+
+
+def _new_rows(name: str, shape: tuple[int, ...], change: Change | None) -> torch.Tensor:
+    """Trained token rows behind the base's last, [n, in]: tokens added to its vocabulary. None may be missing."""
+    if change is None or change.tokens is None:
+        return torch.empty(0, *shape[1:])
+    indices, rows = change.tokens
+    beyond = {int(index): row for index, row in zip(indices, rows, strict=True) if int(index) >= shape[0]}
+    if sorted(beyond) != list(range(shape[0], shape[0] + len(beyond))):
+        raise RunError(
+            f"{name}: the adapter trained token {max(beyond)}, the base has {shape[0]} rows, and not all between "
+            "are in the adapter"
+        )
+    return torch.stack([beyond[index] for index in sorted(beyond)]) if beyond else torch.empty(0, *shape[1:])
 
 
 def _opener(name: str, stored: Stored, base: dict[str, Stored], packed: bool, through_nf4: bool) -> Callable[[], Rows]:
@@ -207,7 +230,5 @@ def _check_shapes(name: str, shape: tuple[int, ...], change: Change) -> None:
         adapter = (change.b.shape[0], change.a.shape[1])
         module = name.removesuffix(".weight")
         raise RunError(f"{module}: the adapter is for a weight {adapter}, the base has {shape}")
-    if change.tokens is not None and int(change.tokens[0].max()) >= shape[0]:
-        raise RunError(f"{name}: the adapter trained token {int(change.tokens[0].max())}, the base has {shape[0]} rows")
     if change.added is not None and tuple(change.added.shape) != shape:
         raise ConfigError(f"{name}: the adapter adds a bias of shape {tuple(change.added.shape)}, the base has {shape}")

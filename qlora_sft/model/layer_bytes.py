@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,29 +16,41 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.model.loss import last_hidden_states
+from qlora_sft.model.mlp import TiledMLP, set_recompute
 
-# Rows that are run. What a layer takes is a constant (dequantised weights) plus a part proportional to the tokens,
-# because attention keeps no matrix of scores: two points give the line.
-SHORT, LONG = 256, 512
+# Tokens of the shorter row that is run; the longer has twice as many. What a layer takes is a constant (dequantised
+# weights) plus a part proportional to the tokens, as attention keeps no matrix of scores: two points give the line.
+SHORT = 256
 
 
 def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
+    layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
+    mlp = getattr(layer, "mlp", None)
+    if not isinstance(mlp, TiledMLP):
+        return _at(layer, model, tokens, dtype, SHORT)
+    before = mlp.recompute
+    try:
+        set_recompute(layer, False, tokens)
+        kept = _at(layer, model, tokens, dtype, SHORT)
+        set_recompute(layer, True, tokens)
+        # Up to one tile the MLP takes more with every token, beyond it no more.
+        again = _at(layer, model, tokens, dtype, mlp.tile)
+    finally:
+        mlp.recompute = before
+    return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))
+
+
+def _at(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
+    """On the line through two measured rows, ``short`` tokens and twice as many; a shorter row is measured itself."""
+    long = 2 * short
     if model.device.type == "cuda":
-        _measured(model, SHORT, dtype)  # cuBLAS and Triton take workspaces of their own at their first call
-    if tokens <= LONG:
-        return _measured(model, tokens, dtype)
-    low, high = _measured(model, SHORT, dtype), _measured(model, LONG, dtype)
-
-    def at(a: int, b: int) -> int:
-        return b + round((b - a) * (tokens - LONG) / (LONG - SHORT))
-
-    return LayerBytes(
-        input=at(low.input, high.input),
-        attention=at(low.attention, high.attention),
-        kept=at(low.kept, high.kept),
-        backward=at(low.backward, high.backward),
-    )
+        _measured(layer, model, min(short, tokens), dtype)  # cuBLAS and Triton take workspaces at their first call
+    if tokens <= long:
+        return _measured(layer, model, tokens, dtype)
+    low, high = (asdict(_measured(layer, model, each, dtype)) for each in (short, long))
+    names = ("input", "attention", "kept", "backward")
+    return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -45,8 +58,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(base.get_decoder().layers)
 
 
-def _measured(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
-    layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
+def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     device = model.device
     was_training = model.training
     model.train()
@@ -83,7 +95,7 @@ def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...]
 
 
 def _document(model: Any, tokens: int) -> Batch:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     return Batch(
         input_ids=(torch.arange(tokens) % vocabulary).to(model.device)[None],

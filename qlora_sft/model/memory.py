@@ -23,6 +23,7 @@ from qlora_kernels.offload import (
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.room import device_room, host_room
 from qlora_sft.say import Say
 
@@ -53,7 +54,7 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         _require_checkpointing(layers, config)
     layer = measure_layer(model, tokens, dtype)
     choice = choose(model, config, len(layers), layer, loss_bytes(model, tokens, layer.input), say)
-    slab = install(model, choice.tiers, layer.input, say)
+    slab = install(model, choice.tiers, tokens, layer.input, say)
     where = "GPU" if model.device.type == "cuda" else "CPU"
     host = f" and {gib(choice.host_bytes)} of host memory" if choice.host_bytes else ""
     say(
@@ -120,7 +121,7 @@ def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> Choice:
     return Choice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
 
 
-def install(model: Any, tiers: Any, input_bytes: int, say: Say) -> HostSlab | None:
+def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
     """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     slab = schedule = None
@@ -129,7 +130,9 @@ def install(model: Any, tiers: Any, input_bytes: int, say: Say) -> HostSlab | No
         if slab.warning:
             say(f"memory: {slab.warning}")
         schedule = Schedule(slab, engine_for(model.device), warn=say)
-    for layer, function in zip(decoder_layers(model), layer_functions(tiers, schedule), strict=True):
+    functions = layer_functions(tiers, schedule)
+    for layer, tier, function in zip(decoder_layers(model), tiers, functions, strict=True):
+        set_recompute(layer, tier != "keep", tokens)
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
         # Also where everything is kept: Unsloth switches this on again in every layer before it trains.
         layer.gradient_checkpointing = True  # type: ignore[assignment]
@@ -142,7 +145,7 @@ def loss_bytes(model: Any, tokens: int, input_bytes: int) -> int:
     """Between forward and backward, at most: last hidden states, their gradient, that of the supervised rows,
     and the workspace of packed_ce, as if all rows were supervised."""
     if model.device.type == "cuda":
-        vocabulary: int = model.get_input_embeddings().num_embeddings
+        vocabulary: int = model.config.get_text_config().vocab_size
         workspace = min(256 * 2**20, tokens * vocabulary * 4)
     else:
         workspace = min(tokens, 2048) * 2048 * 8  # a block of rows by a tile of the vocabulary, twice

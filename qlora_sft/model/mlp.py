@@ -92,24 +92,21 @@ def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
         return f"off ({obstacle})"
     tile = default_tile(blocks[0].mlp.hidden_size)
     for block in blocks:
-        block.mlp = tiled(block, tokens, tile)
-    kept = "" if is_checkpointed(blocks[0]) else ", as nothing is computed again"
-    again = "of a layer's intermediates nothing is kept" if blocks[0].mlp.recompute else f"gate and up are kept{kept}"
-    return f"on, {tile:,} tokens at a time ({again})"
+        block.mlp = TiledMLP(block.mlp, ACTIVATIONS[type(block.mlp.act_fn).__name__], recompute=True, tile=tile)
+        set_recompute(block, bool(getattr(block, "gradient_checkpointing", False)), tokens)
+    return f"on, {tile:,} tokens at a time ({'as configured' if requested == 'on' else 'its formula is known'})"
 
 
-def is_checkpointed(block: Any) -> bool:
-    return bool(getattr(block, "gradient_checkpointing", False))
+def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
+    """Whether the MLP of a decoder layer, if it is tiled, keeps gate and up for its backward.
 
-
-def tiled(block: Any, tokens: int, tile: int) -> TiledMLP:
-    """The MLP of a decoder layer, tiled.
-
-    A checkpointed layer computes gate and up again once, by tiles. Only if it ends with a norm it has to run its MLP in
-    the recomputation anyway; there short rows keep gate and up from that, and long ones save the memory.
+    It does in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only if it
+    ends with a norm it has to run its MLP in the recomputation anyway; there short rows keep gate and up from that, and
+    long ones save the memory.
     """
-    recompute = is_checkpointed(block) and (tokens > tile or not hasattr(block, NORM_AFTER))
-    return TiledMLP(block.mlp, ACTIVATIONS[type(block.mlp.act_fn).__name__], recompute, tile)
+    mlp = getattr(block, "mlp", None)
+    if isinstance(mlp, TiledMLP):
+        mlp.recompute = checkpointed and (tokens > mlp.tile or not hasattr(block, NORM_AFTER))
 
 
 def obstacle_of(block: Any) -> str | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_sft.config import Config
+from qlora_sft.data.batch import longest_row
+from qlora_sft.data.documents import sizes
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.splits import read_data
 from qlora_sft.data.template import chat_format
@@ -36,22 +38,21 @@ def read_workload(config: Config, base: str, say: Say) -> Workload:
     tokenizer = load_tokenizer(config.model, base)
     style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
     prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
-    documents = prepared.all_documents
-    lengths = [len(document.input_ids) for document in documents]
+    of_each = sizes(prepared.all_documents)
+    lengths = of_each.tokens
     t = config.training
     steps = count_steps(len(bins), config)
     trained = bins[: steps * t.batch_size * t.gradient_accumulation]
-    sizes = [sum(lengths[index] for index in each) for each in trained]
-    batches = [sum(sizes[a : a + t.batch_size]) for a in range(0, len(sizes), t.batch_size)]
-    typical = sorted(range(len(trained)), key=sizes.__getitem__)[len(trained) // 2]
+    rows = [sum(lengths[index] for index in each) for each in trained]
+    typical = sorted(range(len(trained)), key=rows.__getitem__)[len(trained) // 2]
     return Workload(
         steps=steps,
         rows=len(trained),
-        tokens=sum(sizes),
-        supervised=sum(documents[index].n_supervised for each in trained for index in each),
-        longest_row=max(batches),
+        tokens=sum(rows),
+        supervised=sum(of_each.supervised[index] for each in trained for index in each),
+        longest_row=longest_row(lengths, trained, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
-        prepared_tokens=sum(lengths) + sum(len(document.input_ids) for document in held_out.all_documents),
+        prepared_tokens=sum(lengths) + sum(sizes(held_out.all_documents).tokens),
     )
 
 

@@ -123,7 +123,7 @@ def test_what_layers_keep_changes_no_bit_of_an_nf4_gradient(nf4_model: Any) -> N
     mixture = ["offload"] * 8 + ["checkpoint"] * 8 + ["attention"] * 8 + ["keep"] * (n_layers - 24)
     gradients = []
     for tiers in (["checkpoint"] * n_layers, mixture):
-        install(nf4_model, tiers, layer.input, lambda text: None)
+        install(nf4_model, tiers, 64, layer.input, lambda text: None)
         nf4_model.zero_grad()
         with autocast(nf4_model.device, torch.bfloat16):
             loss = batch_loss(nf4_model, flatten(documents)).loss

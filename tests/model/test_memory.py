@@ -61,7 +61,7 @@ def test_every_policy_gives_the_gradients_of_checkpointing(make_config: Any, pol
         config = make_config(f"memory.policy={each}")
         documents = documents_of(config)
         batches = [flatten(documents[:4]), flatten(documents[4:5])]
-        tokens = longest_row(documents, [[0, 1, 2, 3], [4]], 1)
+        tokens = longest_row([len(document.input_ids) for document in documents], [[0, 1, 2, 3], [4]], 1)
         with use_memory(model, config, tokens, getattr(torch, dtype), quiet) as installed:
             found.append(gradients(model, batches))
             assert installed.slab is None or (installed.slab.taken, installed.slab.slots) == (0, 2)
@@ -82,7 +82,7 @@ def test_a_layer_keeps_what_it_is_measured_to_keep(make_config: Any, tokens: int
     saved = []
     model.enable_input_require_grads()
     for tiers in (["keep", "keep"], ["checkpoint", "keep"]):
-        memory.install(model, tiers, layer.input, quiet)
+        memory.install(model, tiers, tokens, layer.input, quiet)
         saved.append(saved_bytes(model, tokens))
     assert saved[0] - saved[1] == layer.kept - layer.input
     assert layer.backward > 0

@@ -189,11 +189,24 @@ def test_a_second_adapter_falls_back_to_peft() -> None:
 
 def test_the_choice_and_its_reason() -> None:
     assert use_tiled_mlp(build(), "off", 5000) == "off (as configured)"
-    kept = "on, 1,024 tokens at a time (gate and up are kept, as nothing is computed again)"
-    assert use_tiled_mlp(build(), "auto", 5000) == kept
-    model = build(checkpointed=True)
-    assert "nothing is kept" in use_tiled_mlp(model, "auto", 100)
+    model = build()
+    assert use_tiled_mlp(model, "auto", 5000) == "on, 1,024 tokens at a time (its formula is known)"
     assert use_tiled_mlp(model, "auto", 100) == "off (its MLPs are tiled already)"
-    # Gemma 2 normalises what the MLP returns.
-    assert use_tiled_mlp(build("gemma2", checkpointed=True), "auto", 100).endswith("(gate and up are kept)")
-    assert "nothing is kept" in use_tiled_mlp(build("gemma2", checkpointed=True), "auto", 5000)
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointed", "tokens", "recompute"),
+    [
+        ("llama", False, 5000, False),
+        ("llama", True, 100, True),
+        # Gemma 2 normalises what the MLP returns.
+        ("gemma2", True, 100, False),
+        ("gemma2", True, 5000, True),
+    ],
+)
+def test_gate_and_up_are_computed_again_where_that_saves(
+    family: str, checkpointed: bool, tokens: int, recompute: bool
+) -> None:
+    model = build(family, checkpointed=checkpointed)
+    use_tiled_mlp(model, "on", tokens)
+    assert {block.mlp.recompute for block in model.get_decoder().layers} == {recompute}

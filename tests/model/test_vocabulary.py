@@ -110,13 +110,14 @@ def test_what_was_saved_computes_what_was_trained(make_config: Any, tmp_path: Pa
     torch.testing.assert_close(logits(load_for_inference(tmp_path / "run"), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("room", [0, 8], ids=["grown", "in unused rows"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_merge_has_them_too(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool) -> None:
+def test_a_merge_has_them_too(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool, room: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.export.merge import merge_run
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied, room=8)
+    base = make_base(tmp_path / "base", small_tokenizer, tied, room)
     config = configured(make_config, base, "training.max_steps=2")
     train(config, say=lambda _: None)
     merge_run(tmp_path / "run", say=lambda _: None)

@@ -40,6 +40,13 @@ class LayerBytes:
     """All that its backward needs, the input and the attention output included."""
     backward: int
     """What its backward takes on top of that while it runs."""
+    recomputed: int | None = None
+    """What is there instead of ``kept`` when it was computed again, if that is less: an MLP may keep nothing then."""
+
+    def restored(self, tier: Tier) -> int:
+        """Bytes that its backward brings back beside what was stored."""
+        whole = self.kept if tier == "keep" or self.recomputed is None else self.recomputed
+        return whole - self.stored(tier)
 
     def stored(self, tier: Tier) -> int:
         """Bytes on the GPU from the layer's forward to its backward."""
@@ -82,8 +89,7 @@ def _peak(runs: Sequence[tuple[Tier, int]], layer: LayerBytes, loss: int) -> int
         stored += count * layer.stored(tier)
         ahead = offloaded + (count - 1 if tier == "offload" else 0)
         offloaded += count if tier == "offload" else 0
-        restored = layer.kept - layer.stored(tier)
-        peak = max(peak, stored + restored + layer.backward + min(DEPTH, ahead) * layer.input)
+        peak = max(peak, stored + layer.restored(tier) + layer.backward + min(DEPTH, ahead) * layer.input)
     leaving = min(LAG, offloaded) * layer.input
     return max(peak, stored + leaving + loss)
 
