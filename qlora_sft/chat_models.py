@@ -87,7 +87,7 @@ def _stop_ids(path: Path, model: Any, tokenizer: Any) -> set[int]:
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if (path / "adapter").is_dir():
         from qlora_sft.config import load_config
-        from qlora_sft.model.load import stop_ids
+        from qlora_sft.model.tokenizer import stop_ids
 
         base = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["report"]["base"]
         ids |= stop_ids(load_config(path / "config.yaml").model, base, tokenizer)

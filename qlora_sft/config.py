@@ -6,13 +6,10 @@ Every problem is reported at once, each with its file, its key and the nearest v
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-import types
 import typing
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -20,6 +17,7 @@ from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.strict import Loader, apply_override, build, did_you_mean, kind_of, one_line
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -138,16 +136,16 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     """
     path = _find(str(name))
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values (model:, data:, output:), got {_kind(tree)}")
+        raise ConfigError(f"{path}: expected keys and values (model:, data:, output:), got {kind_of(tree)}")
     origin: dict[str, str] = {}
     problems: list[str] = []
     for override in overrides:
-        _apply(tree, override, origin, problems)
-    config = _build(Config, tree, "", str(path), origin, problems)
+        apply_override(tree, override, origin, problems)
+    config = build(Config, tree, "", str(path), origin, problems)
     if not problems:
         problems = _check_values(config, str(path))
     if problems:
@@ -169,113 +167,8 @@ def _find(name: str) -> Path:
     if path.is_file():
         return path
     nearby = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    hint = _did_you_mean(name, [*nearby, *shipped, *(f"{stem}.yaml" for stem in shipped)])
+    hint = did_you_mean(name, [*nearby, *shipped, *(f"{stem}.yaml" for stem in shipped)])
     raise ConfigError(f"{name}: no such file{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``2e-4`` as a string, because it has no dot, and ``on`` and ``off`` as true and false; people mean
-    the number, and the words."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _apply(tree: dict[str, Any], override: str, origin: dict[str, str], problems: list[str]) -> None:
-    """``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
-    key, equals, text = override.lstrip("-").partition("=")
-    source = f"override {override!r}"
-    if not equals or not key:
-        problems.append(f"{source}: expected key.sub=value")
-        return
-    try:
-        value = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError as error:
-        problems.append(f"{source}: not a YAML value: {_one_line(error)}")
-        return
-    node: Any = tree
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                where = ".".join(parts[:depth])
-                problems.append(f"{source}: {where} has {len(node)} items, counted from 0; there is no {part!r}")
-                return
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-        else:
-            problems.append(f"{source}: {'.'.join(parts[:depth])} is {_kind(node)}, it has no {part!r}")
-            return
-        if last:
-            node[index] = value
-            origin[key] = source
-        else:
-            if isinstance(node, dict) and node.get(index) is None:
-                node[index] = {}
-            node = node[index]
-
-
-def _build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
-    """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    before = len(problems)
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        where = f"{prefix}{key}"
-        if key not in fields:
-            problems.append(f"{origin.get(where, file)}: unknown key {where!r}{_did_you_mean(str(key), fields)}")
-            continue
-        values[key] = _convert(hints[key], value, where, file, origin, problems)
-    for name, f in fields.items():
-        if name not in tree and f.default is MISSING and f.default_factory is MISSING:
-            problems.append(f"{file}: missing key {prefix + name!r}")
-    return kind(**values) if len(problems) == before else None
-
-
-def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
-    source = origin.get(where, file)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    lists = [option for option in options if typing.get_origin(option) is list]
-    if isinstance(value, list) and lists:
-        (item,) = typing.get_args(lists[0])
-        return [_convert(item, v, f"{where}.{i}", file, origin, problems) for i, v in enumerate(value)]
-    sections = [option for option in options if dataclasses.is_dataclass(option)]
-    if isinstance(value, dict) and sections:
-        return _build(sections[0], value, where + ".", file, origin, problems)
-    for option in options:
-        if _matches(option, value):
-            return float(value) if option is float else value
-    choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
-    hint_text = _did_you_mean(str(value), choices) if choices else ""
-    expected = " or ".join(_describe(option) for option in options)
-    shown = _kind(value) if sections else repr(value)
-    problems.append(f"{source}: {where} must be {expected}, got {shown}{hint_text}")
-    return None
-
-
-def _matches(option: Any, value: Any) -> bool:
-    if typing.get_origin(option) is Literal:
-        return value in typing.get_args(option)
-    if option is type(None):
-        return value is None
-    if option is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if typing.get_origin(option) is dict:
-        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
-    return isinstance(option, type) and isinstance(value, option)
 
 
 def _check_values(config: Config, file: str) -> list[str]:
@@ -339,30 +232,3 @@ def _check_memory(m: MemoryConfig, require: Require) -> None:
         m.host_budget_gib is None or m.policy in ("auto", "offload"), "memory.host_budget_gib",
         f"has an effect only where inputs go to host memory, not with memory.policy={m.policy}; remove one of them",
     )  # fmt: skip
-
-
-def _did_you_mean(name: str, names: typing.Iterable[Any]) -> str:
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _describe(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(option)))
-    if typing.get_origin(option) is list:
-        return "a list"
-    if typing.get_origin(option) is dict:
-        return "a section of texts"
-    if dataclasses.is_dataclass(option):
-        return "a section with keys"
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
-    return names.get(option, str(option))
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

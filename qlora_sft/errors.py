@@ -39,3 +39,8 @@ class Interrupted(QloraSftError):
     """Ctrl-C during training. What was learned so far is saved where the message says."""
 
     exit_code = 130
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's message, which may run over pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

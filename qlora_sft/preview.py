@@ -23,7 +23,8 @@ def preview(config: Config, count: int = 3, page: str | None = None, show: bool 
     from qlora_sft.data.show import as_page, as_text
     from qlora_sft.data.splits import read_data
     from qlora_sft.data.template import chat_format
-    from qlora_sft.model.load import load_tokenizer, resolve_base, stop_ids
+    from qlora_sft.model.load import resolve_base
+    from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 
     said: list[str] = []
 

@@ -62,16 +62,10 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.evaluate import evaluate
         from qlora_sft.model.fingerprint import fingerprint
-        from qlora_sft.model.load import (
-            compute_dtype,
-            end_turns,
-            load_tokenizer,
-            quantized_modules,
-            resolve_base,
-            stop_ids,
-        )
+        from qlora_sft.model.load import compute_dtype, quantized_modules, resolve_base
         from qlora_sft.model.memory import use_memory
         from qlora_sft.model.rope import check_context
+        from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)

@@ -6,7 +6,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
-from qlora_sft.model.load import load_tokenizer
+from qlora_sft.model.tokenizer import load_tokenizer
 
 
 def documents_of(config: Config) -> list[Rendered]:

@@ -117,7 +117,7 @@ def _system(wanted: str | None, trained: Trained) -> list[str]:
 def _stops(run: Path, tokenizer: Any) -> list[str]:
     """Every token at which the model stops, as text."""
     from qlora_sft.config import load_config
-    from qlora_sft.model.load import stop_ids
+    from qlora_sft.model.tokenizer import stop_ids
 
     config = load_config(run / "config.yaml").model
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))

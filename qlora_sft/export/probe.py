@@ -72,7 +72,7 @@ def _held_out(run: Path, tokenizer: Any) -> tuple[list[tuple[list[int], list[int
     from qlora_sft.data.sources import read_sources
     from qlora_sft.data.template import chat_format
     from qlora_sft.errors import QloraSftError
-    from qlora_sft.model.load import stop_ids
+    from qlora_sft.model.tokenizer import stop_ids
 
     try:
         config = load_config(run / "config.yaml")

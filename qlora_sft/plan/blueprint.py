@@ -6,14 +6,13 @@ real one; which layers bitsandbytes quantises is asked of transformers' own rule
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.rope import scaled_config
 
@@ -87,7 +86,7 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
     try:
         settings = scaled_config(base, config.model.rope_scaling)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.path: cannot read the configuration of {base}: {_first_line(error)}") from None
+        raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
     return blueprint_of(settings, config)
 
 
@@ -104,7 +103,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         targets = target_modules(model, config.lora)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
-            f"model.path: {type(settings).__name__} is not understood here: {_first_line(error)}"
+            f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     return Blueprint(
@@ -171,9 +170,3 @@ def _parameters(name: str, header: Header) -> int:
     for size in header.shape:
         count *= size
     return 2 * count if header.dtype == "U8" else count
-
-
-def _first_line(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).strip().splitlines()[0]
-    return type(error).__name__

@@ -32,7 +32,7 @@ class Workload:
 
 def read_workload(config: Config, base: str, say: Say) -> Workload:
     """Reads, renders and packs (or takes from the cache) what training would. Raises `DataError` or `ConfigError`."""
-    from qlora_sft.model.load import load_tokenizer, stop_ids
+    from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 
     train_sources, held_out_sources, _ = read_data(config, say)
     tokenizer = load_tokenizer(config.model, base)

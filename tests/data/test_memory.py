@@ -17,7 +17,7 @@ from qlora_sft.config import load_config
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.splits import read_data
 from qlora_sft.data.template import chat_format
-from qlora_sft.model.load import load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024

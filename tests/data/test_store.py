@@ -11,7 +11,7 @@ from qlora_sft.data import plan, store
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.template import chat_format
 from qlora_sft.errors import DataError
-from qlora_sft.model.load import load_tokenizer
+from qlora_sft.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

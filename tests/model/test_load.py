@@ -10,7 +10,8 @@ import torch
 
 from qlora_sft.config import load_config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.load import load_model, load_tokenizer, quantized_modules, resolve_base
+from qlora_sft.model.load import load_model, quantized_modules, resolve_base
+from qlora_sft.model.tokenizer import load_tokenizer
 
 STEP = """
 import sys, torch
@@ -22,7 +23,8 @@ from qlora_sft.data.batch import flatten
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.sources import read_sources
 from qlora_sft.model.attention import use_document_attention
-from qlora_sft.model.load import load_model, load_tokenizer, resolve_base
+from qlora_sft.model.load import load_model, resolve_base
+from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.model.loss import batch_loss
 config = load_config("demo", ["data.train.0.max_rows=4", f"model.backend={backend.name}"])
 base = resolve_base("demo")

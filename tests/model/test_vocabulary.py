@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.model.load import load_for_inference, load_model, load_tokenizer, stop_ids
+from qlora_sft.model.load import load_for_inference, load_model
+from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 from qlora_sft.model.vocabulary import new_rows
 from qlora_sft.train import train
 

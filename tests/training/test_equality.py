@@ -15,8 +15,9 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_row
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
-from qlora_sft.model.load import load_model, load_tokenizer
+from qlora_sft.model.load import load_model
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.train import fit
 from qlora_sft.training.run_folder import begin_run
 

@@ -1,0 +1,77 @@
+"""The base's tokenizer as a run uses it: its chat template, new control tokens, and where answers end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_sft.config import ModelConfig
+from qlora_sft.data.shipped import SHIPPED, template_text
+from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens
+from qlora_sft.say import Say
+
+
+def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> Any:
+    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
+
+    Control tokens that a shipped template writes and the base lacks are added, and said. Raises `ConfigError`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
+    if model.chat_template:
+        tokenizer.chat_template = template_text(model.chat_template)
+        if missing := missing_tokens(model.chat_template, tokenizer):
+            add_tokens(tokenizer, missing)
+            say(describe_new(missing, model.chat_template))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
+    return tokenizer
+
+
+def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
+    """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
+    and ``model.stop_tokens``.
+
+    Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
+    """
+    ids = _generation_stops(base)
+    end = _end_of_turn(model)
+    for token in [*([end] if end else []), *model.stop_tokens]:
+        found = tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ConfigError(
+                f"model.stop_tokens: {token!r} is not a token of {base}; name the one that ends turns in the template"
+            )
+        ids.add(found)
+    return {tokenizer.eos_token_id, *ids}
+
+
+def end_turns(tokenizer: Any, model: ModelConfig, base: str, say: Say) -> None:
+    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already:
+    runtimes stop where the saved tokenizer says.
+
+    To be called when all is rendered, because a plain text ends in the base's own eos token.
+    """
+    end = _end_of_turn(model)
+    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stops(base)}:
+        say(f"eos token of the adapter's tokenizer: {end}, which ends turns, instead of {tokenizer.eos_token}")
+        tokenizer.eos_token = end
+
+
+def _end_of_turn(model: ModelConfig) -> str:
+    shipped = SHIPPED.get(model.chat_template or "")
+    return shipped.end if shipped else ""
+
+
+def _generation_stops(base: str) -> set[int]:
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:  # a base without a generation_config.json
+        configured = None
+    return set(configured if isinstance(configured, list) else [] if configured is None else [configured])
