@@ -16,6 +16,7 @@ from families import load, npm_is_here
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export import ollama
+from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.go_template import FORMS, JINJA, PROBES, go_template, rendered, shipped_name
 from qlora_sft.export.ollama import Subject, create, write_modelfile
 from qlora_sft.export.trained import as_ollama_has_it, read_trained
@@ -260,7 +261,7 @@ def test_a_modelfile_has_what_was_trained(run: Any, tmp_path: Path) -> None:
         modelfile(folder, system='say """')
 
 
-def test_no_system_text_unless_all_have_the_same(run: Any) -> None:
+def test_no_system_text_unless_all_have_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run([*rows("Be brief."), *rows(None, chat_template_kwargs={"enable_thinking": False})])
     assert read_trained(folder).system is None
     assert read_trained(folder).thinks
@@ -269,6 +270,12 @@ def test_no_system_text_unless_all_have_the_same(run: Any) -> None:
     assert 'TEMPLATE """' not in text
     assert "No TEMPLATE" in text
     assert any("no TEMPLATE" in line for line in said)
+    # That Ollama is missing is said before the work, not after it.
+    monkeypatch.setattr(ollama.shutil, "which", lambda _: None)
+    for export in (export_run, export_adapter):
+        with pytest.raises(RunError, match="not on PATH"):
+            export(folder, create_as="x", say=lambda _: None)
+    assert not (folder / "merged").exists()
 
 
 OLLAMA = """#!/bin/sh
