@@ -149,6 +149,16 @@ def test_the_go_form_writes_what_the_tokenizer_writes(name: str, render: Any) ->
     assert sum(text is not None for _, text in pairs[: len(EVERYTHING)]) == RENDERED[name]
 
 
+@needs_go
+def test_the_demo_is_asked_as_it_was_trained(tokenizer: Any, render: Any) -> None:
+    """Its bos token is <|im_start|>, with which ChatML begins anyway."""
+    assert tokenizer.bos_token == "<|im_start|>"
+    form = go_template(tokenizer, adds_bos=False, thinks=True)
+    assert form is not None
+    wanted = [rendered(each, tokenizer, tokenizer.chat_template) for each in EVERYTHING]
+    assert render(form.text, EVERYTHING)["prompts"] == wanted
+
+
 @needs_npm
 @needs_go
 @pytest.mark.parametrize("name", FORMS)
