@@ -8,6 +8,7 @@ pieces, and in the order of the merges what SentencePiece keeps as scores.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def write_spm(folder: Path, tokenizer_json: dict[str, Any]) -> None:
     proto: Any = sentencepiece_model_pb2
 
     model = proto.ModelProto()
-    added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
+    # Gemma 2 lists some of the bytes as added tokens; bytes they are nevertheless.
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"] if not _is_byte(token["content"])}
     scores = _scores(tokenizer_json["model"]["merges"])
     unknown = tokenizer_json["model"].get("unk_token")
     for text, number in sorted(tokenizer_json["model"]["vocab"].items(), key=lambda item: item[1]):
@@ -59,7 +61,11 @@ def _kind(text: str, added: dict[str, Any] | None, unknown: str | None) -> int:
         return UNKNOWN
     if added is not None:
         return CONTROL if added["special"] else USER_DEFINED
-    return BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+    return BYTE if _is_byte(text) else NORMAL
+
+
+def _is_byte(text: str) -> bool:
+    return re.fullmatch("<0x[0-9A-F]{2}>", text) is not None
 
 
 def _scores(merges: list[Any]) -> dict[str, float]:
