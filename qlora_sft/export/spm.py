@@ -31,11 +31,14 @@ def write_spm(folder: Path, tokenizer_json: dict[str, Any]) -> None:
     proto: Any = sentencepiece_model_pb2
 
     model = proto.ModelProto()
-    # Gemma 2 lists some of the bytes as added tokens; bytes they are nevertheless.
-    added = {token["id"]: token for token in tokenizer_json["added_tokens"] if not _is_byte(token["content"])}
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
     scores = _scores(tokenizer_json["model"]["merges"])
     unknown = tokenizer_json["model"].get("unk_token")
-    for text, number in sorted(tokenizer_json["model"]["vocab"].items(), key=lambda item: item[1]):
+    vocabulary = tokenizer_json["model"]["vocab"]
+    # Gemma 2's tokenizer.json has a tab where its tokenizer.model has the byte.
+    bytes_in_disguise = {chr(i): f"<0x{i:02X}>" for i in range(128) if f"<0x{i:02X}>" not in vocabulary}
+    for text, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        text = bytes_in_disguise.get(text, text)
         kind = _kind(text, added.get(number), unknown)
         model.pieces.add(piece=text, score=scores.get(text, NEVER_MERGED), type=kind)
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
