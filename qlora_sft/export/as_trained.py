@@ -70,7 +70,9 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
-        view = Path(scratch)
+        # The converter takes what it says of the model from the folder's name, too: it is the run's.
+        view = Path(scratch, model.resolve().parent.name or "model")
+        view.mkdir()
         for file in model.iterdir():
             (view / file.name).symlink_to(file.resolve())
         if tokenizer.chat_template and not thinks:

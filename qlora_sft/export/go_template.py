@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 FOLDER = Path(__file__).parent / "go_templates"
 JINJA = Path(__file__).parent.parent / "data" / "templates"
 # Shipped template -> (its Go form, the parts that form uses). Ollama asks every model that can think to think, unless
@@ -100,9 +102,18 @@ def shipped_name(tokenizer: Any) -> str | None:
 
 
 def writes_bos(tokenizer: Any) -> bool:
-    """Whether the template itself begins with the bos token."""
-    text = rendered(PROBES[0], tokenizer, tokenizer.chat_template)
-    return bool(tokenizer.bos_token and text and text.startswith(tokenizer.bos_token))
+    """Whether the template itself puts the bos token at the beginning.
+
+    Asked with another text for bos: SmolLM2's is ``<|im_start|>``, with which ChatML begins of its own accord.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokens = {**tokenizer.special_tokens_map, "bos_token": "<bos of writes_bos>"}
+    try:
+        texts, _ = render_jinja_template([PROBES[0]["messages"]], chat_template=tokenizer.chat_template, **tokens)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return bool(tokenizer.bos_token) and str(texts[0]).startswith(tokens["bos_token"])
 
 
 def rendered(conversation: dict[str, Any], tokenizer: Any, template: str) -> str | None:

@@ -8,6 +8,7 @@ pieces, and in the order of the merges what SentencePiece keeps as scores.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def write_spm(folder: Path, tokenizer_json: dict[str, Any]) -> None:
     added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
     scores = _scores(tokenizer_json["model"]["merges"])
     unknown = tokenizer_json["model"].get("unk_token")
-    for text, number in sorted(tokenizer_json["model"]["vocab"].items(), key=lambda item: item[1]):
+    vocabulary = tokenizer_json["model"]["vocab"]
+    # Gemma 2's tokenizer.json has a tab where its tokenizer.model has the byte.
+    bytes_in_disguise = {chr(i): f"<0x{i:02X}>" for i in range(128) if f"<0x{i:02X}>" not in vocabulary}
+    for text, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        text = bytes_in_disguise.get(text, text)
         kind = _kind(text, added.get(number), unknown)
         model.pieces.add(piece=text, score=scores.get(text, NEVER_MERGED), type=kind)
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
@@ -59,7 +64,11 @@ def _kind(text: str, added: dict[str, Any] | None, unknown: str | None) -> int:
         return UNKNOWN
     if added is not None:
         return CONTROL if added["special"] else USER_DEFINED
-    return BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+    return BYTE if _is_byte(text) else NORMAL
+
+
+def _is_byte(text: str) -> bool:
+    return re.fullmatch("<0x[0-9A-F]{2}>", text) is not None
 
 
 def _scores(merges: list[Any]) -> dict[str, float]:

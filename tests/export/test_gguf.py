@@ -144,6 +144,8 @@ def test_a_runtime_asks_as_was_trained(run: Path) -> None:
     from transformers import AutoTokenizer
 
     fields = GGUFReader(export_run(run, "q8_0", say=quiet)["gguf"]).fields
+    assert fields["general.name"].contents() == "run"
+    assert "general.finetune" not in fields
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     trained = tokenizer.apply_chat_template(chat, tokenize=False)

@@ -16,6 +16,7 @@ from families import load, npm_is_here
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export import ollama
+from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.go_template import FORMS, JINJA, PROBES, go_template, rendered, shipped_name
 from qlora_sft.export.ollama import Subject, create, write_modelfile
 from qlora_sft.export.trained import as_ollama_has_it, read_trained
@@ -148,6 +149,16 @@ def test_the_go_form_writes_what_the_tokenizer_writes(name: str, render: Any) ->
     assert sum(text is not None for _, text in pairs[: len(EVERYTHING)]) == RENDERED[name]
 
 
+@needs_go
+def test_the_demo_is_asked_as_it_was_trained(tokenizer: Any, render: Any) -> None:
+    """Its bos token is <|im_start|>, with which ChatML begins anyway."""
+    assert tokenizer.bos_token == "<|im_start|>"
+    form = go_template(tokenizer, adds_bos=False, thinks=True)
+    assert form is not None
+    wanted = [rendered(each, tokenizer, tokenizer.chat_template) for each in EVERYTHING]
+    assert render(form.text, EVERYTHING)["prompts"] == wanted
+
+
 @needs_npm
 @needs_go
 @pytest.mark.parametrize("name", FORMS)
@@ -260,7 +271,7 @@ def test_a_modelfile_has_what_was_trained(run: Any, tmp_path: Path) -> None:
         modelfile(folder, system='say """')
 
 
-def test_no_system_text_unless_all_have_the_same(run: Any) -> None:
+def test_no_system_text_unless_all_have_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run([*rows("Be brief."), *rows(None, chat_template_kwargs={"enable_thinking": False})])
     assert read_trained(folder).system is None
     assert read_trained(folder).thinks
@@ -269,6 +280,12 @@ def test_no_system_text_unless_all_have_the_same(run: Any) -> None:
     assert 'TEMPLATE """' not in text
     assert "No TEMPLATE" in text
     assert any("no TEMPLATE" in line for line in said)
+    # That Ollama is missing is said before the work, not after it.
+    monkeypatch.setattr(ollama.shutil, "which", lambda _: None)
+    for export in (export_run, export_adapter):
+        with pytest.raises(RunError, match="not on PATH"):
+            export(folder, create_as="x", say=lambda _: None)
+    assert not (folder / "merged").exists()
 
 
 OLLAMA = """#!/bin/sh
