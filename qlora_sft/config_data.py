@@ -84,6 +84,9 @@ class DataConfig:
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
     speed and nothing else."""
+    packing_window: int | None = None
+    """Pack so many documents at a time instead of the whole data set: rows then come about in the order of the data,
+    as those of a stream, and are filled a little less."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
     """Share p of each source in the rows of an epoch, from its number of rows N (times ``repeat``):
     ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight.
@@ -141,6 +144,8 @@ def check_data(d: DataConfig, require: Require) -> None:
         good = 0 < d.replay.share < 1 and d.replay.share <= most
         why = "in (0, 0.5]: the run starts with twice that" if progressive else "between 0 and 1"
         require(good, "data.replay.share", f"must be {why}, got {d.replay.share}")
+    window = d.packing_window
+    require(window is None or window > 0, "data.packing_window", f"must be positive, got {window}")
     words = d.decontaminate_words
     require(words > 1, "data.decontaminate_words", f"must be at least 2, got {words}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -26,24 +26,6 @@ def pack(lengths: Sequence[int], capacity: int, *, strategy: Strategy = "bfd") -
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     groups = ((length, list(group)) for length, group in groupby(order, key=lengths.__getitem__))
     return _best_fit(groups, capacity) if strategy == "bfd" else _first_fit(groups, capacity, len(lengths))
-
-
-def pack_windows(
-    lengths: Iterable[int], capacity: int, window: int, *, strategy: Strategy = "bfd"
-) -> Iterator[list[int]]:
-    """`pack` over consecutive windows of ``window`` documents, for streams: memory holds one window.
-
-    Bins come out window by window, with indices counted from the start of the stream.
-    """
-    start = 0
-    buffer: list[int] = []
-    for length in lengths:
-        buffer.append(length)
-        if len(buffer) == window:
-            yield from ([start + i for i in each] for each in pack(buffer, capacity, strategy=strategy))
-            start += window
-            buffer = []
-    yield from ([start + i for i in each] for each in pack(buffer, capacity, strategy=strategy))
 
 
 def _best_fit(groups: Iterable[tuple[int, list[int]]], capacity: int) -> list[list[int]]:

@@ -155,8 +155,9 @@ def plan_bins(
     """Bins of document indices in training order, the whole run.
 
     The mixture says which documents come and when (`plan_order`); a document that it repeats is in several bins. Each
-    stretch of its order (an epoch, or a part of a curriculum) is packed alone and its bins are shuffled, so that bins
-    hold what the mixture has at that time. The same seed gives the same order on every machine.
+    stretch of its order (an epoch, a part of a curriculum, ``packing_window`` documents of those) is packed alone and
+    its bins are shuffled, so that bins hold what the mixture has at that time. The same seed gives the same order on
+    every machine.
     """
     of_each = sizes(documents)
     numbers: dict[str, list[int]] = {}
@@ -167,13 +168,19 @@ def plan_bins(
     planned: list[list[int]] = []
     for number, picks in enumerate(order):
         indices = [numbers[name][row] for name, row in picks]
-        packed = pack([of_each.tokens[index] for index in indices], config.max_length, strategy=config.packing)
-        bins = [[indices[i] for i in each] for each in packed]
-        Random(f"bins {seed} {number}").shuffle(bins)
-        planned += bins
+        shuffled = Random(f"bins {seed} {number}")
+        for window in _windows(indices, config.packing_window):
+            packed = pack([of_each.tokens[index] for index in window], config.max_length, strategy=config.packing)
+            bins = [[window[i] for i in each] for each in packed]
+            shuffled.shuffle(bins)
+            planned += bins
     if config.packing != "none":
         say(describe_packing(planned, of_each.tokens, config))
     return planned
+
+
+def _windows(indices: list[int], size: int | None) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)] if size else [indices]
 
 
 def describe_order(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_sft.data.packing import Strategy, pack, pack_windows
+from qlora_sft.data.packing import Strategy, pack
 
 capacities = st.integers(1, 64)
 cases = capacities.flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=80), st.just(c)))
@@ -37,16 +37,6 @@ def test_it_is_what_its_name_says(case: tuple[list[int], int], strategy: Strateg
     lengths, capacity = case
     sizes = sorted(sum(lengths[index] for index in each) for each in pack(lengths, capacity, strategy=strategy))
     assert sizes == by_definition(lengths, capacity, strategy)
-
-
-@given(cases, st.integers(1, 30))
-def test_windows_are_packed_one_by_one(case: tuple[list[int], int], window: int) -> None:
-    lengths, capacity = case
-    bins = list(pack_windows(iter(lengths), capacity, window))
-    expected = []
-    for start in range(0, len(lengths), window):
-        expected += [[start + i for i in each] for each in pack(lengths[start : start + window], capacity)]
-    assert bins == expected
 
 
 def test_long_tails_are_packed_almost_perfectly() -> None:

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,16 @@ def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_
     bins = plan_bins(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
     assert len(bins) == 40
     assert 5 <= sum(len(each) == 1 for each in bins[:20]) <= 15
+
+
+def test_a_window_is_trained_before_the_next_begins() -> None:
+    docs = documents(a=170)
+    data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50)
+    bins = plan_bins(docs, data, epochs=1, seed=0)
+    assert {50, 100, 150, 170} <= set(accumulate(len(each) for each in bins))
+    whole = plan_bins(docs, replace(data, packing_window=None), epochs=1, seed=0)
+    assert len(whole) <= len(bins) <= len(whole) + 4
+    assert sorted(index for each in bins for index in each) == list(range(170))
 
 
 def test_a_curriculum_survives_packing() -> None:
