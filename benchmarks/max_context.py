@@ -30,6 +30,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
 from qlora_sft.model.mlp import use_tiled_mlp
+from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
@@ -215,6 +216,7 @@ def main(arguments: list[str]) -> int:
     blueprint = blueprint_of(settings, config)
     row = planned_row(blueprint, config, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
+    print("norms:", use_lean_norms(model))
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     machine = describe_machine(device)

@@ -126,9 +126,11 @@ def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, 
     from qlora_sft.model.load import load_model
     from qlora_sft.model.loss import use_loss
     from qlora_sft.model.mlp import use_tiled_mlp
+    from qlora_sft.model.norms import use_lean_norms
 
     model = load_model(config, base, dtype, backend)
     use_checked_attention(model, dtype, say)
+    say(f"norms: {use_lean_norms(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
