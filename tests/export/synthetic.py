@@ -44,7 +44,8 @@ def write_run(folder: Path, matrices: int, rows: int, tokenizer_from: Path, quan
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16}))
     for file in tokenizer_from.glob("*token*"):
         (adapter / file.name).write_bytes(file.read_bytes())
-    manifest = {"report": {"base": str(base), "quantized_modules": names if quantized else []}}
+    report = {"base": str(base), "quantized_modules": names if quantized else []}
+    manifest = {"config": {"model": {}}, "report": report}
     (folder / "run" / "manifest.json").write_text(json.dumps(manifest))
     return folder / "run"
 
