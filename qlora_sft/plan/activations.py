@@ -27,7 +27,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from qlora_kernels.nf4_lora import default_tile
+from qlora_kernels.nf4_lora import default_tile, gated
 from qlora_kernels.offload.tiers import LayerBytes
 
 from qlora_sft.config import LoraConfig
@@ -174,7 +174,7 @@ class _Layer:
         """
         hidden, wide = self.blueprint.hidden, self.down.inputs
         saved = self.lora_saved(GATE_UP) + self.lora_saved(DOWN) + self.tokens * 3 * self.size * wide
-        backward = self.size * self.tokens * (hidden + 2 * wide) + self.weight(GATE_UP | DOWN)
+        backward = self.size * self.tokens * (self.incoming() + 2 * wide) + self.weight(GATE_UP | DOWN)
         again = self.tokens * (wide * (4 + self.size) + 2 * hidden * self.size) if self.recast else 0
         return Part(saved, max(backward, again))
 
@@ -186,12 +186,25 @@ class _Layer:
         """
         hidden, wide = self.blueprint.hidden, self.down.inputs
         tile = default_tile(hidden)
-        norm_after = any(_place(norm) == "last" for norm in self.norms)
-        kept = 0 if again and recomputes(self.tokens, tile, norm_after) else 2 * wide
-        of_tile = min(self.tokens, tile) * (3 * wide + hidden)
+        kept = 0 if again and recomputes(self.tokens, tile, self.norm_after) else 2 * wide
+        rows = min(self.tokens, tile)
+        of_tile = self.size * rows * 3 * wide + max(self.size * rows * hidden, self.pointwise(rows * wide))
         adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
-        taken = self.size * (2 * self.tokens * hidden + 3 * hidden * wide + of_tile) + 4 * self.lora.r * adapted
+        gradients = self.tokens * (self.incoming() + hidden)
+        taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
         return Part(self.size * self.tokens * (hidden + kept), taken)
+
+    def incoming(self) -> int:
+        """Per token: the gradient of the MLP's result; the residual's is the same, unless a norm stands between."""
+        return self.blueprint.hidden * (2 if self.norm_after else 1)
+
+    def pointwise(self, values: int) -> int:
+        """Float32 buffers between the products: a block of them on a CPU, none on a GPU."""
+        return 0 if self.on_gpu else 4 * (3 if self.size == 4 else 6) * min(values, gated.BLOCK)
+
+    @property
+    def norm_after(self) -> bool:
+        return any(_place(norm) == "last" for norm in self.norms)
 
     def weight(self, group: set[str]) -> int:
         """The largest one, dequantised."""

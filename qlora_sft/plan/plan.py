@@ -72,6 +72,10 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
             "backend": backend._asdict(),
             "dtype": {"name": str(dtype).removeprefix("torch."), "reason": dtype_reason},
             "optimizer": {"name": optimizer, "reason": optimizer_reason},
+            "tiled_mlp": {
+                "name": "off" if blueprint.why_not_tiled else "on",
+                "reason": blueprint.why_not_tiled or "its formula is known",
+            },
         },
         "resident": {**asdict(held), "total": held.total},
         "this_run": memory,

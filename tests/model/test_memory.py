@@ -183,6 +183,19 @@ def test_gradients_and_optimizer_states_are_taken_off_the_room(make_config: Any)
     assert room.training_states(model, make_config("training.optimizer=adamw_8bit")) == 12 * trainable
 
 
+def test_room_on_a_card_before_and_after_the_model_is_loaded(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card, weights, states = 16 * GIB, 5 * GIB, GIB
+    for config in (make_config(), make_config("memory.gpu_budget_gib=10")):
+        found = []
+        for allocated in (0, weights):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=card - allocated: (free, card))
+            monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, n=allocated: n)
+            monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, n=allocated: n)
+            found.append(room.room_on(torch.device("cuda"), config, states, weights - allocated).nbytes)
+        budget = config.memory.gpu_budget_gib
+        assert found == [(10 * GIB if budget else card - int(0.05 * card)) - weights - states] * 2
+
+
 def test_room_is_measured_within_the_machine(make_config: Any) -> None:
     import psutil
 

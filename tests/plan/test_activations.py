@@ -1,8 +1,10 @@
 """What a layer keeps, from its shapes, is what autograd saves; measured for several families, exactly."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,27 @@ def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
                 measured.append(peak_of_a_layer(model, tokens) - kept)
             whole = planned.recomputed + max(measured)
             assert planned.recomputed + planned.backward == pytest.approx(whole, rel=0.04), (mlp, tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_with_lean_norms(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept exactly, and the peak within 4%."""
+    norms = pytest.importorskip("qlora_sft.model.norms")
+    for module, name in ((gated, "BLOCK"), (importlib.import_module("qlora_kernels.rms_norm"), "CPU_BLOCK")):
+        monkeypatch.setattr(module, name, 1024)
+    monkeypatch.setattr(activations, "GPU_BLOCK", 1024)
+    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
+    config = load_config("demo", ["lora.r=4"])
+    model = with_lora(FAMILIES[family], tmp_path, config, torch.bfloat16)
+    assert norms.use_lean_norms(model).startswith("on")
+    blueprint = replace(blueprint_of(deepcopy(FAMILIES[family]), config), lean_norms=True)
+    planned = layer_bytes(blueprint, 3072, config.lora, torch.bfloat16, on_gpu=True)
+    measured = []
+    for again, kept in ((False, planned.kept), (True, planned.recomputed)):
+        tiled(model, again, 3072)
+        assert kept == saved_bytes(model, torch.bfloat16, 3072, on_gpu=True)
+        measured.append(peak_of_a_layer(model, 3072) - kept)
+    assert planned.kept + planned.backward == pytest.approx(planned.kept + max(measured), rel=0.04)
 
 
 def test_layers_that_are_not_known_are_named() -> None:
