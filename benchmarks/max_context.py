@@ -28,13 +28,15 @@ from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import install
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
-from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
+from qlora_sft.model.room import CARD_RESERVE, HOST_SHARE, available_ram
+from qlora_sft.plan.activations import layer_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
-from qlora_sft.plan.split import FRAGMENTATION, Row, available_memory, longest_row
+from qlora_sft.plan.split import Row, longest_row
 from qlora_sft.plan.weights import residents
 
 RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
@@ -54,8 +56,7 @@ TINY = {
 
 def planned_row(blueprint: Blueprint, config: Config, on_gpu: bool) -> Row:
     def row(tokens: int) -> Any:
-        between = loss_bytes(blueprint, tokens, torch.bfloat16, on_gpu)
-        between += rotation_bytes(blueprint, tokens, torch.bfloat16)
+        between = between_bytes(blueprint.config, tokens, torch.bfloat16, on_gpu, blueprint.lean_norms)
         return layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu), between
 
     return row
@@ -134,8 +135,8 @@ def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, seco
     total = torch.cuda.mem_get_info()[1]
     cap = gib * 2**30 - context_bytes()
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-    n_layers, host = len(model.get_base_model().get_decoder().layers), available_memory() // 2
-    budget = int(cap - gib * 2**30 * FRAGMENTATION) - held
+    n_layers, host = len(model.get_base_model().get_decoder().layers), int(HOST_SHARE * available_ram())
+    budget = int(cap - gib * 2**30 * CARD_RESERVE) - held
     predicted = longest_row(n_layers, row, budget, host)
 
     def split(tokens: int) -> Choice:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -113,10 +114,12 @@ def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lay
             # Not layer(...), which would run the checkpointing that the loader has switched on.
             result = layer.forward(hidden, *args[1:], **kwargs)
         output = _tensors(result)[0]
-        # The output is the next layer's input.
+        # The output is the next layer's input, and gone when this layer's backward begins.
         kept = hidden.nbytes + use.live() - output.nbytes
         wanted = [hidden, *(p for p in layer.parameters() if p.requires_grad)]
-        torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+        edge, gradient = get_gradient_edge(output), torch.ones_like(output)
+        del output, result
+        torch.autograd.grad(edge, wanted, gradient, allow_unused=True)
     return LayerBytes(hidden.nbytes, attention.nbytes, kept, max(0, hidden.nbytes + use.peak() - kept))
 
 

@@ -23,8 +23,10 @@ from qlora_kernels.offload import (
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import set_recompute
-from qlora_sft.model.room import device_room, host_room
+from qlora_sft.model.norms import has_lean_norms
+from qlora_sft.model.room import Room, device_room, host_room
 from qlora_sft.say import Say
 
 
@@ -53,9 +55,11 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     if config.memory.policy != "none":
         _require_checkpointing(layers, config)
     layer = measure_layer(model, tokens, dtype)
-    choice = choose(model, config, len(layers), layer, loss_bytes(model, tokens, layer.input), say)
+    on_gpu = model.device.type == "cuda"
+    between = between_bytes(model.config.get_text_config(), tokens, dtype, on_gpu, has_lean_norms(model))
+    choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     slab = install(model, choice.tiers, tokens, layer.input, say)
-    where = "GPU" if model.device.type == "cuda" else "CPU"
+    where = "GPU" if on_gpu else "CPU"
     host = f" and {gib(choice.host_bytes)} of host memory" if choice.host_bytes else ""
     say(
         f"memory: of {len(layers)} layers {describe(choice.tiers)} ({choice.reason}); "
@@ -73,11 +77,11 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     return Memory(report, slab)
 
 
-def choose(model: Any, config: Config, n_layers: int, layer: LayerBytes, loss: int, say: Say) -> Choice:
-    """The tier of every layer, by ``memory.policy``."""
+def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say) -> Choice:
+    """The tier of every layer, by ``memory.policy``. loss: bytes between forward and backward."""
     policy = config.memory.policy
     if policy == "auto":
-        return _choose_by_room(model, config, n_layers, layer, loss, say)
+        return _choose_by_room(config, n_layers, layer, loss, room, on_gpu, say)
     tiers = _times("keep" if policy == "none" else "checkpoint", n_layers)
     reason = f"memory.policy={policy}"
     if policy == "offload":
@@ -90,11 +94,11 @@ def choose(model: Any, config: Config, n_layers: int, layer: LayerBytes, loss: i
     return _choice(tiers, layer, loss, reason)
 
 
-def _choose_by_room(model: Any, config: Config, n_layers: int, layer: LayerBytes, loss: int, say: Say) -> Choice:
-    on_gpu = model.device.type == "cuda"
+def _choose_by_room(
+    config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say
+) -> Choice:
     if config.memory.gpu_budget_gib is not None and not on_gpu:
         say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
-    room = device_room(model, config)
     # On a CPU host and device are the same memory: to copy an input there would only cost time.
     host = host_room(config).nbytes if on_gpu else 0
     try:
@@ -139,17 +143,6 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
     if any(tier != "keep" for tier in tiers):
         base.enable_input_require_grads()
     return slab
-
-
-def loss_bytes(model: Any, tokens: int, input_bytes: int) -> int:
-    """Between forward and backward, at most: last hidden states, their gradient, that of the supervised rows,
-    and the workspace of packed_ce, as if all rows were supervised."""
-    if model.device.type == "cuda":
-        vocabulary: int = model.config.get_text_config().vocab_size
-        workspace = min(256 * 2**20, tokens * vocabulary * 4)
-    else:
-        workspace = min(tokens, 2048) * 2048 * 8  # a block of rows by a tile of the vocabulary, twice
-    return 3 * input_bytes + workspace
 
 
 def _require_checkpointing(layers: Any, config: Config) -> None:

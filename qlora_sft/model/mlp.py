@@ -81,20 +81,26 @@ def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
 
     Raises `ConfigError` when ``on`` is demanded where it cannot be.
     """
-    if requested == "off":
-        return "off (as configured)"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     blocks = list(base.get_decoder().layers)
-    obstacle = next((reason for block in blocks if (reason := obstacle_of(block))), None)
-    if obstacle:
-        if requested == "on":
-            raise ConfigError(f"memory.tiled_mlp: on is not possible here: {obstacle}; use auto or off")
-        return f"off ({obstacle})"
+    reason = why_not_tiled(blocks, requested)
+    if reason:
+        return f"off ({reason})"
     tile = default_tile(blocks[0].mlp.hidden_size)
     for block in blocks:
         block.mlp = TiledMLP(block.mlp, ACTIVATIONS[type(block.mlp.act_fn).__name__], recompute=True, tile=tile)
         set_recompute(block, bool(getattr(block, "gradient_checkpointing", False)), tokens)
     return f"on, {tile:,} tokens at a time ({'as configured' if requested == 'on' else 'its formula is known'})"
+
+
+def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
+    """Of the decoder layers of a model with adapters; "" if their MLPs are to be tiled. `ConfigError` as above."""
+    if requested == "off":
+        return "as configured"
+    obstacle = next((reason for block in blocks if (reason := obstacle_of(block))), "")
+    if obstacle and requested == "on":
+        raise ConfigError(f"memory.tiled_mlp: on is not possible here: {obstacle}; use auto or off")
+    return obstacle
 
 
 def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
@@ -106,7 +112,12 @@ def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
     """
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):
-        mlp.recompute = checkpointed and (tokens > mlp.tile or not hasattr(block, NORM_AFTER))
+        mlp.recompute = checkpointed and recomputes(tokens, mlp.tile, hasattr(block, NORM_AFTER))
+
+
+def recomputes(tokens: int, tile: int, norm_after: bool) -> bool:
+    """Whether the MLP of a checkpointed layer computes gate and up by tiles in its backward."""
+    return tokens > tile or not norm_after
 
 
 def obstacle_of(block: Any) -> str | None:

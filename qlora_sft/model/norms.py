@@ -75,6 +75,10 @@ def use_lean_norms(model: Any) -> str:
     return f"on for {replaced} norms (kept: their input as it is, no float32 copy{'; ' + as_is if as_is else ''})"
 
 
+def has_lean_norms(model: Any) -> bool:
+    return any(isinstance(module, LeanRMSNorm) for module in model.modules())
+
+
 def obstacle_of(norm: Any) -> str | None:
     """Why this module must stay as it is."""
     kind = type(norm).__name__

@@ -16,6 +16,8 @@ CARD_RESERVE = 0.05
 # Of the memory that a CPU run finds: the rest is for the data loader, other programs and the system's file cache.
 RAM_SHARE = 0.7
 HOST_SHARE = 0.5
+# bitsandbytes' 8-bit AdamW: states of smaller tensors stay in float32; one float32 maximum per 256 values and state.
+SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 
 
 class Room(NamedTuple):
@@ -25,18 +27,24 @@ class Room(NamedTuple):
 
 def device_room(model: Any, config: Config) -> Room:
     """For activations, on the device that the model is on; gradients and optimizer states are taken off."""
-    states = training_states(model, config)
-    if model.device.type != "cuda":
-        available = available_ram()
+    return room_on(model.device, config, training_states(model, config))
+
+
+def room_on(device: torch.device, config: Config, states: int, weights: int = 0) -> Room:
+    """For activations on ``device``. weights: bytes of a model that is not loaded yet."""
+    if device.type != "cuda":
+        available = available_ram() - weights
         return Room(
             int(available * RAM_SHARE) - states, f"{RAM_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM"
         )
-    free, total = torch.cuda.mem_get_info(model.device)
-    allocated = torch.cuda.memory_allocated(model.device)
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
     budget = config.memory.gpu_budget_gib
     if budget is not None:
-        return Room(int(budget * GIB) - allocated - states, f"memory.gpu_budget_gib={budget:g}, less the model")
-    free += torch.cuda.memory_reserved(model.device) - allocated  # torch's own, unused
+        return Room(
+            int(budget * GIB) - allocated - weights - states, f"memory.gpu_budget_gib={budget:g}, less the model"
+        )
+    free += torch.cuda.memory_reserved(device) - allocated - weights  # torch's own, unused
     reserve = int(total * CARD_RESERVE)
     return Room(free - reserve - states, f"{free / GIB:.1f} GiB are free, less {reserve / GIB:.1f} GiB in reserve")
 
@@ -51,11 +59,26 @@ def host_room(config: Config) -> Room:
 
 
 def training_states(model: Any, config: Config) -> int:
-    """Bytes of gradients and optimizer states: Adam's two, of one byte each in the 8-bit optimizers."""
+    """Bytes of gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     wanted = config.training.optimizer
     eight_bit = "8bit" in wanted or (wanted == "auto" and model.device.type == "cuda")
-    return sum(p.nbytes + 2 * (p.numel() if eight_bit else p.nbytes) for p in trainable)
+    gradients: int = sum(p.nbytes for p in trainable)
+    return gradients + optimizer_bytes([p.numel() for p in trainable], eight_bit)
+
+
+def optimizer_bytes(tensors: list[int], eight_bit: bool) -> int:
+    """States of AdamW for trained float32 tensors of so many elements.
+
+    float32: two values per parameter, and torch's own AdamW a float32 step per tensor. bitsandbytes' 8 bits: two bytes
+    per parameter, a maximum per block and state, and two tables of 256 values for all; small tensors in float32.
+    """
+    if not eight_bit:
+        return sum(8 * count + 4 for count in tensors)
+    large = [count for count in tensors if count >= SMALLEST_8BIT]
+    small = sum(8 * count for count in tensors if count < SMALLEST_8BIT)
+    tables = 2 * 256 * 4 if large else 0
+    return small + tables + sum(2 * count + 2 * 4 * -(-count // OPTIMIZER_BLOCK) for count in large)
 
 
 def available_ram() -> int:

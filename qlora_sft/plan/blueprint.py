@@ -6,7 +6,7 @@ real one; which layers bitsandbytes quantises is asked of transformers' own rule
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class Blueprint:
     linears: list[Linear]
     norms: list[list[Norm]]
     """Per decoder layer."""
+    why_not_tiled: str = ""
+    """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
+    lean_norms: bool = False
+    """Whether RMSNorms keep their input as it is, and no float32 copy of it."""
 
     @property
     def n_layers(self) -> int:
@@ -95,6 +99,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.load import target_modules
+    from qlora_sft.model.norms import FORMS
 
     try:
         with torch.device("meta"):
@@ -106,7 +111,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
-    return Blueprint(
+    blueprint = Blueprint(
         kind=type(model).__name__,
         config=model.config.get_text_config(),
         parameters={name: p.shape for name, p in model.named_parameters()},
@@ -117,6 +122,21 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
             for block in blocks
         ],
     )
+    lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
+    return replace(blueprint, why_not_tiled=_why_not_tiled(model, blocks, targets, config), lean_norms=lean)
+
+
+def _why_not_tiled(model: Any, blocks: Any, targets: list[str], config: Config) -> str:
+    """By the rule of the run, which looks at layers with their adapters."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from qlora_sft.model.mlp import why_not_tiled
+
+    model.requires_grad_(False)
+    lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
+    with torch.device("meta"):
+        inject_adapter_in_model(lora, model)
+    return why_not_tiled(list(blocks), config.memory.tiled_mlp)
 
 
 def _linears(model: Any, prefix: str, targets: list[str], load_in_4bit: bool) -> list[Linear]:

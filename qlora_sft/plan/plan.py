@@ -58,7 +58,7 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
     workload = read_workload(config, base, say) if data else None
     held = residents(blueprint, config, dtype, optimizer)
     tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
-    memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held)
+    memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
     plan = {
         "model": {
             "path": config.model.path,
@@ -72,6 +72,10 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
             "backend": backend._asdict(),
             "dtype": {"name": str(dtype).removeprefix("torch."), "reason": dtype_reason},
             "optimizer": {"name": optimizer, "reason": optimizer_reason},
+            "tiled_mlp": {
+                "name": "off" if blueprint.why_not_tiled else "on",
+                "reason": blueprint.why_not_tiled or "its formula is known",
+            },
         },
         "resident": {**asdict(held), "total": held.total},
         "this_run": memory,
@@ -88,38 +92,38 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
 
 
 def _row(blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool) -> Row:
-    from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
+    from qlora_sft.model.loss_bytes import between_bytes
+    from qlora_sft.plan.activations import layer_bytes
 
     def row(tokens: int) -> Any:
-        between = loss_bytes(blueprint, tokens, dtype, on_gpu) + rotation_bytes(blueprint, tokens, dtype)
+        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms)
         return layer_bytes(blueprint, tokens, config.lora, dtype, on_gpu), between
 
     return row
 
 
 def _this_run(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents, say: Say
 ) -> tuple[dict[str, Any], Choice | None]:
     """Activations of the longest row on the device that is here."""
     import torch
     from qlora_kernels.offload.tiers import describe
 
-    from qlora_sft.plan.split import CONTEXT_BYTES, activation_budget, available_memory, host_budget, split_of_run
+    from qlora_sft.model.memory import choose
+    from qlora_sft.model.room import available_ram, room_on
+    from qlora_sft.plan.split import CONTEXT_BYTES
 
-    if on_gpu:
-        card = torch.cuda.mem_get_info()[1]
-        budget, device = activation_budget(card, held.total), torch.cuda.get_device_name()
-        context, host = CONTEXT_BYTES, host_budget(config)[0]
-    else:
-        # On a CPU host and device are the same memory: to copy an input there would only cost time.
-        card = available_memory()
-        budget, device, context, host = card - held.total - PROCESS_BYTES, "CPU, no GPU here", 0, 0
-    facts: dict[str, Any] = {"device": device, "memory": card, "tokens": tokens}
+    device = torch.device("cuda" if on_gpu else "cpu")
+    name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
+    memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
+    facts: dict[str, Any] = {"device": name, "memory": memory, "tokens": tokens}
+    room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
         layer, loss = _row(blueprint, config, dtype, on_gpu)(tokens)
-        choice = split_of_run(config, blueprint.n_layers, layer, loss, budget, host)
-    except (ConfigError, ValueError) as error:
+        choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
+    except ConfigError as error:
         return {**facts, "split": None, "reason": str(error)}, None
+    context = CONTEXT_BYTES if on_gpu else 0
     return {
         **facts,
         "split": describe(choice.tiers),
@@ -130,7 +134,7 @@ def _this_run(
         "offloaded": choice.host_bytes,
         "context": context,
         "peak": held.total + choice.gpu_bytes + context,
-        "fits": choice.gpu_bytes <= budget,
+        "fits": choice.gpu_bytes <= room.nbytes,
     }, choice
 
 
@@ -139,7 +143,8 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
     import torch
     from qlora_kernels.offload.tiers import describe
 
-    from qlora_sft.plan.split import CARDS, fit_card, host_budget
+    from qlora_sft.model.room import host_room
+    from qlora_sft.plan.split import CARDS, fit_card
     from qlora_sft.plan.weights import residents
     from qlora_sft.training.steps import choose_optimizer
 
@@ -147,7 +152,7 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0])
     row = _row(blueprint, config, dtype, on_gpu=True)
-    host, reason = host_budget(config)
+    host, reason = host_room(config)
     try:
         row(1)
     except ConfigError as error:
@@ -183,7 +188,7 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
 def _host(
     config: Config, workload: Workload | None, choice: Choice | None, memory: dict[str, Any], on_gpu: bool
 ) -> dict[str, int]:
-    from qlora_sft.plan.split import available_memory
+    from qlora_sft.model.room import available_ram
 
     data = TOKEN_BYTES * workload.prepared_tokens if workload else 0
     slab = choice.host_bytes if choice else 0
@@ -191,7 +196,7 @@ def _host(
     needed = PROCESS_BYTES + data + slab + device
     return {
         "process": PROCESS_BYTES, "data": data, "offloaded": slab, "device": device, "total": needed,
-        "available": available_memory(),
+        "available": available_ram(),
     }  # fmt: skip
 
 

@@ -33,8 +33,9 @@ def _memory(plan: dict[str, Any]) -> str:
     layer = run["layer"]
     lines += [
         _line("activations", run["activations"], f"{run['tokens']:,} tokens; {run['split']}: {run['reason']}"),
-        f"      a layer keeps {size(layer['kept'])} of them, its input {size(layer['input'])}, attention "
-        f"{size(layer['attention'])}; its backward takes {size(layer['backward'])} more; the loss {size(run['loss'])}",
+        f"      a layer keeps {size(layer['kept'])} of them (computed again: {size(layer['recomputed'])}), its input "
+        f"{size(layer['input'])}, attention {size(layer['attention'])}; its backward takes {size(layer['backward'])} "
+        f"more; the loss {size(run['loss'])}",
     ]
     if run["context"]:
         lines.append(_line("CUDA context", run["context"], "assumed"))

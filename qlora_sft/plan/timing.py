@@ -19,6 +19,7 @@ from qlora_kernels.offload.tiers import Tier
 from torch import Tensor
 
 from qlora_sft.config import Config
+from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.plan.blueprint import Blueprint
 from qlora_sft.plan.random_model import random_model
 
@@ -96,7 +97,9 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
     settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:1]
-    return random_model(settings, config, dtype, device).get_base_model().get_decoder()
+    model = random_model(settings, config, dtype, device)
+    use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
+    return model.get_base_model().get_decoder()
 
 
 def _loss(

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.model.room import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, Linear
 
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 # float32 tables of 16 and 256 values, and the mean that was subtracted before the maxima were quantised; per layer.
 NF4_TABLES = (16 + 256 + 1) * 4
-# bitsandbytes' 8-bit AdamW: states of smaller tensors stay in float32; one float32 maximum per 256 values and state.
-SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 LORA_BYTES = 4  # LoRA and its gradients are float32
 
 
@@ -34,8 +33,13 @@ class Residents:
     optimizer: int
 
     @property
+    def loaded(self) -> int:
+        """The model, before it is trained."""
+        return self.nf4 + self.full + self.buffers + self.adapters
+
+    @property
     def total(self) -> int:
-        return self.nf4 + self.full + self.buffers + self.adapters + self.gradients + self.optimizer
+        return self.loaded + self.gradients + self.optimizer
 
 
 def residents(blueprint: Blueprint, config: Config, dtype: torch.dtype, optimizer: str) -> Residents:
@@ -48,7 +52,7 @@ def residents(blueprint: Blueprint, config: Config, dtype: torch.dtype, optimize
         buffers=blueprint.buffer_bytes,
         adapters=sum(adapters) * LORA_BYTES,
         gradients=sum(adapters) * LORA_BYTES,
-        optimizer=optimizer_bytes(adapters, optimizer),
+        optimizer=optimizer_bytes(adapters, "8bit" in optimizer),
     )
 
 
@@ -65,20 +69,6 @@ def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
 
 def _lora(linear: Linear, rank: int) -> tuple[int, int]:
     return rank * linear.inputs, rank * linear.outputs
-
-
-def optimizer_bytes(tensors: list[int], optimizer: str) -> int:
-    """States of AdamW for trained tensors of so many elements.
-
-    float32: two values per parameter, and torch's own AdamW a float32 step per tensor. 8 bits: two bytes per
-    parameter, a maximum per block and state, and two tables of 256 values for all.
-    """
-    if "8bit" not in optimizer:
-        return sum(8 * count + 4 for count in tensors)
-    large = [count for count in tensors if count >= SMALLEST_8BIT]
-    small = sum(8 * count for count in tensors if count < SMALLEST_8BIT)
-    tables = 2 * 256 * 4 if large else 0
-    return small + tables + sum(2 * count + 2 * 4 * _ceil(count, OPTIMIZER_BLOCK) for count in large)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -23,6 +23,7 @@ from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import use_memory
 
 GIB = 2**30
@@ -128,7 +129,7 @@ def test_auto_keeps_all_where_there_is_room_and_less_where_there_is_not(
     assert report["tiers"] == ["keep", "keep"]
     assert "everything fits" in said[-1]
     layer = LayerBytes(**report["layer"])
-    least = peak_bytes(["checkpoint", "keep"], layer, memory.loss_bytes(model, 256, layer.input))
+    least = peak_bytes(["checkpoint", "keep"], layer, between_bytes(model.config, 256, torch.float32, on_gpu=False))
     monkeypatch.setattr(memory, "device_room", lambda *_: room.Room(least, "a test"))
     report = use_memory(model, config, 256, torch.float32, said.append).report
     assert report["tiers"] != ["keep", "keep"]
@@ -140,22 +141,17 @@ def test_auto_keeps_all_where_there_is_room_and_less_where_there_is_not(
     assert "activations do not fit" in said[-2]
 
 
-def test_a_gpu_gets_the_tiers_its_budget_allows_or_an_error(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice itself, with a model that says it is on a GPU."""
-
-    class OnGpu:
-        device = torch.device("cuda")
-
-    monkeypatch.setattr(memory, "device_room", lambda *_: room.Room(60 * GIB, "60"))
+def test_a_gpu_gets_the_tiers_its_budget_allows_or_an_error(make_config: Any) -> None:
+    sixty = room.Room(60 * GIB, "60")
     config = make_config("memory.gpu_budget_gib=60", "memory.host_budget_gib=20")
-    choice = memory.choose(OnGpu(), config, 32, LAYER, GIB, quiet)
+    choice = memory.choose(config, 32, LAYER, GIB, sixty, True, quiet)
     counts = Counter(choice.tiers)
     assert counts["offload"] <= 20
     assert choice.gpu_bytes <= 60 * GIB
     assert choice.tiers.count("keep") > 0
     config = make_config("memory.gpu_budget_gib=60", "memory.host_budget_gib=1")
     with pytest.raises(ConfigError, match=r"(?s)activations do not fit.*Shorten data.max_length"):
-        memory.choose(OnGpu(), config, 80, LAYER, GIB, quiet)
+        memory.choose(config, 80, LAYER, GIB, sixty, True, quiet)
 
 
 def test_offload_takes_as_many_layers_as_the_host_budget_holds(make_config: Any) -> None:
@@ -180,9 +176,24 @@ def test_a_model_that_cannot_be_checkpointed_is_named(make_config: Any, monkeypa
 
 def test_gradients_and_optimizer_states_are_taken_off_the_room(make_config: Any) -> None:
     model = prepared(make_config())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert room.training_states(model, make_config()) == 12 * trainable
-    assert room.training_states(model, make_config("training.optimizer=adamw_8bit")) == 6 * trainable
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained)
+    assert room.training_states(model, make_config()) == 12 * trainable + 4 * len(trained)
+    # No tensor of this model is large enough for 8-bit states.
+    assert room.training_states(model, make_config("training.optimizer=adamw_8bit")) == 12 * trainable
+
+
+def test_room_on_a_card_before_and_after_the_model_is_loaded(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card, weights, states = 16 * GIB, 5 * GIB, GIB
+    for config in (make_config(), make_config("memory.gpu_budget_gib=10")):
+        found = []
+        for allocated in (0, weights):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=card - allocated: (free, card))
+            monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, n=allocated: n)
+            monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, n=allocated: n)
+            found.append(room.room_on(torch.device("cuda"), config, states, weights - allocated).nbytes)
+        budget = config.memory.gpu_budget_gib
+        assert found == [(10 * GIB if budget else card - int(0.05 * card)) - weights - states] * 2
 
 
 def test_room_is_measured_within_the_machine(make_config: Any) -> None:

@@ -1,8 +1,10 @@
 """What a layer keeps, from its shapes, is what autograd saves; measured for several families, exactly."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from qlora_kernels.nf4_lora import gated
 from qlora_kernels.offload.tiers import Tier, peak_bytes
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.graph import get_gradient_edge
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -35,10 +37,14 @@ from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.layer_bytes import memory_use
 from qlora_sft.model.load import load_base, load_model, target_modules
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.plan.activations import layer_bytes, loss_bytes, rotation_bytes
-from qlora_sft.plan.blueprint import blueprint_of, read_blueprint
+from qlora_sft.model.loss_bytes import between_bytes
+from qlora_sft.model.mlp import TiledMLP, set_recompute, use_tiled_mlp
+from qlora_sft.plan import activations
+from qlora_sft.plan.activations import layer_bytes
+from qlora_sft.plan.blueprint import Blueprint, blueprint_of, read_blueprint
 from qlora_sft.plan.random_model import random_model
 
 SHAPE: dict[str, Any] = {
@@ -89,6 +95,11 @@ def arithmetic(model: Any, dtype: torch.dtype, on_gpu: bool) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
+def plain_norms(blueprint: Blueprint) -> Blueprint:
+    """Of a model whose RMSNorms are left to transformers."""
+    return replace(blueprint, lean_norms=False)
+
+
 def run_layer(model: Any, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(result of the second decoder layer, what all layers share)"""
     decoder = model.get_base_model().get_decoder()
@@ -135,16 +146,33 @@ def with_lora(settings: Any, folder: Path, config: Config, dtype: torch.dtype) -
     ).train()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def tiled(model: Any, again: bool, tokens: int) -> bool:
+    """Tiles the MLPs of ``model`` if that can be done, of layers that are kept or computed again."""
+    use_tiled_mlp(model, "auto", tokens)
+    blocks = model.get_base_model().get_decoder().layers
+    for block in blocks:
+        set_recompute(block, again, tokens)
+    return isinstance(blocks[1].mlp, TiledMLP)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_kept_is_what_autograd_saves(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    config = load_config("demo", ["lora.r=4"])
+    """Of rows shorter and longer than a tile, with transformers' MLP and the tiled one."""
+    config = load_config("demo", ["lora.r=4", "memory.tiled_mlp=off"])
     model = with_lora(FAMILIES[family], tmp_path, config, dtype)
-    blueprint = blueprint_of(deepcopy(FAMILIES[family]), config)
+    plain = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), config))
     for on_gpu in (False, True):
-        for tokens in (48, 75):
-            planned = layer_bytes(blueprint, tokens, config.lora, dtype, on_gpu)
-            assert planned.kept == saved_bytes(model, dtype, tokens, on_gpu), (on_gpu, tokens)
+        planned = layer_bytes(plain, 75, config.lora, dtype, on_gpu)
+        assert planned.kept == planned.recomputed == saved_bytes(model, dtype, 75, on_gpu)
+    blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), load_config("demo", ["lora.r=4"])))
+    assert (not blueprint.why_not_tiled) == tiled(model, False, 75) == (family != "phi3")
+    for on_gpu, tokens in ((False, 75), (True, 75), (True, 1100)):
+        planned = layer_bytes(blueprint, tokens, config.lora, dtype, on_gpu)
+        tiled(model, False, tokens)
+        assert planned.kept == saved_bytes(model, dtype, tokens, on_gpu), (on_gpu, tokens)
+        tiled(model, True, tokens)
+        assert planned.recomputed == saved_bytes(model, dtype, tokens, on_gpu), (on_gpu, tokens)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +187,19 @@ def test_kept_is_what_autograd_saves(family: str, dtype: torch.dtype, tmp_path: 
 def test_with_dropout_without_4_bits_and_with_some_modules_only(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = load_config("demo", ["lora.r=4", *overrides])
     model = with_lora(FAMILIES["llama"], tmp_path, config, torch.bfloat16)
-    blueprint = blueprint_of(deepcopy(FAMILIES["llama"]), config)
-    planned = layer_bytes(blueprint, 48, config.lora, torch.bfloat16, on_gpu=False)
-    assert planned.kept == saved_bytes(model, torch.bfloat16, 48, on_gpu=False)
+    for mlp in ("off", "auto"):
+        config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}", *overrides])
+        blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES["llama"]), config))
+        assert (not blueprint.why_not_tiled) == (mlp == "auto" and tiled(model, False, 48))
+        planned = layer_bytes(blueprint, 48, config.lora, torch.bfloat16, on_gpu=False)
+        assert planned.kept == saved_bytes(model, torch.bfloat16, 48, on_gpu=False)
 
 
 def test_the_real_model(base_model: Path) -> None:
     config = load_config("demo", ["model.backend=transformers"])
-    model = load_model(config, str(base_model), torch.bfloat16, "transformers")
-    blueprint = read_blueprint(config, str(base_model))
+    model = load_model(config, str(base_model), torch.bfloat16, "transformers").train()
+    blueprint = plain_norms(read_blueprint(config, str(base_model)))
+    assert tiled(model, False, 64)
     for on_gpu in (False, True):
         planned = layer_bytes(blueprint, 64, config.lora, torch.bfloat16, on_gpu)
         assert planned.kept == saved_bytes(model, torch.bfloat16, 64, on_gpu)
@@ -175,41 +207,63 @@ def test_the_real_model(base_model: Path) -> None:
         assert planned.attention == 64 * 9 * (64 * 2 + 4)
 
 
-class Peak(TorchDispatchMode):
-    """Most bytes at any time of all tensors made while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.most = max(self.most, sum(nbytes for _, nbytes in self.live.values()))
-        return out
+def peak_of_a_layer(model: Any, tokens: int) -> int:
+    """Bytes at most of its forward and backward, its input and the gradient of its result included."""
+    with memory_use(torch.device("cpu")) as use:
+        hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        with arithmetic(model, torch.bfloat16, on_gpu=True):
+            out, shared = run_layer(model, hidden)
+        edge, gradient = get_gradient_edge(out), torch.ones_like(out)
+        del out  # in training the layer that follows has had it
+        torch.autograd.backward([edge], [gradient])
+    return use.peak() - sum(t.nbytes for t in shared)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
-def test_the_peak_of_a_layers_backward_is_predicted_within_8_percent(family: str, tmp_path: Path) -> None:
+SLOW = ["qwen2", "mistral", "smollm3", "gemma2"]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES])
+def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a GPU these are a kernel without buffers, and one whose workspace is not seen here.
+    monkeypatch.setattr(gated, "BLOCK", 1024)
+    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
+    model = with_lora(FAMILIES[family], tmp_path, load_config("demo", ["lora.r=4"]), torch.bfloat16)
+    for mlp in ("off", "auto"):
+        config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}"])
+        blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), config))
+        for tokens in (768, 3072):  # with the tiled MLP less than a tile, and three
+            planned = layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu=True)
+            assert planned.recomputed is not None
+            measured = []
+            for again, kept in ((False, planned.kept), (True, planned.recomputed)):
+                if mlp == "auto":
+                    tiled(model, again, tokens)
+                measured.append(peak_of_a_layer(model, tokens) - kept)
+            whole = planned.recomputed + max(measured)
+            assert planned.recomputed + planned.backward == pytest.approx(whole, rel=0.04), (mlp, tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_with_lean_norms(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept exactly, and the peak within 4%."""
+    norms = pytest.importorskip("qlora_sft.model.norms")
+    for module, name in ((gated, "BLOCK"), (importlib.import_module("qlora_kernels.rms_norm"), "CPU_BLOCK")):
+        monkeypatch.setattr(module, name, 1024)
+    monkeypatch.setattr(activations, "GPU_BLOCK", 1024)
+    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
     config = load_config("demo", ["lora.r=4"])
     model = with_lora(FAMILIES[family], tmp_path, config, torch.bfloat16)
-    planned = layer_bytes(blueprint_of(deepcopy(FAMILIES[family]), config), 1024, config.lora, torch.bfloat16, True)
-    hidden = torch.randn(1, 1024, 128, dtype=torch.bfloat16, requires_grad=True)
-    gradient = torch.randn_like(hidden)
-    peak = Peak()
-    with arithmetic(model, torch.bfloat16, on_gpu=True), peak:
-        out, shared = run_layer(model, hidden)
-    peak.most = 0
-    with peak:
-        out.backward(gradient)
-    # Cosines and sines were made within, and belong to all layers.
-    measured = peak.most - sum(t.nbytes for t in shared) + hidden.nbytes + gradient.nbytes
-    assert planned.kept + planned.backward == pytest.approx(measured, rel=0.08)
+    assert norms.use_lean_norms(model).startswith("on")
+    blueprint = blueprint_of(deepcopy(FAMILIES[family]), config)
+    planned = layer_bytes(blueprint, 3072, config.lora, torch.bfloat16, on_gpu=True)
+    measured = []
+    for again, kept in ((False, planned.kept), (True, planned.recomputed)):
+        tiled(model, again, 3072)
+        assert kept == saved_bytes(model, torch.bfloat16, 3072, on_gpu=True)
+        measured.append(peak_of_a_layer(model, 3072) - kept)
+    assert planned.kept + planned.backward == pytest.approx(planned.kept + max(measured), rel=0.04)
 
 
 def test_layers_that_are_not_known_are_named() -> None:
@@ -219,26 +273,31 @@ def test_layers_that_are_not_known_are_named() -> None:
         layer_bytes(blueprint_of(settings, config), 16, config.lora, torch.bfloat16, True)
 
 
-@pytest.mark.parametrize("vocabulary", [97, 3000])
+@pytest.mark.parametrize("vocabulary", [pytest.param(97, marks=pytest.mark.slow), 3000])
 @pytest.mark.parametrize("tier", ["keep", "checkpoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_of_a_whole_step_on_a_cpu(dtype: torch.dtype, tier: Tier, vocabulary: int) -> None:
+@pytest.mark.parametrize("mlp", ["off", "on"])
+def test_the_peak_of_a_whole_step_on_a_cpu(
+    mlp: str, dtype: torch.dtype, tier: Tier, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within 11%: with layers this small, temporaries of the loss that the plan leaves out weigh most."""
-    config = load_config("demo", ["lora.r=4"])
+    monkeypatch.setattr(gated, "BLOCK", 1024)
+    config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}"])
     settings = LlamaConfig(**{**SHAPE, "vocab_size": vocabulary, "num_hidden_layers": 6})
     model = random_model(deepcopy(settings), config, dtype, torch.device("cpu"))
     if tier == "checkpoint":
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.get_base_model().enable_input_require_grads()
+    if mlp == "on":
+        tiled(model, tier == "checkpoint", 1024)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     documents = [Rendered([i % 90 + 1 for i in range(512)], [1.0] * 512, "s")] * 2
-    peak = Peak()
-    with peak, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
-        loss = batch_loss(model, flatten(documents)).loss
-    with peak:
+    with memory_use(torch.device("cpu")) as use:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            loss = batch_loss(model, flatten(documents)).loss
         loss.backward()
-    blueprint = blueprint_of(deepcopy(settings), config)
+    blueprint = plain_norms(blueprint_of(deepcopy(settings), config))
     layer = layer_bytes(blueprint, 1024, config.lora, dtype, on_gpu=False)
-    between = loss_bytes(blueprint, 1024, dtype, on_gpu=False) + rotation_bytes(blueprint, 1024, dtype)
-    assert peak_bytes([tier] * 6, layer, between) == pytest.approx(peak.most, rel=0.11)
+    between = between_bytes(blueprint.config, 1024, dtype, on_gpu=False)
+    assert peak_bytes([tier] * 6, layer, between) == pytest.approx(use.peak(), rel=0.11)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import MakeConfig
 
 from qlora_sft.cli import main
@@ -36,6 +37,30 @@ def test_its_steps_and_tokens_are_those_of_the_training(make_config: MakeConfig)
     assert plan["data"]["steps"] == report["steps"]
     assert plan["data"]["tokens"] == report["tokens"]
     assert plan["data"]["supervised_tokens"] == report["supervised_tokens"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("memory.tiled_mlp=off", "memory.policy=checkpoint"), ("memory.policy=offload",)]
+)
+def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
+    make_config: MakeConfig, overrides: tuple[str, ...]
+) -> None:
+    from qlora_sft.model.memory import use_memory
+    from qlora_sft.train import prepare_model
+
+    config = make_config("lora.r=4", *overrides)
+    quiet = lambda _: None  # noqa: E731
+    plan = make_plan(config, timing=False, say=quiet)["this_run"]
+    model = prepare_model(config, config.model.path, torch.float32, "transformers", plan["tokens"], quiet)
+    with use_memory(model, config, plan["tokens"], torch.float32, quiet) as memory:
+        report = memory.report
+    assert plan["split"] == report["split"]
+    assert plan["offloaded"] == report["host_bytes"]
+    for name in ("input", "attention", "kept"):
+        assert plan["layer"][name] == report["layer"][name]
+    assert plan["layer"]["recomputed"] == (report["layer"]["recomputed"] or plan["layer"]["kept"])
+    assert plan["layer"]["backward"] == pytest.approx(report["layer"]["backward"], rel=0.1)
+    assert plan["activations"] == pytest.approx(report["device_bytes"], rel=0.1)
 
 
 def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(

@@ -1,12 +1,10 @@
 """The longest row: what is found fits, one token more does not, and more of anything never shortens it."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_kernels.offload.tiers import LayerBytes, choose_tiers, peak_bytes
 
-from qlora_sft.config import load_config
-from qlora_sft.plan.split import Row, fit_card, longest_row, split_of_run
+from qlora_sft.plan.split import Row, fit_card, longest_row
 
 
 def row_of(per_token: tuple[int, int, int, int]) -> Row:
@@ -54,12 +52,3 @@ def test_the_split_of_a_card_fits_it_and_its_host_memory() -> None:
         assert fit.tokens > before
         before = fit.tokens
     assert fit_card(8, 32, row, residents=9 * 2**30, host_budget=0).tokens == 0
-
-
-@pytest.mark.parametrize(("checkpointing", "tier"), [("true", "checkpoint"), ("false", "keep")])
-def test_this_runs_split_is_the_configured_one(checkpointing: str, tier: str) -> None:
-    config = load_config("demo", [f"model.gradient_checkpointing={checkpointing}"])
-    layer, loss = row_of((4, 5, 60, 40))(100)
-    choice = split_of_run(config, 6, layer, loss, budget=10, host_budget=0)
-    assert choice.tiers == (tier,) * 6
-    assert "does not fit" in choice.reason

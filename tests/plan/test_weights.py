@@ -13,8 +13,9 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.room import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
-from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, optimizer_bytes, residents
+from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, residents
 
 
 def configured(*overrides: str) -> Config:
@@ -87,7 +88,7 @@ def test_bitsandbytes_8_bit_states(count: int) -> None:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     }
-    assert sum(tensors.values()) == optimizer_bytes([count, count + 1], "adamw_8bit")
+    assert sum(tensors.values()) == optimizer_bytes([count, count + 1], eight_bit=True)
 
 
 def test_the_files_headers_say_what_will_be_downloaded(tiny_model: Path) -> None:

@@ -17,6 +17,7 @@ once, gate and up twice. Without ``recompute`` gate and up are saved as well and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -107,15 +108,14 @@ class _LoraMLP(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gate, up, down = spec.layers(tensors)
             last = InUse(down, spec.precision)
-            if kept_gate is not None and kept_up is not None:
-                pairs = ((kept_gate[t], kept_up[t]) for t in tiles(len(x), spec.tile))
-            else:
-                first = InUse(gate, spec.precision), InUse(up, spec.precision)
-                pairs = (both(first, x[t]) for t in tiles(len(x), spec.tile))
+            kept = [k for k in (kept_gate, kept_up) if k is not None]
+            first = [] if kept else [InUse(gate, spec.precision), InUse(up, spec.precision)]
             y = x.new_empty(len(x), down.weight.shape[0], dtype=spec.precision.out)
-            for t, (g, u) in zip(tiles(len(x), spec.tile), pairs, strict=True):
-                h = gated(g, u, spec.activation, out=None if kept_gate is not None else g)
+            for t in tiles(len(x), spec.tile):
+                g, u = (k[t] for k in kept) if kept else both(first, x[t])
+                h = gated(g, u, spec.activation, out=None if kept else g)
                 y[t] = last.forward(h, last.down(h))
+                del g, u, h  # else they live on beside those of the next tile
         return y.view(*held.shape[:-1], y.shape[1])
 
     @staticmethod
@@ -157,6 +157,8 @@ def tiled_backward(
             sum_dx = up.backward(dup, v_up)
             gate.add_backward(sum_dx, dgate, v_gate)
             dx[t] = sum_dx
+            del sum_dx
+        del dh, g, u, h, dgate, dup  # else they live on beside those of the next tile
     return dx
 
 
@@ -166,7 +168,7 @@ def intermediates(spec: Spec, x: Tensor, gate: Projection, up: Projection) -> tu
         return both((InUse(gate, spec.precision), InUse(up, spec.precision)), flat(x))
 
 
-def both(first: tuple[InUse, InUse], x: Tensor) -> tuple[Tensor, Tensor]:
+def both(first: Sequence[InUse], x: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = first
     return gate.forward(x, gate.down(x)), up.forward(x, up.down(x))
 
