@@ -27,6 +27,7 @@ from transformers import LlamaConfig
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
+from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import install
@@ -212,11 +213,12 @@ def main(arguments: list[str]) -> int:
     if device.type == "cpu" and not options.smoke:
         print("max_context: needs an NVIDIA GPU; not measured. --smoke runs anywhere.", file=sys.stderr)
         return 1
-    config = load_config("demo", ["lora.r=32", "lora.alpha=32"])
+    config = load_config("demo", ["lora.r=32", "lora.alpha=32", "memory.offload_embeddings=true"])
     settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
     blueprint = blueprint_of(settings, config)
     row = planned_row(blueprint, config, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
+    print("embeddings:", use_host_embedding(model))
     print("norms:", use_lean_norms(model))
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -227,7 +229,7 @@ def main(arguments: list[str]) -> int:
     import bitsandbytes as bnb
 
     optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
-    held = residents(blueprint, config, torch.bfloat16, "adamw_8bit").total
+    held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
     shape = {"shape": "Llama-3.1-8B", "rank": 32, "batch": 1}
     for gib in options.cards:
         write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, row, held, options.seconds)})

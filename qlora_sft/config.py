@@ -114,6 +114,9 @@ class MemoryConfig:
     tiled_mlp: Literal["auto", "on", "off"] = "auto"
     """MLPs in tiles of tokens that keep nothing but their input where a layer is computed again. ``auto``: wherever the
     model's MLP is one that is known."""
+    offload_embeddings: bool = False
+    """Input embedding in host memory (on a GPU): a GiB less on the card for a vocabulary of 128k, and one more wait per
+    step. Only for models whose output head is another matrix."""
 
 
 @dataclass(frozen=True)

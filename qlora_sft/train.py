@@ -123,6 +123,7 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
 def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say) -> Any:
     """NF4 base with LoRA for rows of up to ``tokens``, attending inside documents only."""
     from qlora_sft.model.attention_check import use_checked_attention
+    from qlora_sft.model.embeddings import use_host_embedding
     from qlora_sft.model.load import load_model
     from qlora_sft.model.loss import use_loss
     from qlora_sft.model.mlp import use_tiled_mlp
@@ -130,6 +131,9 @@ def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, 
 
     model = load_model(config, base, dtype, backend)
     use_checked_attention(model, dtype, say)
+    if config.memory.offload_embeddings:
+        on_gpu = model.device.type == "cuda"
+        say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")
     say(f"norms: {use_lean_norms(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")

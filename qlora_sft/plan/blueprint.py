@@ -55,6 +55,8 @@ class Blueprint:
     """Per decoder layer."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
+    input_embedding: int = 0
+    """Values of the input embedding if the output head is another matrix, else 0."""
     lean_norms: bool = False
     """Whether RMSNorms keep their input as it is, and no float32 copy of it."""
 
@@ -116,6 +118,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         config=model.config.get_text_config(),
         parameters={name: p.shape for name, p in model.named_parameters()},
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        input_embedding=_input_embedding(model),
         linears=_linears(model, prefix, targets, config.model.load_in_4bit),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
@@ -124,6 +127,11 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
     )
     lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
     return replace(blueprint, why_not_tiled=_why_not_tiled(model, blocks, targets, config), lean_norms=lean)
+
+
+def _input_embedding(model: Any) -> int:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
 def _why_not_tiled(model: Any, blocks: Any, targets: list[str], config: Config) -> str:

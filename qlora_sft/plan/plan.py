@@ -56,7 +56,7 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
     dtype, dtype_reason = compute_dtype(config.model.dtype)
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
     workload = read_workload(config, base, say) if data else None
-    held = residents(blueprint, config, dtype, optimizer)
+    held = residents(blueprint, config, dtype, optimizer, on_gpu)
     tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
     memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
     plan = {
@@ -150,7 +150,7 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
 
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0])
+    held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
     row = _row(blueprint, config, dtype, on_gpu=True)
     host, reason = host_room(config)
     try:

@@ -42,9 +42,14 @@ class Residents:
         return self.loaded + self.gradients + self.optimizer
 
 
-def residents(blueprint: Blueprint, config: Config, dtype: torch.dtype, optimizer: str) -> Residents:
+def residents(
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, optimizer: str, on_gpu: bool = False
+) -> Residents:
+    """Of the device that the layers are on: with ``memory.offload_embeddings`` a GPU has no input embedding."""
     quantized = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
     full = sum(shape.numel() for name, shape in blueprint.parameters.items() if name not in quantized)
+    if on_gpu and config.memory.offload_embeddings:
+        full -= blueprint.input_embedding
     adapters = adapter_tensors(blueprint, config.lora.r)
     return Residents(
         nf4=sum(nf4_bytes(linear.inputs * linear.outputs) for linear in blueprint.linears if linear.quantized),
