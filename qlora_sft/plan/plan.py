@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # Host memory of the process itself: 0.6 GiB for Python with torch, transformers, peft and trl (measured), and room
 # for tokenizer, allocator and what loading passes through.
 PROCESS_BYTES = 2**30
-# Lists of a whole number and a fraction for each token: 8 bytes in the list and 24 to 28 for the object, twice.
-TOKEN_BYTES = 2 * 8 + 28 + 24
 # The cache of prepared data: an int32 and a float64.
 CACHED_TOKEN_BYTES = 12
 
@@ -80,7 +78,7 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
         "resident": {**asdict(held), "total": held.total},
         "this_run": memory,
         "cards": _cards(blueprint, config),
-        "host": _host(config, workload, choice, memory, on_gpu),
+        "host": _host(choice, memory, on_gpu),
         "disk": _disk(blueprint, config, held, files["bytes"], workload, base),
         "data": describe(workload) if workload else None,
     }
@@ -185,17 +183,14 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(
-    config: Config, workload: Workload | None, choice: Choice | None, memory: dict[str, Any], on_gpu: bool
-) -> dict[str, int]:
+def _host(choice: Choice | None, memory: dict[str, Any], on_gpu: bool) -> dict[str, int]:
     from qlora_sft.model.room import available_ram
 
-    data = TOKEN_BYTES * workload.prepared_tokens if workload else 0
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.get("peak", 0)
-    needed = PROCESS_BYTES + data + slab + device
+    needed = PROCESS_BYTES + slab + device
     return {
-        "process": PROCESS_BYTES, "data": data, "offloaded": slab, "device": device, "total": needed,
+        "process": PROCESS_BYTES, "offloaded": slab, "device": device, "total": needed,
         "available": available_ram(),
     }  # fmt: skip
 

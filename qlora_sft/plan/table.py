@@ -64,8 +64,7 @@ def _cards(cards: dict[str, Any]) -> str:
 def _host(host: dict[str, int]) -> str:
     lines = [
         "host memory",
-        _line("process", host["process"], "assumed"),
-        _line("prepared data", host["data"], "two Python lists per document"),
+        _line("process", host["process"], "assumed; prepared data is mapped from disk"),
     ]
     if host["offloaded"]:
         lines.append(_line("offloaded inputs", host["offloaded"], "exact"))
