@@ -219,7 +219,7 @@ def peak_of_a_layer(model: Any, tokens: int) -> int:
     return use.peak() - sum(t.nbytes for t in shared)
 
 
-SLOW = ["qwen2", "mistral", "smollm3", "gemma2"]
+SLOW = ["qwen2", "qwen3", "mistral", "smollm3", "gemma2", "phi3"]
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES])
@@ -275,7 +275,7 @@ def test_layers_that_are_not_known_are_named() -> None:
 
 @pytest.mark.parametrize("vocabulary", [pytest.param(97, marks=pytest.mark.slow), 3000])
 @pytest.mark.parametrize("tier", ["keep", "checkpoint"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("mlp", ["off", "on"])
 def test_the_peak_of_a_whole_step_on_a_cpu(
     mlp: str, dtype: torch.dtype, tier: Tier, vocabulary: int, monkeypatch: pytest.MonkeyPatch
