@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from qlora_kernels.nf4_lora import default_tile, gated
 from qlora_kernels.offload.tiers import LayerBytes
+from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
@@ -36,9 +37,6 @@ from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
 
 QKV, OUT, GATE_UP, DOWN = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"o_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}, {"down_proj"}  # fmt: skip  # noqa: E501
-
-# Values of a block of a lean norm, three of them in float32 (`qlora_kernels.rms_norm`).
-CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
 
 
 def layer_bytes(blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> LayerBytes:

@@ -42,6 +42,7 @@ from qlora_sft.model.load import load_base, load_model, target_modules
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import TiledMLP, set_recompute, use_tiled_mlp
+from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan import activations
 from qlora_sft.plan.activations import layer_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of, read_blueprint
@@ -248,14 +249,13 @@ def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_with_lean_norms(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept exactly, and the peak within 4%."""
-    norms = pytest.importorskip("qlora_sft.model.norms")
     for module, name in ((gated, "BLOCK"), (importlib.import_module("qlora_kernels.rms_norm"), "CPU_BLOCK")):
         monkeypatch.setattr(module, name, 1024)
     monkeypatch.setattr(activations, "GPU_BLOCK", 1024)
     monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
     config = load_config("demo", ["lora.r=4"])
     model = with_lora(FAMILIES[family], tmp_path, config, torch.bfloat16)
-    assert norms.use_lean_norms(model).startswith("on")
+    assert use_lean_norms(model).startswith("on")
     blueprint = blueprint_of(deepcopy(FAMILIES[family]), config)
     planned = layer_bytes(blueprint, 3072, config.lora, torch.bfloat16, on_gpu=True)
     measured = []
