@@ -1,7 +1,7 @@
 """How long does it take from GSM8K (7,473 rows) on disk to labelled and packed rows: ours, TRL's way, Unsloth's way?
 
-Cold: nobody finds anything cached, each run is a process of its own; ours then starts a second time. All read the same file with the same tokenizer
-and template and supervise the answers only; imports are not timed. Run as::
+Cold: nobody finds anything cached, each run is a process of its own; ours then starts a second time. All read the same
+file with the same tokenizer and template and supervise the answers only; imports are not timed. Run as::
 
     python benchmarks/preparation.py [gsm8k_train.jsonl] [--runs 3]
 
