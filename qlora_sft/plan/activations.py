@@ -36,7 +36,10 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
 
-QKV, OUT, GATE_UP, DOWN = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"o_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}, {"down_proj"}  # fmt: skip  # noqa: E501
+QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
+OUT = {"o_proj"}
+GATE_UP = {"gate_proj", "up_proj", "gate_up_proj"}
+DOWN = {"down_proj"}
 
 
 def layer_bytes(blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> LayerBytes:
