@@ -14,6 +14,13 @@ from qlora_sft.config import Config, load_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Minutes each. A process takes whole files, so begun last they would be waited for alone.
+LONGEST = ("test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def base_model() -> Path:

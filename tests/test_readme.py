@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -45,23 +44,8 @@ def test_the_installation_is_what_make_does() -> None:
             assert ("--no-deps" in command) == (last != "torch==2.13.0")
 
 
-@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the environment that make sets up")
-def test_make_demo(tmp_path: Path) -> None:
-    """The whole path, three steps long: it runs to the end and leaves what it promises."""
-    assert "make demo" in commands()
-    held_out = " ".join(f"data.held_out.{i}.max_rows=4" for i in range(3))
-    run_folder = tmp_path / "demo"
-    shortened = f"training.max_steps=3 evaluation.answers=2 evaluation.max_new_tokens=12 {held_out}"
-    result = run("make demo", ROOT, RUN=str(run_folder), DEMO_ARGS=shortened)
-    figures = json.loads((run_folder / "demo.json").read_text())
-    assert set(figures) == {"loss", "exact_match", "gguf_agreement", "tokens_per_second", "seconds"}
-    assert set(figures["loss"]) == set(figures["exact_match"]) == {"fields", "arithmetic", "tools"}
-    assert all(set(each) == {"before", "after"} for each in figures["loss"].values())
-    assert figures["gguf_agreement"] >= 0.5
-    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 3
-    assert "It answers:" in result.stderr
-    assert result.stdout.strip()
-    assert "make test" in commands()
+def test_the_tests_are_what_make_runs() -> None:
+    assert {"make demo", "make test"} <= set(commands())
     assert "pytest" in run("make --dry-run test", ROOT).stdout
 
 

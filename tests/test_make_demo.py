@@ -1,0 +1,31 @@
+"""`make demo`, as the README has it, three steps long."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the environment that make sets up")
+def test_make_demo(tmp_path: Path) -> None:
+    """The whole path, three steps long: it runs to the end and leaves what it promises."""
+    held_out = " ".join(f"data.held_out.{i}.max_rows=4" for i in range(3))
+    run_folder = tmp_path / "demo"
+    shortened = f"training.max_steps=3 evaluation.answers=2 evaluation.max_new_tokens=12 {held_out}"
+    environment = {**os.environ, "RUN": str(run_folder), "DEMO_ARGS": shortened}
+    result = subprocess.run("make demo", shell=True, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    figures = json.loads((run_folder / "demo.json").read_text())
+    assert set(figures) == {"loss", "exact_match", "gguf_agreement", "tokens_per_second", "seconds"}
+    assert set(figures["loss"]) == set(figures["exact_match"]) == {"fields", "arithmetic", "tools"}
+    assert all(set(each) == {"before", "after"} for each in figures["loss"].values())
+    assert figures["gguf_agreement"] >= 0.5
+    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert "It answers:" in result.stderr
+    assert result.stdout.strip()
