@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
+from qlora_sft.model.base import base_of
 
 NAME = "qlora_documents"
 # What layers may ask for: the rest (chunks, recurrence) comes to no attention function as an argument.
@@ -138,7 +139,7 @@ def use_document_attention(model: Any) -> str:
 
     AttentionInterface.register(NAME, document_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.set_attn_implementation(NAME)
     config = base.config.get_text_config()
     if base.config._attn_implementation != NAME or config._attn_implementation != NAME:
@@ -161,7 +162,7 @@ def _capped(base: Any) -> bool:
 def plain_attention(model: Any) -> Iterator[None]:
     """Within it, ``model`` uses transformers' own attention, for padded batches and generation: sdpa, or eager where
     sdpa would leave out a cap on the logits or attention sinks."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     before = base.config._attn_implementation
     base.set_attn_implementation("eager" if _capped(base) else "sdpa")
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.base import base_of
 from qlora_sft.say import Say
 
 LENGTHS = (11, 1, 23)
@@ -24,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
     """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     try:
         say(f"attention: {use_document_attention(model)}")
         difference = packed_against_separate(model, dtype)
@@ -41,7 +42,7 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
 
 def packed_against_separate(model: Any, dtype: torch.dtype) -> float:
     """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).to(base.device)
     training = model.training

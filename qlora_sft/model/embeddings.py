@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.base import base_of
 
 
 class HostEmbedding(torch.nn.Module):
@@ -36,7 +37,7 @@ def use_host_embedding(model: Any) -> str:
 
     Raises `ConfigError` where the rows are trained, scaled, or needed on the device as output head.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         raise ConfigError(

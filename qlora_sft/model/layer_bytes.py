@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_sft.data.batch import Batch
+from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
 
@@ -52,11 +53,6 @@ def _at(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: in
     low, high = (asdict(_measured(layer, model, each, dtype)) for each in (short, long))
     names = ("input", "attention", "kept", "backward")
     return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(base.get_decoder().layers)
 
 
 def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:

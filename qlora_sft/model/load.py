@@ -13,6 +13,7 @@ import torch
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
+from qlora_sft.model.base import base_of
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
@@ -179,7 +180,7 @@ def quantized_modules(model: Any) -> list[str]:
     """Paths, in the base model, of the layers whose weights are NF4: what a merge has to send through NF4 too."""
     from bitsandbytes.nn import Linear4bit
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.base import base_of
 
 # Where the choice is kept: on the model, like its attention.
 PATH = "_packed_ce_path"
@@ -19,7 +20,7 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
 
     Raises ConfigError when ``triton`` is demanded where it cannot run.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     try:
         path = choose_path(requested, base.device)
     except ValueError as error:
@@ -30,7 +31,7 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     output = base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -45,7 +46,7 @@ def last_hidden_states(model: Any, batch: Batch) -> Tensor:
 
 def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
     """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     hidden = last_hidden_states(model, batch)
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)

@@ -22,7 +22,8 @@ from qlora_kernels.offload import (
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
@@ -127,7 +128,7 @@ def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> Choice:
 
 def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
     """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     slab = schedule = None
     if "offload" in tiers:
         slab = HostSlab(tiers.count("offload"), input_bytes, model.device)

@@ -12,6 +12,8 @@ import torch
 from qlora_kernels.rms_norm import Form, rms_norm
 from torch import Tensor
 
+from qlora_sft.model.base import base_of
+
 # Modules whose forward is known, by their class's name.
 FORMS: dict[str, Form] = {
     "LlamaRMSNorm": "llama", "Qwen2RMSNorm": "llama", "Qwen3RMSNorm": "llama", "MistralRMSNorm": "llama",
@@ -48,7 +50,7 @@ def use_lean_norms(model: Any) -> str:
 
     Always on where the formula is known: nothing but memory changes, and measured on a CPU it is faster.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     decoder = base.get_decoder()
     # On a GPU its layers' forward reads a norm's weight and leaves the module's own forward aside.
     if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder.layers):

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_sft.config import Config, RopeScaling
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import read_config, text_config
 
 
@@ -97,7 +98,7 @@ def check_rope(model: Any, config: Any) -> None:
     parameters = text.rope_parameters["full_attention"] if nested else text.rope_parameters
     layer_type = {"layer_type": "full_attention"} if nested else {}
     wanted, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](text, "cpu", **layer_type)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     rotary = getattr(base.get_decoder(), "rotary_emb", None)
     prefix = "full_attention_" if nested else ""
     found = getattr(rotary, f"{prefix}inv_freq", None)

@@ -115,7 +115,8 @@ def test_what_layers_keep_changes_no_bit_of_an_nf4_gradient(nf4_model: Any) -> N
     from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import Rendered
     from qlora_sft.evaluation.held_out import autocast
-    from qlora_sft.model.layer_bytes import decoder_layers, measure_layer
+    from qlora_sft.model.base import decoder_layers
+    from qlora_sft.model.layer_bytes import measure_layer
     from qlora_sft.model.loss import batch_loss
     from qlora_sft.model.memory import install
 

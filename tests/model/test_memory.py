@@ -213,7 +213,7 @@ import torch
 from tests_support import documents_of
 from qlora_sft.config import load_config
 from qlora_sft.model.attention import use_document_attention
-from qlora_sft.model.layer_bytes import decoder_layers
+from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.load import load_model
 from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.model.memory import use_memory

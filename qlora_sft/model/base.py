@@ -1,0 +1,16 @@
+"""The model under its adapters, and its decoder layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def base_of(model: Any) -> Any:
+    """``model`` itself, or the transformers model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    return list(base_of(model).get_decoder().layers)
