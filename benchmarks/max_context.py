@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import measured_on
 from qlora_kernels.offload.tiers import Choice, choose_tiers, describe
 from transformers import LlamaConfig
 
@@ -184,18 +182,6 @@ def smoke(model: Any, optimizer: Any, row: Row, output: Path, machine: dict[str,
     write(output, {**machine, "smoke": True, "card_gib": None, "predicted": None, "published": None, **found})
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    on_gpu = device.type == "cuda"
-    return {
-        "benchmark": "max_context", "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
-
-
 def write(output: Path, row: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file:
@@ -222,7 +208,7 @@ def main(arguments: list[str]) -> int:
     print("norms:", use_lean_norms(model))
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    machine = describe_machine(device)
+    machine = measured_on("max_context")
     if options.smoke:
         smoke(model, torch.optim.AdamW(trained, lr=1e-4), row, options.output, machine)
         return 0

@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +51,7 @@ def main() -> None:
         print("RESULT " + json.dumps(work(args.worker, args)), flush=True)
         return
     import torch
+    from measuring import measured_on
 
     # CPU sizes answer in a minute or two; on a GPU the shape is that of an 8B model.
     gpu = torch.cuda.is_available()
@@ -65,7 +64,7 @@ def main() -> None:
             cells = []
             for cell in measure(args, tokens):  # written one by one: a timeout loses only what was not measured
                 with Path(args.output).open("a") as file:
-                    file.write(json.dumps({**machine(), **cell}) + "\n")
+                    file.write(json.dumps({**measured_on("memory"), **cell}) + "\n")
                 cells.append(cell)
             print(table(cells), flush=True)
 
@@ -236,6 +235,7 @@ def row(model: Any, tokens: int, documents: int) -> Any:
 def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float:
     """Seconds of one forward and backward."""
     import torch
+    from measuring import clock
 
     from qlora_sft.evaluation.held_out import autocast
     from qlora_sft.model.loss import batch_loss
@@ -243,20 +243,12 @@ def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float
     model.zero_grad(set_to_none=False)  # gradients of adapters are no activations
     synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronise()
-    clock = choose_clock(model.device.type)
     started = clock()
     with autocast(model.device, dtype), around():
         loss = batch_loss(model, batch).loss
     loss.backward()
     synchronise()
     return clock() - started
-
-
-def choose_clock(device: str) -> Callable[[], float]:
-    """Wall time; with one thread on a CPU the time that the process ran, which other processes do not lengthen."""
-    import torch
-
-    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def gradient_error(folder: Path, name: str) -> float | None:
@@ -268,23 +260,6 @@ def gradient_error(folder: Path, name: str) -> float | None:
         return None
     exact, found = torch.load(reference), torch.load(folder / f"{name}.pt")
     return float((found - exact).norm() / exact.norm())
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    on_gpu = torch.cuda.is_available()
-    cpu = next(
-        (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
-    )
-    return {
-        "benchmark": "memory",
-        "commit": subprocess.run(commit, capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads",
-        "load": round(os.getloadavg()[0], 1),
-    }
 
 
 def table(cells: list[dict[str, Any]]) -> str:

@@ -6,7 +6,6 @@ enable_thinking unasked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if (path / "adapter").is_dir() else path)
     model = load_for_inference(path)
-    stops = _stop_ids(path, model, tokenizer)
+    stops = _stop_ids(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     def speak(messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]) -> Said:
@@ -82,15 +81,10 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     return speak
 
 
-def _stop_ids(path: Path, model: Any, tokenizer: Any) -> set[int]:
+def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """A run's own have been put into the generation config by what loaded it."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
-    if (path / "adapter").is_dir():
-        from qlora_sft.config import load_config
-        from qlora_sft.model.tokenizer import stop_ids
-
-        base = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["report"]["base"]
-        ids |= stop_ids(load_config(path / "config.yaml").model, base, tokenizer)
     return ids | {tokenizer.eos_token_id}
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
 from qlora_sft.errors import Interrupted
+from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.say import Say, tell
-from qlora_sft.training.manifest import describe_data, write_manifest
 from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
 from qlora_sft.training.stopwatch import Stopwatch
 

@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from packed_ce import _peak_of_child, clock, describe_machine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
+
+from measuring import clock, measured_on, peak_of_child
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "nf4_lora.jsonl"
 RANK = 16
@@ -85,6 +88,11 @@ def factors(mlp: Any) -> list[Tensor]:
     return [p for p in mlp.parameters() if p.requires_grad]
 
 
+def around(layer: Layer, x: Tensor) -> Tensor:
+    """The sine stands for what comes before the MLP in a decoder layer."""
+    return x + layer(x.sin())
+
+
 def run_once(
     layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], checkpointed: bool
 ) -> tuple[float, list[Tensor]]:
@@ -94,9 +102,7 @@ def run_once(
             stack.enter_context(torch.autocast(x.device.type, x.dtype))
         synchronize(x)
         started = clock()
-        # The sine stands for what comes before the MLP in a layer.
-        whole = lambda x: x + layer(x.sin())  # noqa: E731
-        y = checkpoint(whole, x, use_reentrant=False) if checkpointed else whole(x)
+        y = checkpoint(around, layer, x, use_reentrant=False) if checkpointed else around(layer, x)
     gradients = torch.autograd.grad(y, [x, *wanted], noise)
     synchronize(x)
     return clock() - started, list(gradients)
@@ -136,7 +142,7 @@ def peak_bytes(layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], che
         return torch.cuda.max_memory_allocated() - before
     # Memory that the allocator holds from before would be used without growing.
     ctypes.CDLL(None).malloc_trim(0)
-    return _peak_of_child(lambda: run_once(layer, x, noise, wanted, checkpointed))
+    return peak_of_child(lambda: run_once(layer, x, noise, wanted, checkpointed))
 
 
 def measure(name: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype, checkpointed: bool, repeats: int,
@@ -215,7 +221,7 @@ def main(arguments: list[str]) -> int:
                 for checkpointed in (True, False):
                     cells = measure(name, shapes[name], count, getattr(torch, dtype), checkpointed, repeats, device)
                     print(table(cells), flush=True)
-                    machine = describe_machine(device) | {"benchmark": "nf4_lora"}
+                    machine = measured_on("nf4_lora")
                     with options.output.open("a") as file:
                         file.writelines(json.dumps({**machine, **cell}) + "\n" for cell in cells)
     return 0

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from ce_providers import PROVIDERS, Labels, Loss, NotAvailable, build
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
+
+from measuring import clock, measured_on, peak_of_child
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "packed_ce.jsonl"
 GPU_SHAPES = {
@@ -59,12 +58,6 @@ def make_inputs(
     return hidden.requires_grad_(), head, Labels(shifted, unshifted, targets, len(keep))
 
 
-def clock() -> float:
-    """Wall time; with one thread on a CPU the time that the process ran, which other processes do not lengthen."""
-    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
-
-
 def run_once(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> tuple[float, float]:
     """(seconds of forward and backward, loss)"""
     hidden.grad = None
@@ -85,29 +78,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> int 
         torch.cuda.reset_peak_memory_stats()
         run_once(loss, hidden, head, labels)
         return torch.cuda.max_memory_allocated() - before
-    return _peak_of_child(lambda: run_once(loss, hidden, head, labels))
-
-
-def _peak_of_child(work: Any) -> int | None:
-    """Growth of the resident set while a forked child does ``work``. One thread: OpenMP does not survive a fork."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            base = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            work()
-            status = Path("/proc/self/status").read_text()
-            high = int(status.split("VmHWM:")[1].split()[0]) * 1024
-            os.write(writer, str(high - base).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    answer = os.read(reader, 64).decode()
-    os.close(reader)
-    os.waitpid(child, 0)
-    return int(answer) if answer else None
+    return peak_of_child(lambda: run_once(loss, hidden, head, labels))
 
 
 def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48) -> tuple[Tensor, Tensor, float]:
@@ -174,22 +145,6 @@ def two_products(count: int, hidden: Tensor, head: Tensor, repeats: int) -> floa
     return statistics.median(times)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    cpu = next(
-        (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
-    )
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
-    return {
-        "benchmark": "packed_ce", "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-        "device": name,
-        "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
-
-
 def table(cells: list[dict[str, Any]]) -> str:
     own = next((c for c in cells if c["provider"] == "ours"), {})
     first = cells[0]
@@ -240,7 +195,7 @@ def main(arguments: list[str]) -> int:
                     shape = (name, *shapes[name])
                     cells = measure(shape, count, share, getattr(torch, dtype), device, repeats, options.only)
                     print(table(cells), flush=True)
-                    machine = describe_machine(device)
+                    machine = measured_on("packed_ce")
                     with options.output.open("a") as file:
                         file.writelines(json.dumps({**machine, **cell}) + "\n" for cell in cells)
     return 0

@@ -22,7 +22,23 @@ from qlora_sft.data.render import Rendered
 _AT_ONCE = 4096
 
 
-class Documents(Sequence[Rendered]):
+class _Numbered(Sequence[Rendered]):
+    """Indices, negative ones and slices, on top of ``at``."""
+
+    def at(self, number: int) -> Rendered:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Rendered]: ...
+    def __getitem__(self, index: int | slice) -> Rendered | list[Rendered]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.at(range(len(self))[index])
+
+
+class Documents(_Numbered):
     """The documents of one source: ``ids`` int32 [T] and ``weights`` float64 [T] of all of them behind one another
     (usually memory-mapped), ``bounds`` int64 [D + 1]."""
 
@@ -33,19 +49,12 @@ class Documents(Sequence[Rendered]):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Rendered: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Rendered]: ...
-    def __getitem__(self, index: int | slice) -> Rendered | list[Rendered]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def at(self, number: int) -> Rendered:
         part = slice(int(self.bounds[number]), int(self.bounds[number + 1]))
         return Rendered(self.ids[part].tolist(), self.weights[part].tolist(), self.source)
 
 
-class Chain(Sequence[Rendered]):
+class Chain(_Numbered):
     """The documents of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Rendered]]):
@@ -55,14 +64,7 @@ class Chain(Sequence[Rendered]):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Rendered: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Rendered]: ...
-    def __getitem__(self, index: int | slice) -> Rendered | list[Rendered]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def at(self, number: int) -> Rendered:
         part = bisect_right(self.ends, number)
         return self.parts[part][number - (self.ends[part - 1] if part else 0)]
 

@@ -20,6 +20,7 @@ from typing import Any
 from qlora_sft.cli import guarded
 from qlora_sft.config import load_config
 from qlora_sft.errors import RunError
+from qlora_sft.manifest import read_manifest
 from qlora_sft.say import tell
 from qlora_sft.train import train
 from qlora_sft.training.stopwatch import Stopwatch
@@ -73,7 +74,7 @@ def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
     records = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
     if not records:
         raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
-    config = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"]
+    config = read_manifest(run)["config"]
     with running(gguf) as server:
         for record in records:
             record["gguf"] = complete(server, record["prompt_ids"], config["evaluation"]["max_new_tokens"]).strip()

@@ -15,11 +15,12 @@ from qlora_sft.export.base import base_folder, check_base
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
-from qlora_sft.export.merge import merge_run, read_manifest, write_trained_base
+from qlora_sft.export.merge import merge_run, write_trained_base
 from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
+from qlora_sft.manifest import read_manifest
 from qlora_sft.say import Say, tell
 
 

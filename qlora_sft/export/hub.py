@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.merge import read_manifest
 from qlora_sft.export.model_card import base_name, model_card
+from qlora_sft.manifest import read_manifest
 from qlora_sft.say import Say, tell
 
 What = Literal["adapter", "merged", "gguf"]

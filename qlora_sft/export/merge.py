@@ -18,6 +18,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.config import RopeScaling
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.base import base_folder, check_base
+from qlora_sft.manifest import read_manifest
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.say import Say, tell
 
@@ -60,15 +61,6 @@ def merge_run(
         return _merge_better(run, target, manifest, base, dtype, say)
     say(f"merge onto {onto} ({reason})")
     return {**_merge(run, target, base, onto, dtype, manifest, say), "reason": reason}
-
-
-def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a finished run. Raises `ConfigError` if there is none."""
-    file = run / "manifest.json"
-    if not file.is_file():
-        raise ConfigError(f"{run}: not the folder of a finished run (it has no manifest.json); train one first")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
 
 
 # ------------------------------------------------------------------ onto what

@@ -124,10 +124,9 @@ def _untie(
     if shared and (theirs is None or theirs.only_replaces):
         changes.pop(HEAD, None)
         return {}
-    if ours is not None and theirs is not None and ours.only_replaces and theirs.only_replaces:  # noqa: SIM102
-        if _equal(ours.replaced, theirs.replaced):
-            del changes[HEAD]
-            return {}
+    if ours and theirs and ours.only_replaces and theirs.only_replaces and _equal(ours.replaced, theirs.replaced):
+        del changes[HEAD]
+        return {}
     plan.config["tie_word_embeddings"] = False
     plan.notes.append("output head and embedding were one tensor and are two now: the adapter changes them differently")
     return {HEAD: base[embedding]}

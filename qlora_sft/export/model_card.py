@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_sft.manifest import read_manifest
+
 UNKNOWN = "not measured"
 # What `model.path: demo` stands for.
 DEMO = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
@@ -15,7 +17,7 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
     """The card's text. ``what``: adapter, merged or gguf; ``ggufs``: names of the GGUF files that go up."""
-    manifest: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(run)
     exported = run / "export.json"
     parity = json.loads(exported.read_text(encoding="utf-8")).get("parity", {}) if exported.is_file() else {}
     base, licence = base_name(manifest), base_licence(manifest)

@@ -13,6 +13,7 @@ from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.go_template import go_template, writes_bos
 from qlora_sft.export.trained import Trained, as_ollama_has_it
+from qlora_sft.manifest import read_manifest
 from qlora_sft.say import Say, tell
 
 # A conversation needs room even if every trained row was short; Ollama's own default has been this for years.
@@ -120,8 +121,7 @@ def _stops(run: Path, tokenizer: Any) -> list[str]:
     from qlora_sft.model.tokenizer import stop_ids
 
     config = load_config(run / "config.yaml").model
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    ids = stop_ids(config, manifest["report"]["base"], tokenizer)
+    ids = stop_ids(config, read_manifest(run)["report"]["base"], tokenizer)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
 
 

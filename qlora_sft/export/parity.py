@@ -152,7 +152,7 @@ def _measured_since(run: Path, merged: Path) -> bool:
 
 def record(run: Path, facts: dict[str, Any]) -> None:
     """Adds ``facts`` to ``run``/export.json; dictionaries in it are extended, not replaced."""
-    from qlora_sft.training.manifest import write_json
+    from qlora_sft.manifest import write_json
 
     file = run / "export.json"
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -9,6 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qlora_sft.manifest import read_manifest
+
 TOKENS = 2048
 # Held-out tokens from which on no others are needed.
 ENOUGH = 256
@@ -78,7 +80,7 @@ def _held_out(run: Path, tokenizer: Any) -> tuple[list[tuple[list[int], list[int
         config = load_config(run / "config.yaml")
         if not config.data.held_out:
             return [], "the run has no held-out data"
-        base = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["report"]["base"]
+        base = read_manifest(run)["report"]["base"]
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
         prepared = render_sources(read_sources(config.data.held_out, config.seed), config.data, tokenizer, style)
     except (QloraSftError, OSError) as error:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 # Of the middle of each tensor. Fine-tuning changes every one of them, and reading them all would take minutes.
 SAMPLE = 4096
@@ -17,7 +18,7 @@ def fingerprint(base: str | Path) -> str | None:
     ``base``: a folder, or the id of a model in the Hub's cache. None if its weights are not in safetensors files here.
     """
     folder = Path(base) if Path(base).is_dir() else _in_cache(str(base))
-    tensors: dict[str, tuple[Path, int, dict[str, object]]] = {}
+    tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")) if folder else []:
             with file.open("rb") as handle:
@@ -28,7 +29,7 @@ def fingerprint(base: str | Path) -> str | None:
         digest = hashlib.sha256()
         for name, (file, begin, entry) in sorted(tensors.items()):
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            digest.update(_sample(file, begin, entry["data_offsets"]))  # type: ignore[arg-type]
+            digest.update(_sample(file, begin, entry["data_offsets"]))
     except (OSError, ValueError, KeyError, struct.error):
         return None
     return digest.hexdigest() if tensors else None

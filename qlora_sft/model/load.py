@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.manifest import read_manifest
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.rope import check_rope, scaled_config
@@ -147,7 +147,7 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
 
 def load_trained_base(run: Path) -> Any:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows (still empty)."""
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(run)
     settings = manifest["config"]["model"]
     # Trained in, which "auto" need not mean on this machine.
     dtype, _ = compute_dtype(manifest["report"].get("dtype") or settings["dtype"])
@@ -166,7 +166,7 @@ def load_for_inference(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     base = load_trained_base(path)
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     settings = manifest["config"]["model"]
     tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
     # The base's own list does not have the end of turn that a template brought.

@@ -15,7 +15,10 @@ NAMES = ("gate", "up", "down")
 def random_projection(out: int, width: int, rank: int | None = 3, bias: bool = False, seed: int = 0) -> Projection:
     """Dense, in float64; factors and bias require gradients."""
     generator = torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
     weight = new(out, width) / width**0.5
     A = None if rank is None else (new(rank, width) / width**0.5).requires_grad_()
     B = None if rank is None else new(out, rank).requires_grad_()

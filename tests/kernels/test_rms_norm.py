@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_any_shape_in_any_blocks(
         x, dy = x.transpose(0, 1), dy.transpose(0, 1)
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, block)
-        ours = lambda x: rms_norm(x, norm.weight, EPS, form=CLASSES[path])  # noqa: E731
+        ours = partial(rms_norm, weight=norm.weight, eps=EPS, form=CLASSES[path])
         assert torch.equal(ours(x), norm(x))
         found = gradient(ours, x, dy.to(dtype))
     truth = gradient(lambda x: reference_rms_norm(x, norm.weight.double(), EPS, CLASSES[path]), x.double(), dy.double())
@@ -197,7 +198,10 @@ def test_checkpointed_offloaded_and_asked_twice(monkeypatch: pytest.MonkeyPatch,
         random(90, 48, dtype=torch.bfloat16),
         random(90, 48).bfloat16(),
     )
-    twice = lambda x: rms_norm(rms_norm(x, weight, EPS), weight, EPS, form="gemma")  # noqa: E731
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(rms_norm(x, weight, EPS), weight, EPS, form="gemma")
+
     wanted = gradient(twice, x, dy)
     leaf = x.requires_grad_()
     checkpoint(twice, leaf, use_reentrant=reentrant).backward(dy)

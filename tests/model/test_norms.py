@@ -181,7 +181,10 @@ def test_layers_that_do_not_call_their_norms_are_left_alone(monkeypatch: pytest.
     """Unsloth replaces the forward of the layers' class where there is a GPU."""
     model = build()
     kind = type(model.get_base_model().get_decoder().layers[0])
-    theirs = lambda self, x, **_: x  # noqa: E731
+
+    def theirs(self: Any, x: Any, **_: Any) -> Any:
+        return x
+
     theirs.__module__ = "unsloth.models.llama"
     monkeypatch.setattr(kind, "forward", theirs)
     assert use_lean_norms(model) == "off (Unsloth's layers compute their norms in their own way)"

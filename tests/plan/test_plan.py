@@ -14,6 +14,10 @@ from qlora_sft.plan.plan import make_plan
 from qlora_sft.plan.table import size, table
 
 
+def quiet(text: str) -> None:
+    pass
+
+
 def test_headers_are_all_it_reads_of_the_weights(make_config: MakeConfig, tiny_model: Path, tmp_path: Path) -> None:
     hollow = tmp_path / "hollow"
     hollow.mkdir()
@@ -49,7 +53,6 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     from qlora_sft.train import prepare_model
 
     config = make_config("lora.r=4", *overrides)
-    quiet = lambda _: None  # noqa: E731
     plan = make_plan(config, timing=False, say=quiet)["this_run"]
     model = prepare_model(config, config.model.path, torch.float32, "transformers", plan["tokens"], quiet)
     with use_memory(model, config, plan["tokens"], torch.float32, quiet) as memory:

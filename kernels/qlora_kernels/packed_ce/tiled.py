@@ -15,6 +15,7 @@ products good enough: the large terms of the sum are those near the target, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,14 +97,16 @@ def run(problem: Problem, tile: int | None = None) -> Result:
     wide = torch.promote_types(dtype, torch.float32)
     count, (vocabulary, width) = len(problem.rows), problem.head.shape
     device = problem.hidden.device
-    new = lambda *shape, **kind: torch.empty(*shape, device=device, **{"dtype": wide, **kind})  # noqa: E731
-    result = Result(new(count), new(count), new(count, dtype=torch.bool))
+    sums: dict[str, Any] = {"dtype": wide, "device": device}
+    result = Result(
+        torch.empty(count, **sums), torch.empty(count, **sums), torch.empty(count, dtype=torch.bool, device=device)
+    )
     if problem.need_hidden:
-        result.unscaled = new(count, width, dtype=problem.hidden.dtype)
+        result.unscaled = torch.empty(count, width, dtype=problem.hidden.dtype, device=device)
     if problem.need_head:
-        result.head = new(vocabulary, width).zero_()
+        result.head = torch.zeros(vocabulary, width, **sums)
     if problem.need_bias:
-        result.bias = new(vocabulary).zero_()
+        result.bias = torch.zeros(vocabulary, **sums)
     keep = problem.need_head or problem.need_bias
     block_rows, columns = block_shape(width)
     size = min(block_rows, max(1, GROUP_BYTES // (vocabulary * dtype.itemsize))) if keep else count

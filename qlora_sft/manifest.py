@@ -13,6 +13,7 @@ from typing import Any
 from qlora_sft.atomic import written_file
 from qlora_sft.config import Config
 from qlora_sft.data.ledger import SourceLedger
+from qlora_sft.errors import ConfigError
 
 PACKAGES = (
     "qlora-sft torch transformers trl peft bitsandbytes unsloth unsloth_zoo triton datasets accelerate tokenizers"
@@ -47,6 +48,15 @@ def _sha256(files: list[str]) -> str | None:
 def write_manifest(file: Path, config: Config, **facts: Any) -> None:
     manifest = {"config": asdict(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a finished run. Raises `ConfigError` if there is none."""
+    file = run / "manifest.json"
+    if not file.is_file():
+        raise ConfigError(f"{run}: not the folder of a finished run (it has no manifest.json); train one first")
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return manifest
 
 
 def write_json(file: Path, content: Any) -> None:
