@@ -22,20 +22,19 @@ from measuring import measured_on
 from qlora_kernels.offload.tiers import Choice, choose_tiers, describe
 from transformers import LlamaConfig
 
-from qlora_sft.config import Config, load_config
+from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import install
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.room import CARD_RESERVE, HOST_SHARE, available_ram
-from qlora_sft.plan.activations import layer_bytes
-from qlora_sft.plan.blueprint import Blueprint, blueprint_of
+from qlora_sft.plan.activations import Row, row_bytes
+from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.random_model import random_model
-from qlora_sft.plan.split import Row, longest_row
+from qlora_sft.plan.split import longest_row
 from qlora_sft.plan.weights import residents
 
 RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
@@ -51,14 +50,6 @@ TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-def planned_row(blueprint: Blueprint, config: Config, on_gpu: bool) -> Row:
-    def row(tokens: int) -> Any:
-        between = between_bytes(blueprint.config, tokens, torch.bfloat16, on_gpu, blueprint.lean_norms)
-        return layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu), between
-
-    return row
 
 
 def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int) -> float:
@@ -202,7 +193,7 @@ def main(arguments: list[str]) -> int:
     config = load_config("demo", ["lora.r=32", "lora.alpha=32", "memory.offload_embeddings=true"])
     settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
     blueprint = blueprint_of(settings, config)
-    row = planned_row(blueprint, config, device.type == "cuda")
+    row = row_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
     print("embeddings:", use_host_embedding(model))
     print("norms:", use_lean_norms(model))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.export.tensors import Stored, read_header
 
 # Features whose merged form is not a sum of tensors, or that nobody here has checked.
@@ -87,7 +87,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: not a readable adapter ({str(error).splitlines()[0]})") from None
+        raise RunError(f"{folder}: not a readable adapter ({first_line(error)})") from None
     if config.get("peft_type") != "LORA":
         raise RunError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA adapters can be merged")
     for feature in UNSUPPORTED:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.model.fingerprint import fingerprint
 
 
@@ -19,8 +19,9 @@ def base_folder(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"the base model {base} is neither a folder here nor to be had from the Hub: {reason}") from None
+        raise RunError(
+            f"the base model {base} is neither a folder here nor to be had from the Hub: {first_line(error)}"
+        ) from None
 
 
 def check_base(manifest: dict[str, Any], base: Path) -> None:

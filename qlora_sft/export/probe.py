@@ -73,7 +73,7 @@ def _held_out(run: Path, tokenizer: Any) -> tuple[list[tuple[list[int], list[int
     from qlora_sft.data.prepare import render_sources
     from qlora_sft.data.sources import read_sources
     from qlora_sft.data.template import chat_format
-    from qlora_sft.errors import QloraSftError
+    from qlora_sft.errors import QloraSftError, first_line
     from qlora_sft.model.tokenizer import stop_ids
 
     try:
@@ -84,7 +84,7 @@ def _held_out(run: Path, tokenizer: Any) -> tuple[list[tuple[list[int], list[int
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
         prepared = render_sources(read_sources(config.data.held_out, config.seed), config.data, tokenizer, style)
     except (QloraSftError, OSError) as error:
-        return [], f"the held-out data cannot be read: {str(error).splitlines()[0]}"
+        return [], f"the held-out data cannot be read: {first_line(error)}"
     by_source = [
         # The token at a position predicts the next one.
         [(row.input_ids, [i - 1 for i, weight in enumerate(row.weights) if weight > 0 and i]) for row in rows]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from qlora_sft.errors import RunError
+from qlora_sft.model.base_files import safetensors_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,13 +74,7 @@ class Stored:
 def read_header(file: Path) -> dict[str, Stored]:
     """Name -> tensor of one file, in the order they are stored. Raises `RunError` for a damaged or cut file."""
     try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > file.stat().st_size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        begin = 8 + length
+        header, begin = safetensors_header(file)
         tensors = {
             name: Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0])
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
@@ -87,7 +82,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         end = max((begin + entry["data_offsets"][1] for entry in header.values()), default=begin)
         if end > file.stat().st_size:
             raise ValueError(f"{end:,} bytes expected, {file.stat().st_size:,} found")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     return tensors
 

@@ -32,7 +32,7 @@ def read_trained(run: Path) -> Trained:
     """From the first rows of each training source of the run."""
     from qlora_sft.config import load_config
     from qlora_sft.data.sources import read_sources
-    from qlora_sft.errors import QloraSftError
+    from qlora_sft.errors import QloraSftError, first_line
 
     found, systems, tools = Trained(), set(), {}
     try:
@@ -46,7 +46,7 @@ def read_trained(run: Path) -> Trained:
                 found.thinks |= any(message.get("reasoning") for message in row["messages"])
                 tools.update({json.dumps(tool): tool for tool in row.get("tools") or []})
     except (QloraSftError, OSError) as error:
-        return Trained(unknown=f"the training data cannot be read: {str(error).splitlines()[0]}")
+        return Trained(unknown=f"the training data cannot be read: {first_line(error)}")
     if len(systems) == 1:
         found.system = systems.pop()
     found.tools = list(tools.values())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, first_line
 
 
 class Header(NamedTuple):
@@ -63,20 +63,28 @@ def _files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(name -> dtype, shape and data_offsets of every tensor, where in the file the data begin).
+
+    The file begins with 8 bytes, the length of the JSON that follows. Raises OSError or ValueError if it is none.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size - 8:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, dict[str, Any]] = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
 def _headers_of_file(file: Path) -> dict[str, Header]:
-    """A safetensors file begins with 8 bytes, the length of the JSON that follows: name -> dtype, shape, offsets."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(opened.read(length))
+        header, _ = safetensors_header(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {file}: not a safetensors file ({error})") from None
     return {
         name: Header(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in header.items()
-        if name != "__metadata__"
     }
 
 
@@ -107,5 +115,4 @@ def _headers_of_hub(base: str) -> dict[str, Header]:
 
 
 def _unreachable(base: str, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConfigError(f"model.path: {base} is neither a folder here nor to be had from the Hub: {reason}")
+    return ConfigError(f"model.path: {base} is neither a folder here nor to be had from the Hub: {first_line(error)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any
+
+from qlora_sft.model.base_files import safetensors_header
 
 # Of the middle of each tensor. Fine-tuning changes every one of them, and reading them all would take minutes.
 SAMPLE = 4096
@@ -21,16 +22,13 @@ def fingerprint(base: str | Path) -> str | None:
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")) if folder else []:
-            with file.open("rb") as handle:
-                (length,) = struct.unpack("<Q", handle.read(8))
-                header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            tensors |= {name: (file, 8 + length, entry) for name, entry in header.items()}
+            header, begin = safetensors_header(file)
+            tensors |= {name: (file, begin, entry) for name, entry in header.items()}
         digest = hashlib.sha256()
         for name, (file, begin, entry) in sorted(tensors.items()):
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
             digest.update(_sample(file, begin, entry["data_offsets"]))
-    except (OSError, ValueError, KeyError, struct.error):
+    except (OSError, ValueError, KeyError):
         return None
     return digest.hexdigest() if tensors else None
 

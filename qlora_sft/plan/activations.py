@@ -23,6 +23,7 @@ long ones in a norm, whose backward in transformers' operations takes five tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
 
@@ -57,6 +59,18 @@ def layer_bytes(blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torc
         backward=max(_peak(kept) - _saved(kept), _peak(again) - _saved(again)),
         recomputed=_saved(again),
     )
+
+
+Row = Callable[[int], tuple[LayerBytes, int]]
+"""Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
+
+
+def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> Row:
+    def row(tokens: int) -> tuple[LayerBytes, int]:
+        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms)
+        return layer_bytes(blueprint, tokens, lora, dtype, on_gpu), between
+
+    return row
 
 
 class Part(NamedTuple):

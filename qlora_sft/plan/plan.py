@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qlora_kernels.offload.tiers import Choice
 
     from qlora_sft.plan.blueprint import Blueprint
-    from qlora_sft.plan.split import Row
     from qlora_sft.plan.weights import Residents
     from qlora_sft.plan.workload import Workload
 
@@ -89,17 +88,6 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
 # ------------------------------------------------------------------ memory
 
 
-def _row(blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool) -> Row:
-    from qlora_sft.model.loss_bytes import between_bytes
-    from qlora_sft.plan.activations import layer_bytes
-
-    def row(tokens: int) -> Any:
-        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms)
-        return layer_bytes(blueprint, tokens, config.lora, dtype, on_gpu), between
-
-    return row
-
-
 def _this_run(
     blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents, say: Say
 ) -> tuple[dict[str, Any], Choice | None]:
@@ -109,6 +97,7 @@ def _this_run(
 
     from qlora_sft.model.memory import choose
     from qlora_sft.model.room import available_ram, room_on
+    from qlora_sft.plan.activations import row_bytes
     from qlora_sft.plan.split import CONTEXT_BYTES
 
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -117,7 +106,7 @@ def _this_run(
     facts: dict[str, Any] = {"device": name, "memory": memory, "tokens": tokens}
     room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
-        layer, loss = _row(blueprint, config, dtype, on_gpu)(tokens)
+        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
     except ConfigError as error:
         return {**facts, "split": None, "reason": str(error)}, None
@@ -142,6 +131,7 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
     from qlora_kernels.offload.tiers import describe
 
     from qlora_sft.model.room import host_room
+    from qlora_sft.plan.activations import row_bytes
     from qlora_sft.plan.split import CARDS, fit_card
     from qlora_sft.plan.weights import residents
     from qlora_sft.training.steps import choose_optimizer
@@ -149,7 +139,7 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
-    row = _row(blueprint, config, dtype, on_gpu=True)
+    row = row_bytes(blueprint, config.lora, dtype, on_gpu=True)
     host, reason = host_room(config)
     try:
         row(1)

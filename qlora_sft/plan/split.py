@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlora_kernels.offload.tiers import Choice, LayerBytes, Tier, choose_tiers, peak_bytes
+from qlora_kernels.offload.tiers import Choice, Tier, choose_tiers, peak_bytes
 
 from qlora_sft.model.room import CARD_RESERVE
+from qlora_sft.plan.activations import Row
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """GiB."""
 # An assumption, not measured: the driver's context with cuBLAS and Triton kernels.
 CONTEXT_BYTES = 640 * 2**20
 LONGEST = 2**24
-
-Row = Callable[[int], tuple[LayerBytes, int]]
-"""Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
 
 
 @dataclass(frozen=True)

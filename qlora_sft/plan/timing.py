@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from qlora_kernels.offload.tiers import Tier
+from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
 from torch import Tensor
 
 from qlora_sft.config import Config
@@ -28,8 +28,6 @@ SECONDS = 10.0
 # Tokens of the row that is measured, at most, so that it ends in time. Of longer documents attention takes a larger
 # share, which is then missed.
 LONGEST = {"cuda": 32_768, "cpu": 2_048}
-# Share of a layer's forward that attention takes, as `choose_tiers` assumes it.
-ATTENTION_SHARE = 0.1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_kernels.offload.tiers import LayerBytes, choose_tiers, peak_bytes
 
-from qlora_sft.plan.split import Row, fit_card, longest_row
+from qlora_sft.plan.activations import Row
+from qlora_sft.plan.split import fit_card, longest_row
 
 
 def row_of(per_token: tuple[int, int, int, int]) -> Row:
