@@ -15,7 +15,7 @@ bench() {
 }
 
 if [[ $part == *kernels* ]]; then
-  timeout 150 python3 -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_offload_gpu.py 2>&1 | tee "$out/kernel-tests.txt"
+  timeout 150 python3 -m pytest -q -m gpu tests/kernels tests/model --ignore tests/kernels/test_offload_gpu.py 2>&1 | tee "$out/kernel-tests.txt"
 
   # The row kernel writes bfloat16 over the float32 bytes it reads.
   if command -v compute-sanitizer > /dev/null; then

@@ -46,6 +46,9 @@ class ModelConfig:
     """``auto`` takes Unsloth where it imports and works, else transformers + peft, and says which and why."""
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
+    head_in_4bit: bool = False
+    """The output head as well: three quarters of a GiB less for a vocabulary of 128k, for a loss that is a little
+    different. Only for models whose head is another matrix than the input embedding, and with a frozen vocabulary."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. ``auto``: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU."""
     chat_template: str | None = None
@@ -187,6 +190,8 @@ def _check_values(config: Config, file: str) -> list[str]:
     require(d.max_length >= 2, "data.max_length", f"must be at least 2, got {d.max_length}")
     check_data(d, require)
     _check_rope(config, require)
+    m = config.model
+    require(m.load_in_4bit or not m.head_in_4bit, "model.head_in_4bit", "has no effect without model.load_in_4bit")
     require(config.lora.r > 0, "lora.r", f"must be positive, got {config.lora.r}")
     require(0 <= config.lora.dropout < 1, "lora.dropout", f"must be in [0, 1), got {config.lora.dropout}")
     require(t.learning_rate > 0, "training.learning_rate", f"must be positive, got {t.learning_rate}")

@@ -101,10 +101,10 @@ class NF4Weight:
         count, width = self.shape
         if width % self.blocksize:
             raise ValueError(f"its width {width} is not a multiple of the block size {self.blocksize}")
-        values = unpack(self.packed.view(count, width // 2)[which], self.code)
-        scale = self.scales().view(count, width // self.blocksize)[which]
-        blocks = values.view(len(scale), -1, self.blocksize)
-        return (blocks * scale[..., None]).view(len(scale), width).to(self.dtype)
+        packed, scale = self.packed.view(count, width // 2)[which], self.scales().view(count, -1)[which]
+        shape = (len(packed), width)
+        part = NF4Weight(packed.reshape(-1), scale.reshape(-1), self.code, shape, self.blocksize, self.dtype)
+        return part.dequantize()
 
 
 def unpack(packed: Tensor, code: Tensor) -> Tensor:

@@ -96,6 +96,10 @@ def _one_by_one(
     """One call per document. On a CPU twice as fast as one call with a block-diagonal mask (2,048 tokens in 8
     documents: 5.2 s against 11.1 s for forward and backward of the whole model)."""
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:
+        # Where there is no FlashAttention, torch shares keys only in its plain kernel, which forms all T x T weights.
+        times = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
     edges = bounds.tolist()
     outputs = []
     for a, b in pairwise(edges):

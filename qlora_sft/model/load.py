@@ -14,6 +14,7 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.manifest import read_manifest
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
+from qlora_sft.model.head import quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
@@ -62,9 +63,15 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
 
     Raises `ConfigError` if the base cannot be loaded.
     """
+    rows = new_rows(config.model, base)
+    if rows and config.model.head_in_4bit:
+        raise ConfigError(
+            f"model.head_in_4bit: chat_template={config.model.chat_template} brings tokens whose rows of the head are "
+            "trained, which NF4 cannot be; remove one of the two settings"
+        )
     try:
         load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
-        model = load(config, base, dtype, new_rows(config.model, base))
+        model = load(config, base, dtype, rows)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {first_line(error)}") from None
     if config.model.rope_scaling is not None:
@@ -91,6 +98,8 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             **checkpointing,
         )
         grow(model, rows, initialise=True)
+        if config.model.head_in_4bit:
+            quantize_head(model, dtype)
         return fast.get_peft_model(
             model,
             r=config.lora.r,
@@ -109,6 +118,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
 
     model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
     grow(model, rows, initialise=True)
+    if config.model.head_in_4bit:
+        quantize_head(model, dtype)
     # What peft.prepare_model_for_kbit_training does and is wanted here. Not wanted: its cast of every 16-bit weight
     # (the embedding!) to float32.
     model.requires_grad_(False)
@@ -154,6 +165,8 @@ def load_trained_base(run: Path) -> Any:
     rope = RopeScaling(**settings["rope_scaling"]) if settings.get("rope_scaling") else None
     base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"], rope)
     grow(base, trained_rows(run / "adapter"), initialise=False)
+    if settings.get("head_in_4bit"):
+        quantize_head(base, dtype)
     disable_inference_repacking(base)
     return base
 

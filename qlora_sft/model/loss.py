@@ -10,6 +10,7 @@ from torch import Tensor
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
+from qlora_sft.model.head import loss_weight
 
 # Where the choice is kept: on the model, like its attention.
 PATH = "_packed_ce_path"
@@ -53,7 +54,7 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     head = base.get_output_embeddings()
     return packed_linear_cross_entropy(
         hidden.squeeze(0),
-        head.weight,
+        loss_weight(head),
         targets,
         n_items=n_items,
         row_weights=batch["row_weights"],

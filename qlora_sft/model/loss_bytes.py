@@ -8,21 +8,27 @@ import torch
 from qlora_kernels.packed_ce.tiled import block_shape
 
 
-def between_bytes(config: Any, tokens: int, dtype: torch.dtype, on_gpu: bool, lean_norms: bool = False) -> int:
+def between_bytes(
+    config: Any, tokens: int, dtype: torch.dtype, on_gpu: bool, lean_norms: bool = False, head_in_4bit: bool = False
+) -> int:
     """For a row that is supervised throughout. ``config``: transformers' configuration of the language model.
 
     lean_norms: the last norm keeps its input in 16 bits.
     """
-    return loss_bytes(config, tokens, dtype, on_gpu, lean_norms) + rotation_bytes(config, tokens, dtype)
+    loss = loss_bytes(config, tokens, dtype, on_gpu, lean_norms, head_in_4bit)
+    return loss + rotation_bytes(config, tokens, dtype)
 
 
-def loss_bytes(config: Any, tokens: int, dtype: torch.dtype, on_gpu: bool, lean_norms: bool = False) -> int:
+def loss_bytes(
+    config: Any, tokens: int, dtype: torch.dtype, on_gpu: bool, lean_norms: bool = False, head_in_4bit: bool = False
+) -> int:
     """The last norm's input (in float32) and its reciprocal root, the last hidden states, the gradient of the
     supervised rows; and packed_ce's workspace by its own rule, or after it the gradient of the hidden states."""
     hidden, size = int(config.hidden_size), dtype.itemsize
     norm = (size if lean_norms else 4) * hidden + 4
     kept = tokens * (norm + 2 * hidden * size)
-    return kept + max(tokens * hidden * size, _workspace(hidden, int(config.vocab_size), tokens, dtype, on_gpu))
+    workspace = _workspace(hidden, int(config.vocab_size), tokens, dtype, on_gpu, head_in_4bit)
+    return kept + max(tokens * hidden * size, workspace)
 
 
 def rotation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
@@ -31,16 +37,23 @@ def rotation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     return 2 * tokens * size * dtype.itemsize
 
 
-def _workspace(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype, on_gpu: bool) -> int:
+def _workspace(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype, on_gpu: bool, head_in_4bit: bool) -> int:
     if on_gpu:
         from qlora_kernels.packed_ce.fused import FEWEST_ROWS, TILE, WORKSPACE_BYTES, padded
 
-        if WORKSPACE_BYTES // (4 * padded(vocabulary)) >= FEWEST_ROWS:
+        if not head_in_4bit and WORKSPACE_BYTES // (4 * padded(vocabulary)) >= FEWEST_ROWS:
             return min(WORKSPACE_BYTES, 4 * padded(vocabulary) * tokens)
-        # Tiles of the vocabulary: their logits, and a float32 sum for each row of a group.
+        # Tiles of the vocabulary: their logits, and for each row of a group its state, its target's and a float32 sum.
         rows = min(tokens, WORKSPACE_BYTES // (4 * padded(TILE)))
-        return rows * (4 * padded(TILE) + 4 * hidden + hidden * dtype.itemsize)
+        logits = rows * (4 * padded(TILE) + 4 * hidden + 2 * hidden * dtype.itemsize)
+        return logits + (_dequantised(hidden, vocabulary, TILE, dtype) if head_in_4bit else 0)
     block, tile = block_shape(hidden)
     # The supervised rows, gathered, their float32 sums, and a tile of logits, in 16 bits a second time.
     logits = min(block, tokens) * tile
-    return tokens * (4 + dtype.itemsize) * hidden + logits * (4 if dtype.itemsize == 4 else 4 + dtype.itemsize)
+    dense = _dequantised(hidden, vocabulary, tile, dtype) if head_in_4bit else 0
+    return tokens * (4 + dtype.itemsize) * hidden + logits * (4 if dtype.itemsize == 4 else 4 + dtype.itemsize) + dense
+
+
+def _dequantised(hidden: int, vocabulary: int, tile: int, dtype: torch.dtype) -> int:
+    """The scales of an NF4 head in float32, one for 64 weights, and a tile of the head in full."""
+    return vocabulary * hidden // 64 * 4 + min(tile, vocabulary) * hidden * dtype.itemsize

@@ -57,7 +57,8 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         _require_checkpointing(layers, config)
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
-    between = between_bytes(model.config.get_text_config(), tokens, dtype, on_gpu, has_lean_norms(model))
+    settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
+    between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     slab = install(model, choice.tiers, tokens, layer.input, say)
     where = "GPU" if on_gpu else "CPU"

@@ -83,6 +83,10 @@ class Blueprint:
         groups = int(getattr(self.config, "num_key_value_heads", None) or count)
         return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
 
+    @property
+    def head_in_4bit(self) -> bool:
+        return any(linear.quantized for linear in self.linears if linear.block is None)
+
     def layer(self, number: int) -> list[Linear]:
         return [linear for linear in self.linears if linear.block == number]
 
@@ -100,6 +104,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
     """The same, from transformers' configuration object."""
     from transformers import AutoModelForCausalLM
 
+    from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
 
@@ -112,6 +117,8 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
+    if config.model.head_in_4bit:
+        check_head(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     blueprint = Blueprint(
         kind=type(model).__name__,
@@ -119,7 +126,7 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         parameters={name: p.shape for name, p in model.named_parameters()},
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         input_embedding=_input_embedding(model),
-        linears=_linears(model, prefix, targets, config.model.load_in_4bit),
+        linears=_linears(model, prefix, targets, config),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks
@@ -147,16 +154,24 @@ def _why_not_tiled(model: Any, blocks: Any, targets: list[str], config: Config) 
     return why_not_tiled(list(blocks), config.memory.tiled_mlp)
 
 
-def _linears(model: Any, prefix: str, targets: list[str], load_in_4bit: bool) -> list[Linear]:
+def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = get_keys_to_not_convert(model)
+    head = model.get_output_embeddings()
+
+    def quantized(name: str, module: torch.nn.Linear) -> bool:
+        if module is head and config.model.head_in_4bit:
+            return True
+        plain = type(module) is torch.nn.Linear
+        return config.model.load_in_4bit and plain and should_convert_module(name, kept)
+
     return [
         Linear(
             name, module.in_features, module.out_features,
             block=int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None,
-            quantized=load_in_4bit and type(module) is torch.nn.Linear and should_convert_module(name, kept),
+            quantized=quantized(name, module),
             adapted=name.rsplit(".", 1)[-1] in targets,
         )
         for name, module in model.named_modules()

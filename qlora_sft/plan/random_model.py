@@ -20,6 +20,7 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.head import quantize_head
     from qlora_sft.model.load import disable_inference_repacking, target_modules
 
     with init_empty_weights(include_buffers=False):
@@ -30,6 +31,8 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
         _quantize(model.get_decoder().layers, dtype, device)
     _fill(model, dtype, device)
     model.tie_weights()
+    if config.model.head_in_4bit:
+        quantize_head(model, dtype)
     model.requires_grad_(False)
     disable_inference_repacking(model)
     lora = config.lora
@@ -41,19 +44,12 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
 
 def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from qlora_sft.model.head import nf4_linear
 
     for parent in list(layers.modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is not nn.Linear:
-                continue
-            bias = old.bias is not None
-            new = Linear4bit(
-                old.in_features, old.out_features, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta"
-            )
-            weight = _random(old.weight, dtype, device)
-            new.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
-            setattr(parent, name, new)
+            if type(old) is nn.Linear:
+                setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

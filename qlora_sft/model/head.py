@@ -1,0 +1,58 @@
+"""The output head in NF4 (`model.head_in_4bit`): 128,256 words 4,096 wide take 0.98 GiB in 16 bits, 0.25 GiB so.
+
+A choice about the model and not only about memory: the loss is that of the rounded head, and what is exported has to
+have it too. So the run says which layers went through NF4, and a merge onto the dequantised base takes the head along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from qlora_kernels.packed_ce import NF4Head
+from torch import Tensor, nn
+
+from qlora_sft.errors import ConfigError
+
+BLOCK = 64  # weights that share a scale in NF4
+
+
+def quantize_head(model: Any, dtype: torch.dtype) -> None:
+    """Replaces the head of a base model that has no adapters yet. Raises `ConfigError` as `check_head` does."""
+    check_head(model)
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(nf4_linear(head, head.weight.detach(), dtype))
+
+
+def check_head(model: Any) -> None:
+    """Raises `ConfigError` where the head cannot be in NF4."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        obstacle = "is its input embedding, too, which has to be read row by row"
+    elif type(head) is not nn.Linear:
+        obstacle = f"is a {type(head).__name__} already, and no plain linear layer"
+    elif head.in_features % BLOCK:
+        obstacle = f"is {head.in_features} wide, which is no multiple of NF4's blocks of {BLOCK}"
+    else:
+        return
+    raise ConfigError(f"model.head_in_4bit: this model's output head {obstacle}; remove the setting")
+
+
+def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A frozen layer of bitsandbytes with ``weight`` in NF4, doubly quantised, on the device of that tensor."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    new = Linear4bit(
+        like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    new.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(weight.device)
+    new.bias = like.bias
+    layer: nn.Module = new
+    return layer
+
+
+def loss_weight(head: Any) -> Tensor | NF4Head:
+    """The head [V, D] as `packed_linear_cross_entropy` takes it."""
+    state = getattr(head.weight, "quant_state", None)
+    return head.weight if state is None else NF4Head.from_bitsandbytes(head.weight.data, state)

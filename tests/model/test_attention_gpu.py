@@ -1,0 +1,64 @@
+"""Attention by document on a GPU, each of its ways against the plain products in float32."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_sft.model.attention import choose_path, document_attention
+from qlora_sft.model.attention_capped import plain_documents
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+LENGTHS = (700, 1, 300, 23)
+
+
+def inputs(lengths: tuple[int, ...], size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [1, 8, T, size], k and v [1, 2, T, size], bounds"""
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q, k, v = (torch.randn(1, heads, total, size, device="cuda").to(dtype).requires_grad_() for heads in (8, 2, 2))
+    return q, k, v, torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("dtype", "size", "softcap", "sinks", "path"),
+    [
+        (torch.bfloat16, 128, None, False, "varlen"),
+        (torch.float16, 64, None, False, "varlen"),
+        (torch.float32, 64, None, False, "sdpa"),
+        (torch.bfloat16, 64, 3.0, False, "flex"),
+        (torch.bfloat16, 64, 3.0, True, "flex"),
+    ],
+)
+def test_output_and_gradients_are_those_of_plain_products(
+    dtype: torch.dtype, size: int, softcap: float | None, sinks: bool, path: str, window: int | None
+) -> None:
+    q, k, v, bounds = inputs(LENGTHS, size, dtype)
+    extra = torch.linspace(-1, 2, 8, device="cuda") if sinks else None
+    assert choose_path(q.device, dtype, size, softcap is not None or sinks).name == path
+    ours, _ = document_attention(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, max_length_q=max(LENGTHS), sliding_window=window,
+        softcap=softcap, s_aux=extra,
+    )  # fmt: skip
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    theirs = plain_documents(*exact, bounds, None, 0.0, window, softcap, None if extra is None else extra.double())
+    gradient = torch.randn_like(theirs)
+    theirs.backward(gradient)
+    ours.backward(gradient.to(dtype))
+    bound = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-3}[dtype]
+    assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+    for own, other in zip((q, k, v), exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert (own.grad.double() - other.grad).norm() <= bound * other.grad.norm()
+
+
+def test_shared_keys_do_not_bring_the_square_of_a_document() -> None:
+    """Where there is no FlashAttention (here: float32, as on a T4)."""
+    q, k, v, bounds = inputs((8192,), 64, torch.float32)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = document_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, max_length_q=8192)
+    out.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * 8192 * 8192  # a quarter of the weights of all heads
