@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,26 +20,21 @@ def clock() -> float:
     return time.process_time() if alone else time.perf_counter()
 
 
-def peak_of_child(work: Callable[[], Any]) -> int | None:
-    """Growth of the resident set while a forked child does ``work``. One thread: OpenMP does not survive a fork."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            base = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            work()
-            status = Path("/proc/self/status").read_text()
-            high = int(status.split("VmHWM:")[1].split()[0]) * 1024
-            os.write(writer, str(high - base).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    answer = os.read(reader, 64).decode()
-    os.close(reader)
-    os.waitpid(child, 0)
-    return int(answer) if answer else None
+def peak_growth(work: Callable[[], Any]) -> int | None:
+    """Bytes by which the resident set grew at most while ``work`` ran; None where the system does not say."""
+    status = Path("/proc/self/status")
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work has freed would serve this one unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = _kilobytes(status.read_text(), "VmRSS")
+    work()
+    return 1024 * (_kilobytes(status.read_text(), "VmHWM") - before)
+
+
+def _kilobytes(status: str, key: str) -> int:
+    return int(status.split(f"{key}:")[1].split()[0])
 
 
 def measured_on(benchmark: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
 
-from measuring import clock, measured_on, peak_of_child
+from measuring import clock, measured_on, peak_growth
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "nf4_lora.jsonl"
 RANK = 16
@@ -142,7 +142,7 @@ def peak_bytes(layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], che
         return torch.cuda.max_memory_allocated() - before
     # Memory that the allocator holds from before would be used without growing.
     ctypes.CDLL(None).malloc_trim(0)
-    return peak_of_child(lambda: run_once(layer, x, noise, wanted, checkpointed))
+    return peak_growth(lambda: run_once(layer, x, noise, wanted, checkpointed))
 
 
 def measure(name: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype, checkpointed: bool, repeats: int,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
 
-from measuring import clock, measured_on, peak_of_child
+from measuring import clock, measured_on, peak_growth
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "packed_ce.jsonl"
 GPU_SHAPES = {
@@ -78,7 +78,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> int 
         torch.cuda.reset_peak_memory_stats()
         run_once(loss, hidden, head, labels)
         return torch.cuda.max_memory_allocated() - before
-    return peak_of_child(lambda: run_once(loss, hidden, head, labels))
+    return peak_growth(lambda: run_once(loss, hidden, head, labels))
 
 
 def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48) -> tuple[Tensor, Tensor, float]:

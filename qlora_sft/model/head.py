@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qlora_kernels.packed_ce import NF4Head
+from qlora_kernels.packed_ce import NF4Head, PatchedHead
 from torch import Tensor, nn
 
 from qlora_sft.errors import ConfigError
@@ -52,7 +52,23 @@ def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module
     return layer
 
 
-def loss_weight(head: Any) -> Tensor | NF4Head:
+def loss_weight(head: Any) -> Tensor | NF4Head | PatchedHead:
     """The head [V, D] as `packed_linear_cross_entropy` takes it."""
+    patched = _patched(head)
+    if patched is not None:
+        return patched
     state = getattr(head.weight, "quant_state", None)
     return head.weight if state is None else NF4Head.from_bitsandbytes(head.weight.data, state)
+
+
+def _patched(head: Any) -> PatchedHead | None:
+    """If PEFT trains some rows of the head: those, and the rest as it is. Its own ``weight`` would be a whole copy, and
+    its gradient another."""
+    layer = getattr(head, "token_adapter", None)
+    if layer is None or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    base: Tensor = layer.base_layer.weight
+    if base.requires_grad or name not in layer.trainable_tokens_delta:
+        return None
+    return PatchedHead(base, tuple(layer.token_indices[name]), layer.trainable_tokens_delta[name])

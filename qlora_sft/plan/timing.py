@@ -19,6 +19,7 @@ from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
 from torch import Tensor
 
 from qlora_sft.config import Config
+from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan.blueprint import Blueprint
@@ -107,7 +108,10 @@ def _loss(
 ) -> Callable[[], float]:
     from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy
 
-    head = torch.randn(blueprint.vocabulary, blueprint.hidden, dtype=dtype, device=device) * 0.02
+    head: Any = torch.randn(blueprint.vocabulary, blueprint.hidden, dtype=dtype, device=device) * 0.02
+    if blueprint.head_in_4bit:
+        plain = torch.nn.Linear(blueprint.hidden, blueprint.vocabulary, bias=False, device="meta")
+        head = loss_weight(nf4_linear(plain, head, dtype))
     hidden = torch.randn(tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
     # The last token of a row has none that follows it.
     rows = torch.arange(min(supervised, max(1, tokens - 1)), dtype=torch.int32, device=device)

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy, reference_linear_cross_entropy
+from qlora_kernels.packed_ce import (
+    PatchedHead,
+    Targets,
+    packed_linear_cross_entropy,
+    reference_linear_cross_entropy,
+)
 from torch import Tensor
 
 
@@ -21,6 +26,17 @@ class Case:
     bias: Tensor | None = None
     weights: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    frozen: Tensor | None = None
+    """The head, if only its rows ``trained`` are trained: ``head`` is then their values."""
+    trained: tuple[int, ...] = ()
+
+    def dense(self, head: Tensor) -> Tensor:
+        if self.frozen is None:
+            return head
+        return self.frozen.to(head.dtype).index_copy(0, torch.tensor(self.trained, device=head.device), head)
+
+    def given(self, head: Tensor) -> Tensor | PatchedHead:
+        return head if self.frozen is None else PatchedHead(self.frozen, self.trained, head)
 
 
 def make(
@@ -33,19 +49,26 @@ def make(
     seed: int = 0,
     bias: bool = False,
     weights: bool = False,
+    trained: tuple[int, ...] = (),
     **options: Any,
 ) -> Case:
+    """``trained``: the rows of the head that are trained, if not all; about a third of the targets are among them."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     hidden = (2 * torch.randn(total, width, generator=generator)).to(dtype)
     head = (torch.randn(vocabulary, width, generator=generator) / 2).to(dtype)
     labels = torch.randint(0, vocabulary, (total,), generator=generator)
+    if trained:
+        labels[::3] = torch.tensor(trained)[torch.randint(0, len(trained), labels[::3].shape, generator=generator)]
     labels[torch.rand(total, generator=generator) > share] = -100
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     targets = Targets.from_labels(labels, bounds, path="torch")
     offset = torch.randn(vocabulary, generator=generator).to(dtype) if bias else None
     weight = torch.rand(len(targets), generator=generator) if weights else None
-    return Case(hidden, head, targets, labels, bounds, offset, weight, options)
+    if not trained:
+        return Case(hidden, head, targets, labels, bounds, offset, weight, options)
+    values = (torch.randn(len(trained), width, generator=generator) / 2).to(dtype)
+    return Case(hidden, values, targets, labels, bounds, offset, weight, options, head, trained)
 
 
 def differentiate(case: Case, loss: Callable[..., Tensor], dtype: torch.dtype, train_head: bool) -> list[Tensor]:
@@ -64,7 +87,7 @@ def textbook(case: Case, dtype: torch.dtype, train_head: bool = False) -> list[T
     """Full logits and autograd, in ``dtype`` as people write it: float64 is the truth, another is torch's own."""
 
     def loss(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        o = case.options
+        o, head = case.options, case.dense(head)
         if dtype == torch.float64:
             rows = reference_linear_cross_entropy(hidden, head, case.targets, bias=bias, **o)[0]
         else:
@@ -83,7 +106,7 @@ def textbook(case: Case, dtype: torch.dtype, train_head: bool = False) -> list[T
 def ours(case: Case, train_head: bool = False, **how: Any) -> list[Tensor]:
     def loss(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
         o = {**case.options, "bias": bias, "row_weights": case.weights, "n_items": 1.0, **how}
-        return packed_linear_cross_entropy(hidden, head, case.targets, **o).loss.sum()
+        return packed_linear_cross_entropy(hidden, case.given(head), case.targets, **o).loss.sum()
 
     return differentiate(case, loss, case.hidden.dtype, train_head)
 

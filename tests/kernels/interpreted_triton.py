@@ -57,6 +57,15 @@ def test_trainable_head_and_bias(options: dict[str, Any], reduction: str) -> Non
     assert_as_good_as_torch(make(LENGTHS, **options), train_head=True, path="triton", reduction=reduction)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=["plain", "all"])
+@pytest.mark.parametrize("vocabulary", [101, 60])
+def test_a_few_trained_rows(vocabulary: int, options: dict[str, Any]) -> None:
+    case = make(LENGTHS, vocabulary=vocabulary, trained=(50, 3), **options)
+    case.bias = case.bias if case.bias is None else case.bias.detach()
+    for how in ({"tile": 40}, {}, {"reduction": "none"}):
+        assert_as_good_as_torch(case, train_head=True, path="triton", **how)
+
+
 def test_a_block_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "BLOCK", 16)
     monkeypatch.setattr(fused, "TILE_BLOCK", 16)
@@ -142,6 +151,10 @@ def test_strides_and_offsets_past_two_to_the_31() -> None:
     hidden = storage.as_strided((2, 4), (far, 1))
     hidden.copy_(torch.arange(8.0).view(2, 4))
     assert move.gather_rows(hidden, torch.tensor([1, 0], dtype=torch.int32)).tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    out = storage[: 4 * (far // 4)].view(-1, 4)
+    rows, factors = torch.tensor([len(out) - 1], dtype=torch.int32), torch.tensor([2.0])
+    move.scatter_kernel[(1,)](torch.ones(1, 4, dtype=torch.float16), rows, factors, out, len(out), 4, BLOCK=4)
+    assert out[-1].tolist() == [2, 2, 2, 2]
     case = make(LENGTHS)
     _, gradient = call(case)
     strided = case.hidden.t().contiguous().t().requires_grad_()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ce_cases import assert_as_good_as_torch, make
-from qlora_kernels.packed_ce import NF4Head, Targets, fused, packed_linear_cross_entropy
+from qlora_kernels.packed_ce import NF4Head, PatchedHead, Targets, fused, packed_linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -15,7 +15,7 @@ ALL = {"softcap": 6.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-
 
 
 def on_gpu(case: Any) -> Any:
-    for name in ("hidden", "head", "bias", "weights", "labels", "bounds"):
+    for name in ("hidden", "head", "bias", "weights", "labels", "bounds", "frozen"):
         value = getattr(case, name)
         setattr(case, name, None if value is None else value.cuda())
     case.targets = case.targets.to("cuda")
@@ -34,6 +34,12 @@ def test_as_good_as_torch(vocabulary: int, options: dict[str, Any], dtype: torch
         assert_as_good_as_torch(case, train_head=True, path="triton", reduction="none")
 
 
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
+def test_a_few_trained_rows(options: dict[str, Any]) -> None:
+    case = make([90, 1, 200, 13], width=64, vocabulary=50257, dtype=torch.bfloat16, trained=(50256, 7), **options)
+    assert_as_good_as_torch(on_gpu(case), train_head=True, path="triton")
+
+
 def test_the_selection_equals_the_one_on_the_cpu() -> None:
     case = make([3000, 1, 5, 4000, 777], width=8)
     found = Targets.from_labels(case.labels.cuda(), case.bounds.cuda(), path="triton")
@@ -45,12 +51,15 @@ def test_the_host_never_waits() -> None:
     case = on_gpu(make([900, 300], width=64, vocabulary=5003, dtype=torch.float16, weights=True))
     hidden = case.hidden.requires_grad_()
     known = len(case.targets)
+    patched = PatchedHead(case.head, (5002, 9), case.head[:2].clone().requires_grad_())
 
     def step() -> None:
         targets = Targets.from_labels(case.labels, case.bounds, n_supervised=known)
         for each in (case.targets, targets):
-            output = packed_linear_cross_entropy(hidden, case.head, each, row_weights=case.weights)
-            output.loss.backward()
+            for head in (case.head, patched):
+                output = packed_linear_cross_entropy(hidden, head, each, row_weights=case.weights, tile=1024)
+                output.loss.backward()
+            packed_linear_cross_entropy(hidden, case.head, each, row_weights=case.weights).loss.backward()
 
     step()  # compiles
     torch.cuda.synchronize()

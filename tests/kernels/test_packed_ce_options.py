@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from ce_cases import assert_as_good_as_torch, make, ours, textbook
-from qlora_kernels.packed_ce import NF4Head, Targets, choose_path, packed_linear_cross_entropy, tiled
+from qlora_kernels.packed_ce import NF4Head, PatchedHead, Targets, choose_path, packed_linear_cross_entropy, tiled
 
 ALL = {"softcap": 6.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2, "bias": True, "weights": True}
 OPTIONS: list[dict[str, Any]] = [{}, {"weights": True}, *({key: value} for key, value in ALL.items()), ALL]
@@ -37,6 +37,51 @@ def test_a_logit_far_above_the_targets(train_head: bool) -> None:
     assert (mine[0] - exact[0]).abs() <= 2**-9 * exact[0]
     for a, b, c in zip(mine[1:], theirs[1:], exact[1:], strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm() + 1e-4 * c.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_few_trained_rows_of_a_frozen_head(options: dict[str, Any], dtype: torch.dtype) -> None:
+    case = make([37, 1, 20, 2], dtype=dtype, trained=(100, 7, 39), **options)
+    for how in ({"tile": 40}, {"reduction": "none"}):
+        assert_as_good_as_torch(case, train_head=True, path="torch", **how)
+
+
+def test_trained_rows_of_a_confident_model() -> None:
+    """Where p is near 1 or a logit far above the target's, p - 1 and exp(z) would lose everything."""
+    for scale in (15.0, 40.0):
+        case = make([60], share=1.0, trained=(3, 50))
+        case.hidden *= scale
+        assert_as_good_as_torch(case, train_head=True, path="torch", tile=16)
+
+
+def test_trained_rows_of_a_four_bit_head() -> None:
+    case = make([30, 20], width=64, vocabulary=96, trained=(95, 2))
+    assert case.frozen is not None
+    packed, state = quantize_4bit(case.frozen, blocksize=64, compress_statistics=True, quant_type="nf4")
+    case.frozen = dequantize_4bit(packed, state)
+    wanted = textbook(case, torch.float64, train_head=True)
+    case.frozen = NF4Head.from_bitsandbytes(packed, state)  # type: ignore[assignment]
+    for found, exact in zip(ours(case, train_head=True), wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_no_supervised_row_leaves_trained_rows_a_zero_gradient() -> None:
+    case = make([10], share=0.0, trained=(3,))
+    _, _, gradient = ours(case, train_head=True)
+    assert gradient.tolist() == [[0.0] * 24]
+
+
+def test_wrong_trained_rows_are_named() -> None:
+    case = make([10])
+    for base, ids, shape, message in (
+        (case.head, (3, 3), (2, 24), r"head\.ids: expected distinct rows of a head of 101, got \[3, 3\]"),
+        (case.head, (101,), (1, 24), r"head\.ids: .* got \[101\]"),
+        (case.head, (1, 2), (1, 24), r"head\.values: expected floating \[2, 24\], got torch.float32 \[1, 24\]"),
+        (case.head.clone().requires_grad_(), (1,), (1, 24), r"head\.base: it is trained as a whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_linear_cross_entropy(case.hidden, PatchedHead(base, ids, torch.zeros(shape)), case.targets)
 
 
 def test_a_tied_head_gets_both_gradients() -> None:

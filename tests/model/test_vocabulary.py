@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_kernels.packed_ce import PatchedHead
 
 from qlora_sft.config import Config
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.head import loss_weight
 from qlora_sft.model.load import load_for_inference, load_model
+from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 from qlora_sft.model.vocabulary import new_rows
 from qlora_sft.train import train
@@ -126,6 +132,32 @@ def test_a_merge_has_them_too(make_config: Any, tmp_path: Path, small_tokenizer:
     tokenizer = load_tokenizer(config.model, str(base))
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "why?"}], return_dict=False)
     torch.testing.assert_close(logits(merged, ids), logits(load_for_inference(tmp_path / "run"), ids))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_gradient_of_the_new_rows_is_that_of_the_whole_head(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool
+) -> None:
+    """And the loss never sees a copy of the head with the rows put in, whose gradient would be as large."""
+    base = make_base(tmp_path / "base", small_tokenizer, tied, room=0)
+    config = configured(make_config, base)
+    model = load_model(config, str(base), torch.float32, "transformers")
+    assert isinstance(loss_weight(model.get_base_model().get_output_embeddings()), PatchedHead)
+    rows = new_rows(config.model, str(base))
+    ids = [5, *rows, 17, rows[1], 40, 3, rows[2]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    logits = model(input_ids=torch.tensor([ids])).logits[0]
+    theirs = gradients(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))
+    use_document_attention(model)
+    ours = gradients(batch_loss(model, flatten([Rendered(ids, [1.0] * len(ids), "s")])).loss)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
 def test_new_rows_begin_as_the_mean_in_both_matrices(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:

@@ -2,13 +2,14 @@
 
 from qlora_kernels.packed_ce.backend import choose_path
 from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entropy
-from qlora_kernels.packed_ce.head import NF4Head
+from qlora_kernels.packed_ce.head import NF4Head, PatchedHead
 from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
 from qlora_kernels.packed_ce.targets import Targets
 
 __all__ = [
     "CEOutput",
     "NF4Head",
+    "PatchedHead",
     "Targets",
     "choose_path",
     "packed_linear_cross_entropy",

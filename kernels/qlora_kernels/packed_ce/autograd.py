@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.packed_ce import tiled
-from qlora_kernels.packed_ce.head import Head, NF4Head
+from qlora_kernels.packed_ce.head import Head, PatchedHead
 from qlora_kernels.packed_ce.options import Options
+from qlora_kernels.packed_ce.patched import values_gradient
 from qlora_kernels.packed_ce.targets import Targets
 from qlora_kernels.packed_ce.tiled import Problem, Result
 
@@ -37,8 +38,10 @@ def cross_entropy(
     hidden: Tensor, head: Head, bias: Tensor | None, targets: Targets, weights: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total = sum_i w_i * l_i, l [M], nll [M], hit [M]); total and l are differentiable."""
+    dense = head if isinstance(head, Tensor) else None
+    values = head.values if isinstance(head, PatchedHead) else None
     output: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(
-        hidden, head if isinstance(head, Tensor) else None, bias, weights, head, targets, plan
+        hidden, dense, bias, weights, values, head, targets, plan
     )
     return output
 
@@ -46,7 +49,7 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor | None, bias: Tensor | None, weights: Tensor | None,
-                head: Head, targets: Targets, plan: Plan) -> Any:  # fmt: skip
+                values: Tensor | None, head: Head, targets: Targets, plan: Plan) -> Any:  # fmt: skip
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         trainable = needs_head or needs_bias
         scale = weights
@@ -58,10 +61,12 @@ class _CrossEntropy(torch.autograd.Function):
         result = solve(problem, plan)
         weighted = result.objective if weights is None else result.objective * weights.to(result.objective.dtype)
         total = weighted.sum()
-        ctx.plan, ctx.shape, ctx.n_rows, ctx.head_is_nf4 = plan, hidden.shape, len(targets), isinstance(head, NF4Head)
+        ctx.plan, ctx.shape, ctx.n_rows = plan, hidden.shape, len(targets)
         ctx.save_for_backward(result.unscaled, targets.rows, weights, result.head, result.bias, result.objective)
         # A trainable head under reduction="none" needs everything again.
         ctx.again = (problem, targets) if trainable and not now else None
+        # Trained rows: few enough that their logits are simply formed again.
+        ctx.patched = (problem, result.nll) if ctx.needs_input_grad[4] else None
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (dense, bias))
         ctx.mark_non_differentiable(result.nll, result.hit)
         ctx.set_materialize_grads(False)
@@ -94,7 +99,11 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weights = None
         if ctx.needs_input_grad[3] and grad_total is not None:
             grad_weights = (grad_total * objective).float()
-        return grad_hidden, grads[0], grads[1], grad_weights, None, None, None
+        grad_values = None
+        if ctx.patched is not None:
+            problem, nll = ctx.patched
+            grad_values = values_gradient(problem, nll, factors).to(problem.head.values.dtype)
+        return grad_hidden, grads[0], grads[1], grad_weights, grad_values, None, None, None
 
 
 def solve(problem: Problem, plan: Plan) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kernels.packed_ce.head import Head, NF4Head
+from qlora_kernels.packed_ce.head import Head, NF4Head, PatchedHead
 from qlora_kernels.packed_ce.targets import Targets
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,13 +23,16 @@ def check_arguments(
         raise ValueError(f"head: expected floating [V, {hidden.shape[1]}], got {head.dtype} {list(head.shape)}")
     if isinstance(head, NF4Head) and head.requires_grad:
         raise ValueError("head: a 4-bit head cannot be trained")
-    named: dict[str, Tensor | NF4Head | None] = {
+    if isinstance(head, PatchedHead):
+        _check_patch(head)
+    named: dict[str, Head | None] = {
         "head": head,
         "targets.rows": targets.rows,
         "targets.ids": targets.ids,
         "targets.docs": targets.docs,
     }
     named |= {"row_weights": row_weights, "bias": bias}
+    named |= {"head.values": head.values} if isinstance(head, PatchedHead) else {}
     for name, value in named.items():
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
@@ -40,6 +43,17 @@ def check_arguments(
         raise ValueError(f"bias: expected floating [{head.shape[0]}], got {bias.dtype} {list(bias.shape)}")
     _check_range("targets.rows", targets.rows, targets.row_range, hidden.shape[0], "rows of hidden", may_wait)
     _check_range("targets.ids", targets.ids, targets.id_range, head.shape[0], "words of the vocabulary", may_wait)
+
+
+def _check_patch(head: PatchedHead) -> None:
+    vocabulary, width = head.shape
+    if head.base.requires_grad:
+        raise ValueError("head.base: it is trained as a whole; give it as head, without a PatchedHead")
+    if head.values.shape != (len(head.ids), width) or not head.values.is_floating_point():
+        got = f"{head.values.dtype} {list(head.values.shape)}"
+        raise ValueError(f"head.values: expected floating [{len(head.ids)}, {width}], got {got}")
+    if len(set(head.ids)) < len(head.ids) or any(not 0 <= word < vocabulary for word in head.ids):
+        raise ValueError(f"head.ids: expected distinct rows of a head of {vocabulary}, got {list(head.ids)}")
 
 
 def _check_range(

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_kernels.packed_ce.autograd import Plan, cross_entropy, document_sums
 from qlora_kernels.packed_ce.backend import Requested, choose_path
 from qlora_kernels.packed_ce.checks import check_arguments
-from qlora_kernels.packed_ce.head import Head
+from qlora_kernels.packed_ce.head import Head, PatchedHead
 from qlora_kernels.packed_ce.options import Options
 from qlora_kernels.packed_ce.targets import Targets
 
@@ -62,6 +62,7 @@ def packed_linear_cross_entropy(
     Args:
         hidden: [T, D] last hidden states, floating, any strides.
         head: [V, D] output embedding, or an `NF4Head`. Frozen, its gradient costs nothing; trainable, one more product.
+            A `PatchedHead` is a frozen one with a few trained rows, whose gradient costs next to nothing.
         targets: the supervised rows, see `Targets`.
         n_items: the divisor, e.g. the supervised tokens of a whole accumulation group; default: the sum of the
             row weights (the number of rows without any). With ``reduction="none"`` the default is 1.
@@ -107,7 +108,7 @@ def _nothing_supervised(hidden: Tensor, head: Head, bias: Tensor | None, targets
     # Sums over no row at all: connected to the graph, and 0 even where hidden is not finite.
     empty = hidden[:0].sum(1).float()
     loss = empty.sum()
-    for parameter in (head, bias):
+    for parameter in (head.values if isinstance(head, PatchedHead) else head, bias):
         if isinstance(parameter, Tensor):
             loss = loss + parameter[:0].sum()
     nothing = empty.detach()

@@ -1,9 +1,9 @@
 """The path on a GPU: cuBLAS for the products, one Triton kernel per chunk of rows for everything between them.
 
 Per balanced chunk of rows: gather -> product with float32 output -> row kernel, gradient in place -> product into
-``U[a:b]``. Two products, nothing recomputed, and never more logits than the workspace holds. With a 4-bit head, or
-a vocabulary of which the workspace holds too few rows, the vocabulary is cut into tiles instead; a tile is
-dequantised once for all rows of a group, and an accumulator in float32 [group, D] takes the second product.
+``U[a:b]``. Two products, nothing recomputed, and never more logits than the workspace holds. With a head in 4 bits or
+with trained rows, or a vocabulary of which the workspace holds too few rows, the vocabulary is cut into tiles instead;
+a tile is made once for all rows of a group, and an accumulator in float32 [group, D] takes the second product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_kernels.packed_ce import move
 from qlora_kernels.packed_ce.finish import RowState, finish
-from qlora_kernels.packed_ce.head import NF4Head, head_rows
+from qlora_kernels.packed_ce.head import head_rows
 from qlora_kernels.packed_ce.options import LOG2E
 from qlora_kernels.packed_ce.rows import row_kernel, tile_kernel
 from qlora_kernels.packed_ce.tiled import Problem, Result
@@ -35,7 +35,8 @@ def run(problem: Problem, tile: int | None, workspace_bytes: int | None) -> Resu
     budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     fits = budget // (4 * padded(problem.vocabulary))
     trainable = problem.need_head or problem.need_bias
-    if tile is None and (isinstance(problem.head, NF4Head) or (fits < FEWEST_ROWS and not trainable)):
+    # Only a dense head is there as a whole.
+    if tile is None and (not isinstance(problem.head, Tensor) or (fits < FEWEST_ROWS and not trainable)):
         tile = TILE
     # A gradient of the head needs whole rows: their sum is not known before the last tile.
     if tile is not None and tile < problem.vocabulary and not trainable:

@@ -1,7 +1,9 @@
-"""The output head as the kernels see it: a dense [V, D] tensor, or NF4 that is dequantised tile by tile."""
+"""The output head as the kernels see it: a dense [V, D] tensor, NF4 that is dequantised tile by tile, or either of them
+with a few rows that are trained."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +28,52 @@ class NF4Head(NF4Weight):
         return cls(weight.packed, weight.scales(), weight.code, weight.shape, weight.blocksize, weight.dtype)
 
 
-Head = Tensor | NF4Head
+@dataclass(frozen=True)
+class PatchedHead:
+    """A frozen head [V, D] in which ``values`` [k, D], which are trained, stand in the place of the rows ``ids``.
+
+    Added tokens are trained like this. To train the whole head for them would take its gradient, [V, D] in float32.
+    """
+
+    base: Tensor | NF4Head
+    ids: tuple[int, ...]
+    values: Tensor
+    requires_grad = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        vocabulary, width = self.base.shape
+        return vocabulary, width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """[n, D]. Copies what it changes; the ids are known to the host, so that it never waits for a device."""
+        rows, values = head_rows(self.base, which, dtype), self.values.detach().to(dtype)
+        if isinstance(which, Tensor):
+            for word, value in zip(self.ids, values, strict=True):
+                rows = torch.where((which == word)[:, None], value, rows)
+            return rows
+        first = which.start or 0
+        inside = [(place, word - first) for place, word in enumerate(self.ids) if 0 <= word - first < len(rows)]
+        rows = rows.clone() if inside else rows
+        for place, row in inside:
+            rows[row] = values[place]
+        return rows
+
+
+Head = Tensor | NF4Head | PatchedHead
 
 
 def head_rows(head: Head, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of either kind of head: [n, D] in ``dtype``; a view where nothing has to be converted."""
+    """Rows of any kind of head: [n, D] in ``dtype``; a view where nothing has to be converted."""
+    if isinstance(head, PatchedHead):
+        return head.rows(which, dtype)
     rows = head.rows(which) if isinstance(head, NF4Head) else head.detach()[which]
     return rows.to(dtype)
