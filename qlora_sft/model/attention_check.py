@@ -27,7 +27,8 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
     """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
     base = base_of(model)
     try:
-        say(f"attention: {use_document_attention(model)}")
+        choice = use_document_attention(model)
+        say(f"attention: {'as Unsloth does it (documents begin where positions do)' if _unsloths(base) else choice}")
         difference = packed_against_separate(model, dtype)
     except (ValueError, NotImplementedError) as error:
         raise RunError(f"{type(base).__name__}: {error}. {_cure(base)}") from None
@@ -72,8 +73,12 @@ def _difference(packed: Tensor, alone: Tensor) -> float:
     return float((packed - alone).norm() / alone.norm())
 
 
+def _unsloths(base: Any) -> bool:
+    """Whether Unsloth's own forward, which it has on a GPU, calls no attention function of transformers'."""
+    return "unsloth" in getattr(base.get_decoder().forward, "__module__", "")
+
+
 def _cure(base: Any) -> str:
-    patched = "unsloth" in getattr(base.get_decoder().forward, "__module__", "")
-    if patched:
+    if _unsloths(base):
         return "Set model.backend=transformers: this may be Unsloth's version of the model."
     return "Rows hold several documents here, so this model cannot be trained; take one whose layers only attend."

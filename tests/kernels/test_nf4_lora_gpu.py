@@ -12,6 +12,7 @@ from qlora_kernels.nf4_lora.gated import Activation, activate, gated, gated_back
 from qlora_kernels.nf4_lora.reference import reference_mlp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from waiting import no_waiting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -89,9 +90,5 @@ def test_the_host_never_waits() -> None:
         torch.autograd.grad(y, [x, *parameters(*layers)], y.detach())
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ import torch
 from offload_cases import WIDTH, Stack, assert_equal, checkpointed, row, schedule_for, step
 from qlora_kernels.offload import HostSlab, LayerBytes, layer_functions, peak_bytes
 from qlora_kernels.offload.tiers import LAG
+from waiting import no_waiting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -60,12 +61,8 @@ def test_the_host_never_waits() -> None:
     functions = layer_functions(tiers, schedule_for(tiers, TOKENS, 4, "cuda"))
     x = row(TOKENS, 0, device="cuda")
     stack(x, functions).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         stack(x, functions).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_slab_is_registered_as_a_whole_and_let_go() -> None:

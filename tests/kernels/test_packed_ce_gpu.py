@@ -8,6 +8,7 @@ import pytest
 import torch
 from ce_cases import assert_as_good_as_torch, make
 from qlora_kernels.packed_ce import NF4Head, PatchedHead, Targets, fused, packed_linear_cross_entropy
+from waiting import no_waiting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -62,12 +63,8 @@ def test_the_host_never_waits() -> None:
             packed_linear_cross_entropy(hidden, case.head, each, row_weights=case.weights).loss.backward()
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_runs_are_the_same_bit_for_bit() -> None:
