@@ -18,7 +18,7 @@ from qlora_sft.errors import ConfigError, QloraSftError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
 
 
@@ -41,6 +41,22 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
     return 0
 
 
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments in one stretch; ``key.sub=value`` may stand behind an option, too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if "overrides" in arguments:
+        arguments.overrides += [argument for argument in rest if _is_override(argument)]
+        rest = [argument for argument in rest if not _is_override(argument)]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-sft", description="QLoRA fine-tuning: from chat data to a GGUF that answers.", allow_abbrev=False
@@ -53,20 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
         return sub
 
-    train = verb("train", _train, "fine-tune as a configuration says")
-    train.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    def configured(name: str, action: Any, help: str) -> argparse.ArgumentParser:
+        sub = verb(name, action, help)
+        sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+        return sub
+
+    train = configured("train", _train, "fine-tune as a configuration says")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 
-    preview = verb("preview", _preview, "show what a configuration will train on, token by token")
-    preview.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-    preview.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    preview = configured("preview", _preview, "show what a configuration will train on, token by token")
     preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
-    plan = verb("plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
-    plan.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    plan = configured("plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
     plan.add_argument("--no-data", action="store_true", help="do not read the data: no steps and no tokens")
     plan.add_argument("--no-time", action="store_true", help="do not measure a layer: no time")
 

@@ -49,6 +49,18 @@ def test_wrong_configurations_end_with_2(tmp_path: Path, capsys: pytest.CaptureF
     assert len(capsys.readouterr().err.strip().splitlines()) == 3
 
 
+def test_overrides_may_stand_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "demo", "--overwrite", "lora.r=0", "--json", "lora.alfa=1"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown key 'lora.alfa'" in said
+    assert main(["train", "demo", "--overwrite", "lora.r=0"]) == 2
+    assert "lora.r must be positive, got 0" in capsys.readouterr().err
+    for arguments in (["train", "demo", "--whatever"], ["merge", "run", "a=1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
 def test_verbs_on_something_that_is_no_run_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in (["merge"], ["export"], ["chat", "--message", "hi"]):
         assert main([verb[0], str(tmp_path), *verb[1:]]) == 2
