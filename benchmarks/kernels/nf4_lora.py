@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import json
 import statistics
@@ -140,8 +139,6 @@ def peak_bytes(layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], che
         torch.cuda.reset_peak_memory_stats()
         run_once(layer, x, noise, wanted, checkpointed)
         return torch.cuda.max_memory_allocated() - before
-    # Memory that the allocator holds from before would be used without growing.
-    ctypes.CDLL(None).malloc_trim(0)
     return peak_growth(lambda: run_once(layer, x, noise, wanted, checkpointed))
 
 

@@ -6,6 +6,7 @@ disk, and what is in memory is what the system keeps of the file while there is 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,9 @@ _AT_ONCE = 4096
 class _Numbered(Sequence[Rendered]):
     """Indices, negative ones and slices, on top of ``at``."""
 
+    @abstractmethod
     def at(self, number: int) -> Rendered:
-        raise NotImplementedError
+        """The document at ``number``, which is in range."""
 
     @overload
     def __getitem__(self, index: int) -> Rendered: ...

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from qlora_kernels.packed_ce import (
+    NF4Head,
     PatchedHead,
     Targets,
     packed_linear_cross_entropy,
@@ -26,13 +27,14 @@ class Case:
     bias: Tensor | None = None
     weights: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    frozen: Tensor | None = None
+    frozen: Tensor | NF4Head | None = None
     """The head, if only its rows ``trained`` are trained: ``head`` is then their values."""
     trained: tuple[int, ...] = ()
 
     def dense(self, head: Tensor) -> Tensor:
         if self.frozen is None:
             return head
+        assert isinstance(self.frozen, Tensor), "the textbook takes no 4-bit head"
         return self.frozen.to(head.dtype).index_copy(0, torch.tensor(self.trained, device=head.device), head)
 
     def given(self, head: Tensor) -> Tensor | PatchedHead:

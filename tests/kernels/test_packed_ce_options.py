@@ -57,13 +57,28 @@ def test_trained_rows_of_a_confident_model() -> None:
 
 def test_trained_rows_of_a_four_bit_head() -> None:
     case = make([30, 20], width=64, vocabulary=96, trained=(95, 2))
-    assert case.frozen is not None
+    assert isinstance(case.frozen, torch.Tensor)
     packed, state = quantize_4bit(case.frozen, blocksize=64, compress_statistics=True, quant_type="nf4")
     case.frozen = dequantize_4bit(packed, state)
     wanted = textbook(case, torch.float64, train_head=True)
-    case.frozen = NF4Head.from_bitsandbytes(packed, state)  # type: ignore[assignment]
+    case.frozen = NF4Head.from_bitsandbytes(packed, state)
     for found, exact in zip(ours(case, train_head=True), wanted, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_rows_are_rounded_to_the_heads_type() -> None:
+    """As PEFT does it wherever else the model is computed; else what is trained is not what answers."""
+    case = make([30], share=1.0, trained=(100, 7))
+    head, values = case.frozen.bfloat16(), case.head.clone().requires_grad_()
+    ours = packed_linear_cross_entropy(case.hidden, PatchedHead(head, case.trained, values), case.targets)
+    dense = head.index_copy(0, torch.tensor(case.trained), case.head.bfloat16()).requires_grad_()
+    theirs = packed_linear_cross_entropy(case.hidden, dense, case.targets)
+    torch.testing.assert_close(ours.nll, theirs.nll, rtol=1e-6, atol=1e-6)
+    ours.loss.backward()
+    theirs.loss.backward()
+    assert values.grad is not None
+    assert dense.grad is not None
+    torch.testing.assert_close(values.grad, dense.grad[[100, 7]].float(), rtol=2**-8, atol=1e-5)
 
 
 def test_no_supervised_row_leaves_trained_rows_a_zero_gradient() -> None:

@@ -55,7 +55,8 @@ class PatchedHead:
 
     def rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """[n, D]. Copies what it changes; the ids are known to the host, so that it never waits for a device."""
-        rows, values = head_rows(self.base, which, dtype), self.values.detach().to(dtype)
+        # Rounded to the head's type first, as they are wherever else the model is computed.
+        rows, values = head_rows(self.base, which, dtype), self.values.detach().to(self.dtype).to(dtype)
         if isinstance(which, Tensor):
             for word, value in zip(self.ids, values, strict=True):
                 rows = torch.where((which == word)[:, None], value, rows)
