@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qlora_kernels.cpu import bfloat16_products
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
@@ -44,18 +45,8 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name()} has bfloat16"
         return torch.float16, f"{torch.cuda.get_device_name()} has no bfloat16"
-    # Measured on a CPU with AVX512-BF16: half the time of float32. Without it bfloat16 is emulated, and slower.
-    if "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags():
-        return torch.bfloat16, "this CPU computes in bfloat16"
-    return torch.float32, "this CPU has no bfloat16 instructions"
-
-
-def _cpu_flags() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return line
-    return ""
+    faster, reason = bfloat16_products()
+    return torch.bfloat16 if faster else torch.float32, reason
 
 
 def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qlora_kernels.packed_ce.tiled import block_shape
+from qlora_kernels.packed_ce.tiled import block_shape, compute_dtype
 
 
 def between_bytes(
@@ -46,14 +46,17 @@ def _workspace(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype, on
         # Tiles of the vocabulary: their logits, and for each row of a group its state, its target's and a float32 sum.
         rows = min(tokens, WORKSPACE_BYTES // (4 * padded(TILE)))
         logits = rows * (4 * padded(TILE) + 4 * hidden + 2 * hidden * dtype.itemsize)
-        return logits + (_dequantised(hidden, vocabulary, TILE, dtype) if head_in_4bit else 0)
-    block, tile = block_shape(hidden)
-    # The supervised rows, gathered, their float32 sums, and a tile of logits, in 16 bits a second time.
-    logits = min(block, tokens) * tile
-    dense = _dequantised(hidden, vocabulary, tile, dtype) if head_in_4bit else 0
-    return tokens * (4 + dtype.itemsize) * hidden + logits * (4 if dtype.itemsize == 4 else 4 + dtype.itemsize) + dense
+        return logits + (_tile_of_head(hidden, vocabulary, TILE, dtype, True) if head_in_4bit else 0)
+    # The supervised rows, gathered, their float32 sums, and a tile of logits, in bfloat16 a second time; and a tile of
+    # the head where it is not multiplied as it is stored.
+    product = compute_dtype(dtype, dtype, torch.device("cpu"))
+    block, tile = block_shape(hidden, product)
+    logits = min(block, tokens) * tile * (4 if product == torch.float32 else 4 + product.itemsize)
+    head = _tile_of_head(hidden, vocabulary, tile, product, head_in_4bit) if head_in_4bit or product != dtype else 0
+    return tokens * (4 + product.itemsize) * hidden + logits + head
 
 
-def _dequantised(hidden: int, vocabulary: int, tile: int, dtype: torch.dtype) -> int:
-    """The scales of an NF4 head in float32, one for 64 weights, and a tile of the head in full."""
-    return vocabulary * hidden // 64 * 4 + min(tile, vocabulary) * hidden * dtype.itemsize
+def _tile_of_head(hidden: int, vocabulary: int, tile: int, dtype: torch.dtype, in_4bit: bool) -> int:
+    """A tile of the head in full, and an NF4 head's scales in float32, one for 64 weights."""
+    scales = vocabulary * hidden // 64 * 4 if in_4bit else 0
+    return scales + min(tile, vocabulary) * hidden * dtype.itemsize
