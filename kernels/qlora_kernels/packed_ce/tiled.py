@@ -122,7 +122,11 @@ class _Group:
         self.hidden = problem.hidden.detach().index_select(0, problem.rows[rows].long()).to(dtype)
         self.kept: list[tuple[slice, Tensor, Tensor | None]] | None = [] if keep else None
         width = problem.head.shape[1]
-        self.sums = self.hidden.new_zeros(self.hidden.shape, dtype=self.wide) if problem.need_hidden else None
+        self.sums: Tensor | None = None
+        if result.unscaled is not None:  # summed where it is wanted, if that is wide enough
+            there = result.unscaled.dtype == self.wide
+            self.sums = result.unscaled[rows] if there else self.hidden.new_empty(self.hidden.shape, dtype=self.wide)
+            self.sums.zero_()
         # Label smoothing pulls towards the mean of all (sloped) head rows: [D], or [M, D] with a softcap.
         capped = problem.options.softcap is not None
         shape = self.hidden.shape if capped else torch.Size([width])
@@ -265,7 +269,8 @@ class _Group:
             for a in range(0, len(self.ids), 128):
                 part = slice(a, a + 128)
                 self.sums[part] += of_target[part, None] * self.head_rows(self.ids[part])
-            result.unscaled[rows] = self.sums.to(result.unscaled.dtype)
+            if self.sums.dtype != result.unscaled.dtype:
+                result.unscaled[rows] = self.sums.to(result.unscaled.dtype)
         if self.kept is not None:
             self.head_gradient(done, of_target)
 
