@@ -128,8 +128,10 @@ def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, 
     from qlora_sft.model.loss import use_loss
     from qlora_sft.model.mlp import use_tiled_mlp
     from qlora_sft.model.norms import use_lean_norms
+    from qlora_sft.model.trained_rows import use_rows_beside_embedding
 
     model = load_model(config, base, dtype, backend)
+    use_rows_beside_embedding(model)
     use_checked_attention(model, dtype, say)
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"

@@ -51,6 +51,21 @@ def tokenizer(base_model: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer() -> Any:
+    """A byte-level tokenizer of 300 tokens that has seen no chat: eos and nothing else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    raw.train_from_iterator(["Question and answer, because why not"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Path:
     """Two layers of width 64 with random weights in float32: for logic, not for learning."""
     import torch

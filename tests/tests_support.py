@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from qlora_sft.config import Config
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.render import Rendered
@@ -13,3 +16,18 @@ def documents_of(config: Config) -> list[Rendered]:
     """The rendered training documents of a configuration."""
     tokenizer = load_tokenizer(config.model, config.model.path)
     return render_sources(read_sources(config.data.train, config.seed), config.data, tokenizer).all_documents
+
+
+def bare_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
+    """A tiny Llama whose tokenizer has no chat template, with ``room`` unused rows in its embedding."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + room, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

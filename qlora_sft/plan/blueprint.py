@@ -6,6 +6,7 @@ real one; which layers bitsandbytes quantises is asked of transformers' own rule
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.rope import scaled_config
+from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Blueprint:
     """Values of the input embedding if the output head is another matrix, else 0."""
     lean_norms: bool = False
     """Whether RMSNorms keep their input as it is, and no float32 copy of it."""
+    added_rows: int = 0
+    """Tokens that the chat template adds, whose rows are trained."""
+    trained_matrices: int = 0
+    """The matrices with such rows: the embedding, and the head where it is another."""
+    grown: int = 0
+    """Of the parameters, those that the files do not have: embedding and head may have to grow for added tokens."""
 
     @property
     def n_layers(self) -> int:
@@ -92,16 +100,20 @@ class Blueprint:
 
 
 def read_blueprint(config: Config, base: str) -> Blueprint:
-    """Raises `ConfigError` for a model that transformers does not know, or without decoder layers."""
+    """Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer."""
     try:
         settings = scaled_config(base, config.model.rope_scaling)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
-    return blueprint_of(settings, config)
+    try:
+        rows = new_rows(config.model, base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: cannot read the tokenizer of {base}: {first_line(error)}") from None
+    return blueprint_of(settings, config, rows)
 
 
-def blueprint_of(settings: Any, config: Config) -> Blueprint:
-    """The same, from transformers' configuration object."""
+def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
+    """The same, from transformers' configuration object and the ids of tokens that are added."""
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.head import check_head
@@ -117,6 +129,8 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
+    in_files = model.num_parameters()
+    grow(model, rows, initialise=False)
     if config.model.head_in_4bit:
         check_head(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
@@ -126,6 +140,9 @@ def blueprint_of(settings: Any, config: Config) -> Blueprint:
         parameters={name: p.shape for name, p in model.named_parameters()},
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         input_embedding=_input_embedding(model),
+        added_rows=len(rows),
+        grown=model.num_parameters() - in_files,
+        trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, prefix, targets, config),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
@@ -192,7 +209,7 @@ def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
     headers = read_headers(base)
     packed = any("quant_state" in name for name in headers)
     held = sum(_parameters(name, header) for name, header in headers.items())
-    spare = held - blueprint.n_parameters
+    spare = held - (blueprint.n_parameters - blueprint.grown)
     note = ""
     tied = {
         name for name in headers if name.endswith("lm_head.weight")

@@ -54,7 +54,8 @@ def residents(
     return Residents(
         nf4=sum(nf4_bytes(linear.inputs * linear.outputs) for linear in blueprint.linears if linear.quantized),
         full=full * dtype.itemsize,
-        buffers=blueprint.buffer_bytes,
+        # PEFT keeps the rows of added tokens as they began.
+        buffers=blueprint.buffer_bytes + sum(row_tensors(blueprint)) * LORA_BYTES,
         adapters=sum(adapters) * LORA_BYTES,
         gradients=sum(adapters) * LORA_BYTES,
         optimizer=optimizer_bytes(adapters, "8bit" in optimizer),
@@ -68,8 +69,14 @@ def nf4_bytes(count: int) -> int:
 
 
 def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
-    """Elements of every A [rank, inputs] and B [outputs, rank]."""
-    return [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
+    """Elements of every A [rank, inputs] and B [outputs, rank], and of the rows of added tokens."""
+    lora = [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
+    return lora + row_tensors(blueprint)
+
+
+def row_tensors(blueprint: Blueprint) -> list[int]:
+    """Elements of the trained rows of each matrix that has some."""
+    return [blueprint.added_rows * blueprint.hidden] * blueprint.trained_matrices
 
 
 def _lora(linear: Linear, rank: int) -> tuple[int, int]:

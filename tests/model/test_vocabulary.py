@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_kernels.packed_ce import PatchedHead
+from tests_support import bare_base
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import flatten
@@ -24,34 +25,6 @@ from qlora_sft.model.vocabulary import new_rows
 from qlora_sft.train import train
 
 NEW = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(own_tokenizer: Any) -> Any:
-    """A byte-level tokenizer of 300 tokens that has seen no chat: eos and nothing else."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
-    raw.train_from_iterator(["Question and answer, because why not"] * 50, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
-
-
-def make_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + room, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def configured(make_config: Any, base: Path, *more: str) -> Config:
@@ -74,7 +47,7 @@ def test_new_control_tokens_are_trained_saved_and_found_again(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied, room)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied, room)
     config = configured(make_config, base, "training.max_steps=2")
     said: list[str] = []
     train(config, say=said.append)
@@ -100,7 +73,7 @@ def test_new_control_tokens_are_trained_saved_and_found_again(
 def test_what_was_saved_computes_what_was_trained(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
     from qlora_sft.training.run_folder import save_adapter
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
     config = configured(make_config, base, "training.max_steps=1")
     train(config, say=lambda _: None)
     tokenizer = load_tokenizer(config.model, str(base))
@@ -124,7 +97,7 @@ def test_a_merge_has_them_too(make_config: Any, tmp_path: Path, small_tokenizer:
 
     from qlora_sft.export.merge import merge_run
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied, room)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied, room)
     config = configured(make_config, base, "training.max_steps=2")
     train(config, say=lambda _: None)
     merge_run(tmp_path / "run", say=lambda _: None)
@@ -139,7 +112,7 @@ def test_the_gradient_of_the_new_rows_is_that_of_the_whole_head(
     make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool
 ) -> None:
     """And the loss never sees a copy of the head with the rows put in, whose gradient would be as large."""
-    base = make_base(tmp_path / "base", small_tokenizer, tied, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied, room=0)
     config = configured(make_config, base)
     model = load_model(config, str(base), torch.float32, "transformers")
     assert isinstance(loss_weight(model.get_base_model().get_output_embeddings()), PatchedHead)
@@ -161,7 +134,7 @@ def test_the_gradient_of_the_new_rows_is_that_of_the_whole_head(
 
 
 def test_new_rows_begin_as_the_mean_in_both_matrices(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
-    base = make_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
     model = load_model(configured(make_config, base), str(base), torch.float32, "transformers")
     rows = new_rows(configured(make_config, base).model, str(base))
     for layer in (model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings()):
@@ -174,7 +147,7 @@ def test_the_end_of_turn_stops_generation_and_is_the_saved_eos(
 ) -> None:
     from transformers import AutoTokenizer
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
     (tmp_path / "plain.txt").write_text("A plain text.\n")
     config = configured(
         make_config, base, "training.max_steps=1", f"data.replay={{path: {tmp_path / 'plain.txt'}, share: 0.5}}"
@@ -190,7 +163,7 @@ def test_the_end_of_turn_stops_generation_and_is_the_saved_eos(
 def test_a_plain_text_still_ends_in_the_bases_own_eos(make_config: Any, tmp_path: Path, small_tokenizer: Any) -> None:
     from qlora_sft.data.render import render_conversation
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
     tokenizer = load_tokenizer(configured(make_config, base).model, str(base))
     assert render_conversation({"text": "x"}, tokenizer).input_ids[-1] == 0
 
@@ -207,7 +180,7 @@ def test_a_base_without_a_template_is_told_which_to_name(
 ) -> None:
     from qlora_sft.errors import DataError
 
-    base = make_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
     with pytest.raises(DataError, match=r"no chat template; name one, e\.g\. model\.chat_template=chatml-think"):
         train(make_config(f"model.path={base}"), say=lambda _: None)
 
@@ -222,7 +195,7 @@ train(load_config(sys.argv[1], sys.argv[2:]))
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_unsloth_trains_them_as_well(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool) -> None:
-    base = make_base(tmp_path / "base", small_tokenizer, tied=tied, room=0)
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=tied, room=0)
     make_config()
     overrides = [
         f"model.path={base}", "model.chat_template=llama3", "model.backend=unsloth", "training.max_steps=1",
@@ -238,3 +211,42 @@ def test_unsloth_trains_them_as_well(make_config: Any, tmp_path: Path, small_tok
     trained = load_for_inference(tmp_path / "run").get_base_model()
     assert len(torch.unique(trained.get_input_embeddings().weight[-3:], dim=0)) == 3
     assert len(torch.unique(trained.get_output_embeddings().weight[-3:], dim=0)) >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_beside_the_embedding_change_nothing_and_copy_no_embedding(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool, dtype: torch.dtype
+) -> None:
+    from qlora_sft.model.layer_bytes import memory_use
+    from qlora_sft.model.trained_rows import use_rows_beside_embedding
+
+    base = bare_base(tmp_path / "base", small_tokenizer, tied, room=20_000)
+    config = configured(make_config, base)
+    model = load_model(config, str(base), dtype, "transformers")
+    use_document_attention(model)
+    rows = new_rows(config.model, str(base))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = flatten([Rendered([5, *rows, 17, rows[1], 40, 3, rows[2], rows[2]], [1.0] * 10, "s")])
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        with memory_use(torch.device("cpu")) as use:
+            loss = batch_loss(model, batch).loss
+            found = [loss.detach(), *torch.autograd.grad(loss, list(trained.values()))]
+            return found, use.peak()
+
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        theirs, much = gradients()
+        names = set(model.state_dict())
+        assert use_rows_beside_embedding(model)
+        ours, little = gradients()
+    assert set(model.state_dict()) == names
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {*trained}
+    embedding = model.get_base_model().get_input_embeddings().original_module.weight
+    assert little < embedding.nbytes < much
+    # In bfloat16 PEFT sums the gradient of a row in bfloat16, where one token after the other is rounded away.
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-3}
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, **tolerance)

@@ -6,10 +6,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from tests_support import bare_base
 
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
+from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
@@ -42,7 +44,7 @@ def stored(parameter: Any) -> int:
 
 
 def plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")
 
 
 def compare(model: Any, optimizer: torch.optim.Optimizer, blueprint: Blueprint, config: Config, dtype: Any) -> None:
@@ -76,6 +78,19 @@ def test_some_modules_only_and_another_rank(tiny_model: Path) -> None:
     compare(model, optimizer, read_blueprint(config, str(tiny_model)), config, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [0, 8], ids=["grown", "in unused rows"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_added_tokens(tmp_path: Path, small_tokenizer: Any, tied: bool, room: int, dtype: torch.dtype) -> None:
+    base = bare_base(tmp_path / "base", small_tokenizer, tied, room)
+    config = configured(f"model.path={base}", "model.chat_template=llama3")
+    model, optimizer = after_one_step(config, base, dtype)
+    blueprint = read_blueprint(config, str(base))
+    compare(model, optimizer, blueprint, config, dtype)
+    assert (blueprint.added_rows, blueprint.trained_matrices) == (3, 1 if tied else 2)
+    assert check_headers(blueprint, str(base))["note"] == ""
+
+
 @pytest.mark.parametrize("count", [64, 4095, 4096, 4097, 70_000])
 def test_bitsandbytes_8_bit_states(count: int) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(count)), torch.nn.Parameter(torch.zeros(count + 1))]
@@ -106,7 +121,9 @@ def test_files_that_do_not_fit_the_configuration_are_noticed(tiny_model: Path, t
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     some = dict(list(tensors.items())[:-1])
     save_file(some, tmp_path / "model.safetensors")
-    blueprint = read_blueprint(configured(), str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+        read_blueprint(configured(), str(tmp_path))
+    blueprint = read_blueprint(configured("model.chat_template=null"), str(tmp_path))
     assert "fewer than config.json asks for" in check_headers(blueprint, str(tmp_path))["note"]
     save_file({**tensors, "vision.weight": torch.zeros(7, 3)}, tmp_path / "model.safetensors")
     assert "21 parameters that a language model does not use" in check_headers(blueprint, str(tmp_path))["note"]
