@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = configured("train", _train, "fine-tune as a configuration says")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
 
     preview = configured("preview", _preview, "show what a configuration will train on, token by token")
     preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
@@ -132,7 +133,8 @@ def _train(arguments: argparse.Namespace) -> Any:
     from qlora_sft.config import load_config
     from qlora_sft.train import train
 
-    return train(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+    config = load_config(arguments.config, arguments.overrides)
+    return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
 def _preview(arguments: argparse.Namespace) -> Any:

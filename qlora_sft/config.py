@@ -87,6 +87,11 @@ class TrainingConfig:
     """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    save_steps: int = 50
+    """Optimizer steps between checkpoints, from which ``--resume`` goes on; there is one at the end, too. 0: none but
+    when interrupted."""
+    save_total_limit: int = 2
+    """Checkpoints that are kept: the newest."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
 
@@ -198,6 +203,8 @@ def _check_values(config: Config, file: str) -> list[str]:
     for key in ("epochs", "batch_size", "gradient_accumulation"):
         require(getattr(t, key) > 0, f"training.{key}", f"must be positive, got {getattr(t, key)}")
     require(t.max_steps is None or t.max_steps > 0, "training.max_steps", f"must be positive, got {t.max_steps}")
+    require(t.save_steps >= 0, "training.save_steps", f"must not be negative, got {t.save_steps}; 0 is for none")
+    require(t.save_total_limit > 0, "training.save_total_limit", f"must be positive, got {t.save_total_limit}")
     require(0 <= t.warmup_ratio < 1, "training.warmup_ratio", f"must be in [0, 1), got {t.warmup_ratio}")
     _check_memory(config.memory, require)
     require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")

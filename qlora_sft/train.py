@@ -22,6 +22,7 @@ from qlora_sft.data.splits import read_data
 from qlora_sft.errors import Interrupted
 from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.say import Say, tell
+from qlora_sft.training.checkpoints import check_same, clear_unfinished, data_digest, find_checkpoint, newest, step_of
 from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
 from qlora_sft.training.stopwatch import Stopwatch
 
@@ -34,14 +35,16 @@ if TYPE_CHECKING:
     from qlora_sft.model.backend import Name
 
 
-def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[str, Any]:
+def train(config: Config, *, overwrite: bool = False, resume: bool = False, say: Say = tell) -> dict[str, Any]:
     """Trains as configured and returns the report, which ``manifest.json`` in the run folder holds as well.
 
-    Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
-    `Interrupted` after Ctrl-C, with the adapter saved as it was.
+    resume: goes on from the newest checkpoint in the run folder, if there is one, to the very result of a run that was
+    not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
+    `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
     watch = Stopwatch()
-    run = claim_run_folder(config, overwrite)
+    run = claim_run_folder(config, overwrite, resume)
+    checkpoint = find_checkpoint(run, config, say) if resume else None
 
     # ------------------------------------------------------------------ data, as far as it goes without a model
     with watch("data"):
@@ -77,11 +80,19 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
         documents = prepared.all_documents
         end_turns(tokenizer, config.model, base, say)
+        dtype, reason = compute_dtype(config.model.dtype)
+        facts = {
+            "data_sha256": data_digest(prepared.documents.values(), bins),
+            "base_sha256": fingerprint(base),
+            "dtype": str(dtype).removeprefix("torch."),
+            "backend": backend.name,
+        }
+        if checkpoint:
+            check_same(run, facts)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
-        dtype, reason = compute_dtype(config.model.dtype)
-        say(f"compute in {str(dtype).removeprefix('torch.')} ({reason})")
+        say(f"compute in {facts['dtype']} ({reason})")
         tokens = longest_row(sizes(documents).tokens, bins, config.training.batch_size)
         model = prepare_model(config, base, dtype, backend.name, tokens, say)
         memory = use_memory(model, config, tokens, dtype, say)
@@ -90,10 +101,11 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
-    begin_run(run, config)
+    if checkpoint is None:
+        begin_run(run, config, facts)
     order = record_data(run, bins, removed)
     with watch("train"), memory:
-        fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say)
+        fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say, checkpoint)
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
@@ -104,8 +116,9 @@ def train(config: Config, *, overwrite: bool = False, say: Say = tell) -> dict[s
         "output": str(run),
         "backend": backend._asdict(),
         "base": base,
-        "base_sha256": fingerprint(base),
-        "dtype": str(dtype).removeprefix("torch."),
+        "base_sha256": facts["base_sha256"],
+        "data_sha256": facts["data_sha256"],
+        "dtype": facts["dtype"],
         "quantized_modules": quantized_modules(model),
         "loss": pair(before.loss, after.loss),
         "exact_match": pair(before.exact_match, after.exact_match),
@@ -153,40 +166,52 @@ def fit(
     dtype: torch.dtype,
     run: Path,
     say: Say,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """The training itself. Returns steps, losses and speed."""
+    """The training itself, from ``checkpoint`` on if there is one. Returns steps, losses and speed."""
+    from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.progress import Progress
     from qlora_sft.training.steps import count_steps
     from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
     steps = count_steps(len(bins), config)
-    # TRL wants a folder; what it leaves there is nobody's result.
-    with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
+    t = config.training
+    # What would not be trained on would still be skipped, one by one, by a run that goes on.
+    bins = bins[: steps * t.batch_size * t.gradient_accumulation]
+    clear_unfinished(run)
+    # On the same disk as the run, so that what is complete there needs no copying.
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
         args, optimizer = sft_config(config, Path(scratch), steps, dtype)
-        t = config.training
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
-        progress = Progress(run / "metrics.jsonl", steps)
+        begin = step_of(checkpoint) if checkpoint else 0
+        progress = Progress(run / "metrics.jsonl", steps, begin)
         trainer = PackedSFTTrainer(
-            model, config, documents, bins, args=args, processing_class=tokenizer, callbacks=[progress]
+            model, documents, bins, run, say, args=args, processing_class=tokenizer, callbacks=[progress, stop]
         )
         progress.trainer = trainer
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
-            step = trainer.state.global_step
-            checkpoint = run / "checkpoints" / f"step-{step:06d}"
-            save_adapter(model, tokenizer, checkpoint)
-            raise Interrupted(f"interrupted after step {step}; the adapter is in {checkpoint}") from None
+            raise Interrupted(stopped(run, "at once")) from None
         finally:
             progress.close()
+        if stop.requested:
+            raise Interrupted(stopped(run, f"after step {trainer.state.global_step}"))
     return {
         "steps": len(progress.losses),
+        "resumed_at": begin or None,
         "train_loss": {"first": progress.losses[0], "last": progress.losses[-1]},
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised,
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),
         "optimizer": optimizer,
     }
+
+
+def stopped(run: Path, when: str) -> str:
+    checkpoint = newest(run)
+    saved = f"{checkpoint} is complete; --resume goes on from there" if checkpoint else "there is no checkpoint"
+    return f"interrupted {when}; {saved}"
 
 
 if __name__ == "__main__":

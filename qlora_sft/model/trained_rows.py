@@ -48,7 +48,7 @@ class RowsBesideEmbedding(TrainableTokensLayer):  # type: ignore[misc]
 def use_rows_beside_embedding(model: Any) -> bool:
     """Replaces PEFT's layer in the input embedding of ``model``. False if none of its rows are trained."""
     embedding = base_of(model).get_input_embeddings()
-    layer = getattr(embedding, "token_adapter", None)
+    layer: Any = getattr(embedding, "token_adapter", None)
     if type(layer) is not TrainableTokensLayer or len(layer.active_adapters) != 1:
         return False
     embedding.token_adapter = RowsBesideEmbedding(layer)

@@ -198,7 +198,7 @@ def _disk(
         "download": 0 if Path(base).is_dir() else weights,
         "prepared_data": CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
         "adapter": held.adapters,
-        "checkpoint": held.adapters,
+        "checkpoints": config.training.save_total_limit * (held.adapters + held.optimizer),
         "merged": 2 * blueprint.n_parameters,
         "gguf_q8_0": blueprint.n_parameters * 34 // 32,
         "free": shutil.disk_usage(existing).free,

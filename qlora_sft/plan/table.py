@@ -76,7 +76,7 @@ def _host(host: dict[str, int]) -> str:
 
 def _disk(disk: dict[str, int]) -> str:
     names = {
-        "download": "download", "prepared_data": "prepared data", "adapter": "adapter", "checkpoint": "each checkpoint",
+        "download": "download", "prepared_data": "prepared data", "adapter": "adapter", "checkpoints": "checkpoints",
         "merged": "merged, 16 bits", "gguf_q8_0": "GGUF, q8_0",
     }  # fmt: skip
     lines = [_line(text, disk[name], "") for name, text in names.items() if disk[name]]

@@ -11,13 +11,15 @@ from typing import IO, Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from qlora_sft.atomic import written_file
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
     """A bar (loss, learning rate, supervised tokens/s, time left) on stderr and one JSON line per step."""
 
-    def __init__(self, metrics_file: Path, steps: int):
+    def __init__(self, metrics_file: Path, steps: int, begin: int = 0):
+        """``begin``: steps that an earlier part of the run has done; what it measured of them counts, the rest goes."""
         self.metrics_file = metrics_file
         self.steps = steps
         self.trainer: PackedSFTTrainer | None = None
@@ -25,17 +27,25 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.supervised = self.tokens = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+        self.begin = begin
+        lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin else []
+        self._rows = [json.loads(line) for line in lines]
+        for row in self._rows:
+            self._count(row)
         self._bar: Any = None
         self._file: IO[str] | None = None
         self._step_started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._file = self.metrics_file.open("w", encoding="utf-8")
+        with written_file(self.metrics_file) as beside:
+            beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        self._file = self.metrics_file.open("a", encoding="utf-8")
         # A log file gets a line every 20 seconds instead of a bar that redraws itself.
         interval = 0.1 if sys.stderr.isatty() else 20.0
         self._bar = tqdm(
-            total=self.steps, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=interval
-        )
+            total=self.steps, initial=self.begin, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True,
+            mininterval=interval,
+        )  # fmt: skip
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
@@ -50,10 +60,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         totals = self.trainer.totals
         loss = totals.loss
         seconds = time.perf_counter() - self._step_started
-        self.supervised += totals.supervised
-        self.tokens += totals.tokens
-        self.seconds += seconds
-        self.losses.append(loss)
         row = {
             "step": state.global_step,
             "loss": loss,
@@ -64,6 +70,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             "tokens": totals.tokens,
             "seconds": round(seconds, 4),
         }
+        self._count(row)
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -71,6 +78,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         text = f"loss {loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.supervised += row["supervised_tokens"]
+        self.tokens += row["tokens"]
+        self.seconds += row["seconds"]
+        self.losses.append(row["loss"])
 
     def close(self) -> None:
         """Safe to call at any time, also after an error in the middle of a step."""

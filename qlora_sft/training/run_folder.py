@@ -10,32 +10,40 @@ from typing import TYPE_CHECKING, Any
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.manifest import write_json
 
 if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
 
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
 RUN_FILES = (
-    "config.yaml manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter checkpoints merged gguf "
-    "export.json demo.json"
+    "config.yaml begun.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter checkpoints "
+    "merged gguf export.json demo.json"
 ).split()
 
 
-def claim_run_folder(config: Config, overwrite: bool) -> Path:
-    """The run folder. Refuses to write over an earlier run unless told to."""
+def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
+    """The run folder. Refuses to write over an earlier run unless told to, or to go on with it."""
+    if overwrite and resume:
+        raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = Path(config.output).expanduser()
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output: {run} is a file; name a folder")
     earlier = [name for name in RUN_FILES if (run / name).exists()]
-    if earlier and not overwrite:
+    if earlier and not (overwrite or resume):
+        go_on = "" if (run / "manifest.json").exists() else ", or --resume to go on with it"
         raise ConfigError(
             f"output: {run} holds an earlier run ({', '.join(earlier)}); choose another output=... or add --overwrite"
+            f"{go_on}"
         )
     return run
 
 
-def begin_run(run: Path, config: Config) -> None:
-    """Only now, with everything checked, does an earlier run that may be overwritten go."""
+def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Only now, with everything checked, does an earlier run that may be overwritten go.
+
+    ``facts``: what this one begins with, and must find again when it is resumed.
+    """
     for name in RUN_FILES:
         path = run / name
         if path.is_dir():
@@ -44,6 +52,7 @@ def begin_run(run: Path, config: Config) -> None:
             path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_json(run / "begun.json", facts)
 
 
 def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
@@ -65,9 +74,13 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dic
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
     with written_folder(folder) as beside:
-        # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
-        model.save_pretrained(beside, save_embedding_layers=False)
-        tokenizer.save_pretrained(beside)
+        write_adapter(model, tokenizer, beside)
+
+
+def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
 
 
 def write_samples(run: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import BinCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.say import Say
+from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk
+from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
 
 
@@ -54,7 +59,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     whole accumulation group, so accumulating is the same as one large batch.
     """
 
-    def __init__(self, model: Any, config: Config, documents: Sequence[Rendered], bins: list[list[int]], **kwargs: Any):
+    def __init__(
+        self, model: Any, documents: Sequence[Rendered], bins: list[list[int]], run: Path, say: Say, **kwargs: Any
+    ):
+        self.run, self.say = run, say
         super().__init__(
             model=model,
             data_collator=BinCollator(documents),
@@ -77,6 +85,25 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps),
         )
         return self.lr_scheduler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's own checkpoint, made beside the run's and given its name when it is complete."""
+        folder = folder_of(self.run, self.state.global_step)
+        unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            publish(unfinished, folder, self.args.save_total_limit)
+        except Exception as error:
+            survive_full_disk(error, folder, self.say)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter as it is saved at the end of the run; no pickled arguments."""
+        write_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """A checkpoint is for going on; what is published gets a card of ours."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -142,7 +169,9 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         max_length=None,
         packing=False,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if config.training.save_steps else "no",
+        save_steps=config.training.save_steps or steps,
+        save_total_limit=config.training.save_total_limit,
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,

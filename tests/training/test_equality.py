@@ -30,7 +30,7 @@ def run_bins(
     model = load_model(config, base, torch.float32, "transformers")
     use_document_attention(model)
     run = Path(config.output)
-    begin_run(run, config)
+    begin_run(run, config, {})
     tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
         fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)

@@ -69,7 +69,13 @@ def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(base_model: P
         arguments = command("model.backend=transformers", "training.max_steps=1", output=disk / "run")
         result = subprocess.run(arguments, capture_output=True, text=True)
         assert result.returncode == 1, result.stderr
+        assert "checkpoint not written, training goes on" in result.stderr
         assert f"{disk / 'run' / 'adapter'}: the disk is full" in result.stderr
-        assert sorted(path.name for path in (disk / "run").iterdir()) == ["config.yaml", "metrics.jsonl", "order.json"]
+        assert sorted(path.name for path in (disk / "run").iterdir()) == [
+            "begun.json",
+            "config.yaml",
+            "metrics.jsonl",
+            "order.json",
+        ]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

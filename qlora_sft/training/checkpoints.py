@@ -1,0 +1,121 @@
+"""Checkpoints of a run, from which `--resume` goes on: where they are, and whether what would go on is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_sft.atomic import disk_error
+from qlora_sft.config import Config, load_config
+from qlora_sft.errors import ConfigError
+from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from qlora_sft.data.documents import Documents
+
+# What may be another in a run that goes on: it changes neither what is trained nor in which order.
+FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
+# Beside the configuration, what "auto" and the files have come to.
+CURES = {
+    "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
+    "base_sha256": "the base model is another; set model.path to the one this run began with",
+    "dtype": "set model.dtype={0}, which this run began with (auto means {1} here)",
+    "backend": "set model.backend={0}, which this run began with (auto means {1} here)",
+}
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Oldest first. Each is complete: none gets this name before it is."""
+    return sorted(path for path in run.glob("checkpoints/step-*") if (path / "trainer_state.json").is_file())
+
+
+def newest(run: Path) -> Path | None:
+    return next(reversed(all_checkpoints(run)), None)
+
+
+def publish(unfinished: Path, folder: Path, keep: int) -> None:
+    """Gives a complete checkpoint its name, in one step, and removes the oldest beyond ``keep``."""
+    folder.parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    for old in all_checkpoints(folder.parents[1])[:-keep]:
+        shutil.rmtree(old)
+
+
+def clear_unfinished(run: Path) -> None:
+    """What a killed run was writing."""
+    for folder in run.glob(".unfinished-*"):
+        shutil.rmtree(folder)
+
+
+def survive_full_disk(error: Exception, folder: Path, say: Say) -> None:
+    """A checkpoint that has no room is no reason to lose the run: it may be freed before the next one."""
+    full = disk_error(error, folder)
+    if full is None:
+        raise error
+    say(f"checkpoint not written, training goes on: {full}")
+
+
+# ------------------------------------------------------------------ going on
+
+
+def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
+    """The newest checkpoint of ``run``; None, and said so, if it has none. `ConfigError` if ``config`` is another run's
+    or the run is finished."""
+    if (run / "manifest.json").exists():
+        raise ConfigError(f"--resume: {run} holds a finished run; choose another output=... or add --overwrite")
+    checkpoint = newest(run)
+    if checkpoint is None:
+        say(f"resume: {run} has no checkpoint yet, so it begins at step 0")
+        return None
+    before = load_config(run / "config.yaml")
+    changed = list(differences(dataclasses.asdict(before), dataclasses.asdict(config)))
+    if changed:
+        raise ConfigError(
+            [f"--resume: {key} was {old!r} when {run} began and is {new!r} now" for key, old, new in changed]
+            + ["a run goes on as it began; take the old values, or choose another output=... for a new run"]
+        )
+    say(f"resume: from step {step_of(checkpoint)} ({checkpoint})")
+    return checkpoint
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two configurations would not train the same."""
+    if key in FREE:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in {**old, **new}:
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield key, old, new
+
+
+def check_same(run: Path, facts: dict[str, Any]) -> None:
+    """Raises `ConfigError` where ``facts`` are not those the run began with."""
+    begun = json.loads((run / "begun.json").read_text(encoding="utf-8"))
+    problems = [cure.format(begun[key], facts[key]) for key, cure in CURES.items() if begun[key] != facts[key]]
+    if problems:
+        raise ConfigError([f"--resume: {problem}" for problem in problems])
+
+
+def data_digest(documents: Iterable[Documents], bins: list[list[int]]) -> str:
+    """sha256 of every token, every weight and the order of the rows: of all that is trained on."""
+    digest = hashlib.sha256(json.dumps(bins).encode())
+    for each in documents:
+        for values in (each.ids, each.weights, each.bounds):
+            digest.update(values)
+    return digest.hexdigest()

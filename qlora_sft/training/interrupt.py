@@ -1,0 +1,45 @@
+"""Ctrl-C, or a scheduler's SIGTERM, ends training after the step that is running, with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qlora_sft.say import Say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopAfterStep(TrainerCallback):  # type: ignore[misc]
+    """As a context it listens; as a callback it lets the trainer save and stop. A second signal stops at once."""
+
+    def __init__(self, say: Say):
+        self.say = say
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopAfterStep:
+        # Only the main thread may listen; elsewhere the signals do what they did.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        with contextlib.suppress(RuntimeError):  # in the middle of other output
+            self.say("stopping after this step, with a checkpoint (once more: at once, without one)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True

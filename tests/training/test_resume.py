@@ -1,0 +1,200 @@
+"""A run that was stopped goes on to the very result of one that was not, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError, Interrupted
+from qlora_sft.train import train
+from qlora_sft.training.checkpoints import all_checkpoints
+from qlora_sft.training.trainer import PackedSFTTrainer
+
+# Dropout, so that the random numbers have to go on as well.
+SHORT = ["training.max_steps=6", "training.save_steps=2", "lora.dropout=0.2", "data.packing=none",
+         "training.gradient_accumulation=2", "training.learning_rate=1e-2"]  # fmt: skip
+
+
+class Crash(Exception):
+    pass
+
+
+def crash() -> None:
+    raise Crash
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
+    """``what`` happens when the trainer has done ``step`` steps and takes the rows of the next."""
+    take = PackedSFTTrainer.get_batch_samples
+
+    def taken(self: Any, *args: Any) -> Any:
+        if self.state.global_step == step:
+            what()
+        return take(self, *args)
+
+    monkeypatch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
+
+
+def result(run: Path) -> tuple[bytes, list[Any]]:
+    """The adapter, bit for bit, and what was measured of each step but its time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), [
+        {key: value for key, value in row.items() if key != "seconds"} for row in rows
+    ]
+
+
+@pytest.fixture
+def whole(make_config: Any) -> tuple[bytes, list[Any]]:
+    """The result of a run that nothing happens to."""
+    config: Config = make_config(*SHORT)
+    train(config, say=lambda _: None)
+    assert len(all_checkpoints(Path(config.output))) == 2
+    return result(Path(config.output))
+
+
+@pytest.mark.parametrize(
+    ("step", "what", "ends", "left"),
+    [
+        (5, crash, Crash, [2, 4]),
+        (3, lambda: os.kill(os.getpid(), signal.SIGINT), Interrupted, [2, 4]),
+        (2, lambda: os.kill(os.getpid(), signal.SIGTERM), Interrupted, [2, 3]),
+    ],
+    ids=["crash", "control-c", "terminated"],
+)
+def test_it_ends_as_if_nothing_had_happened(
+    make_config: Any, tmp_path: Path, whole: Any, step: int, what: Any, ends: Any, left: list[int]
+) -> None:
+    config = make_config(*SHORT, f"output={tmp_path / 'stopped'}")
+    run = Path(config.output)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, what)
+        with pytest.raises(ends) as stopped:
+            train(config, say=lambda _: None)
+    assert [path.name for path in all_checkpoints(run)] == [f"step-{number:06d}" for number in left]
+    assert not (run / "adapter").exists()
+    assert not list(run.glob(".*"))
+    if ends is Interrupted:
+        assert stopped.value.exit_code == 130
+        assert f"{run / 'checkpoints' / f'step-{left[-1]:06d}'} is complete" in str(stopped.value)
+    said: list[str] = []
+    report = train(config, resume=True, say=said.append)
+    assert f"resume: from step {left[-1]}" in said[0]
+    assert (report["resumed_at"], report["steps"]) == (left[-1], 6)
+    assert result(run) == whole
+
+
+def test_a_second_signal_stops_at_once(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(*SHORT, "training.save_steps=0")
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(Interrupted, match="interrupted at once; there is no checkpoint"):
+        train(config, say=lambda _: None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_whose_steps_are_all_done_is_only_finished(
+    make_config: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed while it was evaluated, say."""
+    config = make_config(*SHORT)
+    run = Path(config.output)
+    (run / "manifest.json").unlink()
+    report = train(config, resume=True, say=lambda _: None)
+    assert (report["resumed_at"], report["steps"]) == (6, 6)
+    assert result(run) == whole
+
+
+def test_without_a_checkpoint_it_begins(make_config: Any, whole: Any, tmp_path: Path) -> None:
+    config = make_config(*SHORT, f"output={tmp_path / 'new'}")
+    said: list[str] = []
+    train(config, resume=True, say=said.append)
+    assert "has no checkpoint yet, so it begins at step 0" in said[0]
+    assert result(Path(config.output)) == whole
+
+
+def stopped_run(make_config: Any, *overrides: str) -> Config:
+    config: Config = make_config(*SHORT, *overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(config, say=lambda _: None)
+    return config
+
+
+def test_another_run_is_refused_with_every_difference(make_config: Any, tmp_path: Path) -> None:
+    config = stopped_run(make_config)
+    other = make_config(*SHORT, "training.learning_rate=1e-3", "lora.r=4", "memory.policy=checkpoint")
+    with pytest.raises(ConfigError) as refused:
+        train(other, resume=True, say=lambda _: None)
+    assert len(refused.value.problems) == 3
+    assert f"training.learning_rate was 0.01 when {tmp_path / 'run'} began and is 0.001 now" in str(refused.value)
+    with pytest.raises(ConfigError, match="give one of them"):
+        train(config, resume=True, overwrite=True, say=lambda _: None)
+    with pytest.raises(ConfigError, match="or --resume to go on with it"):
+        train(config, say=lambda _: None)
+
+
+def test_other_data_or_another_base_are_refused(make_config: Any, tmp_path: Path) -> None:
+    config = stopped_run(make_config)
+    data = Path(config.data.train[0].path)
+    before = data.read_text()
+    data.write_text(before.replace("Answer 3", "Anbwer 3"))
+    with pytest.raises(ConfigError, match="training data, or how it is rendered and packed, is not what this run"):
+        train(config, resume=True, say=lambda _: None)
+    data.write_text(before)
+    begun = json.loads((tmp_path / "run" / "begun.json").read_text())
+    (tmp_path / "run" / "begun.json").write_text(json.dumps({**begun, "base_sha256": "x", "dtype": "float16"}))
+    with pytest.raises(ConfigError) as refused:
+        train(config, resume=True, say=lambda _: None)
+    assert len(refused.value.problems) == 2
+    assert "set model.dtype=float16, which this run began with" in str(refused.value)
+
+
+def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        train(make_config(*SHORT), resume=True, say=lambda _: None)
+
+
+UNDER_UNSLOTH = """
+import sys
+from qlora_sft.cli import main
+from qlora_sft.training import checkpoints
+publish = checkpoints.publish
+def published(unfinished, folder, keep):
+    publish(unfinished, folder, keep)
+    if sys.argv[1] == "kill" and checkpoints.step_of(folder) == 4:
+        import os
+        os._exit(9)
+checkpoints.publish = published
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> None:
+    make_config()
+
+    def run(how: str, name: str, *more: str) -> int:
+        settings = [*SHORT, "model.backend=unsloth", f"output={tmp_path / name}"]
+        return subprocess.run(
+            [sys.executable, "-c", UNDER_UNSLOTH, how, str(tmp_path / "config.yaml"), *settings, *more], cwd=tmp_path
+        ).returncode
+
+    assert run("whole", "whole") == 0
+    assert run("kill", "killed") == 9
+    assert run("whole", "killed", "--resume") == 0
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")
