@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
-from qlora_sft.errors import Interrupted
+from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.say import Say, tell
 from qlora_sft.training.checkpoints import check_same, clear_unfinished, data_digest, find_checkpoint, newest, step_of
@@ -27,7 +27,7 @@ from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_da
 from qlora_sft.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -105,7 +105,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         begin_run(run, config, facts)
     order = record_data(run, bins, removed)
     with watch("train"), memory:
-        fitted = fit(model, tokenizer, config, documents, bins, dtype, run, say, checkpoint)
+        fitted = fit(model, tokenizer, config, documents, bins, dtype, run, memory.make_room, say, checkpoint)
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
@@ -165,10 +165,15 @@ def fit(
     bins: list[list[int]],
     dtype: torch.dtype,
     run: Path,
+    make_room: Callable[[str], bool],
     say: Say,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """The training itself, from ``checkpoint`` on if there is one. Returns steps, losses and speed."""
+    """The training itself, from ``checkpoint`` on if there is one. Returns steps, losses and speed.
+
+    make_room: called with the reason when the GPU is full; False if there is none to be had.
+    """
+    from qlora_sft.training.guards import FiniteGradients
     from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.progress import Progress
     from qlora_sft.training.steps import count_steps
@@ -185,9 +190,11 @@ def fit(
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
+        finite = FiniteGradients(lambda step: sources_of(step, config, documents, bins), say)
         trainer = PackedSFTTrainer(
-            model, documents, bins, run, say, args=args, processing_class=tokenizer, callbacks=[progress, stop]
-        )
+            model, documents, bins, run, make_room, say,
+            args=args, processing_class=tokenizer, callbacks=[progress, finite, stop],
+        )  # fmt: skip
         progress.trainer = trainer
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -197,8 +204,11 @@ def fit(
             progress.close()
         if stop.requested:
             raise Interrupted(stopped(run, f"after step {trainer.state.global_step}"))
+    if not progress.losses:
+        raise RunError("no step had a finite loss; lower training.learning_rate or compute in another model.dtype")
     return {
-        "steps": len(progress.losses),
+        "steps": progress.steps_done,
+        "steps_left_out": finite.skipped,
         "resumed_at": begin or None,
         "train_loss": {"first": progress.losses[0], "last": progress.losses[-1]},
         "tokens": progress.tokens,
@@ -206,6 +216,14 @@ def fit(
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),
         "optimizer": optimizer,
     }
+
+
+def sources_of(step: int, config: Config, documents: Sequence[Rendered], bins: list[list[int]]) -> str:
+    """Where to look for what the step of this number, from 0, learns from."""
+    size = config.training.batch_size * config.training.gradient_accumulation
+    rows = bins[step * size : (step + 1) * size]
+    names = sorted({documents[index].source for row in rows for index in row})
+    return f"rows {step * size} to {step * size + len(rows) - 1} of order.json, from {', '.join(names)}"
 
 
 def stopped(run: Path, when: str) -> str:

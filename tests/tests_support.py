@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.model.tokenizer import load_tokenizer
+
+# A short run, with dropout, so that the random numbers have to go on as well.
+SHORT = ["training.max_steps=6", "training.save_steps=2", "lora.dropout=0.2", "data.packing=none",
+         "training.gradient_accumulation=2", "training.learning_rate=1e-2"]  # fmt: skip
 
 
 def documents_of(config: Config) -> list[Rendered]:
@@ -31,3 +36,11 @@ def bare_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def result(run: Path) -> tuple[bytes, list[Any]]:
+    """The adapter, bit for bit, and what was measured of each step but its time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), [
+        {key: value for key, value in row.items() if key != "seconds"} for row in rows
+    ]

@@ -34,10 +34,43 @@ from qlora_sft.say import Say
 class Memory:
     """The tiers of a model, in force. As a context: frees the host memory at its end, however it ends."""
 
-    def __init__(self, report: dict[str, Any], slab: HostSlab | None):
-        self.report = report
+    def __init__(self, model: Any, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
+        self.model, self.config, self.layer, self.between, self.tokens, self.say = (
+            model, config, layer, between, tokens, say,
+        )  # fmt: skip
+        self.report: dict[str, Any] = {}
         """For the manifest: tiers, bytes, reason."""
-        self.slab = slab
+        self.slab: HostSlab | None = None
+
+    def use(self, choice: Choice) -> None:
+        """Installs the tiers, and says so."""
+        if self.slab is not None:
+            self.slab.close()
+        self.slab = install(self.model, choice.tiers, self.tokens, self.layer.input, self.say)
+        where = "GPU" if self.model.device.type == "cuda" else "CPU"
+        host = f" and {gib(choice.host_bytes)} of host memory" if choice.host_bytes else ""
+        self.say(
+            f"memory: of {len(choice.tiers)} layers {describe(choice.tiers)} ({choice.reason}); "
+            f"activations of {self.tokens:,} tokens take {gib(choice.gpu_bytes)} on the {where}{host}"
+        )
+        self.report = {
+            "tiers": list(choice.tiers),
+            "split": describe(choice.tiers),
+            "reason": choice.reason,
+            "tokens": self.tokens,
+            "device_bytes": choice.gpu_bytes,
+            "host_bytes": choice.host_bytes,
+            "layer": asdict(self.layer),
+        }
+
+    def make_room(self, why: str) -> bool:
+        """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
+        host = host_room(self.config).nbytes if self.model.device.type == "cuda" else 0
+        choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
+        if list(choice.tiers) == self.report["tiers"]:
+            return False
+        self.use(choice)
+        return True
 
     def __enter__(self) -> Memory:
         return self
@@ -60,23 +93,9 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
     between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
-    slab = install(model, choice.tiers, tokens, layer.input, say)
-    where = "GPU" if on_gpu else "CPU"
-    host = f" and {gib(choice.host_bytes)} of host memory" if choice.host_bytes else ""
-    say(
-        f"memory: of {len(layers)} layers {describe(choice.tiers)} ({choice.reason}); "
-        f"activations of {tokens:,} tokens take {gib(choice.gpu_bytes)} on the {where}{host}"
-    )
-    report = {
-        "tiers": list(choice.tiers),
-        "split": describe(choice.tiers),
-        "reason": choice.reason,
-        "tokens": tokens,
-        "device_bytes": choice.gpu_bytes,
-        "host_bytes": choice.host_bytes,
-        "layer": asdict(layer),
-    }
-    return Memory(report, slab)
+    memory = Memory(model, config, layer, between, tokens, say)
+    memory.use(choice)
+    return memory
 
 
 def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say) -> Choice:
@@ -113,10 +132,15 @@ def _choose_by_room(
             ) from None
         # What is free is known only roughly; what was not forbidden is tried.
         say(f"memory: {error} ({room.reason}); trying the least that is possible. If it fails, shorten data.max_length")
-        offloaded = min(n_layers, host // layer.input)
-        least = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
-        return _choice(least, layer, loss, "the least memory that is possible")
+        return _least(n_layers, layer, loss, host, "the least memory that is possible")
     return _choice(choice.tiers, layer, loss, f"{choice.reason}: {room.reason}")
+
+
+def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> Choice:
+    """The inputs of as many layers as ``host`` bytes hold in host memory, of the others on the device."""
+    offloaded = min(n_layers, host // layer.input)
+    tiers = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
+    return _choice(tiers, layer, loss, reason)
 
 
 def _times(tier: Tier, count: int) -> list[Tier]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.steps = steps
         self.trainer: PackedSFTTrainer | None = None
         self.learning_rate = 0.0
-        self.supervised = self.tokens = 0
+        self.supervised = self.tokens = self.steps_done = 0
         self.seconds = 0.0
         self.losses: list[float] = []
         self.begin = begin
@@ -58,14 +59,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self.trainer is None or not logs or "grad_norm" not in logs:
             return  # the summary at the end of training
         totals = self.trainer.totals
-        loss = totals.loss
+        # JSON knows no NaN.
+        loss, norm = (value if math.isfinite(value) else None for value in (totals.loss, float(logs["grad_norm"])))
         seconds = time.perf_counter() - self._step_started
         row = {
             "step": state.global_step,
             "loss": loss,
             "accuracy": totals.accuracy,
             "learning_rate": self.learning_rate,
-            "grad_norm": float(logs["grad_norm"]),
+            "grad_norm": norm,
             "supervised_tokens": totals.supervised,
             "tokens": totals.tokens,
             "seconds": round(seconds, 4),
@@ -75,7 +77,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         rate = self.supervised / self.seconds
-        text = f"loss {loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s"
+        text = f"loss {totals.loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
 
@@ -83,7 +85,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.supervised += row["supervised_tokens"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
-        self.losses.append(row["loss"])
+        self.steps_done += 1
+        if row["loss"] is not None:
+            self.losses.append(row["loss"])
 
     def close(self) -> None:
         """Safe to call at any time, also after an error in the middle of a step."""

@@ -6,7 +6,7 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from qlora_kernels.offload import drop_failed_graphs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -24,9 +25,11 @@ from trl import SFTConfig, SFTTrainer
 from qlora_sft.config import Config
 from qlora_sft.data.batch import BinCollator
 from qlora_sft.data.render import Rendered
+from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk
+from qlora_sft.training.guards import RandomStates, too_full
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
 
@@ -60,9 +63,17 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: Any, documents: Sequence[Rendered], bins: list[list[int]], run: Path, say: Say, **kwargs: Any
+        self,
+        model: Any,
+        documents: Sequence[Rendered],
+        bins: list[list[int]],
+        run: Path,
+        make_room: Callable[[str], bool],
+        say: Say,
+        **kwargs: Any,
     ):
-        self.run, self.say = run, say
+        """make_room: given why, lets the layers keep less; False if they keep the least already."""
+        self.run, self.make_room, self.say = run, make_room, say
         super().__init__(
             model=model,
             data_collator=BinCollator(documents),
@@ -115,8 +126,57 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        self.totals = StepTotals()
+        self._begin_group(batches)
         return batches, sum(batch["weight_sum"] for batch in batches)
+
+    def _begin_group(self, batches: list[Any]) -> None:
+        self.totals = StepTotals()
+        self._group, self._done, self._random = batches, 0, RandomStates()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
+        """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
+        less kept by every layer, with the same random numbers: the step is the one it would have been."""
+        loss, obstacle = self._tried(model, [inputs], num_items_in_batch)
+        if obstacle is not None:
+            so_far = self._group[: self._done + 1]
+            self._forget_group(model)
+            if self.make_room(obstacle):
+                loss, obstacle = self._tried(model, so_far, num_items_in_batch)
+            if obstacle is not None:
+                self._forget_group(model)
+                raise too_full(obstacle, self._saved())
+            self._done = len(so_far) - 1
+        self._done += 1
+        assert loss is not None
+        return loss
+
+    def _tried(
+        self, model: Any, batches: list[Any], num_items_in_batch: float | None
+    ) -> tuple[Tensor | None, str | None]:
+        """(loss of the last one, None), or (None, why there was no room). By then what the error held is free."""
+        loss = None
+        try:
+            for batch in batches:
+                loss = super().training_step(model, batch, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            return None, first_line(error)
+        return loss, None
+
+    def _forget_group(self, model: Any) -> None:
+        drop_failed_graphs()
+        model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._random.restore()
+        self._begin_group(self._group)
+
+    def _saved(self) -> str:
+        """A checkpoint of the steps that are done, where the run ends."""
+        step = self.state.global_step
+        if not step:
+            return "nothing has been trained yet"
+        self._save_checkpoint(self.model, None)
+        return f"{step} steps are done and saved, --resume goes on from there"
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: float | None = None

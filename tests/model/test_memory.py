@@ -232,7 +232,7 @@ with use_memory(model, config, 256, torch.float32, lambda text: None) as memory:
             return result
         layer._gradient_checkpointing_func = counted
     fit(model, load_tokenizer(config.model, config.model.path), config, documents, [[0, 1], [2]], torch.float32,
-        Path(config.output), lambda text: None)
+        Path(config.output), memory.make_room, lambda text: None)
     print(json.dumps([slots, memory.slab.taken]))
 """
 

@@ -33,7 +33,10 @@ def run_bins(
     begin_run(run, config, {})
     tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
-        fit(model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run, lambda _: None)
+        fit(
+            model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run,
+            make_room=lambda _: False, say=lambda _: None,
+        )  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad

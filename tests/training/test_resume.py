@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests_support import SHORT, result
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted
 from qlora_sft.train import train
 from qlora_sft.training.checkpoints import all_checkpoints
 from qlora_sft.training.trainer import PackedSFTTrainer
-
-# Dropout, so that the random numbers have to go on as well.
-SHORT = ["training.max_steps=6", "training.save_steps=2", "lora.dropout=0.2", "data.packing=none",
-         "training.gradient_accumulation=2", "training.learning_rate=1e-2"]  # fmt: skip
 
 
 class Crash(Exception):
@@ -42,23 +39,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]
         return take(self, *args)
 
     monkeypatch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
-
-
-def result(run: Path) -> tuple[bytes, list[Any]]:
-    """The adapter, bit for bit, and what was measured of each step but its time."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), [
-        {key: value for key, value in row.items() if key != "seconds"} for row in rows
-    ]
-
-
-@pytest.fixture
-def whole(make_config: Any) -> tuple[bytes, list[Any]]:
-    """The result of a run that nothing happens to."""
-    config: Config = make_config(*SHORT)
-    train(config, say=lambda _: None)
-    assert len(all_checkpoints(Path(config.output))) == 2
-    return result(Path(config.output))
 
 
 @pytest.mark.parametrize(

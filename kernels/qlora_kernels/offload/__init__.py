@@ -4,6 +4,7 @@ from qlora_kernels.offload.checkpoint import ATTENTION_OPERATORS as ATTENTION_OP
 from qlora_kernels.offload.checkpoint import layer_functions as layer_functions
 from qlora_kernels.offload.engine import engine_for as engine_for
 from qlora_kernels.offload.schedule import Schedule as Schedule
+from qlora_kernels.offload.schedule import drop_failed_graphs as drop_failed_graphs
 from qlora_kernels.offload.slab import HostSlab as HostSlab
 from qlora_kernels.offload.tiers import Choice as Choice
 from qlora_kernels.offload.tiers import LayerBytes as LayerBytes

@@ -95,7 +95,7 @@ class Schedule:
         """A new forward: its first layer fetches nothing of an earlier graph; one that failed gives its slots back."""
         self._newest = None
         if self.slab.taken:
-            _drop_failed_graphs()
+            drop_failed_graphs()
 
     @property
     def newest(self) -> TicketRef | None:
@@ -196,7 +196,7 @@ class Schedule:
             )
 
 
-def _drop_failed_graphs() -> None:
+def drop_failed_graphs() -> None:
     """After an exception in a backward, autograd keeps the tasks that were left, with the graph and its tickets, until
     the same thread's next backward (seen with torch 2.13 on a CPU). This is one."""
     with torch.enable_grad():

@@ -1,0 +1,72 @@
+"""What saves a run from a bad step: one whose gradient is not finite is left out, one that found the GPU full is done
+again with less kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from qlora_sft.errors import RunError
+from qlora_sft.say import Say
+
+# So many left out one after the other are no accident.
+MOST_SKIPPED = 3
+
+
+class FiniteGradients(TrainerCallback):  # type: ignore[misc]
+    """Leaves out a step whose gradient is not finite: it would make every weight NaN, and all that was learned with it.
+
+    Not in float16, where the gradient scaler does this and lowers its scale.
+    """
+
+    def __init__(self, describe: Callable[[int], str], say: Say, *, skipped: int = 0):
+        """``describe``: what the step of this number was about to learn from."""
+        self.describe, self.say = describe, say
+        self.skipped = skipped
+        """Steps left out in the whole run."""
+        self._in_a_row = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fp16:
+            return
+        trained = [p for p in model.parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in trained])):
+            self._in_a_row = 0
+            return
+        for parameter in trained:
+            parameter.grad = None  # the optimizer passes over what has none
+        self.skipped += 1
+        self._in_a_row += 1
+        step = state.global_step + 1
+        self.say(f"step {step} left out: its gradient is not finite ({self.describe(state.global_step)})")
+        if self._in_a_row == MOST_SKIPPED:
+            raise RunError(
+                f"the gradients of steps {step - MOST_SKIPPED + 1} to {step} are not finite, so nothing is learned any "
+                "more; look at these rows with `preview`, lower training.learning_rate, or compute in another "
+                "model.dtype"
+            )
+
+
+class RandomStates:
+    """Where torch's random numbers stand, to draw the same ones again."""
+
+    def __init__(self) -> None:
+        self.cpu: Tensor = torch.get_rng_state()
+        self.gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
+
+
+def too_full(obstacle: str, saved: str) -> RunError:
+    return RunError(
+        f"the GPU is full with as little kept as possible ({obstacle}). Free some of it, or try "
+        "memory.offload_embeddings, a smaller training.batch_size or a shorter data.max_length (`plan` says what "
+        f"fits); {saved}"
+    )

@@ -1,0 +1,92 @@
+"""A bad step costs that step, or nothing; what cannot go on says why and keeps what is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import SHORT, result
+from torch import Tensor
+
+from qlora_sft.errors import RunError
+from qlora_sft.train import train
+from qlora_sft.training.trainer import PackedSFTTrainer
+
+
+def with_losses(patch: pytest.MonkeyPatch, change: Callable[[int, Tensor], Tensor]) -> None:
+    """``change(steps done, loss)`` is what every micro-batch's loss becomes."""
+    compute = PackedSFTTrainer.compute_loss
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return change(self.state.global_step, compute(self, *args, **kwargs))
+
+    patch.setattr(PackedSFTTrainer, "compute_loss", changed)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(*SHORT)
+    with_losses(monkeypatch, lambda step, loss: loss * (torch.nan if step == 2 else 1))
+    weights: list[Tensor] = []
+    take = PackedSFTTrainer.get_batch_samples
+
+    def noted(self: Any, *args: Any) -> Any:
+        weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters() if p.requires_grad]))
+        return take(self, *args)
+
+    monkeypatch.setattr(PackedSFTTrainer, "get_batch_samples", noted)
+    said: list[str] = []
+    report = train(config, say=said.append)
+    assert (report["steps"], report["steps_left_out"]) == (6, 1)
+    assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, False, True, False, False]
+    assert all(each.isfinite().all() for each in weights)
+    assert "step 3 left out: its gradient is not finite (rows 4 to 5 of order.json, from chat)" in said
+    rows = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [3]
+
+
+def test_no_gradient_at_all_ends_the_run_with_the_cure(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_losses(monkeypatch, lambda step, loss: loss * (torch.inf if step >= 2 else 1))
+    with pytest.raises(RunError, match=r"gradients of steps 3 to 5 are not finite.*lower training.learning_rate"):
+        train(make_config(*SHORT), say=lambda _: None)
+
+
+def full(_: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_a_full_gpu_costs_nothing_but_time(make_config: Any, tmp_path: Path, whole: Any) -> None:
+    """In the second micro-batch of the third step, in its backward: the first has left its gradient, and dropout has
+    drawn its numbers."""
+    config = make_config(*SHORT, f"output={tmp_path / 'full'}")
+    calls: list[int] = []
+
+    def change(step: int, loss: Tensor) -> Tensor:
+        calls.append(step)
+        if calls.count(2) == 2 and len(calls) == 6:
+            loss.register_hook(full)
+        return loss
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        with_losses(patch, change)
+        report = train(config, say=said.append)
+    assert calls.count(2) == 4
+    assert report["memory"]["tiers"] == ["checkpoint", "checkpoint"]
+    assert "2 checkpoint (CUDA out of memory. Tried to allocate 2 GiB)" in "\n".join(said)
+    assert result(Path(config.output)) == whole
+
+
+def test_a_gpu_that_stays_full_keeps_what_is_done(make_config: Any, tmp_path: Path, whole: Any) -> None:
+    config = make_config(*SHORT, f"output={tmp_path / 'full'}")
+    with pytest.MonkeyPatch.context() as patch:
+        with_losses(patch, lambda step, loss: full(loss) if step == 3 else loss)
+        with pytest.raises(RunError, match=r"as little kept as possible.*3 steps are done and saved, --resume goes on"):
+            train(config, say=lambda _: None)
+    report = train(config, resume=True, say=lambda _: None)
+    assert report["resumed_at"] == 3
+    assert result(Path(config.output)) == whole
