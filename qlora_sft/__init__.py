@@ -3,7 +3,9 @@
 The public names are loaded when they are first used: ``import qlora_sft`` imports no torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from qlora_sft.export.gguf import export_run as export_run
     from qlora_sft.export.merge import merge_run as merge_run
     from qlora_sft.plan.plan import make_plan as make_plan
+    from qlora_sft.plan.table import plan_table as plan_table
+    from qlora_sft.preview import preview as preview
     from qlora_sft.train import train as train
 
 _HOMES = {
@@ -35,6 +39,8 @@ _HOMES = {
     "make_plan": "plan.plan",
     "merge_run": "export.merge",
     "pack": "data.packing",
+    "plan_table": "plan.table",
+    "preview": "preview",
     "render_conversation": "data.render",
     "train": "train",
 }
@@ -46,3 +52,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora_sft' has no attribute {name!r}")
     return getattr(import_module(f"qlora_sft.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Where a function and its module have one name, the name is the function's: importing a module binds it in its
+    package, and ``from qlora_sft import train`` would give one or the other, by what was imported before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -142,18 +142,18 @@ def _preview(arguments: argparse.Namespace) -> Any:
     from qlora_sft.preview import preview
 
     config = load_config(arguments.config, arguments.overrides)
-    return preview(config, arguments.count, arguments.html, show=not arguments.json)
+    return preview(config, arguments.count, arguments.html, show=not arguments.json, alone=True)
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
     from qlora_sft.config import load_config
     from qlora_sft.plan.plan import make_plan
-    from qlora_sft.plan.table import table
+    from qlora_sft.plan.table import plan_table
 
     config = load_config(arguments.config, arguments.overrides)
     plan = make_plan(config, data=not arguments.no_data, timing=not arguments.no_time)
     if not arguments.json:
-        print(table(plan))
+        print(plan_table(plan))
     return plan
 
 

@@ -11,12 +11,19 @@ from qlora_sft.config import Config
 from qlora_sft.say import tell
 
 
-def preview(config: Config, count: int = 3, page: str | None = None, show: bool = True) -> dict[str, Any]:
+def preview(
+    config: Config, count: int = 3, page: str | None = None, show: bool = True, *, alone: bool = False
+) -> dict[str, Any]:
     """Prints the ledger and the mixture (stderr) and the first ``count`` documents as they are packed (stdout).
 
     Returns ``{"rows": [{source, ids, tokens, supervised, weights}, ...], "ledger": {...}}`` of the shown documents;
-    ``page``: also writes a web page. Everything is what `train` would do with the same configuration.
+    ``page``: also writes a web page. Everything is what `train` would do with the same configuration. ``alone``:
+    nothing is trained in this process, so Unsloth, which would have to be imported before what is needed here, is not.
     """
+    if not alone:
+        from qlora_sft.model.backend import choose_backend
+
+        choose_backend(config.model.backend)
     from dataclasses import asdict
 
     from qlora_sft.data.plan import plan_data

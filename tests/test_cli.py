@@ -42,6 +42,12 @@ def test_every_public_name_exists() -> None:
     assert all(getattr(qlora_sft, name) is not None for name in qlora_sft.__all__)
 
 
+@pytest.mark.parametrize("first", ["", "import qlora_sft.train, qlora_sft.preview, qlora_sft.cli"])
+def test_a_public_name_is_the_function_whatever_was_imported_before(first: str) -> None:
+    code = "from qlora_sft import preview, train\nfrom qlora_sft import train as again\nprint(train, again, preview)"
+    assert python(f"{first}\n{code}").stdout.count("<function ") == 3
+
+
 def test_wrong_configurations_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "nosuch.yaml"]) == 2
     assert "nosuch.yaml: no such file" in capsys.readouterr().err

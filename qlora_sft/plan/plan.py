@@ -27,7 +27,7 @@ CACHED_TOKEN_BYTES = 12
 
 
 def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Say = tell) -> dict[str, Any]:
-    """The plan as one document; `qlora_sft.plan.table.table` prints it. Bytes and seconds.
+    """The plan as one document; `plan_table` makes it text. Bytes and seconds.
 
     Reads config.json, the headers of the weights and, with ``data``, the training data; no weights. With ``timing``
     one layer of the model's shape is measured for some seconds. Raises `ConfigError` or `DataError` as training would.

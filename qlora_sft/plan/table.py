@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def table(plan: dict[str, Any]) -> str:
+def plan_table(plan: dict[str, Any]) -> str:
     parts = [_model(plan), _memory(plan), _cards(plan["cards"]), _host(plan["host"]), _disk(plan["disk"]), _run(plan)]
     return "\n\n".join(parts)
 

@@ -11,7 +11,7 @@ from conftest import MakeConfig
 from qlora_sft.cli import main
 from qlora_sft.plan import timing
 from qlora_sft.plan.plan import make_plan
-from qlora_sft.plan.table import size, table
+from qlora_sft.plan.table import plan_table
 
 
 def quiet(text: str) -> None:
@@ -73,7 +73,7 @@ def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
     plan = make_plan(make_config(), say=lambda _: None)
     assert plan["time"]["training"] > 0
     assert plan["time"]["measured"]["tokens"] <= plan["data"]["longest_row"]
-    text = table(plan)
+    text = plan_table(plan)
     for part in ("from one layer measured here on a row of", "optimizer", "80 GB", "exact", "assumed"):
         assert part in text
     json.dumps(plan)
