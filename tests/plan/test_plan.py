@@ -11,7 +11,7 @@ from conftest import MakeConfig
 from qlora_sft.cli import main
 from qlora_sft.plan import timing
 from qlora_sft.plan.plan import make_plan
-from qlora_sft.plan.table import plan_table
+from qlora_sft.plan.table import plan_table, size
 
 
 def quiet(text: str) -> None:
