@@ -194,7 +194,10 @@ def _suspect(form: str, figures: Figures) -> str:
         if form == "bf16" and figures.top1 > 0.9:
             return "the rounding: bfloat16 keeps 8 bits of a weight; export f16"
         return "the conversion (rope settings, head permutation, norms): the weights were stored with enough bits"
-    return f"the quantisation: {form} is too coarse for this model; take more bits (q8_0) or an importance matrix"
+    cure = "export f16, or train on: a model unsure of its words changes them in near-ties"
+    if form != "q8_0":
+        cure = "take more bits (q8_0) or an importance matrix"
+    return f"the quantisation: {form} is too coarse for this model; {cure}"
 
 
 def _tokenizer(folder: Path) -> Any:
