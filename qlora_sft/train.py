@@ -22,7 +22,14 @@ from qlora_sft.data.splits import read_data
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.say import Say, tell
-from qlora_sft.training.checkpoints import check_same, clear_unfinished, data_digest, find_checkpoint, newest, step_of
+from qlora_sft.training.checkpoints import (
+    check_same,
+    clear_unfinished,
+    data_digest,
+    find_checkpoint,
+    step_of,
+    what_is_left,
+)
 from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
 from qlora_sft.training.stopwatch import Stopwatch
 
@@ -199,11 +206,12 @@ def fit(
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
-            raise Interrupted(stopped(run, "at once")) from None
+            raise Interrupted(f"interrupted at once; {what_is_left(run)}") from None
         finally:
             progress.close()
-        if stop.requested:
-            raise Interrupted(stopped(run, f"after step {trainer.state.global_step}"))
+        done = trainer.state.global_step
+        if stop.requested and done < steps:
+            raise Interrupted(f"interrupted after step {done}; {what_is_left(run)}")
     if not progress.losses:
         raise RunError("no step had a finite loss; lower training.learning_rate or compute in another model.dtype")
     return {
@@ -224,12 +232,6 @@ def sources_of(step: int, config: Config, documents: Sequence[Rendered], bins: l
     rows = bins[step * size : (step + 1) * size]
     names = sorted({documents[index].source for row in rows for index in row})
     return f"rows {step * size} to {step * size + len(rows) - 1} of order.json, from {', '.join(names)}"
-
-
-def stopped(run: Path, when: str) -> str:
-    checkpoint = newest(run)
-    saved = f"{checkpoint} is complete; --resume goes on from there" if checkpoint else "there is no checkpoint"
-    return f"interrupted {when}; {saved}"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def newest(run: Path) -> Path | None:
     return next(reversed(all_checkpoints(run)), None)
 
 
+def what_is_left(run: Path) -> str:
+    checkpoint = newest(run)
+    return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
+
+
 def publish(unfinished: Path, folder: Path, keep: int) -> None:
     """Gives a complete checkpoint its name, in one step, and removes the oldest beyond ``keep``."""
     folder.parent.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.seconds = 0.0
         self.losses: list[float] = []
         self.begin = begin
-        lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin else []
+        lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin and metrics_file.exists() else []
         self._rows = [json.loads(line) for line in lines]
         for row in self._rows:
             self._count(row)

@@ -28,7 +28,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
-from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk
+from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
 from qlora_sft.training.guards import RandomStates, too_full
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
@@ -131,11 +131,14 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _begin_group(self, batches: list[Any]) -> None:
         self.totals = StepTotals()
-        self._group, self._done, self._random = batches, 0, RandomStates()
+        self._group, self._done = batches, 0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
         """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
         less kept by every layer, with the same random numbers: the step is the one it would have been."""
+        if self._done == 0:
+            # Not before: a run that is resumed sets them when it has taken its first rows.
+            self._random = RandomStates()
         loss, obstacle = self._tried(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
@@ -171,12 +174,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._begin_group(self._group)
 
     def _saved(self) -> str:
-        """A checkpoint of the steps that are done, where the run ends."""
-        step = self.state.global_step
-        if not step:
-            return "nothing has been trained yet"
-        self._save_checkpoint(self.model, None)
-        return f"{step} steps are done and saved, --resume goes on from there"
+        """A checkpoint of the steps that are done, where the run ends. Returns what to say of it."""
+        if self.state.global_step:
+            self._save_checkpoint(self.model, None)
+        return what_is_left(self.run)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: float | None = None

@@ -85,7 +85,7 @@ def test_a_gpu_that_stays_full_keeps_what_is_done(make_config: Any, tmp_path: Pa
     config = make_config(*SHORT, f"output={tmp_path / 'full'}")
     with pytest.MonkeyPatch.context() as patch:
         with_losses(patch, lambda step, loss: full(loss) if step == 3 else loss)
-        with pytest.raises(RunError, match=r"as little kept as possible.*3 steps are done and saved, --resume goes on"):
+        with pytest.raises(RunError, match=r"as little kept as possible.*step-000003 is complete, --resume goes on"):
             train(config, say=lambda _: None)
     report = train(config, resume=True, say=lambda _: None)
     assert report["resumed_at"] == 3

@@ -86,6 +86,14 @@ def test_a_second_signal_stops_at_once(make_config: Any, monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_in_the_last_step_loses_nothing(make_config: Any, tmp_path: Path, whole: Any) -> None:
+    config = make_config(*SHORT, "training.save_steps=0", f"output={tmp_path / 'late'}")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train(config, say=lambda _: None)
+    assert result(Path(config.output)) == whole
+
+
 def test_a_run_whose_steps_are_all_done_is_only_finished(
     make_config: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
