@@ -15,7 +15,7 @@ demo: install
 # Optional: Go (apt install golang-go), whose text/template renders the Ollama templates, and npm, which fetches the
 # tokenizers of other families; without them those tests are skipped and say so.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

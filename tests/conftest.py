@@ -15,8 +15,11 @@ from qlora_sft.config import Config, load_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Minutes each. A process takes whole files, so begun last they would be waited for alone.
-LONGEST = ("test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py")
+# A minute or more each. A process takes whole files, so begun last they would be waited for alone.
+LONGEST = (
+    "test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py", "test_notebooks.py", "test_run.py",
+    "test_vocabulary.py", "test_equality.py", "test_resume.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
