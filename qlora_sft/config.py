@@ -50,7 +50,7 @@ class ModelConfig:
     """The output head as well: three quarters of a GiB less for a vocabulary of 128k, for a loss that is a little
     different. Only for models whose head is another matrix than the input embedding, and with a frozen vocabulary."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type. ``auto``: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU."""
+    """Compute type. ``auto``: bfloat16 where it is the faster one, else float16 on a GPU, float32 on a CPU."""
     chat_template: str | None = None
     """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a .jinja file, in place of the
     tokenizer's own."""

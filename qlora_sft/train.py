@@ -216,7 +216,7 @@ def fit(
         raise RunError("no step had a finite loss; lower training.learning_rate or compute in another model.dtype")
     return {
         "steps": progress.steps_done,
-        "steps_left_out": finite.skipped,
+        "steps_left_out": progress.left_out,
         "resumed_at": begin or None,
         "train_loss": {"first": progress.losses[0], "last": progress.losses[-1]},
         "tokens": progress.tokens,

@@ -119,7 +119,9 @@ def check_same(run: Path, facts: dict[str, Any]) -> None:
 
 def data_digest(documents: Iterable[Documents], bins: list[list[int]]) -> str:
     """sha256 of every token, every weight and the order of the rows: of all that is trained on."""
-    digest = hashlib.sha256(json.dumps(bins).encode())
+    from qlora_sft.data.mixture import order_digest
+
+    digest = hashlib.sha256(order_digest(bins).encode())
     for each in documents:
         for values in (each.ids, each.weights, each.bounds):
             digest.update(values)

@@ -23,11 +23,9 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     Not in float16, where the gradient scaler does this and lowers its scale.
     """
 
-    def __init__(self, describe: Callable[[int], str], say: Say, *, skipped: int = 0):
+    def __init__(self, describe: Callable[[int], str], say: Say):
         """``describe``: what the step of this number was about to learn from."""
         self.describe, self.say = describe, say
-        self.skipped = skipped
-        """Steps left out in the whole run."""
         self._in_a_row = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -39,7 +37,6 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
             return
         for parameter in trained:
             parameter.grad = None  # the optimizer passes over what has none
-        self.skipped += 1
         self._in_a_row += 1
         step = state.global_step + 1
         self.say(f"step {step} left out: its gradient is not finite ({self.describe(state.global_step)})")

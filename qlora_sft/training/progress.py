@@ -25,7 +25,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.steps = steps
         self.trainer: PackedSFTTrainer | None = None
         self.learning_rate = 0.0
-        self.supervised = self.tokens = self.steps_done = 0
+        self.supervised = self.tokens = self.steps_done = self.left_out = 0
         self.seconds = 0.0
         self.losses: list[float] = []
         self.begin = begin
@@ -86,6 +86,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
         self.steps_done += 1
+        self.left_out += row["grad_norm"] is None  # no weight was changed
         if row["loss"] is not None:
             self.losses.append(row["loss"])
 

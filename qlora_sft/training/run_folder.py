@@ -57,7 +57,7 @@ def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
 
 def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
     """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
-    says of them, so that a run that is resumed can prove to go on in the same order."""
+    says of them."""
     from qlora_sft.data.mixture import order_digest
 
     record = {"sha256": order_digest(bins), "rows": len(bins)}

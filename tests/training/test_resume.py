@@ -94,9 +94,7 @@ def test_a_signal_in_the_last_step_loses_nothing(make_config: Any, tmp_path: Pat
     assert result(Path(config.output)) == whole
 
 
-def test_a_run_whose_steps_are_all_done_is_only_finished(
-    make_config: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_steps_are_all_done_is_only_finished(make_config: Any, whole: Any) -> None:
     """It was killed while it was evaluated, say."""
     config = make_config(*SHORT)
     run = Path(config.output)
