@@ -16,27 +16,47 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def packed_ce(rows: list[dict[str, Any]]) -> list[str]:
-    """One table per machine, shape, type, number of rows and share supervised; ratios within that run."""
-    lines = ["## packed_ce: loss and gradient of the hidden states, frozen head", ""]
-    newest: dict[tuple, dict[str, dict[str, Any]]] = {}
+Cells = dict[str, dict[str, Any]]
+"""The newest row of every provider."""
+
+
+def newest_cells(rows: list[dict[str, Any]], keys: str, reference: str, run: str = "commit load") -> dict[tuple, Cells]:
+    """Cells by the values of ``keys``, each with its ``ratio`` to ``reference`` where both were measured in one run:
+    where ``run`` is the same."""
+    newest: dict[tuple, Cells] = {}
+    times: dict[tuple, float] = {}
     for row in rows:
-        key = tuple(row[k] for k in ("device", "shape", "dtype", "rows", "share"))
+        key = tuple(row[k] for k in keys.split())
         newest.setdefault(key, {})[row["provider"]] = row
+        if row["provider"] == reference and "milliseconds" in row:
+            times[(key, *(row[k] for k in run.split()))] = row["milliseconds"]
+    for key, cells in newest.items():
+        for c in cells.values():
+            beside = times.get((key, *(c[k] for k in run.split())))
+            c["ratio"] = f"{c['milliseconds'] / beside:.2f}x" if beside and "milliseconds" in c else ""
+    return newest
+
+
+def runs_of(cells: Cells) -> str:
+    """What the cells were measured with: one run, or several."""
+    torch = dict.fromkeys(f"torch {c['torch']}" for c in cells.values())
+    return "; ".join([*torch, *dict.fromkeys(f"commit {c['commit']}, load {c['load']}" for c in cells.values())])
+
+
+def packed_ce(rows: list[dict[str, Any]]) -> list[str]:
+    """One table per machine, shape, type, number of rows and share supervised."""
+    lines = ["## packed_ce: loss and gradient of the hidden states, frozen head", ""]
+    newest = newest_cells(rows, "device shape dtype rows share", "ours")
     for (device, shape, dtype, count, share), cells in newest.items():
-        any_cell = next(iter(cells.values()))
-        versions = f"torch {any_cell['torch']}, commit {any_cell['commit']}, load {any_cell['load']}"
-        lines += [f"### {shape} {dtype}, {count} rows, share {share}", f"{device}; {versions}", ""]
+        lines += [f"### {shape} {dtype}, {count} rows, share {share}", f"{device}; {runs_of(cells)}", ""]
         lines += ["| | ms | vs ours | share of two products | peak MB | gradient error |", "|---|---|---|---|---|---|"]
-        own = cells.get("ours", {}).get("milliseconds")
         for provider, c in cells.items():
             if "milliseconds" not in c:
                 lines.append(f"| {provider} | not measured: {c['not_measured']} | | | | |")
                 continue
-            ratio = f"{c['milliseconds'] / own:.2f}x" if own else ""
             peak = "not measured" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 1e6:.0f}"
             lines.append(
-                f"| {provider} | {c['milliseconds']:.1f} | {ratio} | {c['share_of_floor']:.0%} | {peak} "
+                f"| {provider} | {c['milliseconds']:.1f} | {c['ratio']} | {c['share_of_floor']:.0%} | {peak} "
                 f"| {c['gradient_error']:.1e} |"
             )
         lines.append("")
@@ -67,52 +87,44 @@ def max_context(rows: list[dict[str, Any]]) -> list[str]:
 def memory(rows: list[dict[str, Any]]) -> list[str]:
     """One table per machine, shape and number of tokens; times relative to torch's own checkpointing."""
     lines = ["## memory: one step, by what layers keep", ""]
-    newest: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[k] for k in ("device", "shape", "layers", "tokens"))
-        newest.setdefault(key, {})[row["provider"]] = row
+    newest = newest_cells(rows, "device shape layers tokens", "torch checkpoint", run="commit")
     for (device, shape, layers, tokens), cells in newest.items():
-        any_cell = next(iter(cells.values()))
-        lines += [f"### {shape} wide, {layers} layers, {tokens} tokens in {any_cell['documents']} documents"]
-        lines += [f"{device}; torch {any_cell['torch']}, commit {any_cell['commit']}, load {any_cell['load']}", ""]
+        documents = next(iter(cells.values()))["documents"]
+        lines += [f"### {shape} wide, {layers} layers, {tokens} tokens in {documents} documents"]
+        lines += [f"{device}; {runs_of(cells)}", ""]
         lines += ["| | ms | vs torch checkpoint | peak MB | predicted MB | host MB | gradient error | split |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
-        base = cells.get("torch checkpoint", {}).get("milliseconds")
-        lines += [_memory_line(cell, base) for cell in cells.values()] + [""]
+        lines += [_memory_line(cell) for cell in cells.values()] + [""]
     return lines
 
 
-def _memory_line(cell: dict[str, Any], base: float | None) -> str:
+def _memory_line(cell: dict[str, Any]) -> str:
     if "milliseconds" not in cell:
         return f"| {cell['provider']} | not measured: {cell['not_measured']} | | | | | | |"
     megabytes = [f"{cell[k] / 1e6:.1f}" if k in cell else "" for k in ("peak_bytes", "predicted_bytes", "host_bytes")]
-    ratio = f"{cell['milliseconds'] / base:.2f}x" if base else ""
     error = "" if cell["gradient_error"] is None else f"{cell['gradient_error']:.1e}"
-    figures = [cell["provider"], f"{cell['milliseconds']:.1f}", ratio, *megabytes, error, cell.get("split", "")]
+    figures = [cell["provider"], f"{cell['milliseconds']:.1f}", cell["ratio"], *megabytes, error, cell.get("split", "")]
     return f"| {' | '.join(figures)} |"
 
 
 def nf4_lora(rows: list[dict[str, Any]]) -> list[str]:
     """One table per machine, shape, type, tokens and checkpointing."""
     lines = ["## nf4_lora: forward and backward of a gated MLP with LoRA, NF4 weights", ""]
-    newest: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[k] for k in ("device", "shape", "dtype", "tokens", "checkpointed"))
-        newest.setdefault(key, {})[row["provider"]] = row
+    newest = newest_cells(rows, "device shape dtype tokens checkpointed", "ours")
     for (device, shape, dtype, tokens, checkpointed), cells in newest.items():
         c = next(iter(cells.values()))
         kind = "inside a checkpoint" if checkpointed else "by itself"
         lines += [f"### {shape} ({c['width']} x {c['inner']}) {dtype}, {tokens} tokens, {kind}"]
-        lines += [f"{device}; torch {c['torch']}, commit {c['commit']}, load {c['load']}", ""]
+        lines += [f"{device}; {runs_of(cells)}", ""]
         lines += ["| | ms | vs ours | peak MB | gradient error |", "|---|---|---|---|---|"]
-        own = cells.get("ours", {}).get("milliseconds")
         for provider, c in cells.items():
             if "milliseconds" not in c:
                 lines.append(f"| {provider} | not measured: {c['not_measured']} | | | |")
                 continue
-            ratio = f"{c['milliseconds'] / own:.2f}x" if own else ""
             peak = "not measured" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 1e6:.0f}"
-            lines.append(f"| {provider} | {c['milliseconds']:.1f} | {ratio} | {peak} | {c['gradient_error']:.1e} |")
+            lines.append(
+                f"| {provider} | {c['milliseconds']:.1f} | {c['ratio']} | {peak} | {c['gradient_error']:.1e} |"
+            )
         lines.append("")
     if not any("threads" not in row["device"] for row in rows):
         lines += ["nf4_lora on a GPU: not measured", ""]
