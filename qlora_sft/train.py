@@ -180,7 +180,9 @@ def fit(
 
     make_room: called with the reason when the GPU is full; False if there is none to be had.
     """
-    from qlora_sft.training.guards import FiniteGradients
+    import torch
+
+    from qlora_sft.training.guards import FiniteGradients, update_too_full
     from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.progress import Progress
     from qlora_sft.training.steps import count_steps
@@ -207,6 +209,8 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at once; {what_is_left(run)}") from None
+        except torch.OutOfMemoryError as error:
+            raise update_too_full(error, what_is_left(run)) from None
         finally:
             progress.close()
         done = trainer.state.global_step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.say import Say
 
 # So many left out one after the other are no accident.
@@ -62,8 +62,17 @@ class RandomStates:
 
 
 def too_full(obstacle: str, saved: str) -> RunError:
+    return _full(f"with as little kept as possible ({obstacle})", "a smaller training.batch_size", saved)
+
+
+def update_too_full(error: Exception, saved: str) -> RunError:
+    """Not done again: some weights may have been updated, others not."""
+    cure = "training.optimizer=paged_adamw_8bit, a smaller lora.r"
+    return _full(f"where the optimizer makes its states and updates the weights ({first_line(error)})", cure, saved)
+
+
+def _full(when: str, cure: str, saved: str) -> RunError:
     return RunError(
-        f"the GPU is full with as little kept as possible ({obstacle}). Free some of it, or try "
-        "memory.offload_embeddings, a smaller training.batch_size or a shorter data.max_length (`plan` says what "
-        f"fits); {saved}"
+        f"the GPU is full {when}. Free some of it, or try memory.offload_embeddings, {cure} or a shorter "
+        f"data.max_length (`plan` says what fits); {saved}"
     )

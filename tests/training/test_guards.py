@@ -90,3 +90,27 @@ def test_a_gpu_that_stays_full_keeps_what_is_done(make_config: Any, tmp_path: Pa
     report = train(config, resume=True, say=lambda _: None)
     assert report["resumed_at"] == 3
     assert result(Path(config.output)) == whole
+
+
+@pytest.mark.parametrize("step", [1, 4], ids=["first", "later"])
+def test_a_gpu_that_is_full_in_an_update_ends_the_run_with_what_is_left(
+    step: int, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer's states are made in its first step."""
+    config = make_config(*SHORT)
+    steps: list[int] = []
+    own = torch.optim.AdamW.step
+
+    def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    with pytest.raises(RunError) as caught:
+        train(config, say=lambda _: None)
+    assert "updates the weights (CUDA out of memory. Tried to allocate 2 GiB)" in str(caught.value)
+    assert "paged_adamw_8bit" in str(caught.value)
+    checkpoints = Path(config.output) / "checkpoints"
+    assert [folder.name for folder in checkpoints.glob("*")] == ([] if step == 1 else ["step-000002"])
