@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_sft.errors import Interrupted as Interrupted
     from qlora_sft.errors import QloraSftError as QloraSftError
     from qlora_sft.errors import RunError as RunError
+    from qlora_sft.evaluation.evaluate_run import evaluate_run as evaluate_run
     from qlora_sft.export.gguf import export_run as export_run
     from qlora_sft.export.merge import merge_run as merge_run
     from qlora_sft.plan.plan import make_plan as make_plan
@@ -34,6 +35,7 @@ _HOMES = {
     "QloraSftError": "errors",
     "Rendered": "data.render",
     "RunError": "errors",
+    "evaluate_run": "evaluation.evaluate_run",
     "export_run": "export.gguf",
     "load_config": "config",
     "make_plan": "plan.plan",

@@ -117,6 +117,23 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     push.add_argument("--dry-run", action="store_true", help="print what would go up, and the card; upload nothing")
 
+    evaluate = verb("evaluate", _evaluate, "ask a run and its base questions with known answers, and compare")
+    evaluate.add_argument("run", help="run folder or model folder")
+    evaluate.add_argument(
+        "--task", action="append", default=[], metavar="FILE",
+        help="questions, in the form of MMLU, ARC, GSM8K, HumanEval or training data; may be given again (default: "
+        "evaluation.tasks of the run)",
+    )  # fmt: skip
+    evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
+    evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    evaluate.add_argument("--thinking", choices=["on", "off"], help="default: the template's own")
+    evaluate.add_argument("--seed", type=int, default=0, help="of drawn questions and sampled answers (default: 0)")
+    evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
+    evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
+
     chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
@@ -155,6 +172,18 @@ def _plan(arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         print(plan_table(plan))
     return plan
+
+
+def _evaluate(arguments: argparse.Namespace) -> Any:
+    from qlora_sft.config import TaskConfig
+    from qlora_sft.evaluation.evaluate_run import evaluate_run
+
+    names = ("form", "samples", "temperature", "max_rows", "max_new_tokens", "thinking")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return evaluate_run(
+        arguments.run, [TaskConfig(path) for path in arguments.task], given,
+        base=not arguments.no_base, run_code=arguments.run_code, seed=arguments.seed,
+    )  # fmt: skip
 
 
 def _merge(arguments: argparse.Namespace) -> Any:

@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 
 from qlora_sft.config_data import DataConfig as DataConfig
-from qlora_sft.config_data import Require, check_data
+from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.strict import Loader, apply_override, build, did_you_mean, kind_of, one_line
@@ -97,6 +97,29 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Questions with known answers, asked by ``qlora-sft evaluate``."""
+
+    path: str
+    """As of a data source; of a data set of the Hub the split in brackets: ``owner/name[test]``."""
+    name: str | None = None
+    """How reports call it; default: the last part of the path without its ending."""
+    form: Literal["auto", "choices", "number", "exact", "code", "loss"] = "auto"
+    """How answers are graded. ``choices``: the likeliest letter (rows as MMLU's and ARC's); ``number``: the last number
+    (GSM8K's); ``exact``: the same text; ``code``: by running it (HumanEval's); ``loss``: not asked, only read.
+    ``auto`` tells from the columns, and prints what it found."""
+    max_rows: int | None = None
+    """Ask only so many, drawn at random with the run's seed."""
+    samples: int = 1
+    """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
+    temperature: float = 0.8
+    """Of sampled answers."""
+    max_new_tokens: int = 512
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     loss: bool = True
     """Held-out loss per source before and after."""
@@ -105,6 +128,8 @@ class EvaluationConfig:
     max_new_tokens: int = 128
     show: int = 3
     """How many of the answers are printed."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """What ``qlora-sft evaluate`` asks the finished run and its base; training does not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +234,29 @@ def _check_values(config: Config, file: str) -> list[str]:
     _check_memory(config.memory, require)
     require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")
     require(e.max_new_tokens > 0, "evaluation.max_new_tokens", f"must be positive, got {e.max_new_tokens}")
+    check_tasks(e.tasks, require)
     return problems
+
+
+def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:
+    for i, task in enumerate(tasks):
+        here = f"{key}.{i}"
+        require(
+            task.max_rows is None or task.max_rows > 0, f"{here}.max_rows", f"must be positive, got {task.max_rows}"
+        )
+        require(task.samples > 0, f"{here}.samples", f"must be positive, got {task.samples}")
+        require(task.temperature > 0, f"{here}.temperature", f"must be positive, got {task.temperature}")
+        require(task.max_new_tokens > 0, f"{here}.max_new_tokens", f"must be positive, got {task.max_new_tokens}")
+        sampled = task.form not in ("choices", "loss")
+        require(sampled or task.samples == 1, f"{here}.samples", f"has no effect with form {task.form}; remove it")
+    names = [task_name(task) for task in tasks]
+    double = sorted({name for name in names if names.count(name) > 1})
+    require(not double, key, f"has two tasks named {', '.join(double)}; give each its own name:")
+
+
+def task_name(task: TaskConfig) -> str:
+    """How reports call a task: its name, or the last part of its path (``a/b.jsonl``: ``b``)."""
+    return task.name or source_name(SourceConfig(task.path.partition("[")[0]))
 
 
 def _check_rope(config: Config, require: Require) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from qlora_sft.config import Config
 from qlora_sft.data.prepare import render_sources
@@ -15,6 +18,16 @@ from qlora_sft.model.tokenizer import load_tokenizer
 # A short run, with dropout, so that the random numbers have to go on as well.
 SHORT = ["training.max_steps=6", "training.save_steps=2", "lora.dropout=0.2", "data.packing=none",
          "training.gradient_accumulation=2", "training.learning_rate=1e-2"]  # fmt: skip
+
+
+REAL_DATA = Path(os.environ.get("QLORA_SFT_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def real_data(name: str) -> Path:
+    """A real data file; without it the test is skipped."""
+    if not (REAL_DATA / name).is_file():
+        pytest.skip(f"no {REAL_DATA / name}; set QLORA_SFT_DATA")
+    return REAL_DATA / name
 
 
 def documents_of(config: Config) -> list[Rendered]:

@@ -105,6 +105,14 @@ def convert(row: dict[str, Any], form: Form, unused: set[str]) -> Conversation:
 CURE = "set format: and columns: of the source"
 
 
+def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
+    """A row's own ``enable_thinking`` is stronger than its source's."""
+    if thinking == "auto" or "messages" not in conversation:
+        return conversation
+    kwargs = {"enable_thinking": thinking == "on", **(conversation.get("chat_template_kwargs") or {})}
+    return {**conversation, "chat_template_kwargs": kwargs}
+
+
 def _conversation(messages: list[Message], values: dict[str, Any]) -> Conversation:
     system = values.get("system")
     if system:

@@ -13,7 +13,7 @@ from typing import Any
 from qlora_sft.config_data import DataConfig
 from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
 from qlora_sft.data.fit import fit
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.formats import Conversation, with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
@@ -81,7 +81,7 @@ def _render_source(
     render = partial(_render_one, tokenizer, options)
     documents, whole, problems = Writer(source.name), True, []
     # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
-    rows, ahead = tee(_with_thinking(conversation, settings.thinking) for conversation in source.rows)
+    rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
     for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
         whole = whole and ("text" in conversation or settings.supervise == "all")
         try:
@@ -105,14 +105,6 @@ def _render_source(
     if problems:
         raise DataError("\n".join(problems))
     return documents.finish(), whole
-
-
-def _with_thinking(conversation: Conversation, thinking: str) -> Conversation:
-    """A row's own ``enable_thinking`` is stronger than its source's."""
-    if thinking == "auto" or "messages" not in conversation:
-        return conversation
-    kwargs = {"enable_thinking": thinking == "on", **(conversation.get("chat_template_kwargs") or {})}
-    return {**conversation, "chat_template_kwargs": kwargs}
 
 
 def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:

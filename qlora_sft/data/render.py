@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.shield import parts, shield
-from qlora_sft.data.template import ChatFormat, Span, chat_format, check_nothing_lost, render_text
+from qlora_sft.data.template import ChatFormat, Span, apply, chat_format, check_nothing_lost, render_text
 from qlora_sft.errors import DataError
 
 Supervise = Literal["assistant", "last", "all"]
@@ -114,6 +114,17 @@ def render_many(
             ahead = encoding
         if ahead:
             yield from ahead.result()
+
+
+def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> list[int]:
+    """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
+    shielded, disguises = shield(conversation, tokenizer)
+    text, _ = apply(shielded, tokenizer, style.template, prompt=True)
+    pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
+    (result,) = _encoded([pieces], tokenizer, style.stops, "")
+    if isinstance(result, DataError):
+        raise result
+    return result.input_ids
 
 
 def _planned(

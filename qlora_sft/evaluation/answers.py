@@ -7,11 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from qlora_sft.data.render import Rendered
-from qlora_sft.evaluation.held_out import autocast
-from qlora_sft.model.attention import plain_attention
+from qlora_sft.evaluation.generate import until_stop
 
 
 @dataclass(frozen=True)
@@ -50,58 +47,13 @@ def choose_prompts(documents: Mapping[str, Sequence[Rendered]], per_source: int,
     return chosen
 
 
-def greedy_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    dtype: torch.dtype,
-    stops: Collection[int],
-    batch_size: int = 16,
-) -> list[list[int]]:
-    """New tokens for each prompt, up to but without one of ``stops``. The model is left in training mode."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
-    answers: list[list[int]] = [[] for _ in prompts]
-    # Prompts of similar length together: padding costs time.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    model.eval()
-    try:
-        with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                ids, mask = _left_padded([prompts[i].input_ids for i in part], pad, model.device)
-                output = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                    use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad,
-                )  # fmt: skip
-                for i, row in zip(part, output[:, ids.shape[1] :].tolist(), strict=True):
-                    answers[i] = _until_stop(row, stops)
-    finally:
-        model.train()
-    return answers
-
-
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def _until_stop(ids: list[int], stops: Collection[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in stops:
-            return ids[:position]
-    return ids
-
-
 def judge(
     prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], tokenizer: Any, stops: Collection[int]
 ) -> list[dict[str, Any]]:
     """One record per prompt: source, prompt, reference and answer as text, and whether the two are the same."""
     records = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        reference = tokenizer.decode(_until_stop(prompt.reference_ids, stops)).strip()
+        reference = tokenizer.decode(until_stop(prompt.reference_ids, stops)).strip()
         text = tokenizer.decode(list(answer)).strip()
         records.append(
             {

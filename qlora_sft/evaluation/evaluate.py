@@ -9,7 +9,8 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.data.prepare import Prepared
-from qlora_sft.evaluation.answers import Prompt, exact_match, greedy_answers, judge
+from qlora_sft.evaluation.answers import Prompt, exact_match, judge
+from qlora_sft.evaluation.generate import generate
 from qlora_sft.evaluation.held_out import held_out_loss
 from qlora_sft.say import Say
 
@@ -40,8 +41,9 @@ def evaluate(
         result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)
         say(f"held-out loss {when}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in result.loss.items()))
     if prompts:
-        answers = greedy_answers(model, tokenizer, prompts, config.evaluation.max_new_tokens, dtype, stops)
-        result.records = judge(prompts, answers, tokenizer, stops)
+        ids = [prompt.input_ids for prompt in prompts]
+        answers = generate(model, tokenizer, ids, config.evaluation.max_new_tokens, dtype, stops)
+        result.records = judge(prompts, [answer.ids for answer in answers], tokenizer, stops)
         result.exact_match = exact_match(result.records)
         say(f"exact match {when}: " + ", ".join(f"{name} {share:.0%}" for name, share in result.exact_match.items()))
     return result

@@ -170,14 +170,19 @@ def load_for_inference(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     base = load_trained_base(path)
+    # The base's own list does not have the end of turn that a template brought.
+    base.generation_config.eos_token_id = sorted(saved_stops(path, AutoTokenizer.from_pretrained(path / "adapter")))
+    return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+
+
+def saved_stops(path: Path, tokenizer: Any) -> set[int]:
+    """Tokens at which the model of a run, or in a folder, stops."""
+    if not (path / "adapter").is_dir():
+        return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
     manifest = read_manifest(path)
     settings = manifest["config"]["model"]
-    tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
-    # The base's own list does not have the end of turn that a template brought.
     chat = ModelConfig("", chat_template=settings.get("chat_template"), stop_tokens=settings.get("stop_tokens") or [])
-    stops = stop_ids(chat, manifest["report"]["base"], tokenizer)
-    base.generation_config.eos_token_id = sorted(stops)
-    return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+    return stop_ids(chat, manifest["report"]["base"], tokenizer)
 
 
 def quantized_modules(model: Any) -> list[str]:

@@ -2,17 +2,15 @@
 
 import html
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests_support import real_data
 
 from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.sources import Source, read_sources
-
-FOLDER = Path(os.environ.get("QLORA_SFT_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 # File, options, what is printed, rows.
 FILES: list[tuple[str, dict[str, Any], str, int]] = [
@@ -32,17 +30,15 @@ FILES: list[tuple[str, dict[str, Any], str, int]] = [
 
 
 def read(name: str, **options: Any) -> tuple[Source, list[str]]:
-    if not (FOLDER / name).is_file():
-        pytest.skip(f"no {FOLDER / name}; set QLORA_SFT_DATA")
     said: list[str] = []
-    (source,) = read_sources([SourceConfig(str(FOLDER / name), **options)], 0, said.append)
+    (source,) = read_sources([SourceConfig(str(real_data(name)), **options)], 0, said.append)
     return source, said
 
 
 @pytest.mark.parametrize(("name", "options", "printed", "rows"), FILES, ids=[file for file, *_ in FILES])
 def test_real_files_are_recognised_and_every_row_is_read(name: str, options: Any, printed: str, rows: int) -> None:
     source, said = read(name, **options)
-    assert said[0] == f"{Path(name).stem}: {printed} in {FOLDER / name}"
+    assert said[0] == f"{Path(name).stem}: {printed} in {real_data(name)}"
     assert len(list(source.rows)) == source.read == rows
     # HumanEval has tests beside its answers, and says so; of the others everything is used.
     assert [line.split(" (")[0] for line in said[1:]] == (
@@ -72,7 +68,7 @@ def test_real_files_are_rendered_with_their_answers_supervised(name: str, option
 def test_the_texts_of_the_tool_sets_arrive_whole() -> None:
     """Against the raw files, without this package's reading of them."""
     source, _ = read("glaive_toolcall_en_demo.json")
-    raw = json.loads((FOLDER / "glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))
+    raw = json.loads(real_data("glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))
     for row, before in zip(source.rows, raw, strict=True):
         said = [t["value"] for t in before["conversations"] if t["from"] in ("human", "gpt", "observation")]
         assert [m["content"] for m in row["messages"] if m["content"]] == said
@@ -83,7 +79,7 @@ def test_the_texts_of_the_tool_sets_arrive_whole() -> None:
         ]
         assert [tool["function"] for tool in row.get("tools", [])] == json.loads(before["tools"] or "[]")
     source, _ = read("reason_tool_use_demo_50.jsonl")
-    lines = (FOLDER / "reason_tool_use_demo_50.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = real_data("reason_tool_use_demo_50.jsonl").read_text(encoding="utf-8").splitlines()
     for row, line in zip(source.rows, lines, strict=True):
         parts = [part for message in json.loads(line)["messages"] for part in message["content"]]
         for kind, key in (("reasoning", "reasoning"), ("text", "content")):
@@ -98,12 +94,10 @@ def test_what_preview_counts_is_what_is_trained(
     from qlora_sft.cli import main
     from qlora_sft.train import train
 
-    if not (FOLDER / name).is_file():
-        pytest.skip(f"no {FOLDER / name}; set QLORA_SFT_DATA")
     columns = "".join(f", columns: {{prompt: {c['prompt']}, completion: {c['completion']}}}" for c in options.values())
     rows = 2 if name.endswith(".txt") else 12
     overrides = [
-        f"data.train=[{{path: {FOLDER / name}, max_rows: {rows}{columns}}}]",
+        f"data.train=[{{path: {real_data(name)}, max_rows: {rows}{columns}}}]",
         "data.max_length=1500",
         "model.chat_template=chatml-think",
     ]

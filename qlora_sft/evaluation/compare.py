@@ -1,0 +1,148 @@
+"""The base against the tuned model on one task: what changed, how surely, and what kind of loss it is.
+
+A tuned model that does worse has either lost the ability or stopped showing it. What it can do is measured by the best
+of several samples (``pass@n``), or by the likeliest of the letters; what it does by one answer (``pass@1``), or by the
+likeliest of all tokens. Both are compared with their base, question by question:
+
+- **forgetting**: what it can do has fallen. Replay, a lower learning rate or fewer steps are the cure.
+- **alignment tax**: what it does has fallen, what it can do has not. It answers in another way (format, length, tone),
+  and examples of the right way, or reinforcement learning, bring it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_sft.evaluation.ask import Scores
+from qlora_sft.evaluation.statistics import Change, change
+from qlora_sft.evaluation.tasks import Form, Task
+
+LOWER_IS_BETTER = ("loss",)
+
+
+def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> dict[str, Any]:
+    """What ``evaluation/NAME.json`` holds: the task, every metric of both, the verdict with its reason."""
+    settings = task.settings
+    changes = {} if base is None else _changes(base, tuned, seed)
+    report: dict[str, Any] = {
+        "name": task.name,
+        "form": task.form,
+        "path": settings.path,
+        "items": len(tuned.weights),
+        "seed": seed,
+        "tuned": {name: _mean(tuned, name) for name in tuned.metrics},
+    }
+    if task.form not in ("choices", "loss"):
+        report |= {"samples": settings.samples, "max_new_tokens": settings.max_new_tokens}
+        if settings.samples > 1:
+            report |= {"temperature": settings.temperature, "for_rl": for_rl(tuned, settings.samples)}
+    if base is not None:
+        verdict, reason = judged(task.form, changes, settings.samples)
+        report["base"] = {name: _mean(base, name) for name in base.metrics}
+        report["change"] = {
+            name: {"difference": c.difference, "interval": [c.low, c.high]} for name, c in changes.items()
+        }
+        report |= {"verdict": verdict, "reason": reason}
+    return report
+
+
+def _changes(base: Scores, tuned: Scores, seed: int) -> dict[str, Change]:
+    shared = [name for name in tuned.metrics if name in base.metrics]
+    return {name: change(base.metrics[name], tuned.metrics[name], tuned.weights, seed) for name in shared}
+
+
+def _mean(scores: Scores, name: str) -> float:
+    weighted = zip(scores.metrics[name], scores.weights, strict=True)
+    return sum(figure * weight for figure, weight in weighted) / sum(scores.weights)
+
+
+def main_metric(form: Form) -> str:
+    return {"choices": "accuracy", "loss": "loss"}.get(form, "pass@1")
+
+
+def judged(form: Form, changes: dict[str, Change], samples: int) -> tuple[str, str]:
+    """(verdict, reason). A change counts only if its interval leaves out zero."""
+    if form == "choices":
+        can, does = "accuracy", "said"
+    else:
+        can, does = f"pass@{samples}", main_metric(form)
+    if form == "loss" or (samples == 1 and form != "choices"):
+        return _alone(does, changes[does])
+    if _worse(can, changes[can]):
+        return "forgetting", f"{can} has fallen, too" if _worse(does, changes[does]) else f"{can} has fallen"
+    if _worse(does, changes[does]):
+        return "alignment tax", f"{does} has fallen, {can} has not"
+    if _better(can, changes[can]) or _better(does, changes[does]):
+        return "better", f"{can if _better(can, changes[can]) else does} has risen"
+    return "no difference shown", ""
+
+
+def _alone(metric: str, c: Change) -> tuple[str, str]:
+    if _worse(metric, c):
+        why = "it reads such text worse" if metric == "loss" else "samples: 8 tells forgetting from alignment tax"
+        return "worse", why
+    return ("better", "") if _better(metric, c) else ("no difference shown", "")
+
+
+def _worse(metric: str, c: Change) -> bool:
+    return c.low > 0 if metric in LOWER_IS_BETTER else c.high < 0
+
+
+def _better(metric: str, c: Change) -> bool:
+    return c.high < 0 if metric in LOWER_IS_BETTER else c.low > 0
+
+
+def for_rl(tuned: Scores, samples: int) -> dict[str, float]:
+    """Shares of the questions: right in every sample, in none, in some. Only the last have an advantage to learn from
+    in group-relative reinforcement learning, whose gradient is zero where all samples earn the same."""
+    right = [record["right"] for record in tuned.records]
+    always, never = (sum(r == wanted for r in right) / len(right) for wanted in (samples, 0))
+    return {"always": always, "never": never, "sometimes": 1 - always - never}
+
+
+# ------------------------------------------------------------------ as text
+
+
+def comparison_table(reports: list[dict[str, Any]]) -> str:
+    lines = [f"{'task':<20}{'items':>7}  {'':<10}{'base':>8}{'tuned':>8}  change (95% interval)"]
+    for report in reports:
+        main = main_metric(report["form"])
+        shown = [name for name in report["tuned"] if name == main or name.startswith("pass@") or name in ("said", "kl")]
+        for number, metric in enumerate(shown):
+            head = f"{report['name'][:20]:<20}{report['items']:>7,}" if number == 0 else " " * 27
+            lines.append(f"{head}  {metric:<10}{_figures(report, metric)}")
+        lines += [f"{'':<29}{note}" for note in _notes(report)]
+    return "\n".join(lines)
+
+
+def _figures(report: dict[str, Any], metric: str) -> str:
+    percent = metric not in ("loss", "kl")
+    base = report.get("base", {}).get(metric)
+    text = f"{_figure(base, percent):>8}{_figure(report['tuned'][metric], percent):>8}"
+    moved = report.get("change", {}).get(metric)
+    if moved is None:
+        return text
+    scale, digits = (100, 1) if percent else (1, 3)
+    low, high = (f"{scale * edge:+.{digits}f}" for edge in moved["interval"])
+    return f"{text}  {scale * moved['difference']:+.{digits}f} ({low} to {high})"
+
+
+def _figure(value: float | None, percent: bool) -> str:
+    return "-" if value is None else f"{value:.1%}" if percent else f"{value:.3f}"
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    notes = []
+    if "verdict" in report:
+        notes.append(report["verdict"] + (f": {report['reason']}" if report["reason"] else ""))
+    unended = 1 - report["tuned"].get("ended", 1.0)
+    if unended > 0:
+        notes.append(f"{unended:.0%} of its answers were cut off at {report['max_new_tokens']} tokens")
+    if "for_rl" in report:
+        r = report["for_rl"]
+        different = report["tuned"]["distinct"] * report["samples"]
+        notes += [
+            f"for RL: {r['sometimes']:.0%} of the questions are sometimes right (what it can learn from),",
+            f"{r['always']:.0%} always, {r['never']:.0%} never; {different:.1f} of {report['samples']} answers differ",
+        ]
+    return notes

@@ -1,0 +1,205 @@
+"""Files of questions -> items that can be asked and graded, and how the form of a file is recognised.
+
+- ``choices``: a question, choices and an answer, as MMLU's (texts, a number) or ARC's (``{text, label}``, a label)
+- ``code``: ``{prompt, test, entry_point}`` as HumanEval's; ``test`` defines ``check(candidate)``
+- ``number``: any conversation whose last answer ends in ``#### 18``, as GSM8K's
+- ``exact``: any other conversation; its last answer is the reference
+- ``loss``: plain texts, and conversations if ``form`` says so: what the model thinks of them
+
+Conversations come in any form that training data can have.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qlora_sft.config import TaskConfig, task_name
+from qlora_sft.data.formats import Conversation, convert, detect, with_thinking
+from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
+from qlora_sft.errors import DataError
+from qlora_sft.evaluation.grade import GSM8K_MARK, last_number
+from qlora_sft.evaluation.programs import UnitTests
+from qlora_sft.say import Say
+
+Form = Literal["choices", "number", "exact", "code", "loss"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. ``conversation``: up to its answer, or all of it where it is only read (``loss``)."""
+
+    place: str
+    conversation: Conversation
+    reference: str = ""
+    """The right letter, number or text; nothing for code."""
+    options: int = 0
+    """How many choices there are."""
+    tests: UnitTests | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    form: Form
+    items: list[Item]
+    settings: TaskConfig
+
+
+def read_tasks(tasks: list[TaskConfig], seed: int, say: Say) -> list[Task]:
+    """All tasks, checked, with what was detected printed. Raises `DataError` with file and line of all faults."""
+    result, problems = [], []
+    for task in tasks:
+        try:
+            result.append(_read(task, seed, say))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return result
+
+
+def _read(task: TaskConfig, seed: int, say: Say) -> Task:
+    name = task_name(task)
+    items: list[Item] = []
+    problems: list[str] = []
+    form: Form | None = None if task.form == "auto" else task.form
+    for label, read, _ in open_evaluation(task.path):
+        for line, row, fault in read():
+            place = f"{label}:{line}"
+            try:
+                if fault is not None:
+                    raise DataError(fault)
+                if not isinstance(row, dict):
+                    raise DataError(f"expected an object with columns, got a {type(row).__name__}")
+                form = form or recognise(row)
+                items.append(_item(row, form, place, task))
+            except DataError as error:
+                problems.append(f"{place}: {error}")
+            if len(problems) == MAX_PROBLEMS:
+                raise DataError("\n".join([*problems, f"{task.path}: stopped after {MAX_PROBLEMS} faults"]))
+    if problems:
+        raise DataError("\n".join(problems))
+    if not items or form is None:
+        raise DataError(f"{task.path}: the file has no questions")
+    if form in ("choices", "loss"):
+        for key, idle in (("samples", task.samples > 1), ("thinking: on", task.thinking == "on")):
+            if idle:
+                raise DataError(f"{task.path}: its form is {form}, where {key} has no effect; remove it")
+    total = len(items)
+    if task.max_rows is not None and task.max_rows < total:
+        chosen = sorted(random.Random(f"tasks {seed} {name}").sample(range(total), task.max_rows))
+        items = [items[i] for i in chosen]
+    verb = "detected" if task.form == "auto" else "configured"
+    say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items")
+    return Task(name, form, items, task)
+
+
+def recognise(row: dict[str, Any]) -> Form:
+    """The form of a row from its columns and, of a conversation, from how its answer ends."""
+    if "choices" in row and ("answer" in row or "answerKey" in row):
+        return "choices"
+    if all(isinstance(row.get(key), str) for key in ("prompt", "test", "entry_point")):
+        return "code"
+    conversation = _conversation(row)
+    if "text" in conversation:
+        return "loss"
+    return "number" if GSM8K_MARK in (conversation["messages"][-1].get("content") or "") else "exact"
+
+
+def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig) -> Item:
+    if form == "choices":
+        question, letter, options = choice_question(row)
+        # A letter is what comes first, so nothing may be thought before it.
+        return Item(place, _asked(question, "off"), letter, options)
+    if form == "code":
+        tests = _tests(row)
+        return Item(place, _asked(CODE_QUESTION.format(prompt=tests.prompt), task.thinking), tests=tests)
+    conversation = with_thinking(_conversation(row), task.thinking)
+    if form == "loss":
+        return Item(place, conversation)
+    if "text" in conversation:
+        raise DataError(f"a plain text has no question; form {form} needs a conversation, form loss does not")
+    *before, answer = conversation["messages"]
+    if answer["role"] != "assistant" or not before:
+        raise DataError("the last message must be the assistant's, which is the reference; remove what follows it")
+    reference = (answer.get("content") or "").strip()
+    if form == "number":
+        number = last_number(reference)
+        if number is None:
+            raise DataError(f"the answer {reference[-40:]!r} holds no number; set form: exact")
+        reference = number
+    elif answer.get("tool_calls"):
+        raise DataError("the last message is a tool call, which no task grades; measure it as held-out data")
+    elif not reference:
+        raise DataError("the last message is empty")
+    return Item(place, {**conversation, "messages": before}, reference)
+
+
+def _conversation(row: dict[str, Any]) -> Conversation:
+    form = detect(row)
+    if form is None:
+        raise DataError(
+            f"expected question, choices and answer; prompt, test and entry_point; or a conversation in any form of "
+            f"training data; found {', '.join(map(repr, row)) or 'no columns'}"
+        )
+    return convert(row, form, set())
+
+
+def _asked(question: str, thinking: str) -> Conversation:
+    return with_thinking({"messages": [{"role": "user", "content": question}]}, thinking)
+
+
+# ------------------------------------------------------------------ choices
+
+
+def choice_question(row: dict[str, Any]) -> tuple[str, str, int]:
+    """(question with lettered options, the right letter, number of options). Raises `DataError`."""
+    question, choices = row.get("question"), row["choices"]
+    if not isinstance(question, str) or not question.strip():
+        raise DataError("'question' must be a text")
+    if isinstance(choices, dict):
+        texts, labels = choices.get("text"), [str(label) for label in choices.get("label") or []]
+    else:
+        texts, labels = choices, []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError("'choices' must be a list of texts, or an object with lists 'text' and 'label'")
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise DataError(f"there must be 2 to {len(LETTERS)} choices, found {len(texts)}")
+    right = _right(row["answerKey"] if "answerKey" in row else row["answer"], texts, labels)
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return f"{question.strip()}\n\n{listed}\n\nAnswer with the letter only.", LETTERS[right], len(texts)
+
+
+def _right(answer: Any, texts: list[str], labels: list[str]) -> int:
+    """The position of the right choice: by its label (ARC's may be 1 to 4), its number from 0, its letter, its text."""
+    if len(labels) == len(texts) and str(answer) in labels:
+        return labels.index(str(answer))
+    if isinstance(answer, int) and not labels and 0 <= answer < len(texts):
+        return answer
+    if isinstance(answer, str):
+        if answer in texts:
+            return texts.index(answer)
+        if len(answer) == 1 and answer in LETTERS[: len(texts)]:
+            return LETTERS.index(answer)
+        if answer.isdecimal() and not labels and int(answer) < len(texts):
+            return int(answer)
+    raise DataError(f"the answer {answer!r} is none of the {len(texts)} choices")
+
+
+# ------------------------------------------------------------------ code
+
+CODE_QUESTION = (
+    "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}\n```"
+)
+
+
+def _tests(row: dict[str, Any]) -> UnitTests:
+    for key in ("prompt", "test", "entry_point"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(f"{key!r} must be a text")
+    if f"def {row['entry_point']}" not in row["prompt"]:
+        raise DataError(f"'prompt' does not define the entry_point {row['entry_point']!r}")
+    return UnitTests(row["prompt"], row["test"], row["entry_point"])

@@ -1,0 +1,188 @@
+"""The verb: a finished run and its base, asked the same questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qlora_sft.cli import main
+from qlora_sft.config import TaskConfig
+from qlora_sft.errors import ConfigError, DataError
+from qlora_sft.evaluation.compare import judged
+from qlora_sft.evaluation.evaluate_run import evaluate_run
+from qlora_sft.evaluation.statistics import Change
+
+CHOICES = [
+    {"question": f"Is it {i}?", "choices": ["yes", "no", "maybe so", "never"], "answer": i % 4} for i in range(12)
+]
+NUMBERS = [{"question": f"How much is {i} and {i}?", "answer": f"That is\n#### {2 * i}"} for i in range(6)]
+CODE = [{"prompt": "def f(x):\n", "test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "f"}]
+TEXTS = [{"text": "It was a dark and stormy night. " * (1 + i % 3)} for i in range(5)]
+FILES = {"choices": CHOICES, "numbers": NUMBERS, "code": CODE, "texts": TEXTS}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    for name, rows in FILES.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(tmp_path / f"{name}.jsonl") for name in FILES}
+
+
+@pytest.fixture
+def run(make_config: Any) -> Path:
+    """A tiny model, trained a little."""
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=3", "training.learning_rate=1e-2")
+    train(config, say=lambda _: None)
+    return Path(config.output)
+
+
+def tasks(files: dict[str, str], *names: str, **settings: Any) -> list[TaskConfig]:
+    return [TaskConfig(files[name], max_new_tokens=6, **settings) for name in names]
+
+
+def rows_of(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(result["folder"]) / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_base_is_the_model_under_the_adapter(run: Path, files: dict[str, str], tiny_model: Path) -> None:
+    """What the run says of its base is what the base's own folder says of itself, answer for answer."""
+    asked = tasks(files, "choices", "numbers", "texts")
+    of_run = evaluate_run(run, asked, say=lambda _: None)
+    of_base = evaluate_run(tiny_model, asked, say=lambda _: None)
+    for name in ("choices", "numbers"):
+        assert [row["base"] for row in rows_of(of_run, name)] == [row["tuned"] for row in rows_of(of_base, name)]
+    texts, alone = of_run["tasks"][2], of_base["tasks"][2]
+    assert texts["base"]["loss"] == pytest.approx(alone["tuned"]["loss"], rel=1e-6)
+    assert texts["tuned"]["loss"] != texts["base"]["loss"]
+    assert texts["tuned"]["kl"] > 0
+    assert "base" not in alone
+    assert Path(of_base["folder"]) == tiny_model.with_name(f"{tiny_model.name}-evaluation")
+
+
+def test_an_adapter_that_does_nothing_changes_nothing(run: Path, files: dict[str, str]) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in load_file(file).items()}, file)
+    result = evaluate_run(run, tasks(files, "choices", "texts"), say=lambda _: None)
+    result["tasks"] += evaluate_run(run, tasks(files, "numbers", samples=3), say=lambda _: None)["tasks"]
+    for report in result["tasks"]:
+        assert report["verdict"] == "no difference shown"
+        assert all(change == {"difference": 0, "interval": [0, 0]} for change in report["change"].values())
+        assert all(row["base"] == row["tuned"] for row in rows_of(result, report["name"]))
+    assert result["tasks"][1]["tuned"]["kl"] == 0
+
+
+def test_the_same_seed_draws_the_same_answers_and_another_others(run: Path, files: dict[str, str]) -> None:
+    asked = tasks(files, "numbers", samples=4, temperature=1.5)
+
+    def answers(seed: int) -> list[Any]:
+        return rows_of(evaluate_run(run, asked, seed=seed, say=lambda _: None), "numbers")
+
+    first = answers(0)
+    assert first == answers(0)
+    assert first != answers(1)
+    texts = [answer["text"] for answer in first[0]["tuned"]["answers"]]
+    assert len(set(texts)) > 1
+
+
+def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str, str]) -> None:
+    said: list[str] = []
+    result = evaluate_run(run, tasks(files, "numbers", samples=3), say=said.append)
+    (report,) = result["tasks"]
+    assert report == json.loads((run / "evaluation" / "numbers.json").read_text())
+    assert set(report["tuned"]) == {"pass@1", "pass@2", "pass@3", "ended", "distinct"}
+    assert sum(report["for_rl"].values()) == pytest.approx(1)
+    row = rows_of(result, "numbers")[5]
+    assert row["question"] == "How much is 5 and 5?"
+    assert row["reference"] == "10"
+    assert row["place"].endswith("numbers.jsonl:6")
+    assert len(row["base"]["answers"]) == len(row["tuned"]["answers"]) == 3
+    assert any("cut off at 6 tokens" in line for line in said)
+    assert any("for RL: " in line for line in said)
+
+
+def test_tasks_of_the_configuration_are_the_default(make_config: Any, files: dict[str, str]) -> None:
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=1", f"evaluation.tasks=[{{path: {files['choices']}, max_rows: 5}}]")
+    train(config, say=lambda _: None)
+    (report,) = evaluate_run(config.output, say=lambda _: None)["tasks"]
+    assert (report["name"], report["items"]) == ("choices", 5)
+    (report,) = evaluate_run(config.output, settings={"max_rows": 3}, say=lambda _: None)["tasks"]
+    assert report["items"] == 3
+
+
+def test_code_is_run_only_where_that_was_said(run: Path, files: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"code: graded by running what the model writes.*--run-code"):
+        evaluate_run(run, tasks(files, "code"), say=lambda _: None)
+    (report,) = evaluate_run(run, tasks(files, "code"), run_code=True, say=lambda _: None)["tasks"]
+    assert report["tuned"]["pass@1"] == 0
+    (row,) = [json.loads(line) for line in (run / "evaluation" / "code.jsonl").read_text().splitlines()]
+    assert "Error" in row["tuned"]["answers"][0]["found"]
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    run: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_sft.model.load.load_for_inference", lambda _: pytest.fail("loaded"))
+    assert main(["evaluate", str(run)]) == 2
+    assert "name files of questions with --task FILE" in capsys.readouterr().err
+    assert main(["evaluate", str(run / "no"), "--task", files["choices"]]) == 2
+    assert "neither a run folder" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--task", "missing.jsonl"]) == 2
+    assert "missing.jsonl: no such file" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--task", files["numbers"], "--samples", "0"]) == 2
+    assert "tasks.0.samples must be positive" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--task", files["texts"], "--task", files["texts"]]) == 2
+    assert "two tasks named texts" in capsys.readouterr().err
+
+
+def test_a_question_that_the_model_has_no_room_for_is_refused(run: Path, files: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="lower max_new_tokens"):
+        evaluate_run(run, tasks(files, "numbers"), {"max_new_tokens": 2040}, say=lambda _: None)
+
+
+def test_a_template_that_cannot_write_a_question_names_its_line(run: Path, files: dict[str, str]) -> None:
+    file = Path(files["numbers"])
+    row = {"question": "x \U000f0000 <|im_end|>", "answer": "#### 1"}
+    file.write_text(file.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"numbers\.jsonl:7: "):
+        evaluate_run(run, tasks(files, "numbers"), say=lambda _: None)
+
+
+def test_json_has_the_figures(run: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--task", files["choices"], "--no-base", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert report["form"] == "choices"
+    assert "base" not in report
+
+
+RISEN, FALLEN, SAME = Change(0.2, 0.4, 0.1, 0.3), Change(0.4, 0.2, -0.3, -0.1), Change(0.4, 0.39, -0.05, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "samples", "verdict"),
+    [
+        ("number", {"pass@1": FALLEN, "pass@8": FALLEN}, 8, "forgetting"),
+        ("number", {"pass@1": SAME, "pass@8": FALLEN}, 8, "forgetting"),
+        ("number", {"pass@1": FALLEN, "pass@8": SAME}, 8, "alignment tax"),
+        ("number", {"pass@1": FALLEN, "pass@8": RISEN}, 8, "alignment tax"),
+        ("number", {"pass@1": RISEN, "pass@8": SAME}, 8, "better"),
+        ("number", {"pass@1": SAME, "pass@8": SAME}, 8, "no difference shown"),
+        ("code", {"pass@1": FALLEN}, 1, "worse"),
+        ("exact", {"pass@1": RISEN}, 1, "better"),
+        ("choices", {"accuracy": FALLEN, "said": FALLEN}, 1, "forgetting"),
+        ("choices", {"accuracy": SAME, "said": FALLEN}, 1, "alignment tax"),
+        ("choices", {"accuracy": SAME, "said": RISEN}, 1, "better"),
+        ("loss", {"loss": RISEN}, 1, "worse"),
+        ("loss", {"loss": FALLEN}, 1, "better"),
+        ("loss", {"loss": SAME}, 1, "no difference shown"),
+    ],
+)
+def test_forgetting_is_told_from_alignment_tax(form: Any, changes: Any, samples: int, verdict: str) -> None:
+    assert judged(form, changes, samples)[0] == verdict

@@ -1,0 +1,42 @@
+import pytest
+
+from qlora_sft.evaluation.grade import last_number, said
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18", "18"),
+        ("#### $1,234.50 a year", "1234.5"),
+        ("The answer is 42.", "42"),
+        ("**Answer: 3.0**", "3"),
+        ("first 7, then \\boxed{12} apples, of 99", "12"),
+        ("from 16 - 3 - 4 = 9 eggs", "9"),
+        ("pages 5-10", "10"),
+        ("it fell to -5", "-5"),
+        ("x=-0", "0"),
+        ("1,000,000 people", "1000000"),
+        ("007", "7"),
+        ("0.10", "0.1"),
+        ("100", "100"),
+        ("no idea", None),
+        ("####", None),
+    ],
+)
+def test_the_number_an_answer_ends_in(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "in_thought", "answer"),
+    [
+        ("Four.", False, "Four."),
+        ("<think>2 + 2</think>\n\nFour.", False, "Four."),
+        ("<think>\n\n</think>\n\nFour.", False, "Four."),
+        ("2 + 2 is 4</think>Four.", True, "Four."),
+        ("<think>2 + 2 is 4 and 4 is", False, ""),
+        ("2 + 2 is 4 and 4 is", True, ""),
+    ],
+)
+def test_thoughts_are_no_part_of_the_answer(text: str, in_thought: bool, answer: str) -> None:
+    assert said(text, in_thought) == answer

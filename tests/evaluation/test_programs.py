@@ -1,0 +1,100 @@
+"""Answers that are code: taken out of the text as they are meant, run, and stopped whatever they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from tests_support import real_data
+
+from qlora_sft.evaluation.programs import UnitTests, program, run, run_all
+
+DOUBLE = UnitTests(
+    prompt="import math\n\ndef helper(x):\n    return x\n\ndef double(x):\n    '''Twice x.'''\n",
+    test="def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n",
+    entry_point="double",
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\ndef double(x):\n    return 2 * x\n```",
+        "Sure!\n```\ndef double(x):\n    return helper(x) * 2\n```\nIt multiplies.",
+        "```python\nimport math\ndef double(x):\n    return math.prod((2, x))\n```",
+        "    return 2 * x\n",
+        "```python\n    return 2 * x\n```",
+        "def double(x):\n    return x + x",
+        "For example:\n```python\ndouble(2)\n```\nThe function:\n```python\ndef double(x):\n    return 2 * x\n```",
+        "```python\ndef double(x):\n    return 2 * x",
+    ],
+    ids=[
+        "block",
+        "helper of the prompt",
+        "own import",
+        "goes on",
+        "goes on in a block",
+        "bare",
+        "second block",
+        "open",
+    ],
+)
+def test_right_answers_in_any_form_pass(answer: str) -> None:
+    assert run(program(answer, DOUBLE)) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("return 3 * x", "AssertionError"),
+        ("return y", "NameError: name 'y' is not defined"),
+        ("return (", "SyntaxError"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os\n    os._exit(0)", "ended early (exit code 0)"),
+        ("return [0] * 10**12", "MemoryError"),
+        ("open('big', 'wb').write(bytes(2**24))", "OSError"),
+        ("import os, signal\n    os.kill(os.getpid(), signal.SIGSEGV)", "ended early (exit code -11)"),
+    ],
+)
+def test_wrong_answers_say_how(body: str, found: str) -> None:
+    assert run(program(f"    {body}\n", DOUBLE)).startswith(found)
+
+
+def test_printing_what_success_looks_like_is_not_success() -> None:
+    assert run("print('passed')\nraise ValueError") == "ValueError"
+
+
+def test_an_endless_program_is_stopped_with_all_it_started(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    text = f"import subprocess\np = subprocess.Popen(['sleep', '60'])\nopen({str(mark)!r}, 'w').write(str(p.pid))\n"
+    started = time.monotonic()
+    assert run(text + "while True: pass\n", seconds=2) == "timed out"
+    assert time.monotonic() - started < 20
+    assert not _alive(int(mark.read_text()))
+
+
+def _alive(pid: int) -> bool:
+    """A killed child of a process that is gone may wait as a zombie for whoever collects it."""
+    status = Path(f"/proc/{pid}/status")
+    return status.is_file() and "State:\tZ" not in status.read_text()
+
+
+def test_a_program_sees_neither_the_environment_nor_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    text = f"import os\nassert 'HF_TOKEN' not in os.environ\nassert os.getcwd() != {os.getcwd()!r}\n"
+    assert run(text) == "passed"
+
+
+def test_the_reference_solutions_of_humaneval_pass() -> None:
+    rows = [json.loads(line) for line in real_data("HumanEval.jsonl").read_text().splitlines()]
+    tests = [UnitTests(row["prompt"], row["test"], row["entry_point"]) for row in rows]
+    whole = [f"```python\n{row['prompt']}{row['canonical_solution']}```" for row in rows]
+    assert set(run_all([program(answer, t) for answer, t in zip(whole, tests, strict=True)])) == {"passed"}
+    some = list(zip(rows, tests, strict=True))[::8]
+    going_on = [program(row["canonical_solution"], t) for row, t in some]
+    assert set(run_all(going_on)) == {"passed"}
+    wrong = run_all([program("    return None\n", t) for _, t in some])
+    assert "passed" not in wrong
