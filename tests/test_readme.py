@@ -58,12 +58,16 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     (recipe,) = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
     (row,) = blocks("json")
-    for name in re.findall(r"(\w+\.jsonl)", recipe):
+    for name in re.findall(r"(\w+\.jsonl)", recipe + "questions.jsonl"):
         (tmp_path / name).write_text(row * 2)
+    (tmp_path / "mmlu.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n')
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')
     # A server does not end by itself; tests/test_chat.py has one.
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft") and "--serve" not in command]
-    verbs = ["preview", "plan", "train", "chat", "merge", "export", "chat", "export", "export", "push"]
+    verbs = "preview plan train chat evaluate merge export chat evaluate evaluate export export push".split()
     assert [command.split()[1] for command in ours] == verbs
+    # The demo, whose recipe has tasks, was not trained here.
+    ours = [command.replace("runs/demo", "runs/support --task questions.jsonl") for command in ours]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ollama").write_text("#!/bin/sh\necho $* > ../../../ollama.said\n")
     (tmp_path / "bin" / "ollama").chmod(0o755)
@@ -74,6 +78,7 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
             "train": " training.max_steps=1 evaluation.answers=1 evaluation.max_new_tokens=4",
         }
         extra["chat"] = " --max-new-tokens 8"
+        extra["evaluate"] = " --max-new-tokens 4 --samples 2"
         # The first export is compared, which is enough.
         extra["export"] = " --no-parity" if number > verbs.index("export") else ""
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"

@@ -84,16 +84,14 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
         raise DataError("\n".join(problems))
     if not items or form is None:
         raise DataError(f"{task.path}: the file has no questions")
-    if form in ("choices", "loss"):
-        for key, idle in (("samples", task.samples > 1), ("thinking: on", task.thinking == "on")):
-            if idle:
-                raise DataError(f"{task.path}: its form is {form}, where {key} has no effect; remove it")
     total = len(items)
     if task.max_rows is not None and task.max_rows < total:
         chosen = sorted(random.Random(f"tasks {seed} {name}").sample(range(total), task.max_rows))
         items = [items[i] for i in chosen]
     verb = "detected" if task.form == "auto" else "configured"
-    say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items")
+    idle = [key for key, given in (("samples", task.samples > 1), ("thinking", task.thinking == "on")) if given]
+    unused = f"; {' and '.join(idle)} without effect" if idle and form in ("choices", "loss") else ""
+    say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items{unused}")
     return Task(name, form, items, task)
 
 

@@ -77,6 +77,12 @@ def test_the_form_is_detected_and_printed(row: dict[str, Any], form: str, refere
     assert said == [f"t: detected {form}, 3 of 3 items"]
 
 
+def test_settings_without_effect_are_named(tmp_path: Path) -> None:
+    """One command line may be for tasks of several forms."""
+    _, said = read(tmp_path / "t.jsonl", [MMLU], samples=4, thinking="on")
+    assert said == ["t: detected choices, 1 of 1 items; samples and thinking without effect"]
+
+
 def test_the_answer_is_no_part_of_the_question(tmp_path: Path) -> None:
     task, _ = read(tmp_path / "t.jsonl", [QUESTION])
     assert task.items[0].conversation["messages"] == [{"role": "user", "content": "Who?"}]
@@ -107,8 +113,6 @@ def test_all_faults_of_all_files_come_at_once_with_their_lines(tmp_path: Path) -
     [
         ({"text": "x"}, {"form": "exact"}, "a plain text has no question"),
         (QUESTION, {"form": "number"}, "holds no number; set form: exact"),
-        (MMLU, {"samples": 4}, "samples has no effect"),
-        (MMLU, {"thinking": "on"}, "thinking: on has no effect"),
         ({"prompt": "def f():\n", "test": "t", "entry_point": "g"}, {}, "does not define the entry_point 'g'"),
         (
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "",
