@@ -75,11 +75,13 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         from qlora_sft.model.load import compute_dtype, quantized_modules, resolve_base
         from qlora_sft.model.memory import use_memory
         from qlora_sft.model.rope import check_context
+        from qlora_sft.model.skeleton import check_layers
         from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
         check_context(config, base)
+        check_layers(config, base)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base, say)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))

@@ -6,12 +6,14 @@ have it too. So the run says which layers went through NF4, and a merge onto the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from qlora_kernels.packed_ce import NF4Head, PatchedHead
 from torch import Tensor, nn
 
+from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError
 
 BLOCK = 64  # weights that share a scale in NF4
@@ -22,6 +24,15 @@ def quantize_head(model: Any, dtype: torch.dtype) -> None:
     check_head(model)
     head = model.get_output_embeddings()
     model.set_output_embeddings(nf4_linear(head, head.weight.detach(), dtype))
+
+
+def check_frozen_head(settings: ModelConfig, new_rows: Sequence[int]) -> None:
+    """Raises `ConfigError` where a head in NF4 would have to learn rows of new tokens."""
+    if new_rows and settings.head_in_4bit:
+        raise ConfigError(
+            f"model.head_in_4bit: chat_template={settings.chat_template} brings tokens whose rows of the head are "
+            "trained, which NF4 cannot be; remove one of the two settings"
+        )
 
 
 def check_head(model: Any) -> None:

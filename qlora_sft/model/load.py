@@ -15,7 +15,7 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.manifest import read_manifest
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
-from qlora_sft.model.head import quantize_head
+from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
@@ -55,11 +55,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     Raises `ConfigError` if the base cannot be loaded.
     """
     rows = new_rows(config.model, base)
-    if rows and config.model.head_in_4bit:
-        raise ConfigError(
-            f"model.head_in_4bit: chat_template={config.model.chat_template} brings tokens whose rows of the head are "
-            "trained, which NF4 cannot be; remove one of the two settings"
-        )
+    check_frozen_head(config.model, rows)
     try:
         load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
         model = load(config, base, dtype, rows)

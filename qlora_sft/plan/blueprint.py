@@ -114,15 +114,13 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
 
 def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
     """The same, from transformers' configuration object and the ids of tokens that are added."""
-    from transformers import AutoModelForCausalLM
-
     from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
+    from qlora_sft.model.skeleton import skeleton
 
+    model = skeleton(settings)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
         blocks = model.get_decoder().layers
         targets = target_modules(model, config.lora)
     except (ValueError, AttributeError) as error:

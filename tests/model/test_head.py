@@ -106,3 +106,20 @@ def test_where_the_head_cannot_be_in_nf4(make_config: Any, tiny_model: Path, unt
         load_model(gemma, str(untied), torch.float32, "transformers")
     with pytest.raises(ConfigError, match=r"model\.head_in_4bit has no effect without model\.load_in_4bit"):
         make_config("model.head_in_4bit=true")
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["model.load_in_4bit=true", "model.head_in_4bit=true"], "output head is its input embedding, too"),
+        (["lora.target_modules=[query]"], "no linear layer is named"),
+    ],
+)
+def test_layers_that_are_not_there_are_missed_before_any_row_is_rendered(
+    settings: list[str], fault: str, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_sft.data.plan.plan_data", lambda *_: pytest.fail("rendered"))
+    config = make_config(*settings)
+    with pytest.raises(ConfigError, match=fault):
+        train(config, say=lambda _: None)
+    assert not Path(config.output).exists()
