@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", _evaluate, "ask a run and its base questions with known answers, and compare")
     evaluate.add_argument("run", help="run folder or model folder")
     evaluate.add_argument(
-        "--task", action="append", default=[], metavar="FILE",
+        "--task", action="append", default=[], metavar="[NAME=]FILE",
         help="questions, in the form of MMLU, ARC, GSM8K, HumanEval or training data; may be given again (default: "
         "evaluation.tasks of the run)",
     )  # fmt: skip
@@ -180,8 +181,9 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
 
     names = ("form", "samples", "temperature", "max_rows", "max_new_tokens", "thinking")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    named = [re.fullmatch(r"(?:([\w.-]+)=)?(.+)", task, re.DOTALL) for task in arguments.task]
     return evaluate_run(
-        arguments.run, [TaskConfig(path) for path in arguments.task], given,
+        arguments.run, [TaskConfig(found[2], name=found[1]) for found in named if found], given,
         base=not arguments.no_base, run_code=arguments.run_code, seed=arguments.seed,
     )  # fmt: skip
 

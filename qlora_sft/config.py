@@ -109,7 +109,7 @@ class TaskConfig:
     (GSM8K's); ``exact``: the same text; ``code``: by running it (HumanEval's); ``loss``: not asked, only read.
     ``auto`` tells from the columns, and prints what it found."""
     max_rows: int | None = None
-    """Ask only so many, drawn at random with the run's seed."""
+    """Ask only so many, drawn at random with the seed of the evaluation."""
     samples: int = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: float = 0.8
@@ -255,8 +255,11 @@ def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluatio
 
 
 def task_name(task: TaskConfig) -> str:
-    """How reports call a task: its name, or the last part of its path (``a/b.jsonl``: ``b``)."""
-    return task.name or source_name(SourceConfig(task.path.partition("[")[0]))
+    """How reports call a task: its name, or the last part of its path (``a/b.jsonl`` is b, ``a/b:c[test]`` is b-c)."""
+    path, _, configuration = task.path.partition("[")[0].partition(":")
+    if path == "demo":
+        path, configuration = configuration, ""
+    return task.name or source_name(SourceConfig(path)) + (f"-{configuration}" if configuration else "")
 
 
 def _check_rope(config: Config, require: Require) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora_sft.data.render import Rendered, render_conversation, render_prompt
+from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.choices import choose, letter_prompts
@@ -17,6 +17,7 @@ from qlora_sft.evaluation.drift import read as read_document
 from qlora_sft.evaluation.generate import Generated, generate
 from qlora_sft.evaluation.grade import last_number, said
 from qlora_sft.evaluation.programs import program, run_all
+from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import pass_at_k
 from qlora_sft.evaluation.tasks import Item, Task
 
@@ -59,24 +60,28 @@ class Scores:
     records: list[dict[str, Any]]
 
 
-def encode_task(task: Task, tokenizer: Any, style: ChatFormat) -> Questions:
-    """Raises `DataError` naming file and line where a question cannot be rendered."""
+def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Questions:
+    """``text_tokenizer``: the same one with the eos token that ends plain texts.
+
+    Raises `DataError` naming file and line where a question cannot be rendered.
+    """
     if task.form == "choices":
         return Questions(task, *letter_prompts(task.items, tokenizer, style))
     if task.form == "loss":
-        documents = [_at(item, render_conversation, tokenizer, style=style) for item in task.items]
+        documents = [_document(item, tokenizer, style, text_tokenizer) for item in task.items]
         kept = [document for document in map(readable, documents) if document]
         if not kept:
             raise DataError(f"{task.settings.path}: nothing in it is to be predicted")
         return Questions(task, documents=kept)
-    prompts = [_at(item, render_prompt, tokenizer, style) for item in task.items]
+    prompts = [prompt_of(item, task.settings.thinking, tokenizer, style) for item in task.items]
     tails = [tokenizer.decode(prompt[-8:]).rstrip() for prompt in prompts]
     return Questions(task, prompts, in_thought=[tail.endswith("<think>") for tail in tails])
 
 
-def _at(item: Item, render: Any, *arguments: Any, **options: Any) -> Any:
+def _document(item: Item, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Rendered:
+    plain = "text" in item.conversation
     try:
-        return render(item.conversation, *arguments, **options)
+        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, style=style)
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
 
@@ -117,7 +122,7 @@ def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
         subject.style.stops,
         temperature,
     )
-    texts = [subject.tokenizer.decode(each.ids).strip() for each in given]
+    texts = [subject.tokenizer.decode(each.ids) for each in given]
     outcomes = grade_all(task, questions.in_thought, texts)
     scores = Scores({f"pass@{k}": [] for k in powers(samples)}, [1.0] * len(task.items), [])
     scores.metrics |= {"ended": [], "distinct": []}
@@ -141,11 +146,10 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
     samples = len(texts) // len(task.items)
     answers = [said(text, in_thought[number // samples]) for number, text in enumerate(texts)]
     items = [task.items[number // samples] for number in range(len(texts))]
-    if task.form == "code":
+    if task.form == "code":  # whose indentation counts, also in its first line
         written = [program(answer, item.tests) for answer, item in zip(answers, items, strict=True) if item.tests]
         return [(said == "passed", text, said) for text, said in zip(written, run_all(written), strict=True)]
-    if task.form == "number":
-        answers = [last_number(answer) or "" for answer in answers]
+    answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
     return [(answer == item.reference, answer, "") for answer, item in zip(answers, items, strict=True)]
 
 

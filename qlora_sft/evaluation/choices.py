@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_sft.data.render import render_conversation
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
-from qlora_sft.evaluation.answers import prompts_of
-from qlora_sft.evaluation.generate import batches, left_padded, pad_id
+from qlora_sft.evaluation.generate import in_batches, pad_id
 from qlora_sft.evaluation.held_out import autocast
+from qlora_sft.evaluation.prompt import answered
 from qlora_sft.evaluation.tasks import LETTERS, Item
 from qlora_sft.model.attention import plain_attention
 
@@ -25,21 +24,17 @@ from qlora_sft.model.attention import plain_attention
 def letter_prompts(items: Sequence[Item], tokenizer: Any, style: ChatFormat) -> tuple[list[list[int]], list[int]]:
     """(prompt ids of every item, the token of every letter as the beginning of an answer).
 
-    Both come from conversations that are answered with a letter, as training would render them.
+    Both come from conversations that are answered with a letter, as training would render them. Raises `DataError`.
     """
-    prompts = [_answered(item, "A", tokenizer, style)[0] for item in items]
+    prompts = [answered(item, "A", tokenizer, style)[0] for item in items]
     most = max(item.options for item in items)
-    firsts = [_answered(items[0], letter, tokenizer, style)[1][0] for letter in LETTERS[:most]]
+    firsts = [answered(items[0], letter, tokenizer, style)[1][0] for letter in LETTERS[:most]]
     if len(set(firsts)) < len(firsts):
-        raise DataError("two letters begin with the same token of this tokenizer, so choices cannot be told apart")
+        raise DataError(
+            f"{items[0].place}: answers with different letters begin with the same token, "
+            f"{tokenizer.decode([firsts[0]])!r}, so choices cannot be told apart; the chat template writes it first"
+        )
     return prompts, firsts
-
-
-def _answered(item: Item, letter: str, tokenizer: Any, style: ChatFormat) -> tuple[list[int], list[int]]:
-    messages = [*item.conversation["messages"], {"role": "assistant", "content": letter}]
-    rendered = render_conversation({**item.conversation, "messages": messages}, tokenizer, style=style)
-    prompt = prompts_of(rendered)[-1]
-    return prompt.input_ids, prompt.reference_ids
 
 
 def choose(
@@ -52,21 +47,23 @@ def choose(
     stops: Collection[int],
 ) -> list[tuple[str, bool]]:
     """For every item the likeliest letter, and whether it is the likeliest of all tokens."""
-    chosen: dict[int, tuple[str, bool]] = {}
     letters = torch.tensor(firsts, device=model.device)
+
+    def look(ids: Tensor, mask: Tensor) -> list[tuple[list[float], int]]:
+        logits = next_logits(model, ids, mask)
+        return list(zip(logits[:, letters].tolist(), logits.argmax(-1).tolist(), strict=True))
+
     with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-        for part in batches(prompts):
-            ids, mask = left_padded([prompts[i] for i in part], pad_id(tokenizer, stops), model.device)
-            logits = next_logits(model, ids, mask)
-            anything = logits.argmax(-1).tolist()
-            for row, i in enumerate(part):
-                best = int(logits[row, letters[: items[i].options]].argmax())
-                chosen[i] = (LETTERS[best], anything[row] == firsts[best])
-    return [chosen[i] for i in range(len(items))]
+        seen = in_batches(prompts, 0, pad_id(tokenizer, stops), model.device, look)
+    chosen = []
+    for item, (of_letters, anything) in zip(items, seen, strict=True):
+        best = max(range(item.options), key=of_letters.__getitem__)
+        chosen.append((LETTERS[best], anything == firsts[best]))
+    return chosen
 
 
 def next_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """[rows, vocabulary] in float32: of the token after the last column of left-padded rows."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False)
     return output.logits[:, -1].float()  # type: ignore[no-any-return]

@@ -34,6 +34,7 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> dict[
     }
     if task.form not in ("choices", "loss"):
         report |= {"samples": settings.samples, "max_new_tokens": settings.max_new_tokens}
+        report["thinking"] = settings.thinking
         if settings.samples > 1:
             report |= {"temperature": settings.temperature, "for_rl": for_rl(tuned, settings.samples)}
     if base is not None:
@@ -61,7 +62,7 @@ def main_metric(form: Form) -> str:
 
 
 def judged(form: Form, changes: dict[str, Change], samples: int) -> tuple[str, str]:
-    """(verdict, reason). A change counts only if its interval leaves out zero."""
+    """(verdict, reason). A change counts only if its interval leaves out zero and enough items have changed."""
     if form == "choices":
         can, does = "accuracy", "said"
     else:
@@ -85,11 +86,11 @@ def _alone(metric: str, c: Change) -> tuple[str, str]:
 
 
 def _worse(metric: str, c: Change) -> bool:
-    return c.low > 0 if metric in LOWER_IS_BETTER else c.high < 0
+    return c.risen if metric in LOWER_IS_BETTER else c.fallen
 
 
 def _better(metric: str, c: Change) -> bool:
-    return c.high < 0 if metric in LOWER_IS_BETTER else c.low > 0
+    return c.fallen if metric in LOWER_IS_BETTER else c.risen
 
 
 def for_rl(tuned: Scores, samples: int) -> dict[str, float]:
@@ -135,9 +136,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = []
     if "verdict" in report:
         notes.append(report["verdict"] + (f": {report['reason']}" if report["reason"] else ""))
-    unended = 1 - report["tuned"].get("ended", 1.0)
-    if unended > 0:
-        notes.append(f"{unended:.0%} of its answers were cut off at {report['max_new_tokens']} tokens")
+    unended = {who: 1 - report.get(who, {}).get("ended", 1.0) for who in ("base", "tuned")}
+    if any(unended.values()):
+        listed = " and ".join(f"{share:.0%} of the {who} model's" for who, share in unended.items() if share)
+        notes.append(f"{listed} answers were cut off at {report['max_new_tokens']} tokens")
     if "for_rl" in report:
         r = report["for_rl"]
         different = report["tuned"]["distinct"] * report["samples"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_sft.data.render import Rendered
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
 
@@ -40,10 +41,13 @@ def read(model: Any, document: Rendered, dtype: torch.dtype, with_base: bool) ->
     rows = weights.nonzero().squeeze(1)
     weights, targets = weights[rows], ids[0, 1:][rows]
     with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-        tuned = model(input_ids=ids).logits[0][rows]
-        if with_base:
-            with model.disable_adapter():
-                base = model(input_ids=ids).logits[0][rows]
+        try:
+            tuned = model(input_ids=ids, use_cache=False).logits[0][rows]
+            if with_base:
+                with model.disable_adapter():
+                    base = model(input_ids=ids, use_cache=False).logits[0][rows]
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"the GPU has no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
     total = float(weights.sum())
     loss = float((_nll(tuned, targets) * weights).sum()) / total
     if not with_base:

@@ -5,21 +5,21 @@ The base is the same model with its adapter switched off: same weights in NF4, s
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_sft.atomic import written_file
 from qlora_sft.config import TaskConfig, check_tasks, load_config, task_name
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.tasks import Task, read_tasks
-from qlora_sft.manifest import read_manifest, write_json
+from qlora_sft.manifest import read_manifest
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
+    from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.ask import Questions, Scores, Subject
 
 
@@ -37,15 +37,16 @@ def evaluate_run(
 
     settings: fields of `TaskConfig` that replace those of every task.
     base: also the base under the adapter, and compare. run_code: answers to ``code`` tasks may be run. Results stand in
-    ``RUN/evaluation/NAME.json`` (figures) and ``NAME.jsonl`` (every answer) as soon as a task is done.
+    ``RUN/evaluation/NAME.json`` (figures) and ``NAME.jsonl`` (every answer) as soon as a task is done; those of a task
+    that was asked in another way stay.
     Raises `ConfigError` or `DataError` before a model is loaded.
     """
     # ------------------------------------------------------------------ tasks
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     is_run = (path / "adapter").is_dir()
     if not is_run and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
-    chosen = [replace(task, **(settings or {})) for task in tasks or _configured_tasks(path, is_run)]
+    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, is_run)]
     _check(chosen)
     read = read_tasks(chosen, seed, say)
     _check_code(read, run_code)
@@ -55,18 +56,20 @@ def evaluate_run(
     # ------------------------------------------------------------------ prompts
     from transformers import AutoTokenizer
 
-    from qlora_sft.data.template import chat_format
     from qlora_sft.evaluation.ask import Subject, encode_task
     from qlora_sft.evaluation.compare import compared, comparison_table
+    from qlora_sft.evaluation.results import write_results
     from qlora_sft.model.load import load_for_inference, saved_stops
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run else path)
-    style = chat_format(tokenizer, saved_stops(path, tokenizer))
-    encoded = [encode_task(task, tokenizer, style) for task in read]
+    style = _style(tokenizer, saved_stops(path, tokenizer), read)
+    of_texts = _text_tokenizer(tokenizer, path, is_run)
+    encoded = [encode_task(task, tokenizer, style, of_texts) for task in read]
+    _check_room(encoded, path, is_run)
 
     # ------------------------------------------------------------------ model
+    say("loading the model")
     model = load_for_inference(path)
-    _check_room(encoded, model)
     subject = Subject(model, tokenizer, style, model.get_input_embeddings().weight.dtype)
 
     # ------------------------------------------------------------------ ask, compare
@@ -75,8 +78,8 @@ def evaluate_run(
     for questions in encoded:
         before, after = ask(subject, questions, base and is_run, seed, say)
         report = compared(questions.task, before, after, seed)
-        _write(folder, report, questions.task, before, after)
-        reports.append(report)
+        answers = write_results(folder, report, questions.task, before, after)
+        reports.append({**report, "answers": str(answers)})
     say(comparison_table(reports))
     say(f"figures and answers: {folder}")
     return {"model": str(path), "folder": str(folder), "tasks": reports}
@@ -108,6 +111,35 @@ def _configured_tasks(path: Path, is_run: bool) -> list[TaskConfig]:
     return tasks
 
 
+def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
+    """One command line may be for tasks of several forms: what has no effect on one is left to the others."""
+    form = settings.get("form") or task.form
+    return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
+
+
+def _style(tokenizer: Any, stops: set[int], tasks: Sequence[Task]) -> ChatFormat:
+    """Plain texts are read without a template, which the tokenizer of a base model may not have."""
+    from qlora_sft.data.template import ChatFormat, chat_format
+
+    if all("text" in item.conversation for task in tasks for item in task.items):
+        return ChatFormat("", "plain texts", frozenset(stops))
+    try:
+        return chat_format(tokenizer, stops)
+    except DataError:
+        raise ConfigError("this model has no chat template, so it can only be given plain texts (form: loss)") from None
+
+
+def _text_tokenizer(tokenizer: Any, path: Path, is_run: bool) -> Any:
+    """With the base's own eos, in which texts end in training; that of a run may be its end of turn."""
+    from transformers import AutoTokenizer
+
+    if not is_run:
+        return tokenizer
+    own: Any = copy.deepcopy(tokenizer)
+    own.eos_token = AutoTokenizer.from_pretrained(read_manifest(path)["report"]["base"]).eos_token
+    return own
+
+
 def _check(tasks: list[TaskConfig]) -> None:
     problems: list[str] = []
     check_tasks(tasks, lambda good, key, text: None if good else problems.append(f"{key} {text}"), "tasks")
@@ -131,29 +163,16 @@ def _warn_of_contamination(run: Path, tasks: Sequence[TaskConfig], say: Say) -> 
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")
 
 
-def _check_room(encoded: Sequence[Questions], model: Any) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+def _check_room(encoded: Sequence[Questions], path: Path, is_run: bool) -> None:
+    from qlora_sft.model.base_files import read_config, text_config
+    from qlora_sft.model.rope import context_length
+
+    rope = load_config(path / "config.yaml").model.rope_scaling if is_run else None
+    settings = text_config(read_config(read_manifest(path)["report"]["base"] if is_run else str(path)))
+    limit = context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
     for questions in encoded:
         if questions.longest > limit:
             raise ConfigError(
                 f"{questions.task.name}: its longest question takes {questions.longest:,} tokens with its answer, the "
                 f"model {limit:,}; lower max_new_tokens, or leave the question out"
             )
-
-
-def _write(folder: Path, report: dict[str, Any], task: Task, base: Scores | None, tuned: Scores) -> None:
-    rows = []
-    # Texts in which nothing is to be predicted are left out, so only questions stand beside their items.
-    items = task.items if task.form != "loss" else [None] * len(tuned.records)
-    for number, item in enumerate(items):
-        row: dict[str, Any] = {"tuned": tuned.records[number]}
-        if base is not None:
-            row = {"base": base.records[number], **row}
-        if item is not None:
-            asked = item.conversation["messages"][-1]["content"]
-            row = {"place": item.place, "question": asked, "reference": item.reference, **row}
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_file(folder / f"{task.name}.jsonl") as beside:
-        beside.write_text("".join(rows), encoding="utf-8")
-    write_json(folder / f"{task.name}.json", report)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
+from qlora_sft.model.base import base_of
 
 # Of a batch, prompts and answers together: 4 GiB of keys and values for a Llama-3.1-8B.
 TOKENS = 32768
 ROWS = 64
+# How many times as long as its shortest row a batch may be.
+PADDING = 1.5
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ def generate(
     stops: Collection[int],
     temperature: float | None = None,
 ) -> list[Generated]:
-    """An answer for each prompt; greedy, or with a ``temperature`` drawn from the whole distribution (no top-k, no
-    top-p), by torch's random numbers. The model is left in the mode it was in.
+    """An answer for each prompt; greedy, or with a ``temperature`` drawn from the whole distribution, by torch's random
+    numbers. The generation config that the model came with has no say: many bring a penalty or a top-k, which would be
+    graded along. The model is left as it was.
 
     A batch for which the GPU has no room is halved; raises `RunError` if there is none for a single prompt.
     """
@@ -43,29 +49,62 @@ def generate(
     how: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    answers: dict[int, Generated] = {}
+
+    def answer(ids: Tensor, mask: Tensor) -> list[Generated]:
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how,
+            use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad,
+        )  # fmt: skip
+        new = [(row, until_stop(row, stops)) for row in output[:, ids.shape[1] :].tolist()]
+        return [Generated(kept, len(kept) < len(row)) for row, kept in new]
+
     was_training = model.training
     model.eval()
     try:
-        with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-            pending = batches(prompts, max_new_tokens)
-            while pending:
-                part = pending.pop(0)
-                ids, mask = left_padded([prompts[i] for i in part], pad, model.device)
-                try:
-                    output = model.generate(
-                        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how,
-                        use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad,
-                    )  # fmt: skip
-                except torch.OutOfMemoryError:
-                    pending[:0] = halves(part, ids.shape[1] + max_new_tokens)
-                    continue
-                for i, row in zip(part, output[:, ids.shape[1] :].tolist(), strict=True):
-                    new = until_stop(row, stops)
-                    answers[i] = Generated(new, len(new) < len(row))
+        with neutral(model), plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
+            return in_batches(prompts, max_new_tokens, pad, model.device, answer)
     finally:
         model.train(was_training)
-    return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def neutral(model: Any) -> Iterator[None]:
+    """Within it, the model's generation config is transformers' own."""
+    from transformers import GenerationConfig
+
+    base = base_of(model)
+    before = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
+Result = TypeVar("Result")
+
+
+def in_batches(
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    pad: int,
+    device: torch.device,
+    run: Callable[[Tensor, Tensor], list[Result]],
+) -> list[Result]:
+    """What ``run`` gives for every prompt, in their order. It gets batches of ids and masks, both [rows, tokens] and
+    padded on the left. One that finds the GPU full is halved; raises `RunError` when a single prompt does."""
+    results: dict[int, Result] = {}
+    pending = batches(prompts, new_tokens)
+    while pending:
+        part = pending.pop(0)
+        ids, mask = left_padded([prompts[i] for i in part], pad, device)
+        try:
+            given = run(ids, mask)
+        except torch.OutOfMemoryError:
+            pending[:0] = halves(part, ids.shape[1] + new_tokens)
+            continue
+        results.update(zip(part, given, strict=True))
+    return [results[i] for i in range(len(prompts))]
 
 
 def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]]:
@@ -74,7 +113,8 @@ def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]
     result: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         longest = len(prompts[result[-1][0]]) + new_tokens if result else 0
-        if not result or len(result[-1]) == ROWS or (len(result[-1]) + 1) * longest > TOKENS:
+        full = not result or len(result[-1]) == ROWS or (len(result[-1]) + 1) * longest > TOKENS
+        if full or longest > PADDING * (len(prompts[i]) + new_tokens):
             result.append([])
         result[-1].append(i)
     return result
@@ -82,7 +122,9 @@ def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]
 
 def halves(part: list[int], tokens: int) -> list[list[int]]:
     if len(part) == 1:
-        raise RunError(f"the GPU has no room for one answer of {tokens:,} tokens with its prompt; lower max_new_tokens")
+        raise RunError(
+            f"the GPU has no room for {tokens:,} tokens of one question and its answer; lower max_new_tokens"
+        )
     torch.cuda.empty_cache()
     return [part[: len(part) // 2], part[len(part) // 2 :]]
 

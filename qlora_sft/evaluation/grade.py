@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
-GSM8K_MARK = "#### "
 # A minus between two numbers is no sign.
 _NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+# GSM8K ends with such a line. A heading of the fourth order (#### Step 2: ...) is none.
+_MARKED = re.compile(rf"^####[ \t]*[^\w\n+-]*({_NUMBER.pattern})\W*$", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+# Units, with their exponents, and the braces of 1{,}234.
+_TEX = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}(?:\^\{?\d+\}?)?|[{}]")
 
 
 def said(text: str, thinking: bool = False) -> str:
@@ -19,7 +22,13 @@ def said(text: str, thinking: bool = False) -> str:
     _, ended, answer = text.rpartition("</think>")
     if not ended and (thinking or text.lstrip().startswith("<think>")):
         return ""
-    return answer.strip()
+    return answer
+
+
+def marked_number(text: str) -> str | None:
+    """The number on the last line of the form ``#### 18``."""
+    found = _MARKED.findall(text)
+    return _plain(found[-1]) if found else None
 
 
 def last_number(text: str) -> str | None:
@@ -27,16 +36,13 @@ def last_number(text: str) -> str | None:
 
     ``$1,234.50`` is ``1234.5``; None if there is no number.
     """
-    if GSM8K_MARK in text:
-        text = text.rpartition(GSM8K_MARK)[2]
-        found = _NUMBER.findall(text)[:1]
-    else:
-        boxed = _BOXED.findall(text)
-        found = _NUMBER.findall(boxed[-1] if boxed else text)[-1:]
-    if not found:
-        return None
-    try:
-        number = Decimal(found[0].replace(",", ""))
-    except InvalidOperation:
-        return None
-    return format(number.normalize() + 0, "f")  # + 0: no minus zero
+    marked = marked_number(text)
+    if marked is not None:
+        return marked
+    boxed = _BOXED.findall(text)
+    found = _NUMBER.findall(_TEX.sub("", boxed[-1]) if boxed else text)
+    return _plain(found[-1]) if found else None
+
+
+def _plain(number: str) -> str:
+    return format(Decimal(number.replace(",", "")).normalize() + 0, "f")  # + 0: no minus zero

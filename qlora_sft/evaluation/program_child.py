@@ -1,16 +1,18 @@
-"""Runs the program on standard input under limits: ``python -I program_child.py SECONDS MEGABYTES WORD``.
+"""Runs the program on standard input under limits: ``python -I program_child.py SECONDS MEGABYTES``.
 
-Started by path in a process of its own (`programs.run`); imports nothing but the standard library. Standard output gets
-WORD if the program came to its end, else its exception.
+Started by path in a process of its own (`programs.run`); imports nothing but the standard library. The first line of
+standard input is a word, the rest the program. Standard output gets the word if the program came to its end, else its
+exception.
 """
 
 import os
 import resource
 import sys
+import types
 
 
-def main(seconds: int, megabytes: int, word: str) -> None:
-    source = sys.stdin.buffer.read().decode("utf-8")
+def main(seconds: int, megabytes: int) -> None:
+    word, _, source = sys.stdin.buffer.read().decode("utf-8").partition("\n")
     report = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -21,9 +23,14 @@ def main(seconds: int, megabytes: int, word: str) -> None:
         (resource.RLIMIT_FSIZE, 2**20),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        _, hard = resource.getrlimit(limit)
+        lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (lowest, lowest))
+    # Imported, not started: what an answer does only as a script (reading input, a demonstration) is not asked for.
+    module = types.ModuleType("answer")
+    sys.modules["answer"] = module
     try:
-        exec(compile(source, "answer.py", "exec"), {"__name__": "__main__"})
+        exec(compile(source, "answer.py", "exec"), module.__dict__)
         said = word
     except BaseException as error:  # SystemExit too: an answer that leaves has passed no test
         said = f"{type(error).__name__}: {error}"[:200].removesuffix(": ")
@@ -32,4 +39,4 @@ def main(seconds: int, megabytes: int, word: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]))

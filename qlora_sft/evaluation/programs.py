@@ -1,7 +1,8 @@
 """Grades code by running it: HumanEval's way (Chen et al. 2021, arXiv:2107.03374).
 
 Each program runs in a process of its own with limits on time, memory and file size, in an empty folder, without this
-process's environment. That stops accidents. It is no sandbox: what a model writes can read files and use the network.
+process's environment. That stops accidents. It is no sandbox: what a model writes can read files, use the network, and
+leave a process behind that calls ``setsid``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
+
+from qlora_sft.errors import RunError
 
 SECONDS = 10
 MEGABYTES = 4096
 CHILD = Path(__file__).with_name("program_child.py")
 
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# Of its report: a program that came to its end has said one word.
+REPORT = 1000
+
+# A fence of any language: one that was not seen would make its end the beginning of the next.
+_BLOCK = re.compile(r"^([ \t]*)```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ def program(answer: str, tests: UnitTests) -> str:
     An answer that defines the function is taken with what stands before it in the prompt (imports, helpers); any other
     is taken to go on where the prompt ends.
     """
-    blocks = _BLOCK.findall(answer)
+    # In a list the whole block is indented; else what is indented goes on where the prompt ends.
+    blocks = [dedent(block) if indent else block for indent, block in _BLOCK.findall(answer.replace("\r\n", "\n"))]
     defining = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(tests.entry_point)}\b", re.MULTILINE)
     code = next((block for block in blocks if defining.search(block)), blocks[0] if blocks else answer)
     begins = defining.search(tests.prompt)
@@ -51,37 +60,39 @@ def program(answer: str, tests: UnitTests) -> str:
 
 
 def run_all(programs: Sequence[str], seconds: float = SECONDS) -> list[str]:
-    """What became of each: ``passed``, ``timed out``, or the exception."""
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+    """What became of each: ``passed``, ``timed out``, or the exception. Raises `RunError` where none could pass."""
+    trivial = run("pass\n", seconds)
+    if trivial != "passed":
+        raise RunError(f"programs cannot be run here: one that does nothing {trivial}; look at the limits (ulimit -a)")
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
         return list(pool.map(lambda text: run(text, seconds), programs))
 
 
 def run(text: str, seconds: float = SECONDS) -> str:
-    # Only a program that came to its end can say the word: one that leaves early has passed no test.
+    # It is said where a program comes to its end: one that leaves early has passed no test.
     word = secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as report,
+    ):
+        source.write(f"{word}\n{text}".encode("utf-8", "replace"))
+        source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES), word],
+            [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES)],
             cwd=folder, env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=source, stdout=report, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            output, _ = process.communicate(text.encode("utf-8", "replace"), timeout=seconds)
+            process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
-            _end(process)
-    said = output.decode("utf-8", "replace").strip()
+            with suppress(ProcessLookupError):  # with what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        report.seek(0)
+        said = report.read(REPORT).decode("utf-8", "replace").strip()
     if said == word:
         return "passed"
     return said or f"ended early (exit code {process.returncode})"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it may have started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+# Of items that changed at all: fewer that all go one way are no proof (sign test: 2 * 0.5^5 = 0.06).
+FEWEST_CHANGED = 6
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,20 @@ class Change:
     after: float
     low: float
     high: float
+    changed: int = FEWEST_CHANGED
+    """Items whose figure is another one."""
 
     @property
     def difference(self) -> float:
         return self.after - self.before
+
+    @property
+    def risen(self) -> bool:
+        return self.low > 0 and self.changed >= FEWEST_CHANGED
+
+    @property
+    def fallen(self) -> bool:
+        return self.high < 0 and self.changed >= FEWEST_CHANGED
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -47,10 +59,11 @@ def change(before: Sequence[float], after: Sequence[float], weights: Sequence[fl
         raise ValueError(f"change wants as many values before as after, got {len(a)}, {len(b)}, {len(w)}")
     gain = w * (b - a)
     drawn = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
+    resampled = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         chosen = drawn.integers(len(a), size=len(a))
-        means[i] = gain[chosen].sum() / w[chosen].sum()
-    low, high = np.quantile(means, (0.025, 0.975))
+        resampled[i] = gain[chosen].sum() / w[chosen].sum()
+    low, high = np.quantile(resampled, (0.025, 0.975))
     total = w.sum()
-    return Change(float((w * a).sum() / total), float((w * b).sum() / total), float(low), float(high))
+    means = (float((w * a).sum() / total), float((w * b).sum() / total))
+    return Change(*means, float(low), float(high), int((gain != 0).sum()))

@@ -1,8 +1,9 @@
 """Files of questions -> items that can be asked and graded, and how the form of a file is recognised.
 
-- ``choices``: a question, choices and an answer, as MMLU's (texts, a number) or ARC's (``{text, label}``, a label)
+- ``choices``: ``question``, ``choices`` (or ``options``, or columns A, B, ...) and ``answer`` (or ``answerKey``,
+  ``answer_index``), as MMLU's (texts, and a number) or ARC's (``{text, label}``, and a label)
 - ``code``: ``{prompt, test, entry_point}`` as HumanEval's; ``test`` defines ``check(candidate)``
-- ``number``: any conversation whose last answer ends in ``#### 18``, as GSM8K's
+- ``number``: any conversation whose last answer has a line ``#### 18``, as GSM8K's
 - ``exact``: any other conversation; its last answer is the reference
 - ``loss``: plain texts, and conversations if ``form`` says so: what the model thinks of them
 
@@ -12,14 +13,16 @@ Conversations come in any form that training data can have.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.formats import Conversation, convert, detect, with_thinking
+from qlora_sft.data.messages import Message
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
-from qlora_sft.evaluation.grade import GSM8K_MARK, last_number
+from qlora_sft.evaluation.grade import last_number, marked_number
 from qlora_sft.evaluation.programs import UnitTests
 from qlora_sft.say import Say
 
@@ -33,6 +36,8 @@ class Item:
 
     place: str
     conversation: Conversation
+    answer: Message = field(default_factory=lambda: {"role": "assistant", "content": "None"})
+    """What stands in the place of the model's."""
     reference: str = ""
     """The right letter, number or text; nothing for code."""
     options: int = 0
@@ -65,6 +70,7 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     name = task_name(task)
     items: list[Item] = []
     problems: list[str] = []
+    unused: dict[str, str] = {}
     form: Form | None = None if task.form == "auto" else task.form
     for label, read, _ in open_evaluation(task.path):
         for line, row, fault in read():
@@ -75,7 +81,9 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
                 if not isinstance(row, dict):
                     raise DataError(f"expected an object with columns, got a {type(row).__name__}")
                 form = form or recognise(row)
-                items.append(_item(row, form, place, task))
+                before: set[str] = set()
+                items.append(_item(row, form, place, task, before))
+                unused = {**dict.fromkeys(sorted(before), place), **unused}
             except DataError as error:
                 problems.append(f"{place}: {error}")
             if len(problems) == MAX_PROBLEMS:
@@ -90,32 +98,35 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
         items = [items[i] for i in chosen]
     verb = "detected" if task.form == "auto" else "configured"
     idle = [key for key, given in (("samples", task.samples > 1), ("thinking", task.thinking == "on")) if given]
-    unused = f"; {' and '.join(idle)} without effect" if idle and form in ("choices", "loss") else ""
-    say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items{unused}")
+    effect = f"; {' and '.join(idle)} without effect" if idle and form in ("choices", "loss") else ""
+    say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items{effect}")
+    if unused:
+        listed = ", ".join(f"{what} (first in {where})" for what, where in unused.items())
+        say(f"{name}: not asked: {listed}")
     return Task(name, form, items, task)
 
 
 def recognise(row: dict[str, Any]) -> Form:
     """The form of a row from its columns and, of a conversation, from how its answer ends."""
-    if "choices" in row and ("answer" in row or "answerKey" in row):
+    if _choices_of(row) is not None and _answer_of(row) is not None:
         return "choices"
     if all(isinstance(row.get(key), str) for key in ("prompt", "test", "entry_point")):
         return "code"
-    conversation = _conversation(row)
+    conversation = _conversation(row, set())
     if "text" in conversation:
         return "loss"
-    return "number" if GSM8K_MARK in (conversation["messages"][-1].get("content") or "") else "exact"
+    return "exact" if marked_number(conversation["messages"][-1].get("content") or "") is None else "number"
 
 
-def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig) -> Item:
+def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused: set[str]) -> Item:
     if form == "choices":
         question, letter, options = choice_question(row)
         # A letter is what comes first, so nothing may be thought before it.
-        return Item(place, _asked(question, "off"), letter, options)
+        return Item(place, _asked(question, "off"), reference=letter, options=options)
     if form == "code":
         tests = _tests(row)
         return Item(place, _asked(CODE_QUESTION.format(prompt=tests.prompt), task.thinking), tests=tests)
-    conversation = with_thinking(_conversation(row), task.thinking)
+    conversation = with_thinking(_conversation(row, unused), task.thinking)
     if form == "loss":
         return Item(place, conversation)
     if "text" in conversation:
@@ -133,17 +144,18 @@ def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig) -> Item
         raise DataError("the last message is a tool call, which no task grades; measure it as held-out data")
     elif not reference:
         raise DataError("the last message is empty")
-    return Item(place, {**conversation, "messages": before}, reference)
+    kept = {key: answer[key] for key in ("role", "content", "reasoning") if key in answer}
+    return Item(place, {**conversation, "messages": before}, kept, reference)
 
 
-def _conversation(row: dict[str, Any]) -> Conversation:
+def _conversation(row: dict[str, Any], unused: set[str]) -> Conversation:
     form = detect(row)
     if form is None:
         raise DataError(
             f"expected question, choices and answer; prompt, test and entry_point; or a conversation in any form of "
             f"training data; found {', '.join(map(repr, row)) or 'no columns'}"
         )
-    return convert(row, form, set())
+    return convert(row, form, unused)
 
 
 def _asked(question: str, thinking: str) -> Conversation:
@@ -155,7 +167,7 @@ def _asked(question: str, thinking: str) -> Conversation:
 
 def choice_question(row: dict[str, Any]) -> tuple[str, str, int]:
     """(question with lettered options, the right letter, number of options). Raises `DataError`."""
-    question, choices = row.get("question"), row["choices"]
+    question, choices = row.get("question"), _choices_of(row)
     if not isinstance(question, str) or not question.strip():
         raise DataError("'question' must be a text")
     if isinstance(choices, dict):
@@ -163,19 +175,33 @@ def choice_question(row: dict[str, Any]) -> tuple[str, str, int]:
     else:
         texts, labels = choices, []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError("'choices' must be a list of texts, or an object with lists 'text' and 'label'")
+        raise DataError(
+            "'choices' must be a list of texts, an object with lists 'text' and 'label', or columns A, B, ..."
+        )
     if not 2 <= len(texts) <= len(LETTERS):
         raise DataError(f"there must be 2 to {len(LETTERS)} choices, found {len(texts)}")
-    right = _right(row["answerKey"] if "answerKey" in row else row["answer"], texts, labels)
+    right = _right(_answer_of(row), texts, labels)
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
     return f"{question.strip()}\n\n{listed}\n\nAnswer with the letter only.", LETTERS[right], len(texts)
+
+
+def _choices_of(row: dict[str, Any]) -> Any:
+    given = next((row[key] for key in ("choices", "options") if row.get(key) is not None), None)
+    if given is not None:
+        return given
+    columns = list(takewhile(lambda letter: isinstance(row.get(letter), str), LETTERS))
+    return [row[letter] for letter in columns] if len(columns) > 1 else None
+
+
+def _answer_of(row: dict[str, Any]) -> Any:
+    return next((row[key] for key in ("answer_index", "answerKey", "answer") if row.get(key) is not None), None)
 
 
 def _right(answer: Any, texts: list[str], labels: list[str]) -> int:
     """The position of the right choice: by its label (ARC's may be 1 to 4), its number from 0, its letter, its text."""
     if len(labels) == len(texts) and str(answer) in labels:
         return labels.index(str(answer))
-    if isinstance(answer, int) and not labels and 0 <= answer < len(texts):
+    if isinstance(answer, int) and not isinstance(answer, bool) and not labels and 0 <= answer < len(texts):
         return answer
     if isinstance(answer, str):
         if answer in texts:

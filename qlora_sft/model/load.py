@@ -144,14 +144,15 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
 
 
 def load_trained_base(run: Path) -> Any:
-    """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows (still empty)."""
+    """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     manifest = read_manifest(run)
     settings = manifest["config"]["model"]
     # Trained in, which "auto" need not mean on this machine.
     dtype, _ = compute_dtype(manifest["report"].get("dtype") or settings["dtype"])
     rope = RopeScaling(**settings["rope_scaling"]) if settings.get("rope_scaling") else None
     base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"], rope)
-    grow(base, trained_rows(run / "adapter"), initialise=False)
+    # The adapter has its own; without it the base is asked as it was before training, not with rows drawn at random.
+    grow(base, trained_rows(run / "adapter"), initialise=True)
     if settings.get("head_in_4bit"):
         quantize_head(base, dtype)
     disable_inference_repacking(base)

@@ -18,7 +18,9 @@ from qlora_sft.evaluation.tasks import LETTERS, Item
 def item(number: int, options: int = 4) -> Item:
     text = f"Question {number}: " + "why " * (number * 3) + "\n\nAnswer with the letter only."
     kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
-    return Item(f"t:{number}", {"messages": [{"role": "user", "content": text}], **kwargs}, "A", options)
+    return Item(
+        f"t:{number}", {"messages": [{"role": "user", "content": text}], **kwargs}, reference="A", options=options
+    )
 
 
 @pytest.fixture
@@ -68,6 +70,6 @@ def test_a_model_that_would_begin_with_the_letter_has_said_it(model: Any, tokeni
 def test_a_tokenizer_that_cannot_tell_letters_apart_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_sft.evaluation import choices
 
-    monkeypatch.setattr(choices, "_answered", lambda *_: ([1], [7]))
-    with pytest.raises(DataError, match="two letters begin with the same token"):
+    monkeypatch.setattr(choices, "answered", lambda *_: ([1], [7]))
+    with pytest.raises(DataError, match="t:1: answers with different letters begin with the same token"):
         letter_prompts([item(1)], tokenizer, chat_format(tokenizer))

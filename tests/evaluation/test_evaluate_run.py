@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tests_support import bare_base
 
 from qlora_sft.cli import main
 from qlora_sft.config import TaskConfig
+from qlora_sft.data.render import render_conversation
+from qlora_sft.data.shipped import FOLDER
+from qlora_sft.data.template import chat_format
 from qlora_sft.errors import ConfigError, DataError
+from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.compare import judged
 from qlora_sft.evaluation.evaluate_run import evaluate_run
+from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import Change
+from qlora_sft.evaluation.tasks import Item
+from qlora_sft.model.load import load_for_inference
+from qlora_sft.train import train
 
 CHOICES = [
     {"question": f"Is it {i}?", "choices": ["yes", "no", "maybe so", "never"], "answer": i % 4} for i in range(12)
@@ -35,8 +46,6 @@ def files(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def run(make_config: Any) -> Path:
     """A tiny model, trained a little."""
-    from qlora_sft.train import train
-
     config = make_config("training.max_steps=3", "training.learning_rate=1e-2")
     train(config, say=lambda _: None)
     return Path(config.output)
@@ -47,7 +56,8 @@ def tasks(files: dict[str, str], *names: str, **settings: Any) -> list[TaskConfi
 
 
 def rows_of(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(result["folder"]) / f"{name}.jsonl").read_text().splitlines()]
+    (report,) = [report for report in result["tasks"] if report["name"] == name]
+    return [json.loads(line) for line in Path(report["answers"]).read_text().splitlines()]
 
 
 def test_the_base_is_the_model_under_the_adapter(run: Path, files: dict[str, str], tiny_model: Path) -> None:
@@ -94,7 +104,7 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
     said: list[str] = []
     result = evaluate_run(run, tasks(files, "numbers", samples=3), say=said.append)
     (report,) = result["tasks"]
-    assert report == json.loads((run / "evaluation" / "numbers.json").read_text())
+    assert json.loads((run / "evaluation" / "numbers.json").read_text()).items() < report.items()
     assert set(report["tuned"]) == {"pass@1", "pass@2", "pass@3", "ended", "distinct"}
     assert sum(report["for_rl"].values()) == pytest.approx(1)
     row = rows_of(result, "numbers")[5]
@@ -106,9 +116,26 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
     assert any("for RL: " in line for line in said)
 
 
-def test_tasks_of_the_configuration_are_the_default(make_config: Any, files: dict[str, str]) -> None:
-    from qlora_sft.train import train
+def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str, str], tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return sorted(path.stem for path in (run / "evaluation").glob("*.json"))
 
+    one = tasks(files, "choices")
+    evaluate_run(run, one, say=lambda _: None)
+    evaluate_run(run, one, say=lambda _: None)
+    assert names() == ["choices"]
+    evaluate_run(run, one, {"max_rows": 3}, base=False, say=lambda _: None)
+    assert names() == ["choices", "choices-2"]
+    assert json.loads((run / "evaluation" / "choices.json").read_text())["items"] == len(CHOICES)
+    (tmp_path / "other").mkdir()
+    other = Path(files["choices"]).rename(tmp_path / "other" / "choices.jsonl")
+    evaluate_run(run, [TaskConfig(str(other))], say=lambda _: None)
+    assert names() == ["choices", "choices-2", "choices-3"]
+    assert main(["evaluate", str(run), "--task", f"mine={other}", "--no-base"]) == 0
+    assert "mine" in names()
+
+
+def test_tasks_of_the_configuration_are_the_default(make_config: Any, files: dict[str, str]) -> None:
     config = make_config("training.max_steps=1", f"evaluation.tasks=[{{path: {files['choices']}, max_rows: 5}}]")
     train(config, say=lambda _: None)
     (report,) = evaluate_run(config.output, say=lambda _: None)["tasks"]
@@ -160,6 +187,46 @@ def test_json_has_the_figures(run: Path, files: dict[str, str], capsys: pytest.C
     (report,) = json.loads(capsys.readouterr().out)["tasks"]
     assert report["form"] == "choices"
     assert "base" not in report
+
+
+def test_a_base_whose_template_brought_tokens_is_asked_as_before_training(
+    make_config: Any, files: dict[str, str], tmp_path: Path, small_tokenizer: Any
+) -> None:
+    """Their rows are in the adapter. Without it they are what training began with, the mean; and a plain text ends in
+    the base's eos token, not in the end of turn that took its place."""
+    base = bare_base(tmp_path / "bare", small_tokenizer, tied=True, room=0)
+    config = make_config(
+        f"model.path={base}", "model.chat_template=chatml", "training.max_steps=2", "training.learning_rate=0.1"
+    )
+    train(config, say=lambda _: None)
+    run = Path(config.output)
+    result = evaluate_run(run, tasks(files, "texts", "numbers"), say=lambda _: None)
+    assert evaluate_run(run, tasks(files, "texts", "numbers"), say=lambda _: None) == result
+    model = load_for_inference(run)
+    ids = torch.tensor([[*small_tokenizer(TEXTS[0]["text"])["input_ids"], small_tokenizer.eos_token_id]])
+    with model.disable_adapter(), torch.no_grad():
+        rows = model.get_input_embeddings()(torch.arange(len(small_tokenizer) + 1))
+        loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(rows[-1], rows[:-1].mean(0))
+    assert rows_of(result, "texts")[0]["base"]["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "chatml-think", "llama3"])
+def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer: Any) -> None:
+    """Templates write more before an answer than their generation prompt: qwen3's an empty thought."""
+    tokenizer = copy.deepcopy(own_tokenizer)
+    tokenizer.chat_template = (FOLDER / f"{template}.jinja").read_text()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<think>", "</think>"]})
+    style = chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
+    asked = {"messages": [{"role": "user", "content": "How much is 1 and 1?"}]}
+    answer = {"role": "assistant", "content": "Two."}
+    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, style=style)
+    prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, style)
+    assert prompt == prompts_of(whole)[0].input_ids
+    if template == "qwen3":
+        assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+        thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, style)
+        assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
 
 
 RISEN, FALLEN, SAME = Change(0.2, 0.4, 0.1, 0.3), Change(0.4, 0.2, -0.3, -0.1), Change(0.4, 0.39, -0.05, 0.03)

@@ -19,6 +19,14 @@ from qlora_sft.evaluation.grade import last_number, said
         ("007", "7"),
         ("0.10", "0.1"),
         ("100", "100"),
+        ("#### Step 1: add\n#### Step 2: multiply\n8 * 2 = 16\nThe answer is **16**.", "16"),
+        ("#### Step 2\nso \\boxed{16}", "16"),
+        ("#### 18\n\n(2 hours)", "18"),
+        ("#### **18**", "18"),
+        ("#### 18 apples", "18"),
+        ("#### -3", "-3"),
+        ("\\boxed{1{,}234}", "1234"),
+        ("\\boxed{18\\text{ m}^2}", "18"),
         ("no idea", None),
         ("####", None),
     ],
@@ -39,4 +47,4 @@ def test_the_number_an_answer_ends_in(text: str, number: str | None) -> None:
     ],
 )
 def test_thoughts_are_no_part_of_the_answer(text: str, in_thought: bool, answer: str) -> None:
-    assert said(text, in_thought) == answer
+    assert said(text, in_thought).strip() == answer

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests_support import real_data
 
+from qlora_sft.config import TaskConfig
+from qlora_sft.errors import RunError
+from qlora_sft.evaluation import programs
+from qlora_sft.evaluation.ask import grade_all
 from qlora_sft.evaluation.programs import UnitTests, program, run, run_all
+from qlora_sft.evaluation.tasks import Item, Task
 
 DOUBLE = UnitTests(
     prompt="import math\n\ndef helper(x):\n    return x\n\ndef double(x):\n    '''Twice x.'''\n",
@@ -30,6 +37,11 @@ DOUBLE = UnitTests(
         "def double(x):\n    return x + x",
         "For example:\n```python\ndouble(2)\n```\nThe function:\n```python\ndef double(x):\n    return 2 * x\n```",
         "```python\ndef double(x):\n    return 2 * x",
+        "```python3\ndef double(x):\n    return 2 * x\n```\nThat is all.",
+        "```Python\r\ndef double(x):\r\n    return 2 * x\r\n```\r\nThat is all.",
+        "First:\n```bash\npip install math\n```\nThen:\n```python copy\ndef double(x):\n    return 2 * x\n```\nDone.",
+        "1. So:\n   ```python\n   def double(x):\n       return 2 * x\n   ```\n2. Done.",
+        "```python\ndef double(x):\n    return 2 * x\n\nif __name__ == '__main__':\n    double(input())\n```",
     ],
     ids=[
         "block",
@@ -40,6 +52,11 @@ DOUBLE = UnitTests(
         "bare",
         "second block",
         "open",
+        "other tag",
+        "other line ends",
+        "another language first",
+        "in a list",
+        "with a demonstration",
     ],
 )
 def test_right_answers_in_any_form_pass(answer: str) -> None:
@@ -65,6 +82,32 @@ def test_wrong_answers_say_how(body: str, found: str) -> None:
 
 def test_printing_what_success_looks_like_is_not_success() -> None:
     assert run("print('passed')\nraise ValueError") == "ValueError"
+
+
+def test_an_answer_that_goes_on_keeps_its_indentation_from_the_model_to_the_grade() -> None:
+    task = Task("t", "code", [Item("t:1", {"messages": []}, tests=DOUBLE)], TaskConfig("t"))
+    texts = ["    return 2 * x\n", "\n    y = 2 * x\n    return y", "<think>\nEasy.\n</think>\n\n    return 2 * x"]
+    for text in texts:
+        assert grade_all(task, [False], [text])[0][0], text
+
+
+def test_a_program_cannot_fill_this_process_with_its_report() -> None:
+    assert len(run("import os\nwhile os.write(3, b'x' * 10**6): pass\n")) <= 1000
+
+
+def test_lower_limits_of_the_machine_are_kept() -> None:
+    code = (
+        "import resource; from qlora_sft.evaluation.programs import run_all\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (5, 5))\n"
+        "print(run_all(['pass']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "['passed']\n"
+
+
+def test_where_no_program_can_run_none_is_graded_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(programs, "CHILD", tmp_path / "missing.py")
+    with pytest.raises(RunError, match="programs cannot be run here: one that does nothing ended early"):
+        run_all(["pass"])
 
 
 def test_an_endless_program_is_stopped_with_all_it_started(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_pairing_makes_the_interval_that_of_the_change() -> None:
     assert c.high == pytest.approx(-0.1)
 
 
+def test_a_few_changed_items_are_no_proof() -> None:
+    before = [1.0] * 200
+    assert not change(before, [0.0] * 5 + [1.0] * 195, before).fallen
+    assert change(before, [0.0] * 6 + [1.0] * 194, before).fallen
+    assert not change([1.0], [0.0], [1.0]).fallen
+
+
 def test_long_texts_weigh_by_their_tokens() -> None:
     c = change([1.0, 2.0], [1.0, 3.0], [30.0, 10.0])
     assert (c.before, c.after) == (1.25, 1.5)

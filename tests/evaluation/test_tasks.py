@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests_support import real_data
 
-from qlora_sft.config import TaskConfig
+from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.tasks import Task, choice_question, read_tasks
 
@@ -40,6 +40,8 @@ QUESTION = {"question": "Who?", "answer": "Nobody did."}
         ({**MMLU, "answer": "22"}, "D", 4),
         (ARC, "A", 3),
         ({**ARC, "answerKey": "3"}, "C", 3),
+        ({"question": "2 + 2?", "options": ["3", "4"], "answer": "B", "answer_index": 1}, "B", 2),
+        ({"question": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}, "B", 4),
         ({**ARC, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}, "B", 2),
     ],
 )
@@ -53,7 +55,7 @@ def test_a_question_lists_its_choices_by_letter() -> None:
     assert choice_question(ARC)[0] == ("What falls?\n\nA. snow\nB. light\nC. time\n\nAnswer with the letter only.")
 
 
-@pytest.mark.parametrize("answer", [4, -1, "E", "nothing", "7", None, 1.5])
+@pytest.mark.parametrize("answer", [4, -1, "E", "nothing", "7", True, 1.5])
 def test_a_right_choice_that_is_none_is_refused(answer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.jsonl:1: .*none of the 4 choices"):
         read(tmp_path / "t.jsonl", [{**MMLU, "answer": answer}])
@@ -75,6 +77,24 @@ def test_the_form_is_detected_and_printed(row: dict[str, Any], form: str, refere
     assert (task.form, task.items[2].reference) == (form, reference)
     assert task.items[2].place.endswith("t.jsonl:3")
     assert said == [f"t: detected {form}, 3 of 3 items"]
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "Who?", "options": ["a", "b"]}, {"question": "Who?", "answer": "A"}, {**MMLU, "answer": None}]
+)
+def test_a_choice_without_choices_or_answer_names_its_line(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t\.jsonl:2: "):
+        read(tmp_path / "t.jsonl", [MMLU, row], form="choices")
+
+
+def test_columns_that_are_not_asked_are_named(tmp_path: Path) -> None:
+    _, said = read(tmp_path / "t.jsonl", [{"context": "Ann left.", "question": "Who?", "answer": "Ann"}])
+    assert said[1] == f"t: not asked: column 'context' (first in {tmp_path / 't.jsonl'}:1)"
+
+
+def test_names_tell_sets_of_one_repository_apart() -> None:
+    names = ["a/b.jsonl", "allenai/ai2_arc:ARC-Easy[test]", "allenai/ai2_arc", "demo:held_out/fields.jsonl"]
+    assert [task_name(TaskConfig(name)) for name in names] == ["b", "ai2_arc-ARC-Easy", "ai2_arc", "fields"]
 
 
 def test_settings_without_effect_are_named(tmp_path: Path) -> None:

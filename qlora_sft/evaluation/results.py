@@ -1,0 +1,48 @@
+"""What stands in ``RUN/evaluation/``: a pair of files per task."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.atomic import written_file
+from qlora_sft.evaluation.ask import Scores
+from qlora_sft.evaluation.tasks import Task
+from qlora_sft.manifest import write_json
+
+
+def write_results(folder: Path, report: dict[str, Any], task: Task, base: Scores | None, tuned: Scores) -> Path:
+    """``NAME.jsonl``, every question with its answers, which is returned, and ``NAME.json``, the figures."""
+    rows = []
+    # Texts in which nothing is to be predicted are left out, so only questions stand beside their items.
+    items = task.items if task.form != "loss" else [None] * len(tuned.records)
+    for number, item in enumerate(items):
+        row: dict[str, Any] = {"tuned": tuned.records[number]}
+        if base is not None:
+            row = {"base": base.records[number], **row}
+        if item is not None:
+            asked = item.conversation["messages"][-1]["content"]
+            row = {"place": item.place, "question": asked, "reference": item.reference, **row}
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    name = _free_name(folder, report)
+    answers = folder / f"{name}.jsonl"
+    with written_file(answers) as beside:
+        beside.write_text("".join(rows), encoding="utf-8")
+    write_json(folder / f"{name}.json", report)
+    return answers
+
+
+def _free_name(folder: Path, report: dict[str, Any]) -> str:
+    """The task's, with a number behind it where other results have that name: those of another file, or of the same one
+    asked in another way. Hours may stand in them."""
+    asked = ("path", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
+    for number in count(1):
+        name = report["name"] + (f"-{number}" if number > 1 else "")
+        file = folder / f"{name}.json"
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else report
+        same = all(earlier.get(key) == report.get(key) for key in asked)
+        if same and ("base" in report or "base" not in earlier):
+            return str(name)
+    raise AssertionError("count does not end")
