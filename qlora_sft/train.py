@@ -70,6 +70,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         from qlora_sft.data.plan import plan_data
         from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
+        from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
         from qlora_sft.evaluation.evaluate import evaluate
         from qlora_sft.model.fingerprint import fingerprint
         from qlora_sft.model.load import compute_dtype, quantized_modules, resolve_base
@@ -109,9 +110,13 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
-        before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
+        asked = question_digest(config.evaluation, held_out.documents)
+        before = kept_before(run, asked) if checkpoint else None
+        if before is None:
+            before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
     if checkpoint is None:
         begin_run(run, config, facts)
+        keep_before(run, before, asked)
     order = record_data(run, bins, removed)
     with watch("train"), memory:
         fitted = fit(model, tokenizer, config, documents, bins, dtype, run, memory.make_room, say, checkpoint)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
 RUN_FILES = (
-    "config.yaml begun.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter checkpoints "
-    "merged gguf export.json evaluation demo.json"
+    "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter "
+    "checkpoints merged gguf export.json evaluation demo.json"
 ).split()
 
 

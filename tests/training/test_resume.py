@@ -16,6 +16,7 @@ from tests_support import SHORT, result
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted
+from qlora_sft.evaluation import evaluate as module
 from qlora_sft.train import train
 from qlora_sft.training.checkpoints import all_checkpoints
 from qlora_sft.training.trainer import PackedSFTTrainer
@@ -70,6 +71,38 @@ def test_it_ends_as_if_nothing_had_happened(
     assert f"resume: from step {left[-1]}" in said[0]
     assert (report["resumed_at"], report["steps"]) == (left[-1], 6)
     assert result(run) == whole
+
+
+def test_the_base_is_evaluated_once_unless_the_questions_are_others(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    row = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
+    held_out.write_text(json.dumps(row) + "\n")
+    asked = [f"data.held_out=[{{path: {held_out}}}]", "evaluation.answers=1", "evaluation.max_new_tokens=3"]
+    moments: list[str] = []
+    own = module.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        moments.append(arguments[-1].split()[0])
+        return own(*arguments)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    whole = train(make_config(*SHORT, *asked), say=lambda _: None)
+    assert moments == ["before", "after"]
+    for extra, again in (([], []), (["evaluation.max_new_tokens=2"], ["before"])):
+        config = make_config(*SHORT, *asked, f"output={tmp_path / f'stopped{len(again)}'}")
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 3, crash)
+            with pytest.raises(Crash):
+                train(config, say=lambda _: None)
+        moments.clear()
+        config = make_config(*SHORT, *asked, *extra, f"output={config.output}")
+        report = train(config, resume=True, say=lambda _: None)
+        assert moments == [*again, "after"]
+        assert report["loss"] == whole["loss"]
+        samples = (Path(config.output) / "samples.jsonl").read_text()
+        assert again or samples == (tmp_path / "run" / "samples.jsonl").read_text()
 
 
 def test_a_second_signal_stops_at_once(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(base_model: P
         assert "checkpoint not written, training goes on" in result.stderr
         assert f"{disk / 'run' / 'adapter'}: the disk is full" in result.stderr
         assert sorted(path.name for path in (disk / "run").iterdir()) == [
+            "before.json",
             "begun.json",
             "config.yaml",
             "metrics.jsonl",
