@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlora_sft.config import Config as Config
+    from qlora_sft.config import TaskConfig as TaskConfig
     from qlora_sft.config import load_config as load_config
     from qlora_sft.data.packing import pack as pack
     from qlora_sft.data.render import Rendered as Rendered
@@ -35,6 +36,7 @@ _HOMES = {
     "QloraSftError": "errors",
     "Rendered": "data.render",
     "RunError": "errors",
+    "TaskConfig": "config",
     "evaluate_run": "evaluation.evaluate_run",
     "export_run": "export.gguf",
     "load_config": "config",

@@ -32,6 +32,7 @@ def test_every_cell_runs(notebook: Path, tmp_path: Path, tiny_model: Path) -> No
     small = ["training.max_steps=1", "evaluation.answers=1", "evaluation.max_new_tokens=4", f"model.path={tiny_model}"]
     small += [f"data.train.{number}.max_rows=20" for number in range(3)]
     small += [f"data.held_out.{number}.max_rows=2" for number in range(3)]
+    small += ["evaluation.tasks.0.max_rows=2", "evaluation.tasks.0.max_new_tokens=4"]
     settings = '["output=runs/notebook"]'
     assert code.count(settings) == 1
     (tmp_path / "IPython").mkdir()
@@ -45,4 +46,5 @@ def test_every_cell_runs(notebook: Path, tmp_path: Path, tiny_model: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"IPython", "notebook.py", "runs"}
     run = tmp_path / "runs" / "notebook"
     assert (run / "gguf" / "notebook-q8_0.gguf").is_file()
+    assert (run / "evaluation" / "arithmetic.json").is_file()
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
