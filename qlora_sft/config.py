@@ -116,7 +116,8 @@ class TaskConfig:
     """Of sampled answers."""
     max_new_tokens: int = 512
     thinking: Literal["auto", "on", "off"] = "auto"
-    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not."""
+    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` asks as training
+    would have shown the row, with its answer as it is: without reasoning if that has none."""
 
 
 @dataclass(frozen=True)

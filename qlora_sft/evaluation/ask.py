@@ -42,6 +42,8 @@ class Questions:
     documents: list[Rendered] = field(default_factory=list)
     in_thought: list[bool] = field(default_factory=list)
     """Whether the template opens a thought at the end of the prompt."""
+    thoughtless: int = 0
+    """Prompts that end in an empty thought although nobody asked for that."""
 
     @property
     def longest(self) -> int:
@@ -60,8 +62,8 @@ class Scores:
     records: list[dict[str, Any]]
 
 
-def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Questions:
-    """``text_tokenizer``: the same one with the eos token that ends plain texts.
+def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: Any, limit: int) -> Questions:
+    """``text_tokenizer``: the same one with the eos token that ends plain texts; ``limit``: positions of the model.
 
     Raises `DataError` naming file and line where a question cannot be rendered.
     """
@@ -69,13 +71,14 @@ def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: A
         return Questions(task, *letter_prompts(task.items, tokenizer, style))
     if task.form == "loss":
         documents = [_document(item, tokenizer, style, text_tokenizer) for item in task.items]
-        kept = [document for document in map(readable, documents) if document]
+        kept = [short for document in documents if (short := readable(document, limit))]
         if not kept:
             raise DataError(f"{task.settings.path}: nothing in it is to be predicted")
         return Questions(task, documents=kept)
     prompts = [prompt_of(item, task.settings.thinking, tokenizer, style) for item in task.items]
     tails = [tokenizer.decode(prompt[-8:]).rstrip() for prompt in prompts]
-    return Questions(task, prompts, in_thought=[tail.endswith("<think>") for tail in tails])
+    thoughtless = sum(tail.endswith("</think>") for tail in tails) if task.settings.thinking == "auto" else 0
+    return Questions(task, prompts, in_thought=[tail.endswith("<think>") for tail in tails], thoughtless=thoughtless)
 
 
 def _document(item: Item, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Rendered:
@@ -122,7 +125,7 @@ def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
         subject.style.stops,
         temperature,
     )
-    texts = [subject.tokenizer.decode(each.ids) for each in given]
+    texts = [decoded(subject.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]
     outcomes = grade_all(task, questions.in_thought, texts)
     scores = Scores({f"pass@{k}": [] for k in powers(samples)}, [1.0] * len(task.items), [])
     scores.metrics |= {"ended": [], "distinct": []}
@@ -130,6 +133,13 @@ def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
         here = slice(number * samples, (number + 1) * samples)
         _count(scores, given[here], texts[here], outcomes[here])
     return scores
+
+
+def decoded(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
+    """The answer behind its prompt: alone, tokenizers that put a space before every text would take one away."""
+    anchor = tokenizer.decode(prompt[-1:], clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode([*prompt[-1:], *answer], clean_up_tokenization_spaces=False)
+    return text.removeprefix(anchor)
 
 
 def powers(samples: int) -> list[int]:

@@ -11,6 +11,8 @@ likeliest of all tokens. Both are compared with their base, question by question
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from qlora_sft.evaluation.ask import Scores
@@ -28,6 +30,7 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> dict[
         "name": task.name,
         "form": task.form,
         "path": settings.path,
+        "questions": _digest(task),
         "items": len(tuned.weights),
         "seed": seed,
         "tuned": {name: _mean(tuned, name) for name in tuned.metrics},
@@ -45,6 +48,12 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> dict[
         }
         report |= {"verdict": verdict, "reason": reason}
     return report
+
+
+def _digest(task: Task) -> str:
+    """Of what was asked: files of one name may hold other questions, in another folder or at another time."""
+    asked = [[item.conversation, item.reference] for item in task.items]
+    return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changes(base: Scores, tuned: Scores, seed: int) -> dict[str, Change]:

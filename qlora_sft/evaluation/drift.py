@@ -74,7 +74,8 @@ def divergence(base: Tensor, tuned: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def readable(document: Rendered) -> Rendered | None:
-    """Its first `TOKENS`; None if nothing in them is to be predicted."""
-    short = Rendered(document.input_ids[:TOKENS], document.weights[:TOKENS], document.source)
+def readable(document: Rendered, limit: int = TOKENS) -> Rendered | None:
+    """Its first `TOKENS`, or as many as the model has positions; None if nothing in them is to be predicted."""
+    tokens = min(TOKENS, limit)
+    short = Rendered(document.input_ids[:tokens], document.weights[:tokens], document.source)
     return short if any(short.weights[1:]) else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import TaskConfig, check_tasks, load_config, task_name
 from qlora_sft.errors import ConfigError, DataError
+from qlora_sft.evaluation.programs import check_programs
 from qlora_sft.evaluation.tasks import Task, read_tasks
 from qlora_sft.manifest import read_manifest
 from qlora_sft.say import Say, tell
@@ -64,8 +65,15 @@ def evaluate_run(
     tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run else path)
     style = _style(tokenizer, saved_stops(path, tokenizer), read)
     of_texts = _text_tokenizer(tokenizer, path, is_run)
-    encoded = [encode_task(task, tokenizer, style, of_texts) for task in read]
-    _check_room(encoded, path, is_run)
+    limit = _positions(path, is_run)
+    encoded = [encode_task(task, tokenizer, style, of_texts, limit) for task in read]
+    for questions in encoded:
+        _check_room(questions, limit)
+        if questions.thoughtless:
+            say(
+                f"{questions.task.name}: {questions.thoughtless:,} of {len(questions.prompts):,} questions end in an "
+                "empty thought, as training writes before answers without reasoning; --thinking on lets the model think"
+            )
 
     # ------------------------------------------------------------------ model
     say("loading the model")
@@ -154,6 +162,8 @@ def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
             f"{', '.join(names)}: graded by running what the model writes, with limits but without a sandbox; "
             "add --run-code where that may be (a container, a machine of its own)"
         )
+    if names:
+        check_programs()
 
 
 def _warn_of_contamination(run: Path, tasks: Sequence[TaskConfig], say: Say) -> None:
@@ -163,16 +173,20 @@ def _warn_of_contamination(run: Path, tasks: Sequence[TaskConfig], say: Say) -> 
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")
 
 
-def _check_room(encoded: Sequence[Questions], path: Path, is_run: bool) -> None:
+def _positions(path: Path, is_run: bool) -> int:
+    """How many tokens the model takes."""
     from qlora_sft.model.base_files import read_config, text_config
     from qlora_sft.model.rope import context_length
 
     rope = load_config(path / "config.yaml").model.rope_scaling if is_run else None
     settings = text_config(read_config(read_manifest(path)["report"]["base"] if is_run else str(path)))
-    limit = context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
-    for questions in encoded:
-        if questions.longest > limit:
-            raise ConfigError(
-                f"{questions.task.name}: its longest question takes {questions.longest:,} tokens with its answer, the "
-                f"model {limit:,}; lower max_new_tokens, or leave the question out"
-            )
+    return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
+
+
+def _check_room(questions: Questions, limit: int) -> None:
+    if questions.longest > limit:
+        cure = "leave it out" if questions.letters else "lower max_new_tokens, or leave it out"
+        raise ConfigError(
+            f"{questions.task.name}: its longest question takes {questions.longest:,} tokens with its answer, the "
+            f"model {limit:,}; {cure}"
+        )

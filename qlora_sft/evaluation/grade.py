@@ -10,8 +10,10 @@ _NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 # GSM8K ends with such a line. A heading of the fourth order (#### Step 2: ...) is none.
 _MARKED = re.compile(rf"^####[ \t]*[^\w\n+-]*({_NUMBER.pattern})\W*$", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-# Units, with their exponents, and the braces of 1{,}234.
-_TEX = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}(?:\^\{?\d+\}?)?|[{}]")
+# TeX between the thousands: 1{,}234, 70\,000, 70,\!000.
+_SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d{3})")
+# Units with their exponents: 18\text{ m}^2.
+_UNITS = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}(?:\^\{?\d+\}?)?")
 
 
 def said(text: str, thinking: bool = False) -> str:
@@ -39,9 +41,14 @@ def last_number(text: str) -> str | None:
     marked = marked_number(text)
     if marked is not None:
         return marked
-    boxed = _BOXED.findall(text)
-    found = _NUMBER.findall(_TEX.sub("", boxed[-1]) if boxed else text)
-    return _plain(found[-1]) if found else None
+    text = _SPACES.sub(",", text)
+    boxed = _BOXED.findall(text)[-1:]
+    # Some box the number in \\text{}, too.
+    for place in (*(_UNITS.sub(" ", box) for box in boxed), *boxed, text):
+        found = _NUMBER.findall(place)
+        if found:
+            return _plain(found[-1])
+    return None
 
 
 def _plain(number: str) -> str:

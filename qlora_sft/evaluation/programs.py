@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, indent
 
 from qlora_sft.errors import RunError
 
@@ -31,7 +31,8 @@ CHILD = Path(__file__).with_name("program_child.py")
 REPORT = 1000
 
 # A fence of any language: one that was not seen would make its end the beginning of the next.
-_BLOCK = re.compile(r"^([ \t]*)```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^([ \t]*)[^\n]*?```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"^(?:import|from|def|async def|class|@)\b|^@", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,43 @@ def program(answer: str, tests: UnitTests) -> str:
     An answer that defines the function is taken with what stands before it in the prompt (imports, helpers); any other
     is taken to go on where the prompt ends.
     """
-    # In a list the whole block is indented; else what is indented goes on where the prompt ends.
-    blocks = [dedent(block) if indent else block for indent, block in _BLOCK.findall(answer.replace("\r\n", "\n"))]
+    answer = answer.replace("\r\n", "\n")
+    # In a list the whole block is indented.
+    blocks = [dedent(block) if margin else block for margin, block in _BLOCK.findall(answer)]
     defining = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(tests.entry_point)}\b", re.MULTILINE)
     code = next((block for block in blocks if defining.search(block)), blocks[0] if blocks else answer)
-    begins = defining.search(tests.prompt)
-    before = tests.prompt[: begins.start()] if begins else ""
-    whole = f"{before}\n{code}" if defining.search(code) else tests.prompt + code
+    if defining.search(code):
+        begins, of_prompt = _CODE.search(code), defining.search(tests.prompt)
+        before = tests.prompt[: of_prompt.start()] if of_prompt else ""
+        whole = f"{before}\n{code[begins.start() :] if begins and not blocks else code}"
+    else:
+        whole = tests.prompt + _as_body(code, tests.prompt)
     return f"{whole}\n\n{tests.test}\n\ncheck({tests.entry_point})\n"
 
 
+def _as_body(code: str, prompt: str) -> str:
+    """What goes on where the prompt ends, with the indentation of the prompt's last line."""
+    last = prompt.rstrip().splitlines()[-1]
+    wanted = last[: len(last) - len(last.lstrip())] or "    "
+    first = next((line for line in code.splitlines() if line.strip()), "")
+    given = first[: len(first) - len(first.lstrip())]
+    return code if given == wanted else indent(dedent(code), wanted)
+
+
 def run_all(programs: Sequence[str], seconds: float = SECONDS) -> list[str]:
-    """What became of each: ``passed``, ``timed out``, or the exception. Raises `RunError` where none could pass."""
-    trivial = run("pass\n", seconds)
-    if trivial != "passed":
-        raise RunError(f"programs cannot be run here: one that does nothing {trivial}; look at the limits (ulimit -a)")
+    """What became of each: ``passed``, ``timed out``, or the exception."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
         return list(pool.map(lambda text: run(text, seconds), programs))
+
+
+def check_programs() -> None:
+    """Raises `RunError` where no program can run, so that all would be graded wrong."""
+    try:
+        trivial = run("pass\n")
+    except OSError as error:
+        trivial = str(error)
+    if trivial != "passed":
+        raise RunError(f"programs cannot be run here: one that does nothing {trivial}; look at the limits (ulimit -a)")
 
 
 def run(text: str, seconds: float = SECONDS) -> str:

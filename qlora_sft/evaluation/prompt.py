@@ -1,7 +1,8 @@
-"""A question as the model is given it: what training would have put before its answer.
+"""A question as the model is given it: what training would have put before this answer.
 
 Thinking templates write more into a prompt than the generation prompt of inference (Qwen3's an empty thought before an
-answer without one), and by how the answer goes on. So a question is rendered with its answer, and cut before that.
+answer without one), and by how the answer goes on. So a question is rendered with its answer, and cut before that. A
+reference without reasoning is therefore asked for without reasoning; ``thinking: on`` asks otherwise.
 """
 
 from __future__ import annotations

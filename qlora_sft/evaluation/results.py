@@ -37,7 +37,7 @@ def write_results(folder: Path, report: dict[str, Any], task: Task, base: Scores
 def _free_name(folder: Path, report: dict[str, Any]) -> str:
     """The task's, with a number behind it where other results have that name: those of another file, or of the same one
     asked in another way. Hours may stand in them."""
-    asked = ("path", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
+    asked = ("questions", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
     for number in count(1):
         name = report["name"] + (f"-{number}" if number > 1 else "")
         file = folder / f"{name}.json"

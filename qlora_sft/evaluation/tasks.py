@@ -121,8 +121,9 @@ def recognise(row: dict[str, Any]) -> Form:
 def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused: set[str]) -> Item:
     if form == "choices":
         question, letter, options = choice_question(row)
-        # A letter is what comes first, so nothing may be thought before it.
-        return Item(place, _asked(question, "off"), reference=letter, options=options)
+        # A letter is what comes first, so nothing can be thought before it.
+        thinking = "off" if task.thinking == "off" else "auto"
+        return Item(place, _asked(question, thinking), reference=letter, options=options)
     if form == "code":
         tests = _tests(row)
         return Item(place, _asked(CODE_QUESTION.format(prompt=tests.prompt), task.thinking), tests=tests)
@@ -180,7 +181,9 @@ def choice_question(row: dict[str, Any]) -> tuple[str, str, int]:
         )
     if not 2 <= len(texts) <= len(LETTERS):
         raise DataError(f"there must be 2 to {len(LETTERS)} choices, found {len(texts)}")
-    right = _right(_answer_of(row), texts, labels)
+    # Beside columns A, B, ... an answer is a letter, whatever the texts are.
+    in_columns = not any(row.get(key) is not None for key in ("choices", "options"))
+    right = _right(_answer_of(row), texts, list(LETTERS[: len(texts)]) if in_columns else labels)
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
     return f"{question.strip()}\n\n{listed}\n\nAnswer with the letter only.", LETTERS[right], len(texts)
 
@@ -203,14 +206,19 @@ def _right(answer: Any, texts: list[str], labels: list[str]) -> int:
         return labels.index(str(answer))
     if isinstance(answer, int) and not isinstance(answer, bool) and not labels and 0 <= answer < len(texts):
         return answer
+    readings = set()
     if isinstance(answer, str):
-        if answer in texts:
-            return texts.index(answer)
         if len(answer) == 1 and answer in LETTERS[: len(texts)]:
-            return LETTERS.index(answer)
-        if answer.isdecimal() and not labels and int(answer) < len(texts):
-            return int(answer)
-    raise DataError(f"the answer {answer!r} is none of the {len(texts)} choices")
+            readings.add(LETTERS.index(answer))
+        if answer in texts:
+            readings.add(texts.index(answer))
+        if answer.isdecimal() and not labels and int(answer) < len(texts) and not readings:
+            readings.add(int(answer))
+    if len(readings) > 1:
+        raise DataError(f"the answer {answer!r} is the letter of one choice and the text of another; give its number")
+    if not readings:
+        raise DataError(f"the answer {answer!r} is none of the {len(texts)} choices")
+    return readings.pop()
 
 
 # ------------------------------------------------------------------ code

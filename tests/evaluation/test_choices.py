@@ -17,10 +17,7 @@ from qlora_sft.evaluation.tasks import LETTERS, Item
 
 def item(number: int, options: int = 4) -> Item:
     text = f"Question {number}: " + "why " * (number * 3) + "\n\nAnswer with the letter only."
-    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
-    return Item(
-        f"t:{number}", {"messages": [{"role": "user", "content": text}], **kwargs}, reference="A", options=options
-    )
+    return Item(f"t:{number}", {"messages": [{"role": "user", "content": text}]}, reference="A", options=options)
 
 
 @pytest.fixture
@@ -33,9 +30,7 @@ def model(tiny_model: Path) -> Any:
 def test_a_letter_is_what_the_answer_begins_with(tokenizer: Any) -> None:
     prompts, letters = letter_prompts([item(1), item(2)], tokenizer, chat_format(tokenizer))
     assert tokenizer.decode(letters) == "ABCD"
-    assert tokenizer.decode(prompts[0]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") or tokenizer.decode(
-        prompts[0]
-    ).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(prompts[0]).endswith("<|im_start|>assistant\n")
 
 
 def test_padded_batches_give_the_logits_of_each_alone(model: Any, tokenizer: Any) -> None:

@@ -19,11 +19,12 @@ from qlora_sft.data.shipped import FOLDER
 from qlora_sft.data.template import chat_format
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.answers import prompts_of
+from qlora_sft.evaluation.ask import decoded, encode_task
 from qlora_sft.evaluation.compare import judged
 from qlora_sft.evaluation.evaluate_run import evaluate_run
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import Change
-from qlora_sft.evaluation.tasks import Item
+from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.train import train
 
@@ -128,7 +129,8 @@ def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str,
     assert names() == ["choices", "choices-2"]
     assert json.loads((run / "evaluation" / "choices.json").read_text())["items"] == len(CHOICES)
     (tmp_path / "other").mkdir()
-    other = Path(files["choices"]).rename(tmp_path / "other" / "choices.jsonl")
+    other = tmp_path / "other" / "choices.jsonl"
+    other.write_text(Path(files["choices"]).read_text().replace("Is it", "Was it"))
     evaluate_run(run, [TaskConfig(str(other))], say=lambda _: None)
     assert names() == ["choices", "choices-2", "choices-3"]
     assert main(["evaluate", str(run), "--task", f"mine={other}", "--no-base"]) == 0
@@ -172,6 +174,17 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
 def test_a_question_that_the_model_has_no_room_for_is_refused(run: Path, files: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="lower max_new_tokens"):
         evaluate_run(run, tasks(files, "numbers"), {"max_new_tokens": 2040}, say=lambda _: None)
+
+
+def test_texts_are_cut_to_what_the_model_takes(run: Path, tiny_model: Path, files: dict[str, str]) -> None:
+    config = tiny_model / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"max_position_embeddings": 2048', '"max_position_embeddings": 8'))
+    try:
+        (report,) = evaluate_run(run, tasks(files, "texts"), say=lambda _: None)["tasks"]
+    finally:
+        config.write_text(before)
+    assert report["items"] == len(TEXTS)
 
 
 def test_a_template_that_cannot_write_a_question_names_its_line(run: Path, files: dict[str, str]) -> None:
@@ -224,9 +237,26 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
     prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, style)
     assert prompt == prompts_of(whole)[0].input_ids
     if template == "qwen3":
+        task = Task("t", "exact", [Item("t:1", asked, answer)], TaskConfig("t"))
+        assert encode_task(task, tokenizer, style, tokenizer, 2048).thoughtless == 1
         assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
         thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, style)
         assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
+
+
+def test_the_space_an_answer_begins_with_is_kept(tmp_path: Path) -> None:
+    """A SentencePiece decoder takes away the space that its encoder puts before every text."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "\n": 1, "\u2581\u2581\u2581\u2581return": 2, "\u25812": 3}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    assert tokenizer.decode([2, 3]) == "   return 2"
+    assert decoded(tokenizer, [0, 1], [2, 3]) == "    return 2"
 
 
 RISEN, FALLEN, SAME = Change(0.2, 0.4, 0.1, 0.3), Change(0.4, 0.2, -0.3, -0.1), Change(0.4, 0.39, -0.05, 0.03)

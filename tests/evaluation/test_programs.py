@@ -16,7 +16,7 @@ from qlora_sft.config import TaskConfig
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation import programs
 from qlora_sft.evaluation.ask import grade_all
-from qlora_sft.evaluation.programs import UnitTests, program, run, run_all
+from qlora_sft.evaluation.programs import UnitTests, check_programs, program, run, run_all
 from qlora_sft.evaluation.tasks import Item, Task
 
 DOUBLE = UnitTests(
@@ -41,6 +41,10 @@ DOUBLE = UnitTests(
         "```Python\r\ndef double(x):\r\n    return 2 * x\r\n```\r\nThat is all.",
         "First:\n```bash\npip install math\n```\nThen:\n```python copy\ndef double(x):\n    return 2 * x\n```\nDone.",
         "1. So:\n   ```python\n   def double(x):\n       return 2 * x\n   ```\n2. Done.",
+        "Use `x`. Here it is: ```python\ndef double(x):\n    return 2 * x\n```\nDone.",
+        "Here it is:\ndef double(x):\n    return 2 * x\n",
+        "    ```python\n    return 2 * x\n    ```",
+        "```python\nreturn 2 * x\n```",
         "```python\ndef double(x):\n    return 2 * x\n\nif __name__ == '__main__':\n    double(input())\n```",
     ],
     ids=[
@@ -56,6 +60,10 @@ DOUBLE = UnitTests(
         "other line ends",
         "another language first",
         "in a list",
+        "fence in a line",
+        "no fence",
+        "goes on in an indented block",
+        "goes on without indentation",
         "with a demonstration",
     ],
 )
@@ -107,7 +115,7 @@ def test_lower_limits_of_the_machine_are_kept() -> None:
 def test_where_no_program_can_run_none_is_graded_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(programs, "CHILD", tmp_path / "missing.py")
     with pytest.raises(RunError, match="programs cannot be run here: one that does nothing ended early"):
-        run_all(["pass"])
+        check_programs()
 
 
 def test_an_endless_program_is_stopped_with_all_it_started(tmp_path: Path) -> None:

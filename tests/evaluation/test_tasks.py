@@ -42,6 +42,7 @@ QUESTION = {"question": "Who?", "answer": "Nobody did."}
         ({**ARC, "answerKey": "3"}, "C", 3),
         ({"question": "2 + 2?", "options": ["3", "4"], "answer": "B", "answer_index": 1}, "B", 2),
         ({"question": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}, "B", 4),
+        ({"question": "Which blood?", "A": "O", "B": "A", "C": "B", "D": "AB", "answer": "B"}, "B", 4),
         ({**ARC, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}, "B", 2),
     ],
 )
@@ -85,6 +86,12 @@ def test_the_form_is_detected_and_printed(row: dict[str, Any], form: str, refere
 def test_a_choice_without_choices_or_answer_names_its_line(row: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.jsonl:2: "):
         read(tmp_path / "t.jsonl", [MMLU, row], form="choices")
+
+
+def test_an_answer_that_can_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
+    row = {"question": "Which blood?", "choices": ["O", "A", "B", "AB"], "answer": "B"}
+    with pytest.raises(DataError, match=r"t\.jsonl:1: the answer 'B' is the letter of one choice"):
+        read(tmp_path / "t.jsonl", [row])
 
 
 def test_columns_that_are_not_asked_are_named(tmp_path: Path) -> None:
