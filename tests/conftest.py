@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A minute or more each. A process takes whole files, so begun last they would be waited for alone.
 LONGEST = (
     "test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py", "test_notebooks.py", "test_run.py",
-    "test_vocabulary.py", "test_equality.py", "test_resume.py",
+    "test_vocabulary.py", "test_equality.py", "test_resume.py", "test_evaluate_run.py",
 )  # fmt: skip
 
 
@@ -115,22 +115,26 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 MakeConfig = Callable[..., Config]
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
-    """A configuration for the tiny model on a file of twelve conversations; overrides as on the command line."""
+def configured(folder: Path, model: Path) -> MakeConfig:
+    """A configuration for ``model`` on a file of twelve conversations; overrides as on the command line."""
 
     def make(*overrides: str, rows: list[dict[str, Any]] | None = None) -> Config:
-        data = write_rows(tmp_path / "chat.jsonl", rows or [conversation(i, 1 + i % 2) for i in range(12)])
-        file = tmp_path / "config.yaml"
+        data = write_rows(folder / "chat.jsonl", rows or [conversation(i, 1 + i % 2) for i in range(12)])
+        file = folder / "config.yaml"
         file.write_text(
-            f"model: {{path: {tiny_model}, backend: transformers, dtype: float32, load_in_4bit: false}}\n"
+            f"model: {{path: {model}, backend: transformers, dtype: float32, load_in_4bit: false}}\n"
             f"data: {{train: [{{path: {data}}}], max_length: 256}}\n"
             "evaluation: {answers: 0}\n"
-            f"output: {tmp_path / 'run'}\n"
+            f"output: {folder / 'run'}\n"
         )
         return load_config(file, overrides)
 
     return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
+    return configured(tmp_path, tiny_model)
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: A
         return Questions(task, documents=kept)
     prompts = [prompt_of(item, task.settings.thinking, tokenizer, style) for item in task.items]
     tails = [tokenizer.decode(prompt[-8:]).rstrip() for prompt in prompts]
-    thoughtless = sum(tail.endswith("</think>") for tail in tails) if task.settings.thinking == "auto" else 0
+    unasked = ["enable_thinking" not in (item.conversation.get("chat_template_kwargs") or {}) for item in task.items]
+    thoughtless = sum(own and tail.endswith("</think>") for own, tail in zip(unasked, tails, strict=True))
     return Questions(task, prompts, in_thought=[tail.endswith("<think>") for tail in tails], thoughtless=thoughtless)
 
 

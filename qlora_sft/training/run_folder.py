@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
 RUN_FILES = (
     "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter "
-    "checkpoints merged gguf export.json evaluation demo.json"
+    "checkpoints merged merged-evaluation gguf export.json evaluation demo.json"
 ).split()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import configured
 from safetensors.torch import load_file, save_file
 from tests_support import bare_base
 
@@ -44,12 +46,18 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.jsonl") for name in FILES}
 
 
-@pytest.fixture
-def run(make_config: Any) -> Path:
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, trained a little."""
-    config = make_config("training.max_steps=3", "training.learning_rate=1e-2")
+    make = configured(tmp_path_factory.mktemp("trained"), tiny_model)
+    config = make("training.max_steps=3", "training.learning_rate=1e-2")
     train(config, say=lambda _: None)
     return Path(config.output)
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def tasks(files: dict[str, str], *names: str, **settings: Any) -> list[TaskConfig]:
@@ -239,6 +247,9 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
     if template == "qwen3":
         task = Task("t", "exact", [Item("t:1", asked, answer)], TaskConfig("t"))
         assert encode_task(task, tokenizer, style, tokenizer, 2048).thoughtless == 1
+        asked["chat_template_kwargs"] = {"enable_thinking": False}
+        assert encode_task(task, tokenizer, style, tokenizer, 2048).thoughtless == 0
+        del asked["chat_template_kwargs"]
         assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
         thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, style)
         assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
