@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def model(tiny_model: Path) -> Any:
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 7, 7, 21, 12, 30)]
 
 
-def greedy(model: Any, tokenizer: Any, stops: set[int] = frozenset({2})) -> list[Generated]:  # type: ignore[assignment]
+def greedy(model: Any, tokenizer: Any, stops: Collection[int] = (2,)) -> list[Generated]:
     return generate(model, tokenizer, PROMPTS, 5, torch.float32, stops)
 
 
