@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
     evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
-    evaluate.add_argument("--thinking", choices=["on", "off"], help="default: the template's own")
+    evaluate.add_argument("--thinking", choices=["on", "off"], help="default: as in training, by the reference")
     evaluate.add_argument("--seed", type=int, default=0, help="of drawn questions and sampled answers (default: 0)")
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")

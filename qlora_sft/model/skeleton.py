@@ -23,6 +23,16 @@ def skeleton(settings: Any) -> Any:
         ) from None
 
 
+def read_settings(config: Config, base: str) -> Any:
+    """transformers' configuration object of the base, scaled as configured. Raises `ConfigError`."""
+    from qlora_sft.model.rope import scaled_config
+
+    try:
+        return scaled_config(base, config.model.rope_scaling)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
+
+
 def check_layers(config: Config, base: str) -> None:
     """Raises `ConfigError` for settings that name layers which the model has not, or has in another form.
 
@@ -30,12 +40,11 @@ def check_layers(config: Config, base: str) -> None:
     """
     from qlora_sft.model.head import check_frozen_head, check_head
     from qlora_sft.model.load import target_modules
-    from qlora_sft.model.rope import scaled_config
     from qlora_sft.model.vocabulary import new_rows
 
     if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit:
         return
-    model = skeleton(scaled_config(base, config.model.rope_scaling))
+    model = skeleton(read_settings(config, base))
     target_modules(model, config.lora)
     if config.model.head_in_4bit:
         check_frozen_head(config.model, new_rows(config.model, base))

@@ -15,7 +15,7 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.rope import scaled_config
+from qlora_sft.model.skeleton import read_settings, skeleton
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 
@@ -101,10 +101,7 @@ class Blueprint:
 
 def read_blueprint(config: Config, base: str) -> Blueprint:
     """Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer."""
-    try:
-        settings = scaled_config(base, config.model.rope_scaling)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
+    settings = read_settings(config, base)
     try:
         rows = new_rows(config.model, base)
     except (OSError, ValueError) as error:
@@ -117,7 +114,6 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
     from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
-    from qlora_sft.model.skeleton import skeleton
 
     model = skeleton(settings)
     try:
