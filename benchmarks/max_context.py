@@ -4,6 +4,10 @@ Random weights, so nothing is downloaded. The card is capped with `torch.cuda.se
 size the plan's prediction is tried first, then longer or shorter rows until the longest that trains for two optimizer
 steps is known to 2%. A row per size goes to results/max_context.jsonl, beside the plan's prediction and what Unsloth
 publishes for the same model and settings. ``--smoke`` does a tiny shape on any machine, without a cap.
+
+``--parts TOKENS ...`` takes one step of each length without a cap, with ``--layers`` layers whose inputs are all
+offloaded, and prints what the plan says of each part beside what torch's allocator counted, and what was alive at the
+peak.
 """
 
 from __future__ import annotations
@@ -11,20 +15,24 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import measured_on
-from qlora_kernels.offload.tiers import Choice, choose_tiers, describe
+from peak_parts import recorded
+from qlora_kernels.offload.tiers import Choice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
+from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
@@ -35,7 +43,7 @@ from qlora_sft.plan.activations import Row, row_bytes
 from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.split import longest_row
-from qlora_sft.plan.weights import residents
+from qlora_sft.plan.weights import Residents, residents
 
 RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
 # Unsloth's own figures for Llama-3.1-8B QLoRA, rank 32, batch 1.
@@ -52,14 +60,14 @@ TINY = {
 }  # fmt: skip
 
 
-def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int) -> float:
+def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps: int = STEPS) -> float:
     """Seconds of the last of a few optimizer steps on one document, supervised throughout."""
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     batch: Any = flatten([Rendered(ids, [1.0] * tokens, "random")])
     batch = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
     seconds = 0.0
-    for _ in range(STEPS):
+    for _ in range(steps):
         start = time.perf_counter()
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             loss = batch_loss(model, batch).loss
@@ -148,8 +156,6 @@ def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, seco
 
 def _least(n_layers: int, row: Row, tokens: int, host: int) -> int:
     """Bytes of the split that needs least."""
-    from qlora_kernels.offload.tiers import peak_bytes
-
     layer, loss = row(tokens)
     offloaded = min(n_layers, host // layer.input)
     tiers: Any = ("offload",) * offloaded + ("checkpoint",) * (n_layers - offloaded)
@@ -160,6 +166,43 @@ def context_bytes() -> int:
     """What is taken of the card and is not torch's: the driver's context and loaded kernels (and other programs)."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
+
+
+def adamw_8bit(trained: list[Any]) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
+    return optimizer
+
+
+def parts(model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: Row, held: Residents) -> dict[str, Any]:
+    """The plan's bytes beside the allocator's for one step in which every layer's input is offloaded."""
+    layers = len(model.get_base_model().get_decoder().layers)
+    train_steps(model, optimizer, 64)  # optimizer states, workspaces of cuBLAS
+    torch.cuda.empty_cache()
+    layer, loss = row(tokens)
+    tiers: Any = ["offload"] * layers
+    slab = install(model, tiers, tokens, layer.input, print)
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    peak, alive = recorded(lambda: train_steps(model, optimizer, tokens, steps=1))
+    stats = torch.cuda.memory_stats()
+    if slab is not None:
+        slab.close()
+    found = {
+        "tokens": tokens,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        "planned": {"held": held.total - held.gradients, "gradients": held.gradients,
+                    "activations": peak_bytes(tiers, layer, loss), "layer": asdict(layer), "loss": loss},
+        "measured": {"held": resident, "beyond": peak, "allocated": stats["allocated_bytes.all.peak"],
+                     "requested": stats["requested_bytes.all.peak"], "reserved": stats["reserved_bytes.all.peak"],
+                     "context": context_bytes()},
+    }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    for name, size in alive[:30]:
+        print(f"{size / 2**20:10.1f} MiB  {size / tokens:9.0f} B/token  {name}")
+    print(flush=True)
+    return found
 
 
 def smoke(model: Any, optimizer: Any, row: Row, output: Path, machine: dict[str, Any]) -> None:
@@ -184,14 +227,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cards", type=int, nargs="+", default=list(PUBLISHED), help="sizes in GB")
     parser.add_argument("--seconds", type=float, default=600, help="for the search on each size")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, one short row, any machine")
+    parser.add_argument("--parts", type=int, nargs="+", metavar="TOKENS", help="bytes part by part, without a cap")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    print("allocator:", use_expandable_segments())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.smoke:
         print("max_context: needs an NVIDIA GPU; not measured. --smoke runs anywhere.", file=sys.stderr)
         return 1
     config = load_config("demo", ["lora.r=32", "lora.alpha=32", "memory.offload_embeddings=true"])
     settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
+    settings.num_hidden_layers = options.layers or settings.num_hidden_layers
     blueprint = blueprint_of(settings, config)
     row = row_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
@@ -200,12 +247,17 @@ def main(arguments: list[str]) -> int:
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     machine = measured_on("max_context")
+    if options.parts:
+        optimizer = adamw_8bit(trained)
+        held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True)
+        for tokens in options.parts:
+            found = parts(model, optimizer, tokens, row, held)
+            write(options.output, {**machine, "benchmark": "parts", "layers": settings.num_hidden_layers, **found})
+        return 0
     if options.smoke:
         smoke(model, torch.optim.AdamW(trained, lr=1e-4), row, options.output, machine)
         return 0
-    import bitsandbytes as bnb
-
-    optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
+    optimizer = adamw_8bit(trained)
     held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
     shape = {"shape": "Llama-3.1-8B", "rank": 32, "batch": 1}
     for gib in options.cards:

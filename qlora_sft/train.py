@@ -12,6 +12,7 @@ or from Python::
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -61,8 +62,10 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     # ------------------------------------------------------------------ tokenizer, labels, packing
     with watch("imports"):
         # First of all heavy imports: Unsloth patches trl, transformers and peft while it is imported.
+        from qlora_sft.model.allocator import use_expandable_segments
         from qlora_sft.model.backend import choose_backend
 
+        allocator = use_expandable_segments()
         backend = choose_backend(config.model.backend)
         say(f"backend: {backend.name} ({backend.reason})")
         from qlora_sft.data.batch import longest_row
@@ -105,6 +108,8 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         say(f"compute in {facts['dtype']} ({reason})")
         tokens = longest_row(sizes(documents).tokens, bins, config.training.batch_size)
         model = prepare_model(config, base, dtype, backend.name, tokens, say)
+        if model.device.type == "cuda":
+            say(f"GPU memory: {allocator}")
         memory = use_memory(model, config, tokens, dtype, say)
     prompts = choose_prompts(held_out.documents, config.evaluation.answers, config.seed)
 
@@ -213,7 +218,9 @@ def fit(
         )  # fmt: skip
         progress.trainer = trainer
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            # Unsloth's trainer prints a banner to stdout, which belongs to --json.
+            with contextlib.redirect_stdout(sys.stderr):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at once; {what_is_left(run)}") from None
         except torch.OutOfMemoryError as error:

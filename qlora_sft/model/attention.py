@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
@@ -119,13 +120,14 @@ def _varlen(
     """torch's own variable-length FlashAttention: one launch, no mask, no host synchronisation."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
+    # Before torch 2.13 there is no such argument: keys and values with fewer heads are shared unasked.
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     # So many tokens to the left of itself (-1: any number), none to the right.
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=grouped
-    )  # fmt: skip
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     return cast(Tensor, out).unsqueeze(0)
 
 

@@ -50,15 +50,12 @@ def flex_documents(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
     window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The same, blocks of other documents are skipped. Untested on a GPU; on a CPU it runs uncompiled, for tests."""
+    """Computes the same in one kernel, which skips the blocks of other documents. On a CPU it runs uncompiled."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    def cap(score: Tensor, *_: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    out, aux = _flex(query.is_cuda)(
+    out, aux = (compiled_flex if query.is_cuda else plain_flex)()(
         query, key, value,
-        score_mod=None if softcap is None else cap,
+        score_mod=None if softcap is None else cap_of(softcap),
         block_mask=_block_mask(bounds, query.shape[2], window),
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=sinks is not None),
     )  # fmt: skip
@@ -68,12 +65,50 @@ def flex_documents(
     return transposed
 
 
-@cache
-def _flex(compiled: bool) -> Any:
+def plain_flex() -> Any:
+    """Returns FlexAttention as it is, which forms all logits."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Rows differ in length from step to step; without `dynamic` each would be compiled anew.
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return flex_attention
+
+
+@cache
+def compiled_flex(backend: Any = "inductor") -> Any:
+    """Returns FlexAttention compiled by ``backend``. At the second length torch makes it a variable.
+
+    fullgraph: what cannot be compiled is an error; run eagerly it would take the square of the sequence.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True, backend=backend)
+
+
+# The compiler turns a Python number that a function refers to into a variable as soon as it sees a second value, and
+# FlexAttention's kernel takes no variable float. A string stays what it is, so the number is read from one.
+
+
+@cache
+def cap_of(softcap: float) -> Any:
+    """Returns the function that caps one logit, with ``softcap`` as a constant of the compiled kernel."""
+    text = repr(float(softcap))
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        value = float(text)
+        return value * torch.tanh(score / value)
+
+    return cap
+
+
+def visible_in(document: Tensor, window: int | None) -> Any:
+    """Returns the function that says whether position i attends to j: in one document, before it, within the window."""
+    if window is None:
+        return lambda _b, _h, i, j: (document[i] == document[j]) & (j <= i)
+    text = str(window)
+
+    def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (document[i] == document[j]) & (j <= i) & (i - j < int(text))
+
+    return visible
 
 
 # All layers of a forward (and of its recomputation) come with the same tensor of bounds.
@@ -87,9 +122,7 @@ def _block_mask(bounds: Tensor, length: int, window: int | None) -> Any:
     if window not in made:
         document = torch.searchsorted(bounds[1:].contiguous(), torch.arange(length, device=bounds.device), right=True)
 
-        def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            inside = (document[i] == document[j]) & (j <= i)
-            return inside if window is None else inside & (i - j < window)
-
-        made[window] = create_block_mask(visible, None, None, length, length, device=str(bounds.device))
+        made[window] = create_block_mask(
+            visible_in(document, window), None, None, length, length, device=str(bounds.device)
+        )
     return made[window]

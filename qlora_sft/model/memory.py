@@ -41,6 +41,8 @@ class Memory:
         self.report: dict[str, Any] = {}
         """For the manifest: tiers, bytes, reason."""
         self.slab: HostSlab | None = None
+        self.resident: dict[str, int] = {}
+        """What the device held when training began; empty on a CPU."""
 
     def use(self, choice: Choice) -> None:
         """Installs the tiers, and says so."""
@@ -61,6 +63,7 @@ class Memory:
             "device_bytes": choice.gpu_bytes,
             "host_bytes": choice.host_bytes,
             "layer": asdict(self.layer),
+            "between": self.between,
         }
 
     def make_room(self, why: str) -> bool:
@@ -73,11 +76,29 @@ class Memory:
         return True
 
     def __enter__(self) -> Memory:
+        self.resident = device_peak(self.model.device, begin=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.resident:
+            # Beside the plan's figures in the manifest, so that one run shows which of them falls short.
+            self.report["measured"] = {"resident": self.resident["allocated"], **device_peak(self.model.device)}
         if self.slab is not None:
             self.slab.close()
+
+
+def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
+    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``, which
+    starts anew. Empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    if begin:
+        torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "card": torch.cuda.mem_get_info(device)[1],
+    }
 
 
 def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:

@@ -105,6 +105,9 @@ class Schedule:
     def pack(self, tensor: Tensor) -> Ticket | Tensor:
         """Sends ``tensor`` to the host. Returns what `unpack` takes."""
         tensor = tensor.detach()
+        if not tensor.numel():
+            # Before torch 2.13 checkpointing saves an empty tensor beside its inputs. It needs no slot.
+            return tensor
         slot = self.slab.take() if self.slab.holds(tensor) else None
         if slot is None:
             self._count_stayed(tensor)
