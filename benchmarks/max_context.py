@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from measuring import measured_on
 from peak_parts import recorded
+from qlora_kernels.offload import drop_failed_graphs
 from qlora_kernels.offload.tiers import Choice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
@@ -81,7 +82,7 @@ def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps
 
 
 def attempt(
-    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], Choice], row: Row
+    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], Choice], row: Row, steps: int
 ) -> dict[str, Any] | None:
     """What was measured, or None if the row does not fit."""
     on_gpu = model.device.type == "cuda"
@@ -97,19 +98,23 @@ def attempt(
     slab = None
     try:
         slab = install(model, choice.tiers, tokens, row(tokens)[0].input, print)
-        seconds = train_steps(model, optimizer, tokens)
+        seconds = train_steps(model, optimizer, tokens, steps)
     except torch.OutOfMemoryError as error:
         print(f"  {tokens:,} tokens: {str(error).splitlines()[0]}", flush=True)
+        print(torch.cuda.memory_summary(abbreviated=True), flush=True)
         optimizer.zero_grad()
+        drop_failed_graphs()
         return None
     finally:
         if slab is not None:
             slab.close()
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else None
     print(f"  {tokens:,} tokens: {seconds:.1f} s, {describe(choice.tiers)}", flush=True)
     return {
         "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
-        "peak_bytes": peak, "host_bytes": choice.host_bytes, "split": describe(choice.tiers),
+        "peak_bytes": peak, "reserved_bytes": reserved, "planned_bytes": choice.gpu_bytes,
+        "host_bytes": choice.host_bytes, "split": describe(choice.tiers),
     }  # fmt: skip
 
 
@@ -128,7 +133,14 @@ def search(first: int, attempt_at: Callable[[int], dict[str, Any] | None], until
     return best
 
 
-def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, seconds: float) -> dict[str, Any]:
+def verify(first: int, attempt_at: Callable[[int], dict[str, Any] | None]) -> dict[str, Any]:
+    """One try at the plan's figure and one 5% above it, which need not fit."""
+    found = attempt_at(first)
+    above = attempt_at(int(first * 1.05))
+    return {**(found or {"tokens": None}), "five_percent_more": above is not None}
+
+
+def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, options: Any) -> dict[str, Any]:
     """The longest row with torch capped to a card of ``gib``, less what the driver takes of it."""
     total = torch.cuda.mem_get_info()[1]
     cap = gib * 2**30 - context_bytes()
@@ -143,8 +155,14 @@ def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, seco
         return choose_tiers(n_layers, layer, max(budget, _least(n_layers, row, tokens, host)), host, loss=loss)
 
     print(f"{gib} GB: the plan says {predicted:,} tokens", flush=True)
-    until = time.monotonic() + seconds
-    best = search(max(1, predicted), lambda tokens: attempt(model, optimizer, tokens, split, row), until)
+
+    def attempt_at(tokens: int) -> dict[str, Any] | None:
+        return attempt(model, optimizer, tokens, split, row, options.steps)
+
+    if options.verify:
+        best: dict[str, Any] | None = verify(max(1, predicted), attempt_at)
+    else:
+        best = search(max(1, predicted), attempt_at, time.monotonic() + options.seconds)
     return {
         "card_gib": gib,
         "predicted": predicted,
@@ -210,7 +228,7 @@ def smoke(model: Any, optimizer: Any, row: Row, output: Path, machine: dict[str,
     tokens, n_layers = 64, len(model.get_base_model().get_decoder().layers)
     layer, loss = row(tokens)
     choice = choose_tiers(n_layers, layer, 2**40, 0, loss=loss)
-    found = search(tokens, lambda n: attempt(model, optimizer, n, lambda _: choice, row), time.monotonic())
+    found = search(tokens, lambda n: attempt(model, optimizer, n, lambda _: choice, row, STEPS), time.monotonic())
     if found is None:
         raise SystemExit("smoke: a row of 64 tokens could not be trained")
     write(output, {**machine, "smoke": True, "card_gib": None, "predicted": None, "published": None, **found})
@@ -227,6 +245,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cards", type=int, nargs="+", default=list(PUBLISHED), help="sizes in GB")
     parser.add_argument("--seconds", type=float, default=600, help="for the search on each size")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, one short row, any machine")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each try")
+    parser.add_argument("--verify", action="store_true", help="the plan's figure and 5%% above it, no search")
     parser.add_argument("--parts", type=int, nargs="+", metavar="TOKENS", help="bytes part by part, without a cap")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -261,7 +281,7 @@ def main(arguments: list[str]) -> int:
     held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
     shape = {"shape": "Llama-3.1-8B", "rank": 32, "batch": 1}
     for gib in options.cards:
-        write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, row, held, options.seconds)})
+        write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, row, held, options)})
     return 0
 
 
