@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -101,16 +100,18 @@ def _one_by_one(
         # Where there is no FlashAttention, torch shares keys only in its plain kernel, which forms all T x T weights.
         times = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
-    edges = bounds.tolist()
+    # Split, not cut out one by one: the gradient of a slice is as large as the whole, so many documents would cost the
+    # square of their number.
+    lengths = (bounds[1:] - bounds[:-1]).tolist()
     outputs = []
-    for a, b in pairwise(edges):
-        band = in_band(b - a, window, query.device) if window is not None and window < b - a else None
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        length = q.shape[2]
+        band = in_band(length, window, query.device) if window is not None and window < length else None
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-                attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped,
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
             )
-        )  # fmt: skip
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

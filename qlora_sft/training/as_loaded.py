@@ -16,7 +16,6 @@ from qlora_sft.model.base import base_of, decoder_layers
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
-CONFIG = ("_attn_implementation", "use_cache")
 
 
 class Loaded(NamedTuple):
@@ -38,7 +37,7 @@ def remember(model: Any) -> Loaded:
 
 def facts_of(model: Any) -> dict[str, Any]:
     """Returns all that shapes training and that a trainer could change: types of parameters, which of them are trained,
-    how layers are checkpointed, hooks inside the base model, attention and cache."""
+    how layers are checkpointed, hooks inside the base model, and attention."""
     facts: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         facts[f"type of {name}"] = str(parameter.dtype).removeprefix("torch.")
@@ -50,8 +49,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         for attribute in CHECKPOINTING:
             facts[f"{attribute} of layer {number}"] = getattr(layer, attribute, None)
         facts[f"forward of layer {number}"] = layer.__dict__.get("forward")
-    for attribute in CONFIG:
-        facts[f"config.{attribute}"] = getattr(base.config, attribute, None)
+    facts["attention"] = base.config._attn_implementation
     return facts
 
 

@@ -15,6 +15,11 @@ def types(tensors: Any) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
 
 
+def tell(seen: dict[str, Any]) -> None:
+    """Prints to the process's own stdout; what runs inside a trainer prints to stderr."""
+    print(json.dumps(seen), file=sys.__stdout__, flush=True)
+
+
 def watched_trainer(how: str) -> Any:
     """The run's own trainer, which prints what it works on before and after each micro-batch."""
     import torch
@@ -28,11 +33,11 @@ def watched_trainer(how: str) -> Any:
             if states:
                 sizes = [sum(p.nbytes for p in trained), sum(x.nbytes for x in states)]
                 seen = {"step": self.state.global_step, "bytes": sizes}
-                print(json.dumps({**seen, "parameters": types(trained), "states": types(states)}), flush=True)
+                tell({**seen, "parameters": types(trained), "states": types(states)})
             if how == "stop" and self.state.global_step == 3:
                 raise SystemExit(3)
             loss = super().training_step(model, *args)
-            print(json.dumps({"gradients": types(p.grad for p in trained)}), flush=True)
+            tell({"gradients": types(p.grad for p in trained)})
             return loss
 
     return Watched

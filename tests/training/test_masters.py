@@ -90,7 +90,7 @@ def test_what_nobody_ordered_ends_the_run_with_its_name(model: Any, what: str) -
         "thawed": "requires_grad of .*norm",
         "hook": "hooks of .*layers.1.mlp",
         "checkpointing": "gradient_checkpointing of layer 1",
-        "attention": "_attn_implementation",
+        "attention": "attention was .* and is eager",
         "type": "type of .*norm",
     }[what]
     with pytest.raises(RunError, match=named):
