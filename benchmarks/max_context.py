@@ -34,16 +34,18 @@ from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.allocator import use_expandable_segments
+from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
-from qlora_sft.model.room import CARD_RESERVE, HOST_SHARE, available_ram
+from qlora_sft.model.room import HOST_SHARE, available_ram
 from qlora_sft.plan.activations import Row, row_bytes
-from qlora_sft.plan.blueprint import blueprint_of
+from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
-from qlora_sft.plan.split import longest_row
+from qlora_sft.plan.split import CONTEXT_BYTES, activation_budget, fit_card
 from qlora_sft.plan.weights import Residents, residents
 
 RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
@@ -51,6 +53,7 @@ RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
 PUBLISHED = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
 PRECISION = 0.02
 STEPS = 2
+BYTES: dict[str, Any] = {"dtype": torch.uint8, "device": "cuda"}
 LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500_000.0, "max_position_embeddings": 131_072,
@@ -140,19 +143,27 @@ def verify(first: int, attempt_at: Callable[[int], dict[str, Any] | None]) -> di
     return {**(found or {"tokens": None}), "five_percent_more": above is not None}
 
 
-def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, options: Any) -> dict[str, Any]:
-    """The longest row with torch capped to a card of ``gib``, less what the driver takes of it."""
-    total = torch.cuda.mem_get_info()[1]
-    cap = gib * 2**30 - context_bytes()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config: Any, options: Any) -> dict[str, Any]:
+    """The longest sequence with torch capped to a card of ``gib``, less what the plan leaves to the driver.
+
+    ``whole``: the model that the plan is for. Of one with fewer layers the bytes of the others lie beside it, unused.
+    """
+    row = row_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
+    held = residents(whole, config, torch.bfloat16, "adamw_8bit", on_gpu=True)
     n_layers, host = len(model.get_base_model().get_decoder().layers), int(HOST_SHARE * available_ram())
-    budget = int(cap - gib * 2**30 * CARD_RESERVE) - held
-    predicted = longest_row(n_layers, row, budget, host)
+    share = n_layers / whole.n_layers
+    predicted = fit_card(gib, whole.n_layers, row, held.total, host).tokens
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    ballast = torch.empty(int((held.nf4 + held.adapters + held.gradients + held.optimizer) * (1 - share)) + 1, **BYTES)
+    cap = gib * 2**30 - CONTEXT_BYTES
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
+    budget = activation_budget(gib * 2**30, held.total)
 
     def split(tokens: int) -> Choice:
         layer, loss = row(tokens)
         # Beyond the prediction everything is offloaded that host memory holds: what does not fit will show.
-        return choose_tiers(n_layers, layer, max(budget, _least(n_layers, row, tokens, host)), host, loss=loss)
+        least = _least(n_layers, row, tokens, int(host * share))
+        return choose_tiers(n_layers, layer, max(budget, least), int(host * share), loss=loss)
 
     print(f"{gib} GB: the plan says {predicted:,} tokens", flush=True)
 
@@ -163,8 +174,11 @@ def measure_card(gib: int, model: Any, optimizer: Any, row: Row, held: int, opti
         best: dict[str, Any] | None = verify(max(1, predicted), attempt_at)
     else:
         best = search(max(1, predicted), attempt_at, time.monotonic() + options.seconds)
+    del ballast
     return {
         "card_gib": gib,
+        "layers": n_layers,
+        "attention": options.attention,
         "predicted": predicted,
         "published": PUBLISHED.get(gib),
         "host_budget": host,
@@ -209,6 +223,7 @@ def parts(model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: Row, h
         slab.close()
     found = {
         "tokens": tokens,
+        "attention": base_of(model).config._attn_implementation,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
         "planned": {"held": held.total - held.gradients, "gradients": held.gradients,
                     "activations": peak_bytes(tiers, layer, loss), "layer": asdict(layer), "loss": loss},
@@ -248,6 +263,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each try")
     parser.add_argument("--verify", action="store_true", help="the plan's figure and 5%% above it, no search")
     parser.add_argument("--parts", type=int, nargs="+", metavar="TOKENS", help="bytes part by part, without a cap")
+    parser.add_argument("--attention", choices=("varlen", "sdpa"), default="varlen")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -262,6 +278,8 @@ def main(arguments: list[str]) -> int:
     blueprint = blueprint_of(settings, config)
     row = row_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
+    if device.type == "cuda":
+        print("attention:", use_document_attention(model, options.attention))
     print("embeddings:", use_host_embedding(model))
     print("norms:", use_lean_norms(model))
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
@@ -278,10 +296,10 @@ def main(arguments: list[str]) -> int:
         smoke(model, torch.optim.AdamW(trained, lr=1e-4), row, options.output, machine)
         return 0
     optimizer = adamw_8bit(trained)
-    held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
+    whole = blueprint_of(LlamaConfig(**LLAMA_8B), config)
     shape = {"shape": "Llama-3.1-8B", "rank": 32, "batch": 1}
     for gib in options.cards:
-        write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, row, held, options)})
+        write(options.output, {**machine, **shape, **measure_card(gib, model, optimizer, whole, config, options)})
     return 0
 
 

@@ -39,8 +39,14 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     return _varlen(q, k, v, bounds, int((bounds[1:] - bounds[:-1]).max()), None, None)
 
 
+def ours_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    from qlora_sft.model.attention import _one_by_one
+
+    return _one_by_one(q, k, v, bounds, None, 0.0, None, shares_keys=True)
+
+
 def one_by_one(backend: SDPBackend | None, shared: bool) -> Way:
-    """sdpa per document; ``shared``: keys and values are given with fewer heads, else repeated."""
+    """sdpa per document, cut out; ``shared``: keys and values are given with fewer heads, else repeated."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
         times = 1 if shared else q.shape[1] // k.shape[1]
@@ -63,6 +69,7 @@ def one_by_one(backend: SDPBackend | None, shared: bool) -> Way:
 
 WAYS: dict[str, Way] = {
     "varlen": varlen,
+    "ours, one by one": ours_one_by_one,
     "sdpa": one_by_one(None, True),
     "sdpa, keys repeated": one_by_one(None, False),
     "sdpa cuDNN": one_by_one(SDPBackend.CUDNN_ATTENTION, True),
@@ -82,6 +89,18 @@ def once(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> tu
     gradients = torch.autograd.grad(out, inputs, gradient)
     wait()
     return middle - started, clock() - middle, [out.detach(), *gradients]
+
+
+def bytes_of(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> dict[str, int]:
+    """What is kept until the backward, and the most that the backward takes on top, gradients included; GPU only."""
+    if not inputs[0].is_cuda:
+        return {}
+    before = torch.cuda.memory_allocated()
+    out = way(*inputs, bounds)
+    kept = torch.cuda.memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, inputs, gradient)
+    return {"kept_bytes": kept, "backward_bytes": torch.cuda.max_memory_allocated() - before - kept}
 
 
 def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
@@ -116,6 +135,8 @@ def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch
         for name, taken in times.items():
             forward, backward, _ = once(WAYS[name], inputs, bounds, gradient)
             taken.append((forward, backward))
+    for name in times:
+        cells[name] |= bytes_of(WAYS[name], inputs, bounds, gradient)
     for name, taken in times.items():
         forward, backward = (statistics.median(each) for each in zip(*taken, strict=True))
         cells[name] |= {"forward_ms": 1000 * forward, "backward_ms": 1000 * backward}

@@ -99,7 +99,7 @@ def _document(model: Any, tokens: int) -> Batch:
         position_ids=torch.arange(tokens, device=model.device)[None],
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=model.device),
         rows=none, targets=none, row_weights=none.float(), row_documents=none,
-        n_supervised=0, weight_sum=0.0, longest=tokens,
+        n_supervised=0, weight_sum=0.0, longest=tokens, lengths=(tokens,),
     )  # fmt: skip
 
 

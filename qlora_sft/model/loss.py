@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
@@ -33,6 +34,7 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
     base = base_of(model)
+    remember_lengths(batch["cu_seqlens"], batch["lengths"])
     output = base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],

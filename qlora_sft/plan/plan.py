@@ -98,7 +98,7 @@ def _this_run(
     from qlora_sft.model.memory import choose
     from qlora_sft.model.room import available_ram, room_on
     from qlora_sft.plan.activations import row_bytes
-    from qlora_sft.plan.split import CONTEXT_BYTES
+    from qlora_sft.plan.split import CONTEXT_BYTES, WORKSPACE_BYTES
 
     device = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
@@ -110,7 +110,7 @@ def _this_run(
         choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
     except ConfigError as error:
         return {**facts, "split": None, "reason": str(error)}, None
-    context = CONTEXT_BYTES if on_gpu else 0
+    context = CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else 0
     return {
         **facts,
         "split": describe(choice.tiers),
