@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import fcntl
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,15 @@ def main() -> None:
         memory.make_model(argparse.Namespace(shape=options.shape, layers=options.layers, folder=folder))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        running = [start(name, folder, options) for name in options.only]
-        with options.output.open("a") as output:
-            for name, process in zip(options.only, running, strict=True):
-                for cell in cells_of(name, process, options):
-                    output.write(json.dumps({**machine, **cell}) + "\n")
-                    print(line(cell), flush=True)
+        running = {name: start(name, folder, options) for name in options.only}
+        lines = merged(running)
+        until = time.monotonic() + options.timeout
+        while (found := lines.get(timeout=max(0.1, until - time.monotonic()))) is not None:
+            name, cell = found
+            row = {**machine, "provider": name, "shape": options.shape, "layers": options.layers, **cell}
+            with options.output.open("a") as output:  # as they come: what is cut short loses no row
+                output.write(json.dumps(row) + "\n")
+            print(line(row), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -94,20 +99,28 @@ def start(name: str, folder: str, options: argparse.Namespace) -> subprocess.Pop
     return process
 
 
-def cells_of(name: str, process: subprocess.Popen[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What a worker found, a row per case; a case without a result says why."""
-    try:
-        out, _ = process.communicate(timeout=options.timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
-    found = [json.loads(text.removeprefix("RESULT ")) for text in out.splitlines() if text.startswith("RESULT ")]
-    cases = {(cell["tokens"], cell["documents"]) for cell in found}
-    for tokens, documents in map(case_of, options.cases):
-        if (tokens, documents) not in cases:
-            found.append({"tokens": tokens, "documents": documents, "not_measured": f"ended with {process.returncode}"})
-    for cell in found:
-        yield {"provider": name, "shape": options.shape, "layers": options.layers, **cell}
+def merged(running: dict[str, subprocess.Popen[str]]) -> queue.Queue[tuple[str, dict[str, Any]] | None]:
+    """What all workers find, in the order in which they find it, and None at the end."""
+    found: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue()
+
+    def read(name: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith("RESULT "):
+                found.put((name, json.loads(text.removeprefix("RESULT "))))
+        if process.wait():
+            found.put((name, {"tokens": None, "documents": None, "not_measured": f"ended with {process.returncode}"}))
+
+    readers = [threading.Thread(target=read, args=each, daemon=True) for each in running.items()]
+
+    def end() -> None:
+        for reader in readers:
+            reader.join()
+        found.put(None)
+
+    for reader in (*readers, threading.Thread(target=end, daemon=True)):
+        reader.start()
+    return found
 
 
 def case_of(text: str) -> tuple[int, int]:
@@ -223,7 +236,7 @@ def native_step(model: Any, batch: Any, dtype: Any) -> Callable[[], float]:
 
 
 def line(cell: dict[str, Any]) -> str:
-    head = f"{cell['provider']:<28}{cell['tokens']:>7} x {cell['documents']:<3}"
+    head = f"{cell['provider']:<28}{cell['tokens'] or '':>7} x {cell['documents'] or '':<3}"
     if "not_measured" in cell:
         return f"{head} not measured: {cell['not_measured']}"
     error = cell["gradient_error"]

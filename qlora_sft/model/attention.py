@@ -123,7 +123,10 @@ def _one_by_one(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    if len(outputs) == 1:
+        return outputs[0].transpose(1, 2)
+    # Joined in the order in which the next layer reads them, which saves it a copy.
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
 def _varlen(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from qlora_kernels.offload import LayerBytes
 from qlora_kernels.packed_ce.tiled import block_shape, compute_dtype
+
+BATCH_BYTES = 2 * 8 + 4 * 4
 
 
 def between_bytes(
@@ -16,7 +20,20 @@ def between_bytes(
     lean_norms: the last norm keeps its input in 16 bits.
     """
     loss = loss_bytes(config, tokens, dtype, on_gpu, lean_norms, head_in_4bit)
-    return loss + rotation_bytes(config, tokens, dtype)
+    return loss + standing_bytes(config, tokens, dtype)
+
+
+def standing_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that are there during the whole step: the batch, and the cosines and sines of all layers.
+
+    Of a batch: ids and positions in int64, and of every supervised position its number, label, weight and document.
+    """
+    return tokens * BATCH_BYTES + rotation_bytes(config, tokens, dtype)
+
+
+def with_standing(layer: LayerBytes, standing: int) -> LayerBytes:
+    """Returns ``layer`` with what is there during the whole step counted to its backward."""
+    return replace(layer, backward=layer.backward + standing)
 
 
 def loss_bytes(

@@ -24,7 +24,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
 from qlora_sft.model.layer_bytes import measure_layer
-from qlora_sft.model.loss_bytes import between_bytes
+from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.room import Room, device_room, host_room
@@ -76,6 +76,9 @@ class Memory:
         return True
 
     def __enter__(self) -> Memory:
+        for layer in decoder_layers(self.model):
+            # Unsloth switches this off for an evaluation, and on again only when it trains.
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
         self.resident = device_peak(self.model.device, begin=True)
         return self
 
@@ -112,6 +115,7 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
     settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
+    layer = with_standing(layer, standing_bytes(settings, tokens, dtype))
     between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
@@ -187,8 +191,9 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
         # Also where everything is kept: Unsloth switches this on again in every layer before it trains.
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-    if any(tier != "keep" for tier in tiers):
-        base.enable_input_require_grads()
+    # Loaders ask that the embedding's result have a gradient, which only reentrant checkpointing needs. It would be a
+    # leaf of the graph, and stay on the device until the backward is over.
+    base.disable_input_require_grads()
     return slab
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from offload_cases import WIDTH, Stack, assert_equal, checkpointed, row, schedule_for, step
-from qlora_kernels.offload import HostSlab, LayerBytes, layer_functions, peak_bytes
+from qlora_kernels.offload import HostSlab, LayerBytes, engine_for, layer_functions, peak_bytes
 from qlora_kernels.offload.tiers import LAG
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from waiting import no_waiting
@@ -65,6 +65,21 @@ def test_a_slow_copy_is_waited_for() -> None:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
     assert_equal(step(stack, layer_functions(tiers, schedule), rows(torch.float32)), expected)
+
+
+def test_memory_that_torch_fills_is_filled_before_the_copy() -> None:
+    """As under ``torch.use_deterministic_algorithms``, while the compute queue is far behind."""
+    slab = HostSlab(1, 4_000_000, torch.device("cuda"))
+    view = slab.view(0, torch.empty(1_000_000)).fill_(1.0)
+    engine = engine_for(torch.device("cuda"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.cuda._sleep(200_000_000)
+        tensor = engine.new(view)
+        engine.wait(engine.load(view, tensor, [engine.mark()]))
+        assert bool((tensor == 1.0).all())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_host_never_waits() -> None:

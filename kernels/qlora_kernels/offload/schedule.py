@@ -157,8 +157,10 @@ class Schedule:
         return chain
 
     def _load(self, ticket: Ticket) -> Held:
-        # The mark: the new tensor's memory may have been in use by what was computed so far.
-        tensor, event = self.engine.load(ticket.view, [ticket.saved, self.engine.mark()])
+        tensor = self.engine.new(ticket.view)
+        # The mark comes after: under torch.use_deterministic_algorithms the new memory is filled with NaN by a kernel
+        # of the compute queue, and the copy would be overwritten.
+        event = self.engine.load(ticket.view, tensor, [ticket.saved, self.engine.mark()])
         self._read[ticket.slot] = event
         return Held(tensor, event)
 
