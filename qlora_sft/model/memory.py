@@ -22,7 +22,7 @@ from qlora_kernels.offload import (
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
 from qlora_sft.model.mlp import set_recompute
@@ -115,7 +115,10 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
     settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
-    layer = with_standing(layer, standing_bytes(settings, tokens, dtype))
+    standing = standing_bytes(settings, tokens, dtype)
+    if has_unsloths_forward(base_of(model)):
+        standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
+    layer = with_standing(layer, standing)
     between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
@@ -191,9 +194,12 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
         # Also where everything is kept: Unsloth switches this on again in every layer before it trains.
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-    # Loaders ask that the embedding's result have a gradient, which only reentrant checkpointing needs. It would be a
-    # leaf of the graph, and stay on the device until the backward is over.
-    base.disable_input_require_grads()
+    if not has_unsloths_forward(base):
+        # Only reentrant checkpointing needs a gradient of the embedding's result, which would be a leaf of the graph
+        # and stay on the device until the backward is over. With Unsloth's forward a step without it fails (H200).
+        base.disable_input_require_grads()
+    elif any(tier != "keep" for tier in tiers):
+        base.enable_input_require_grads()
     return slab
 
 

@@ -25,6 +25,8 @@ class Loaded(NamedTuple):
     """The values of every trainable parameter, which share their memory with the model."""
     forward: Any
     """What stands in place of the language model's own forward, or None."""
+    checkpointing: list[Any]
+    """Whether each layer calls its checkpointing function: a trainer that is told not to checkpoint switches it off."""
     facts: dict[str, Any]
     """What `facts_of` says of it."""
 
@@ -32,7 +34,8 @@ class Loaded(NamedTuple):
 def remember(model: Any) -> Loaded:
     """Returns what `restore` and `require_unchanged` compare ``model`` with. Takes no memory worth mentioning."""
     trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return Loaded(trained, base_of(model).__dict__.get("forward"), facts_of(model))
+    flags = [getattr(layer, "gradient_checkpointing", None) for layer in decoder_layers(model)]
+    return Loaded(trained, base_of(model).__dict__.get("forward"), flags, facts_of(model))
 
 
 def facts_of(model: Any) -> dict[str, Any]:
@@ -69,6 +72,9 @@ def restore(model: Any, loaded: Loaded) -> list[str]:
         base.__dict__.pop("forward", None)
     else:
         base.forward = loaded.forward
+    for layer, flag in zip(decoder_layers(model), loaded.checkpointing, strict=True):
+        if flag is not None:
+            layer.gradient_checkpointing = flag
     require_unchanged(model, loaded)
     return changed
 

@@ -62,13 +62,17 @@ def model(make_config: Any) -> Any:
 
 
 def test_a_cast_is_undone_with_every_bit(model: Any) -> None:
+    for layer in model.get_base_model().model.layers:
+        layer.gradient_checkpointing = True
     loaded = remember(model)
+    model.get_base_model().model.layers[0].gradient_checkpointing = False
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     assert sorted(restore(model, loaded)) == sorted(before)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
 
 
 @pytest.mark.parametrize("what", ["frozen", "thawed", "hook", "checkpointing", "attention", "type"])
