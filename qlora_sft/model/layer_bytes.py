@@ -34,10 +34,10 @@ def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
         return _at(layer, model, tokens, dtype, SHORT)
     before = mlp.recompute
     try:
+        # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _at(layer, model, tokens, dtype, SHORT)
+        kept = _at(layer, model, tokens, dtype, mlp.tile)
         set_recompute(layer, True, tokens)
-        # Up to one tile the MLP takes more with every token, beyond it no more.
         again = _at(layer, model, tokens, dtype, mlp.tile)
     finally:
         mlp.recompute = before

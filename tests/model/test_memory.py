@@ -89,6 +89,29 @@ def test_a_layer_keeps_what_it_is_measured_to_keep(make_config: Any, tokens: int
     assert layer.backward > 0
 
 
+def test_short_sequences_tell_what_a_long_one_takes() -> None:
+    """Where the MLP is tiled its backward takes no more beyond a tile, which two shorter sequences would not show."""
+    from transformers import LlamaConfig
+
+    from qlora_sft.model.layer_bytes import _measured
+    from qlora_sft.model.mlp import set_recompute, use_tiled_mlp
+    from qlora_sft.plan.random_model import random_model
+
+    settings = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = random_model(settings, load_config("demo", ["lora.r=4"]), torch.float32, torch.device("cpu"))
+    use_tiled_mlp(model, "auto", 8192)
+    predicted = measure_layer(model, 8192, torch.float32)
+    layer = model.get_base_model().model.layers[0]
+    for recompute, kept in ((False, predicted.kept), (True, predicted.recomputed)):
+        set_recompute(layer, recompute, 8192)
+        found = _measured(layer, model, 8192, torch.float32)
+        assert found.kept == kept
+        assert found.backward <= predicted.backward <= 1.1 * found.backward or recompute
+
+
 def saved_bytes(model: Any, tokens: int) -> int:
     from qlora_sft.model.layer_bytes import _documents
     from qlora_sft.model.loss import last_hidden_states
