@@ -170,7 +170,14 @@ def _memory_line(cell: dict[str, Any]) -> str:
         for k in ("peak_bytes", "predicted_bytes", "host_bytes")
     ]
     error = "" if cell["gradient_error"] is None else f"{cell['gradient_error']:.1e}"
-    figures = [cell["provider"], f"{cell['milliseconds']:.1f}", cell["ratio"], *megabytes, error, cell.get("split") or ""]
+    figures = [
+        cell["provider"],
+        f"{cell['milliseconds']:.1f}",
+        cell["ratio"],
+        *megabytes,
+        error,
+        cell.get("split") or "",
+    ]
     return f"| {' | '.join(figures)} |"
 
 

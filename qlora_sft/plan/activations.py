@@ -216,8 +216,9 @@ class _Layer:
         return self.blueprint.hidden * (2 if self.norm_after else 1)
 
     def pointwise(self, values: int) -> int:
-        """Float32 buffers between the products: a block of them on a CPU, none on a GPU."""
-        return 0 if self.on_gpu else 4 * (3 if self.size == 4 else 6) * min(values, gated.BLOCK)
+        """Float32 buffers between the products: on a CPU as many blocks as `gated_backward` has at once, with those of
+        the block before; none on a GPU."""
+        return 0 if self.on_gpu else 4 * (5 if self.size == 4 else 9) * min(values, gated.BLOCK)
 
     @property
     def norm_after(self) -> bool:
