@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qlora_sft.config import Config
+from qlora_sft.prepare import prepare
 from qlora_sft.say import tell
 
 
@@ -20,33 +22,17 @@ def preview(
     ``page``: also writes a web page. Everything is what `train` would do with the same configuration. ``alone``:
     nothing is trained in this process, so Unsloth, which would have to be imported before what is needed here, is not.
     """
-    if not alone:
-        from qlora_sft.model.backend import choose_backend
-
-        choose_backend(config.model.backend)
-    from dataclasses import asdict
-
-    from qlora_sft.data.plan import plan_data
-    from qlora_sft.data.show import as_page, as_text
-    from qlora_sft.data.splits import read_data
-    from qlora_sft.data.template import chat_format
-    from qlora_sft.model.load import resolve_base
-    from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
-
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(text)
         tell(text)
 
-    train_sources, held_out_sources, _ = read_data(config, say)
-    base = resolve_base(config.model.path)
-    tokenizer = load_tokenizer(config.model, base, say)
-    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
-    say(f"chat template: {style.reason}")
-    prepared, _, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
-    documents = prepared.all_documents
-    shown = first_documents(bins, count)
+    data = prepare(config, say, unsloth=not alone)
+    from qlora_sft.data.show import as_page, as_text
+
+    documents, tokenizer = data.documents, data.tokenizer
+    shown = first_documents(data.bins, count)
     packed = [[documents[index] for index in each] for each in shown]
     if show:
         print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
@@ -68,7 +54,7 @@ def preview(
         for each in packed
         for document in each
     ]
-    ledger = {name: {**asdict(row), "share": row.share} for name, row in prepared.ledger.items()}
+    ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
     return {"rows": rows, "ledger": ledger}
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config
-from qlora_sft.data.splits import read_data
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.manifest import describe_data, write_manifest
+from qlora_sft.prepare import prepare
 from qlora_sft.say import Say, tell
+from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import (
     check_same,
     clear_unfinished,
@@ -31,7 +32,6 @@ from qlora_sft.training.checkpoints import (
     what_is_left,
 )
 from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
-from qlora_sft.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,49 +53,26 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     run = claim_run_folder(config, overwrite, resume)
     checkpoint = find_checkpoint(run, config, say) if resume else None
 
-    # ------------------------------------------------------------------ data, as far as it goes without a model
-    with watch("data"):
-        # Needs no torch, so a bad file is reported at once.
-        train_sources, held_out_sources, removed = read_data(config, say)
-
-    # ------------------------------------------------------------------ tokenizer, labels, packing
+    # ------------------------------------------------------------------ data
+    data = prepare(config, say, watch)
+    tokenizer, documents, bins, stops = data.tokenizer, data.documents, data.bins, data.chat_format.stops
     with watch("imports"):
-        # First of all heavy imports: Unsloth patches trl, transformers and peft while it is imported.
-        from qlora_sft.model.backend import choose_backend
-
-        backend = choose_backend(config.model.backend)
-        say(f"backend: {backend.name} ({backend.reason})")
         from qlora_sft.data.batch import longest_row
         from qlora_sft.data.documents import sizes
-        from qlora_sft.data.plan import plan_data
-        from qlora_sft.data.template import chat_format
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
         from qlora_sft.evaluation.evaluate import evaluate
         from qlora_sft.model.fingerprint import fingerprint
-        from qlora_sft.model.load import compute_dtype, quantized_modules, resolve_base
+        from qlora_sft.model.load import compute_dtype, quantized_modules
         from qlora_sft.model.memory import use_memory
-        from qlora_sft.model.rope import check_context
-        from qlora_sft.model.skeleton import check_layers
-        from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
         from qlora_sft.training.report import pair, summary
-    with watch("base model"):
-        base = resolve_base(config.model.path)
-        check_context(config, base)
-        check_layers(config, base)
     with watch("data"):
-        tokenizer = load_tokenizer(config.model, base, say)
-        style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
-        say(f"chat template: {style.reason}")
-        prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
-        documents = prepared.all_documents
-        end_turns(tokenizer, config.model, base, say)
         dtype, reason = compute_dtype(config.model.dtype)
         facts = {
-            "data_sha256": data_digest(prepared.documents.values(), bins),
-            "base_sha256": fingerprint(base),
+            "data_sha256": data_digest(data.train.documents.values(), bins),
+            "base_sha256": fingerprint(data.base),
             "dtype": str(dtype).removeprefix("torch."),
-            "backend": backend.name,
+            "backend": data.backend.name,
         }
         if checkpoint:
             check_same(run, facts)
@@ -104,32 +81,32 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     with watch("load model"):
         say(f"compute in {facts['dtype']} ({reason})")
         tokens = longest_row(sizes(documents).tokens, bins, config.training.batch_size)
-        model = prepare_model(config, base, dtype, backend.name, tokens, say)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say)
         memory = use_memory(model, config, tokens, dtype, say)
-    prompts = choose_prompts(held_out.documents, config.evaluation.answers, config.seed)
+    prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
-        asked = question_digest(config.evaluation, held_out.documents)
+        asked = question_digest(config.evaluation, data.held_out.documents)
         before = kept_before(run, asked) if checkpoint else None
         if before is None:
-            before = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "before training")
+            before = evaluate(model, tokenizer, config, data.held_out, prompts, stops, dtype, say, "before training")
     if checkpoint is None:
         begin_run(run, config, facts)
         keep_before(run, before, asked)
-    order = record_data(run, bins, removed)
+    order = record_data(run, bins, data.removed)
     with watch("train"), memory:
         fitted = fit(model, tokenizer, config, documents, bins, dtype, run, memory.make_room, say, checkpoint)
     save_adapter(model, tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
-        after = evaluate(model, tokenizer, config, held_out, prompts, style.stops, dtype, say, "after training")
+        after = evaluate(model, tokenizer, config, data.held_out, prompts, stops, dtype, say, "after training")
 
     # ------------------------------------------------------------------ report
     report = {
         "output": str(run),
-        "backend": backend._asdict(),
-        "base": base,
+        "backend": data.backend._asdict(),
+        "base": data.base,
         "base_sha256": facts["base_sha256"],
         "data_sha256": facts["data_sha256"],
         "dtype": facts["dtype"],
@@ -141,7 +118,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         "order": order,
         "seconds": watch.rounded(),
     }
-    write_manifest(run / "manifest.json", config, data=describe_data(prepared.ledger), report=report)
+    write_manifest(run / "manifest.json", config, data=describe_data(data.train.ledger), report=report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
     return report

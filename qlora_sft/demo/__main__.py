@@ -22,8 +22,8 @@ from qlora_sft.config import load_config
 from qlora_sft.errors import RunError
 from qlora_sft.manifest import read_manifest
 from qlora_sft.say import tell
+from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.train import train
-from qlora_sft.training.stopwatch import Stopwatch
 
 AGREEMENT_PROMPTS = 10
 

@@ -5,7 +5,6 @@ The base is the same model with its adapter switched off: same weights in NF4, s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from qlora_sft.say import Say, tell
 if TYPE_CHECKING:
     from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.ask import Questions, Scores, Subject
+    from qlora_sft.run_data import SavedText
 
 
 def evaluate_run(
@@ -55,18 +55,16 @@ def evaluate_run(
         _warn_of_contamination(path, chosen, say)
 
     # ------------------------------------------------------------------ prompts
-    from transformers import AutoTokenizer
-
     from qlora_sft.evaluation.ask import Subject, encode_task
     from qlora_sft.evaluation.compare import compared, comparison_table
     from qlora_sft.evaluation.results import write_results
-    from qlora_sft.model.load import load_for_inference, saved_stops
+    from qlora_sft.model.load import load_for_inference
+    from qlora_sft.run_data import saved_text
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run else path)
-    style = _style(tokenizer, saved_stops(path, tokenizer), read)
-    of_texts = _text_tokenizer(tokenizer, path, is_run)
+    text = saved_text(path)
+    tokenizer, style = text.tokenizer, _style(text, read)
     limit = _positions(path, is_run)
-    encoded = [encode_task(task, tokenizer, style, of_texts, limit) for task in read]
+    encoded = [encode_task(task, tokenizer, style, text.training_tokenizer, limit) for task in read]
     for questions in encoded:
         _check_room(questions, limit)
         if questions.thoughtless:
@@ -125,27 +123,16 @@ def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
     return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
 
 
-def _style(tokenizer: Any, stops: set[int], tasks: Sequence[Task]) -> ChatFormat:
+def _style(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
     """Plain texts are read without a template, which the tokenizer of a base model may not have."""
-    from qlora_sft.data.template import ChatFormat, chat_format
+    from qlora_sft.data.template import ChatFormat
 
     if all("text" in item.conversation for task in tasks for item in task.items):
-        return ChatFormat("", "plain texts", frozenset(stops))
+        return ChatFormat("", "plain texts", text.stops)
     try:
-        return chat_format(tokenizer, stops)
+        return text.chat_format
     except DataError:
         raise ConfigError("this model has no chat template, so it can only be given plain texts (form: loss)") from None
-
-
-def _text_tokenizer(tokenizer: Any, path: Path, is_run: bool) -> Any:
-    """With the base's own eos, in which texts end in training; that of a run may be its end of turn."""
-    from transformers import AutoTokenizer
-
-    if not is_run:
-        return tokenizer
-    own: Any = copy.deepcopy(tokenizer)
-    own.eos_token = AutoTokenizer.from_pretrained(read_manifest(path)["report"]["base"]).eos_token
-    return own
 
 
 def _check(tasks: list[TaskConfig]) -> None:

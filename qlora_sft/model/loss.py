@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
 from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
+from qlora_kernels.packed_ce.backend import Path
 from torch import Tensor
 
 from qlora_sft.data.batch import Batch
@@ -22,12 +24,17 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
     Raises ConfigError when ``triton`` is demanded where it cannot run.
     """
     base = base_of(model)
-    try:
-        path = choose_path(requested, base.device)
-    except ValueError as error:
-        raise ConfigError(f"model.loss: {error}") from None
+    path = choose_loss(requested, base.device)
     setattr(base, PATH, path.name)
     return f"{path.name} ({path.reason})"
+
+
+def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> Path:
+    """Names the implementation for a model on ``device``. Raises `ConfigError` for one that cannot run there."""
+    try:
+        return choose_path(requested, device)
+    except ValueError as error:
+        raise ConfigError(f"model.loss: {error}") from None
 
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:

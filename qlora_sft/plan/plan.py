@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.backend import choose_backend
+from qlora_sft.prepare import prepare
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
@@ -33,26 +35,24 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
     one layer of the model's shape is measured for some seconds. Raises `ConfigError` or `DataError` as training would.
     """
     # As in training: Unsloth patches what follows while it is imported, and a later training needs it first.
-    from qlora_sft.model.backend import choose_backend
-
-    backend = choose_backend(config.model.backend)
+    run_data = prepare(config, say) if data else None
+    backend = run_data.backend if run_data else choose_backend(config.model.backend)
     import torch
 
-    from qlora_sft.model.load import compute_dtype, resolve_base
-    from qlora_sft.model.rope import check_context
+    from qlora_sft.model.load import compute_dtype
     from qlora_sft.plan.blueprint import check_headers, read_blueprint
     from qlora_sft.plan.weights import residents
-    from qlora_sft.plan.workload import describe, read_workload
+    from qlora_sft.plan.workload import describe, workload_of
+    from qlora_sft.run_data import checked_base
     from qlora_sft.training.steps import choose_optimizer
 
-    base = resolve_base(config.model.path)
-    check_context(config, base)
+    base = run_data.base if run_data else checked_base(config)
     blueprint = read_blueprint(config, base)
     files = check_headers(blueprint, base)
     on_gpu = torch.cuda.is_available()
     dtype, dtype_reason = compute_dtype(config.model.dtype)
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
-    workload = read_workload(config, base, say) if data else None
+    workload = workload_of(run_data, config) if run_data else None
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
     tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
     memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
