@@ -11,11 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.errors import ConfigError, QloraSftError
+from qlora_sft.run.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
 
 
@@ -196,8 +198,8 @@ def _merge(arguments: argparse.Namespace) -> Any:
     if not arguments.no_parity:
         from qlora_sft.export.parity import check_parity
 
-        result["parity"] = check_parity(Path(arguments.run), Path(result["merged"]))
-    return _pushed(result, arguments, "merged")
+        result = replace(result, parity=check_parity(Path(arguments.run), Path(result.merged)))
+    return replace(result, push=_pushed(arguments, "merged"))
 
 
 def _export(arguments: argparse.Namespace) -> Any:
@@ -209,7 +211,7 @@ def _export(arguments: argparse.Namespace) -> Any:
         result = export_adapter(arguments.run, arguments.out, **shared)
     else:
         result = export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, **shared)
-    return _pushed(result, arguments, "gguf")
+    return replace(result, push=_pushed(arguments, "gguf", result.gguf))
 
 
 def _check_push(arguments: argparse.Namespace) -> None:
@@ -222,12 +224,12 @@ def _check_push(arguments: argparse.Namespace) -> None:
             raise ConfigError("--push uploads from the run folder; leave --out away")
 
 
-def _pushed(result: dict[str, Any], arguments: argparse.Namespace, what: Literal["merged", "gguf"]) -> dict[str, Any]:
-    if arguments.push:
-        from qlora_sft.export.hub import push
+def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None) -> Any:
+    if not arguments.push:
+        return None
+    from qlora_sft.export.hub import push
 
-        result["push"] = push(arguments.run, arguments.push, what, gguf=result.get("gguf"))
-    return result
+    return push(arguments.run, arguments.push, what, gguf=gguf)
 
 
 def _push(arguments: argparse.Namespace) -> Any:

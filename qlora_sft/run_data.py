@@ -23,13 +23,13 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, chat_format
-from qlora_sft.manifest import read_manifest
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import resolve_base, saved_stops
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.rope import check_context
 from qlora_sft.model.skeleton import check_layers
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
+from qlora_sft.run.folder import Run, is_run
 from qlora_sft.say import Say
 
 
@@ -110,10 +110,12 @@ def saved_text(path: Path) -> SavedText:
     """Of the run or the model in the folder ``path``."""
     from transformers import AutoTokenizer
 
-    is_run = (path / "adapter").is_dir()
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run else path)
-    stops = frozenset(saved_stops(path, tokenizer))
-    own = _before_end_turns(tokenizer, read_manifest(path)["report"]["base"]) if is_run else tokenizer
+    if not is_run(path):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
+    run = Run.open(path)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    own, stops = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
     return SavedText(tokenizer, own, stops)
 
 

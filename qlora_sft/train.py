@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config
 from qlora_sft.errors import Interrupted, RunError
-from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.prepare import prepare
+from qlora_sft.run.manifest import write_manifest
+from qlora_sft.run.report import Choice, Course, RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import (
@@ -31,7 +32,14 @@ from qlora_sft.training.checkpoints import (
     step_of,
     what_is_left,
 )
-from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
+from qlora_sft.training.run_folder import (
+    Beginning,
+    begin_run,
+    claim_run_folder,
+    record_data,
+    save_adapter,
+    write_samples,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
     from qlora_sft.model.backend import Name
 
 
-def train(config: Config, *, overwrite: bool = False, resume: bool = False, say: Say = tell) -> dict[str, Any]:
+def train(config: Config, *, overwrite: bool = False, resume: bool = False, say: Say = tell) -> RunReport:
     """Trains as configured and returns the report, which ``manifest.json`` in the run folder holds as well.
 
     resume: goes on from the newest checkpoint in the run folder, if there is one, to the very result of a run that was
@@ -68,18 +76,18 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         from qlora_sft.training.report import pair, summary
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        facts = {
-            "data_sha256": data_digest(data.train.documents.values(), bins),
-            "base_sha256": fingerprint(data.base),
-            "dtype": str(dtype).removeprefix("torch."),
-            "backend": data.backend.name,
-        }
+        beginning = Beginning(
+            data_sha256=data_digest(data.train.documents.values(), bins),
+            base_sha256=fingerprint(data.base),
+            dtype=str(dtype).removeprefix("torch."),
+            backend=data.backend.name,
+        )
         if checkpoint:
-            check_same(run, facts)
+            check_same(run, beginning)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
-        say(f"compute in {facts['dtype']} ({reason})")
+        say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_row(sizes(documents).tokens, bins, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say)
         memory = use_memory(model, config, tokens, dtype, say)
@@ -92,7 +100,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         if before is None:
             before = evaluate(model, tokenizer, config, data.held_out, prompts, stops, dtype, say, "before training")
     if checkpoint is None:
-        begin_run(run, config, facts)
+        begin_run(run, config, beginning)
         keep_before(run, before, asked)
     order = record_data(run, bins, data.removed)
     with watch("train"), memory:
@@ -103,22 +111,22 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         after = evaluate(model, tokenizer, config, data.held_out, prompts, stops, dtype, say, "after training")
 
     # ------------------------------------------------------------------ report
-    report = {
-        "output": str(run),
-        "backend": data.backend._asdict(),
-        "base": data.base,
-        "base_sha256": facts["base_sha256"],
-        "data_sha256": facts["data_sha256"],
-        "dtype": facts["dtype"],
-        "quantized_modules": quantized_modules(model),
-        "loss": pair(before.loss, after.loss),
-        "exact_match": pair(before.exact_match, after.exact_match),
+    report = RunReport(
+        output=str(run),
+        backend=Choice(*data.backend),
+        base=data.base,
+        base_sha256=beginning.base_sha256,
+        data_sha256=beginning.data_sha256,
+        dtype=beginning.dtype,
+        quantized_modules=quantized_modules(model),
+        loss=pair(before.loss, after.loss),
+        exact_match=pair(before.exact_match, after.exact_match),
         **fitted,
-        "memory": memory.report,
-        "order": order,
-        "seconds": watch.rounded(),
-    }
-    write_manifest(run / "manifest.json", config, data=describe_data(data.train.ledger), report=report)
+        memory=memory.report,
+        order=order,
+        seconds=watch.rounded(),
+    )
+    write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
     return report
@@ -206,7 +214,7 @@ def fit(
         "steps": progress.steps_done,
         "steps_left_out": progress.left_out,
         "resumed_at": begin or None,
-        "train_loss": {"first": progress.losses[0], "last": progress.losses[-1]},
+        "train_loss": Course(progress.losses[0], progress.losses[-1]),
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised,
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),

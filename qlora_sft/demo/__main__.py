@@ -20,7 +20,7 @@ from typing import Any
 from qlora_sft.cli import guarded
 from qlora_sft.config import load_config
 from qlora_sft.errors import RunError
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run
 from qlora_sft.say import tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.train import train
@@ -46,18 +46,18 @@ def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
     run = Path(output)
     with watch("merge"):
         merged = merge_run(run)
-    tell(f"merged: {merged['merged']} ({merged['modules']} modules, onto {merged['onto']})")
+    tell(f"merged: {merged.merged} ({merged.modules} modules, onto {merged.onto})")
     with watch("export"):
-        gguf = Path(export_run(run, "q8_0")["gguf"])
+        gguf = Path(export_run(run, "q8_0").gguf)
     tell(f"GGUF: {gguf} ({gguf.stat().st_size / 2**20:.0f} MiB)")
     with watch("ask the GGUF"):
         agreement, question = ask(gguf, run)
     result = {
-        "loss": report["loss"],
-        "exact_match": report["exact_match"],
+        "loss": {source: pair.to_json() for source, pair in report.loss.items()},
+        "exact_match": {source: pair.to_json() for source, pair in report.exact_match.items()},
         "gguf_agreement": agreement,
-        "tokens_per_second": report["tokens_per_second"],
-        "seconds": {**report["seconds"], **watch.rounded()},
+        "tokens_per_second": report.tokens_per_second,
+        "seconds": {**report.seconds, **watch.rounded()},
     }
     (run / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     tell(f"GGUF and adapter agree on {agreement:.0%} of the prompts; figures: {run / 'demo.json'}")
@@ -74,10 +74,10 @@ def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
     records = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
     if not records:
         raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
-    config = read_manifest(run)["config"]
+    longest = Run.open(run).config.evaluation.max_new_tokens
     with running(gguf) as server:
         for record in records:
-            record["gguf"] = complete(server, record["prompt_ids"], config["evaluation"]["max_new_tokens"]).strip()
+            record["gguf"] = complete(server, record["prompt_ids"], longest).strip()
     same = sum(record["gguf"] == record["answer"] for record in records)
     return same / len(records), records[0]
 

@@ -7,21 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_sft.config import TaskConfig, check_tasks, load_config, task_name
+from qlora_sft.config import TaskConfig, check_tasks, task_name
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.programs import check_programs
 from qlora_sft.evaluation.tasks import Task, read_tasks
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run, is_run
+from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
     from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.ask import Questions, Scores, Subject
+    from qlora_sft.evaluation.compare import TaskReport
     from qlora_sft.run_data import SavedText
+
+
+@dataclass(frozen=True)
+class EvaluationReport(Report):
+    """What a model, and its base if it was asked, made of every task."""
+
+    model: str
+    folder: str
+    """Where the figures and the answers stand."""
+    tasks: list[TaskReport]
 
 
 def evaluate_run(
@@ -33,7 +45,7 @@ def evaluate_run(
     run_code: bool = False,
     seed: int = 0,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """Asks the model of a run (or in a folder) the ``tasks``; default: ``evaluation.tasks`` of the run's configuration.
 
     settings: fields of `TaskConfig` that replace those of every task.
@@ -44,15 +56,15 @@ def evaluate_run(
     """
     # ------------------------------------------------------------------ tasks
     path = Path(path).expanduser().resolve()
-    is_run = (path / "adapter").is_dir()
-    if not is_run and not (path / "config.json").is_file():
+    run = Run.open(path) if is_run(path) else None
+    if run is None and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
-    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, is_run)]
+    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
     _check(chosen)
     read = read_tasks(chosen, seed, say)
     _check_code(read, run_code)
-    if is_run:
-        _warn_of_contamination(path, chosen, say)
+    if run:
+        _warn_of_contamination(run, chosen, say)
 
     # ------------------------------------------------------------------ prompts
     from qlora_sft.evaluation.ask import Subject, encode_task
@@ -63,7 +75,7 @@ def evaluate_run(
 
     text = saved_text(path)
     tokenizer, style = text.tokenizer, _style(text, read)
-    limit = _positions(path, is_run)
+    limit = _positions(path, run)
     encoded = [encode_task(task, tokenizer, style, text.training_tokenizer, limit) for task in read]
     for questions in encoded:
         _check_room(questions, limit)
@@ -79,16 +91,16 @@ def evaluate_run(
     subject = Subject(model, tokenizer, style, model.get_input_embeddings().weight.dtype)
 
     # ------------------------------------------------------------------ ask, compare
-    folder = path / "evaluation" if is_run else path.with_name(f"{path.name}-evaluation")
+    folder = path / "evaluation" if run else path.with_name(f"{path.name}-evaluation")
     reports = []
     for questions in encoded:
-        before, after = ask(subject, questions, base and is_run, seed, say)
+        before, after = ask(subject, questions, base and run is not None, seed, say)
         report = compared(questions.task, before, after, seed)
         answers = write_results(folder, report, questions.task, before, after)
-        reports.append({**report, "answers": str(answers)})
+        reports.append(replace(report, answers=str(answers)))
     say(comparison_table(reports))
     say(f"figures and answers: {folder}")
-    return {"model": str(path), "folder": str(folder), "tasks": reports}
+    return EvaluationReport(str(path), str(folder), reports)
 
 
 def ask(subject: Subject, questions: Questions, base: bool, seed: int, say: Say) -> tuple[Scores | None, Scores]:
@@ -109,10 +121,10 @@ def ask(subject: Subject, questions: Questions, base: bool, seed: int, say: Say)
     return (results[0] if base else None), results[-1]
 
 
-def _configured_tasks(path: Path, is_run: bool) -> list[TaskConfig]:
-    tasks = load_config(path / "config.yaml").evaluation.tasks if is_run else []
+def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
+    tasks = run.config.evaluation.tasks if run else []
     if not tasks:
-        where = f"{path / 'config.yaml'} has no evaluation.tasks" if is_run else f"{path} is a model folder"
+        where = f"{path / 'config.yaml'} has no evaluation.tasks" if run else f"{path} is a model folder"
         raise ConfigError(f"no tasks: {where}; name files of questions with --task FILE")
     return tasks
 
@@ -153,20 +165,20 @@ def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
         check_programs()
 
 
-def _warn_of_contamination(run: Path, tasks: Sequence[TaskConfig], say: Say) -> None:
-    checked = read_manifest(run)["config"]["data"].get("decontaminate") or []
+def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:
+    checked = run.config.data.decontaminate
     unchecked = [task_name(task) for task in tasks if task.path not in checked]
     if unchecked:
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")
 
 
-def _positions(path: Path, is_run: bool) -> int:
+def _positions(path: Path, run: Run | None) -> int:
     """How many tokens the model takes."""
     from qlora_sft.model.base_files import read_config, text_config
     from qlora_sft.model.rope import context_length
 
-    rope = load_config(path / "config.yaml").model.rope_scaling if is_run else None
-    settings = text_config(read_config(read_manifest(path)["report"]["base"] if is_run else str(path)))
+    settings = text_config(read_config(run.base if run else str(path)))
+    rope = run.model.rope_scaling if run else None
     return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
 
 

@@ -31,13 +31,13 @@ def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say:
 
 def _training_documents(run: Path) -> list[list[int]]:
     """The first documents of all sources in turn, until there are enough tokens."""
-    from qlora_sft.config import load_config
     from qlora_sft.errors import QloraSftError
+    from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
 
     chosen: list[list[int]] = []
     try:
-        config = load_config(run / "config.yaml")
+        config = Run.open(run).config
         for document in saved_text(run).documents(config, config.data.train):
             if sum(map(len, chosen)) >= TOKENS:
                 break

@@ -67,12 +67,12 @@ def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
 
 def _held_out(run: Path) -> tuple[list[tuple[list[int], list[int]]], str]:
     """(ids, positions) of the held-out rows, sources in turn; or none and why."""
-    from qlora_sft.config import load_config
     from qlora_sft.errors import QloraSftError, first_line
+    from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
 
     try:
-        config = load_config(run / "config.yaml")
+        config = Run.open(run).config
         if not config.data.held_out:
             return [], "the run has no held-out data"
         prepared = saved_text(run).render(config, config.data.held_out)

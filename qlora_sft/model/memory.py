@@ -28,6 +28,7 @@ from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.room import Room, device_room, host_room
+from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
 
@@ -38,8 +39,8 @@ class Memory:
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
-        self.report: dict[str, Any] = {}
-        """For the manifest: tiers, bytes, reason."""
+        self.choice: Choice | None = None
+        """What is in force."""
         self.slab: HostSlab | None = None
 
     def use(self, choice: Choice) -> None:
@@ -53,21 +54,28 @@ class Memory:
             f"memory: of {len(choice.tiers)} layers {describe(choice.tiers)} ({choice.reason}); "
             f"activations of {self.tokens:,} tokens take {gib(choice.gpu_bytes)} on the {where}{host}"
         )
-        self.report = {
-            "tiers": list(choice.tiers),
-            "split": describe(choice.tiers),
-            "reason": choice.reason,
-            "tokens": self.tokens,
-            "device_bytes": choice.gpu_bytes,
-            "host_bytes": choice.host_bytes,
-            "layer": asdict(self.layer),
-        }
+        self.choice = choice
+
+    @property
+    def report(self) -> MemoryReport:
+        """What the manifest says of it."""
+        choice = self.choice
+        assert choice is not None, "no tiers are installed yet"
+        return MemoryReport(
+            tiers=list(choice.tiers),
+            split=describe(choice.tiers),
+            reason=choice.reason,
+            tokens=self.tokens,
+            device_bytes=choice.gpu_bytes,
+            host_bytes=choice.host_bytes,
+            layer=asdict(self.layer),
+        )
 
     def make_room(self, why: str) -> bool:
         """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
         host = host_room(self.config).nbytes if self.model.device.type == "cuda" else 0
         choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
-        if list(choice.tiers) == self.report["tiers"]:
+        if self.choice is not None and choice.tiers == self.choice.tiers:
             return False
         self.use(choice)
         return True

@@ -5,17 +5,30 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.backend import choose_backend
+from qlora_sft.plan.report import (
+    CardPlan,
+    CardsPlan,
+    DevicePlan,
+    DiskPlan,
+    HostPlan,
+    MeasuredPlan,
+    ModelPlan,
+    PlanReport,
+    ResidentPlan,
+    TimePlan,
+)
 from qlora_sft.prepare import prepare
+from qlora_sft.run.report import Choice
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
     import torch
-    from qlora_kernels.offload.tiers import Choice
+    from qlora_kernels.offload.tiers import Choice as Split
 
     from qlora_sft.plan.blueprint import Blueprint
     from qlora_sft.plan.weights import Residents
@@ -28,8 +41,8 @@ PROCESS_BYTES = 2**30
 CACHED_TOKEN_BYTES = 12
 
 
-def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Say = tell) -> dict[str, Any]:
-    """The plan as one document; `plan_table` makes it text. Bytes and seconds.
+def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Say = tell) -> PlanReport:
+    """What the run of ``config`` will need; `plan_table` makes it text.
 
     Reads config.json, the headers of the weights and, with ``data``, the training data; no weights. With ``timing``
     one layer of the model's shape is measured for some seconds. Raises `ConfigError` or `DataError` as training would.
@@ -56,33 +69,36 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
     tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
     memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
-    plan = {
-        "model": {
-            "path": config.model.path,
-            "class": blueprint.kind,
-            "parameters": blueprint.n_parameters,
-            "layers": blueprint.n_layers,
-            "quantized_layers": sum(linear.quantized for linear in blueprint.linears),
-            "note": files["note"],
+    time = _time(blueprint, config, dtype, workload, choice, say) if timing and choice else None
+    return PlanReport(
+        model=_model(blueprint, config, files["note"]),
+        choices={
+            "backend": Choice(*backend),
+            "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
+            "optimizer": Choice(optimizer, optimizer_reason),
+            "tiled_mlp": Choice(
+                "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
+            ),
         },
-        "choices": {
-            "backend": backend._asdict(),
-            "dtype": {"name": str(dtype).removeprefix("torch."), "reason": dtype_reason},
-            "optimizer": {"name": optimizer, "reason": optimizer_reason},
-            "tiled_mlp": {
-                "name": "off" if blueprint.why_not_tiled else "on",
-                "reason": blueprint.why_not_tiled or "its formula is known",
-            },
-        },
-        "resident": {**asdict(held), "total": held.total},
-        "this_run": memory,
-        "cards": _cards(blueprint, config),
-        "host": _host(choice, memory, on_gpu),
-        "disk": _disk(blueprint, config, held, files["bytes"], workload, base),
-        "data": describe(workload) if workload else None,
-    }
-    plan["time"] = _time(blueprint, config, dtype, workload, choice, say) if timing and choice else None
-    return plan
+        resident=ResidentPlan(**asdict(held), total=held.total),
+        this_run=memory,
+        cards=_cards(blueprint, config),
+        host=_host(choice, memory, on_gpu),
+        disk=_disk(blueprint, config, held, files["bytes"], workload, base),
+        data=describe(workload) if workload else None,
+        time=time,
+    )
+
+
+def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
+    return ModelPlan(
+        path=config.model.path,
+        kind=blueprint.kind,
+        parameters=blueprint.n_parameters,
+        layers=blueprint.n_layers,
+        quantized_layers=sum(linear.quantized for linear in blueprint.linears),
+        note=note,
+    )
 
 
 # ------------------------------------------------------------------ memory
@@ -90,7 +106,7 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
 
 def _this_run(
     blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents, say: Say
-) -> tuple[dict[str, Any], Choice | None]:
+) -> tuple[DevicePlan, Split | None]:
     """Activations of the longest row on the device that is here."""
     import torch
     from qlora_kernels.offload.tiers import describe
@@ -103,29 +119,31 @@ def _this_run(
     device = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
-    facts: dict[str, Any] = {"device": name, "memory": memory, "tokens": tokens}
     room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
         layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
     except ConfigError as error:
-        return {**facts, "split": None, "reason": str(error)}, None
+        return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
     context = CONTEXT_BYTES if on_gpu else 0
-    return {
-        **facts,
-        "split": describe(choice.tiers),
-        "reason": choice.reason,
-        "layer": asdict(layer),
-        "loss": loss,
-        "activations": choice.gpu_bytes,
-        "offloaded": choice.host_bytes,
-        "context": context,
-        "peak": held.total + choice.gpu_bytes + context,
-        "fits": choice.gpu_bytes <= room.nbytes,
-    }, choice
+    plan = DevicePlan(
+        device=name,
+        memory=memory,
+        tokens=tokens,
+        split=describe(choice.tiers),
+        reason=choice.reason,
+        layer=asdict(layer),
+        loss=loss,
+        activations=choice.gpu_bytes,
+        offloaded=choice.host_bytes,
+        context=context,
+        peak=held.total + choice.gpu_bytes + context,
+        fits=choice.gpu_bytes <= room.nbytes,
+    )
+    return plan, choice
 
 
-def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
+def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     """The longest row on each card: with the host memory that is here, and with as much as it takes."""
     import torch
     from qlora_kernels.offload.tiers import describe
@@ -144,24 +162,24 @@ def _cards(blueprint: Blueprint, config: Config) -> dict[str, Any]:
     try:
         row(1)
     except ConfigError as error:
-        return {"note": str(error), "rows": []}
+        return CardsPlan(str(error), [])
     rows = []
     for gib in CARDS:
         here = fit_card(gib, blueprint.n_layers, row, held.total, host)
         most = fit_card(gib, blueprint.n_layers, row, held.total, 2**50)
         rows.append(
-            {
-                "gib": gib,
-                "tokens": here.tokens,
-                "split": describe(here.choice.tiers) if here.choice else None,
-                "host": here.choice.host_bytes if here.choice else 0,
-                "limit": here.limit,
-                "tokens_with_host": most.tokens,
-                "host_needed": most.choice.host_bytes if most.choice else 0,
-            }
+            CardPlan(
+                gib=gib,
+                tokens=here.tokens,
+                split=describe(here.choice.tiers) if here.choice else None,
+                host=here.choice.host_bytes if here.choice else 0,
+                limit=here.limit,
+                tokens_with_host=most.tokens,
+                host_needed=most.choice.host_bytes if most.choice else 0,
+            )
         )
     note = f"{str(dtype).removeprefix('torch.')}; host memory up to {host / 2**30:.1f} GiB ({reason})"
-    return {"note": note, "resident": held.total, "rows": rows, "positions": _positions(blueprint, config)}
+    return CardsPlan(note, rows, held.total, _positions(blueprint, config))
 
 
 def _positions(blueprint: Blueprint, config: Config) -> int | None:
@@ -173,16 +191,12 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(choice: Choice | None, memory: dict[str, Any], on_gpu: bool) -> dict[str, int]:
+def _host(choice: Split | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
     from qlora_sft.model.room import available_ram
 
     slab = choice.host_bytes if choice else 0
-    device = 0 if on_gpu else memory.get("peak", 0)
-    needed = PROCESS_BYTES + slab + device
-    return {
-        "process": PROCESS_BYTES, "offloaded": slab, "device": device, "total": needed,
-        "available": available_ram(),
-    }  # fmt: skip
+    device = 0 if on_gpu else memory.peak or 0
+    return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
 
 
 # ------------------------------------------------------------------ disk and time
@@ -190,35 +204,33 @@ def _host(choice: Choice | None, memory: dict[str, Any], on_gpu: bool) -> dict[s
 
 def _disk(
     blueprint: Blueprint, config: Config, held: Residents, weights: int, workload: Workload | None, base: str
-) -> dict[str, int]:
-    """Bytes. Merged in 16 bits; a GGUF in q8_0 has 34 bytes for 32 weights."""
+) -> DiskPlan:
+    """Merged in 16 bits; a GGUF in q8_0 has 34 bytes for 32 weights."""
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
-    return {
-        "download": 0 if Path(base).is_dir() else weights,
-        "prepared_data": CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
-        "adapter": held.adapters,
-        "checkpoints": config.training.save_total_limit * (held.adapters + held.optimizer),
-        "merged": 2 * blueprint.n_parameters,
-        "gguf_q8_0": blueprint.n_parameters * 34 // 32,
-        "free": shutil.disk_usage(existing).free,
-    }
+    return DiskPlan(
+        download=0 if Path(base).is_dir() else weights,
+        prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
+        adapter=held.adapters,
+        checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),
+        merged=2 * blueprint.n_parameters,
+        gguf_q8_0=blueprint.n_parameters * 34 // 32,
+        free=shutil.disk_usage(existing).free,
+    )
 
 
 def _time(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: Choice | None, say: Say
-) -> dict[str, Any] | None:
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: Split, say: Say
+) -> TimePlan:
     from qlora_sft.plan.timing import SECONDS, measure
 
-    if choice is None:
-        return None
     say(f"measuring one layer for {SECONDS:.0f} s")
     documents = workload.documents if workload else [config.data.max_length]
     share = workload.supervised / workload.tokens if workload else 1.0
     speed = measure(blueprint, config, dtype, documents, share)
     seconds = speed.row(choice.tiers)
-    return {
-        "measured": asdict(speed),
-        "tokens_per_second": speed.tokens / seconds,
-        "training": workload.tokens * seconds / speed.tokens if workload else None,
-    }
+    return TimePlan(
+        measured=MeasuredPlan(**asdict(speed)),
+        tokens_per_second=speed.tokens / seconds,
+        training=workload.tokens * seconds / speed.tokens if workload else None,
+    )

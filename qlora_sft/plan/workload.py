@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_row
 from qlora_sft.data.documents import sizes
+from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
 from qlora_sft.training.steps import count_steps
 
@@ -47,11 +47,5 @@ def workload_of(data: RunData, config: Config) -> Workload:
     )
 
 
-def describe(workload: Workload) -> dict[str, Any]:
-    return {
-        "steps": workload.steps,
-        "rows": workload.rows,
-        "tokens": workload.tokens,
-        "supervised_tokens": workload.supervised,
-        "longest_row": workload.longest_row,
-    }
+def describe(workload: Workload) -> DataPlan:
+    return DataPlan(workload.steps, workload.rows, workload.tokens, workload.supervised, workload.longest_row)

@@ -19,7 +19,7 @@ from qlora_sft.model.load import load_model
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.train import fit
-from qlora_sft.training.run_folder import begin_run
+from qlora_sft.training.run_folder import Beginning, begin_run
 
 
 def run_bins(
@@ -30,7 +30,7 @@ def run_bins(
     model = load_model(config, base, torch.float32, "transformers")
     use_document_attention(model)
     run = Path(config.output)
-    begin_run(run, config, {})
+    begin_run(run, config, Beginning("", None, "float32", "transformers"))
     tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
         fit(
