@@ -14,6 +14,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
+PathName = Literal["torch", "triton"]
 # Where the choice is kept: on the model, like its attention.
 PATH = "_packed_ce_path"
 
@@ -35,6 +36,12 @@ def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.dev
         return choose_path(requested, device)
     except ValueError as error:
         raise ConfigError(f"model.loss: {error}") from None
+
+
+def path_of(model: Any) -> PathName | None:
+    """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
+    path: PathName | None = getattr(base_of(model), PATH, None)
+    return path
 
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
@@ -66,7 +73,7 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
         n_items=n_items,
         row_weights=batch["row_weights"],
         bias=getattr(head, "bias", None),
-        path=getattr(base, PATH, "auto"),
+        path=path_of(base) or "auto",
         **logit_transform(base.config),
     )
 

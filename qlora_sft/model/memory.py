@@ -19,11 +19,14 @@ from qlora_kernels.offload import (
     layer_functions,
     peak_bytes,
 )  # fmt: skip
+from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
+from qlora_sft.model.loss import path_of
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
@@ -98,8 +101,8 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         _require_checkpointing(layers, config)
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
-    settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
-    between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
+    settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
+    between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)

@@ -67,8 +67,8 @@ Row = Callable[[int], tuple[LayerBytes, int]]
 
 def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> Row:
     def row(tokens: int) -> tuple[LayerBytes, int]:
-        lean, in_4bit = blueprint.lean_norms, blueprint.head_in_4bit
-        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, lean, in_4bit)
+        head = blueprint.head(dtype)
+        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
         return layer_bytes(blueprint, tokens, lora, dtype, on_gpu), between
 
     return row

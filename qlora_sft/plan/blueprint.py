@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
@@ -94,6 +95,10 @@ class Blueprint:
     @property
     def head_in_4bit(self) -> bool:
         return any(linear.quantized for linear in self.linears if linear.block is None)
+
+    def head(self, dtype: torch.dtype) -> HeadShape:
+        """The output head as the loss meets it."""
+        return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
 
     def layer(self, number: int) -> list[Linear]:
         return [linear for linear in self.linears if linear.block == number]

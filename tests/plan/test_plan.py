@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from tests_support import bare_base
 
 from qlora_sft.cli import main
 from qlora_sft.plan import timing
@@ -64,6 +65,24 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     assert plan["layer"]["recomputed"] == (report["layer"]["recomputed"] or plan["layer"]["kept"])
     assert plan["layer"]["backward"] == pytest.approx(report["layer"]["backward"], rel=0.1)
     assert plan["activations"] == pytest.approx(report["device_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("template", [[], ["model.chat_template=chatml"]])
+def test_the_loss_takes_what_the_plan_says_also_with_trained_rows_of_the_head(
+    template: list[str], make_config: MakeConfig, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    from qlora_sft.model.memory import use_memory
+    from qlora_sft.plan.activations import row_bytes
+    from qlora_sft.plan.blueprint import read_blueprint
+    from qlora_sft.train import prepare_model
+
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    config = make_config(f"model.path={base}", *template)
+    model = prepare_model(config, str(base), torch.float32, "transformers", 200, quiet)
+    with use_memory(model, config, 200, torch.float32, quiet) as memory:
+        measured = memory.between
+    row = row_bytes(read_blueprint(config, str(base)), config.lora, torch.float32, on_gpu=False)
+    assert row(200)[1] == measured
 
 
 def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
