@@ -59,6 +59,16 @@ class TaskReport(Report):
     """The file with every answer."""
 
 
+@dataclass(frozen=True)
+class EvaluationReport(Report):
+    """What a model, and its base if it was asked, made of every task."""
+
+    model: str
+    folder: str
+    """Where the figures and the answers stand."""
+    tasks: list[TaskReport]
+
+
 def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskReport:
     """Every metric of ``tuned`` and, if it was asked, of ``base``, and what has changed."""
     settings = task.settings

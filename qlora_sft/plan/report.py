@@ -64,12 +64,12 @@ class CardPlan(Report):
     host_needed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CardsPlan(Report):
     note: str
     """What the rows rest on, or why there are none."""
-    rows: list[CardPlan]
     resident: int | None = field(default=None, metadata=LEFT_OUT)
+    rows: list[CardPlan]
     positions: int | None = None
     """Positions that the model has, scaled as configured."""
 

@@ -168,7 +168,7 @@ def test_code_is_run_only_where_that_was_said(run: Path, files: dict[str, str]) 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
     run: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_sft.model.load.load_for_inference", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora_sft.evaluation.asking.load_for_inference", lambda _: pytest.fail("loaded"))
     assert main(["evaluate", str(run)]) == 2
     assert "name files of questions with --task FILE" in capsys.readouterr().err
     assert main(["evaluate", str(run / "no"), "--task", files["choices"]]) == 2

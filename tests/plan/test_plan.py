@@ -51,7 +51,7 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     make_config: MakeConfig, overrides: tuple[str, ...]
 ) -> None:
     from qlora_sft.model.memory import use_memory
-    from qlora_sft.train import prepare_model
+    from qlora_sft.model.setup import prepare_model
 
     config = make_config("lora.r=4", *overrides)
     plan = make_plan(config, timing=False, say=quiet)["this_run"]
@@ -72,9 +72,9 @@ def test_the_loss_takes_what_the_plan_says_also_with_trained_rows_of_the_head(
     template: list[str], make_config: MakeConfig, tmp_path: Path, small_tokenizer: Any
 ) -> None:
     from qlora_sft.model.memory import use_memory
+    from qlora_sft.model.setup import prepare_model
     from qlora_sft.plan.activations import row_bytes
     from qlora_sft.plan.blueprint import read_blueprint
-    from qlora_sft.train import prepare_model
 
     base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
     config = make_config(f"model.path={base}", *template)
