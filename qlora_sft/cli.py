@@ -266,10 +266,10 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> Any:
     if arguments.serve:
-        from qlora_sft.chat_serve import serve
+        from qlora_sft.chat.serve import serve
 
         return serve(Path(arguments.model).expanduser(), arguments.port)
-    from qlora_sft.chat import chat
+    from qlora_sft.chat.terminal import chat
 
     show = _on_stderr if arguments.json else None
     return chat(arguments.model, arguments.message, arguments.system, arguments.max_new_tokens, show=show)
