@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_kernels.packed_ce import HeadShape, workspace_bytes
+from qlora_kernels.packed_ce import HeadShape, problem, workspace_bytes
 from qlora_kernels.packed_ce.workspace import vocabulary_tile
 from workspace_cases import KINDS, check_bytes
 
@@ -14,9 +14,15 @@ from qlora_sft.model.loss_bytes import loss_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(300, 128, 5000), (700, 1024, 9000)], ids=str)
-def test_the_path_in_torch_takes_what_it_says(kind: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "products"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str
+)
+@pytest.mark.parametrize("sizes", [(300, 128, 5000), (500, 1024, 5000)], ids=str)
+def test_the_path_in_torch_takes_what_it_says(
+    kind: str, dtype: torch.dtype, products: bool, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``products``: whether the CPU is one that multiplies in bfloat16."""
+    monkeypatch.setattr(problem, "bfloat16_products", lambda: (products, "a test"))
     check_bytes(kind, sizes, dtype, "torch")
 
 
