@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
-from qlora_sft.model.allocator import use_expandable_segments
+from qlora_sft.model.allocator import describe_allocator, use_expandable_segments
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
@@ -267,7 +267,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    print("allocator:", use_expandable_segments())
+    use_expandable_segments()
+    print("allocator:", describe_allocator())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.smoke:
         print("max_context: needs an NVIDIA GPU; not measured. --smoke runs anywhere.", file=sys.stderr)

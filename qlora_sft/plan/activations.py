@@ -67,8 +67,8 @@ Row = Callable[[int], tuple[LayerBytes, int]]
 
 def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> Row:
     def row(tokens: int) -> tuple[LayerBytes, int]:
-        lean, in_4bit = blueprint.lean_norms, blueprint.head_in_4bit
-        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, lean, in_4bit)
+        head = blueprint.head(dtype)
+        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu)
         return with_standing(layer, standing_bytes(blueprint.config, tokens, dtype)), between
 
@@ -218,7 +218,10 @@ class _Layer:
     def pointwise(self, values: int) -> int:
         """Float32 buffers between the products: on a CPU as many blocks as `gated_backward` has at once, with those of
         the block before; none on a GPU."""
-        return 0 if self.on_gpu else 4 * (5 if self.size == 4 else 9) * min(values, gated.BLOCK)
+        if self.on_gpu:
+            return 0
+        alone, followed = (3, 5) if self.size == 4 else (6, 9)
+        return 4 * (alone if values <= gated.BLOCK else followed) * min(values, gated.BLOCK)
 
     @property
     def norm_after(self) -> bool:

@@ -16,20 +16,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from qlora_kernels.nf4_lora import pointwise  # noqa: E402
-from qlora_kernels.packed_ce import fused, move, rows, select  # noqa: E402
+from qlora_kernels.packed_ce import move, rows, select, triton_path  # noqa: E402
 
 CAPABILITIES = [75, 80, 86, 89, 90, 100, 120]
 PLAIN = {"HAS_BIAS": False, "HAS_CAP": False, "SMOOTH": False}
 EVERYTHING = {"HAS_BIAS": True, "HAS_CAP": True, "SMOOTH": True}
-ROWS, TILES = {"BLOCK": fused.BLOCK, "GRAD": True}, {"BLOCK": fused.TILE_BLOCK}
+ROWS, TILES = {"BLOCK": triton_path.BLOCK, "GRAD": True}, {"BLOCK": triton_path.TILE_BLOCK}
 
 # name, kernel, constants, warps
 VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
-    ("rows, plain", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS}, fused.WARPS),
-    ("rows, all options", rows.row_kernel, {**EVERYTHING, "Z_LOSS": True, **ROWS}, fused.WARPS),
-    ("rows, loss only", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS, "GRAD": False}, fused.WARPS),
-    ("tile, plain", rows.tile_kernel, {**PLAIN, **TILES}, fused.WARPS),
-    ("tile, all options", rows.tile_kernel, {**EVERYTHING, **TILES}, fused.WARPS),
+    ("rows, plain", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS}, triton_path.WARPS),
+    ("rows, all options", rows.row_kernel, {**EVERYTHING, "Z_LOSS": True, **ROWS}, triton_path.WARPS),
+    ("rows, loss only", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS, "GRAD": False}, triton_path.WARPS),
+    ("tile, plain", rows.tile_kernel, {**PLAIN, **TILES}, triton_path.WARPS),
+    ("tile, all options", rows.tile_kernel, {**EVERYTHING, **TILES}, triton_path.WARPS),
     ("gather", move.gather_kernel, {"BLOCK": 1024}, 4),
     ("scatter", move.scatter_kernel, {"BLOCK": 1024}, 4),
     ("documents", move.document_kernel, {"BLOCK": 256}, 4),

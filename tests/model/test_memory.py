@@ -240,7 +240,7 @@ from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.load import load_model
 from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.model.memory import use_memory
-from qlora_sft.train import fit
+from qlora_sft.training.fit import Training, fit
 config = load_config(sys.argv[1], sys.argv[2:])
 documents = documents_of(config)
 model = load_model(config, config.model.path, torch.float32, "unsloth")
@@ -254,8 +254,9 @@ with use_memory(model, config, 256, torch.float32, lambda text: None) as memory:
             slots.append(memory.slab.taken)
             return result
         layer._gradient_checkpointing_func = counted
-    fit(model, load_tokenizer(config.model, config.model.path), config, documents, [[0, 1], [2]], torch.float32,
-        Path(config.output), memory.make_room, lambda text: None)
+    tokenizer = load_tokenizer(config.model, config.model.path)
+    fit(Training(config, Path(config.output), lambda text: None, model, tokenizer, torch.float32, documents,
+        [[0, 1], [2]]), memory.make_room)
     print(json.dumps([slots, memory.slab.taken]))
 """
 
