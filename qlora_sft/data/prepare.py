@@ -100,6 +100,7 @@ def _render_source(
         ledger.kept += 1
         ledger.shortened += fitting != [result]
         ledger.lose(result.lost, place(conversation))
+        ledger.note({**dict.fromkeys(conversation.get("notes", ()), 1), **result.notes}, place(conversation))
         for document in fitting:
             documents.add(_weighted(document, settings.loss_weight))
     if problems:
