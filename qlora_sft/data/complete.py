@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qlora_sft.errors import DataError
@@ -123,7 +122,13 @@ def _parameters(schema: Any) -> list[str]:
     return [str(key) for key, value in schema.items() if isinstance(value, dict)] if "type" not in schema else []
 
 
-@lru_cache(maxsize=256)
-def reads(template: str, name: str) -> bool:
-    """Whether the template speaks of this variable at all."""
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+def unwritten_keys(tools: list[dict[str, Any]], text: str) -> set[str]:
+    """What the tools say beside names, descriptions and parameters, and the text has not."""
+    return {
+        key
+        for tool in tools
+        for fields in (tool, tool.get("function", {}))
+        for key, value in fields.items()
+        if key not in ("type", "function", "name", "description", "parameters")
+        and not (f'"{key}"' in text and all(_holds(text, leaf) for leaf in _leaves(value)))
+    }

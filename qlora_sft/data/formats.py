@@ -185,6 +185,8 @@ def _sharegpt_turn(turn: Any, unused: set[str]) -> Message:
     kept = {key: turn[key] for key in _SHAREGPT_KEYS - {"from", "value"} if key in turn}
     if role != "function_call":
         return {"role": role, "content": turn.get("value"), **kept}
+    if kept.get("tool_calls") not in EMPTY:
+        raise DataError("the function call is given twice, by 'value' and 'tool_calls'; keep one")
     calls = from_json_text(turn.get("value"), "the function call")
     return {"role": "assistant", "content": "", **kept, "tool_calls": calls if isinstance(calls, list) else [calls]}
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_sft.data.complete import is_silent, reads
+from qlora_sft.data.complete import is_silent, unwritten_keys
 from qlora_sft.data.prerendered import refuse_rendered_chat
 from qlora_sft.data.shield import any_of, control_tokens, parts, shield
-from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole
+from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
 
@@ -92,11 +92,10 @@ def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: Chat
     """What the row says to the template and the template does not hear."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
-        if not reads(style.template, key):
+        if key not in variables(style.template):
             notes[f"rows with {key!r} in chat_template_kwargs, which the chat template does not read"] = 1
-    for key in sorted(_tool_keys(conversation.get("tools") or [])):
-        if key not in text:
-            notes[f"rows with the key {key!r} in tools, which the chat template does not write"] = 1
+    for key in sorted(unwritten_keys(conversation.get("tools") or [], text)):
+        notes[f"rows with the key {key!r} in tools, which the chat template does not write"] = 1
     messages = conversation["messages"]
     silenced = sum(bool(message.get("reasoning")) for message in messages) if is_silent(conversation) else 0
     if silenced:
@@ -110,12 +109,6 @@ def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: Chat
         if apply({**conversation, "messages": nameless}, tokenizer, style.template)[0] == text:
             notes["rows with the key 'name' in messages, which the chat template does not write"] = 1
     return notes
-
-
-def _tool_keys(tools: list[dict[str, Any]]) -> set[str]:
-    """What the tools say beside their names, descriptions and parameters, which are looked for one by one."""
-    keys = {key for tool in tools for fields in (tool, tool.get("function", {})) for key in fields}
-    return keys - {"type", "function", "name", "description", "parameters"}
 
 
 def _refuse_untrained_others(conversation: dict[str, Any]) -> None:

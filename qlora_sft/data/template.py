@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.complete import check_nothing_lost
@@ -70,6 +72,14 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
             trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
         )
     return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
+
+
+@lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """What the template reads beside its own variables."""
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(plain)
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 def _trl_training_template(tokenizer: Any) -> str | None:
