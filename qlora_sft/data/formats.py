@@ -10,6 +10,7 @@ from qlora_sft.data.forms import Form as Form
 from qlora_sft.data.forms import detect as detect
 from qlora_sft.data.messages import MESSAGE_KEYS, Message, read_message
 from qlora_sft.data.parts import text_of_blocks
+from qlora_sft.data.prerendered import refuse_rendered_prompt
 from qlora_sft.data.thinking import has_lone_close
 from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
 from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, kind
@@ -42,9 +43,8 @@ def convert(row: dict[str, Any], form: Form, unused: set[str], notes: set[str] |
         raise DataError(f"the form {form.name} needs {' and '.join(map(repr, missing))}, found {found}; {CURE}")
     values = {ours: row.get(form.column(ours)) for ours in (*needed, *optional)}
     used = {form.column(ours) for ours in (*needed, *optional)}
-    if "tools" in values and (functions := _functions(row, values["tools"])) is not None:
-        values["tools"] = functions
-        used.add("functions")
+    if "tools" in values:
+        values["tools"] = _tools(row, form.column("tools"), used)
     unused |= idle_keys(row, used, "column")
     _refuse_preferences(row, used)
     if form.name == "text":
@@ -56,14 +56,19 @@ def convert(row: dict[str, Any], form: Form, unused: set[str], notes: set[str] |
     return _conversation(messages, values, form, unused, set() if notes is None else notes)
 
 
-def _functions(row: dict[str, Any], tools: Any) -> Any:
-    """What OpenAI's older name of the tools holds, if it holds functions and ``tools`` nothing else."""
-    functions = row.get("functions")
-    if functions in EMPTY or anything(tools, "'tools'") is not None:
-        return None
-    functions = anything(functions, "'functions'") if str(functions).lstrip().startswith(("[", "null")) else None
-    described = isinstance(functions, list) and all(isinstance(each, dict) and "name" in each for each in functions)
-    return functions if described else None
+def _tools(row: dict[str, Any], column: str, used: set[str]) -> Any:
+    """What the tools column holds, or else the functions, as OpenAI called them once, if that is what they are."""
+    tools = anything(row.get(column), "'tools'")
+    try:
+        functions = anything(row.get("functions"), "'functions'")
+    except DataError:
+        return tools  # a text of another kind
+    described = isinstance(functions, list) and all(
+        isinstance(e, dict) and {"name", "function"} & e.keys() for e in functions
+    )
+    if functions is None or (tools is None and described):
+        used.add("functions")
+    return functions if tools is None and described else tools
 
 
 def _refuse_preferences(row: dict[str, Any], used: set[str]) -> None:
@@ -203,6 +208,7 @@ def _from_alpaca(values: dict[str, Any], form: Form, unused: set[str]) -> list[M
         if values[key] is not None and not isinstance(values[key], str):
             raise DataError(f"{form.column(key)!r} must be a text, got {kind(values[key])}")
     question = "\n\n".join(text for text in (values["instruction"], values["input"]) if text)
+    refuse_rendered_prompt(question, form.column("instruction"))
     if not question.strip():
         raise DataError(f"{form.column('instruction')!r} is empty; fill it in or remove the row")
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
@@ -214,6 +220,8 @@ def _from_pair(values: dict[str, Any], form: Form, unused: set[str]) -> list[Mes
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"{form.column('prompt')!r} is empty; use format: text to train on texts without a question")
+    if isinstance(prompt, str):
+        refuse_rendered_prompt(prompt, form.column("prompt"))
     before = _side(prompt, "user", form.column("prompt"), form, unused)
     earlier = [{"train": False, **message} if message["role"] == "assistant" else message for message in before]
     after = _side(completion, "assistant", form.column("completion"), form, unused)

@@ -12,7 +12,7 @@ from typing import Any
 Before = Callable[[bool], str]
 """The conversation before the turn as the template writes it, with the generation prompt (True) or without."""
 
-_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 # What a generation prompt may open behind its header.
 _OPENER = re.compile(r"<think>\s*(</think>\s*)?$")
 

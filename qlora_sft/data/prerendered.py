@@ -33,15 +33,20 @@ _PLAIN = (
 )
 
 
-def is_rendered_chat(text: str) -> bool:
-    """Whether the text begins as a chat template's does, or is in one of the old formats that have no tokens."""
-    return bool(_BEGINS.match(text)) or any(plain.search(text) for plain in _PLAIN)
-
-
 def refuse_rendered_chat(text: str) -> None:
-    """Raises `DataError` for a rendered chat: of a plain text every token is trained, the user's too."""
-    if is_rendered_chat(text):
+    """Raises `DataError` for a text that begins as a chat template's does, or is in one of the old formats that have no
+    tokens: of a plain text every token is trained, the user's too."""
+    if _BEGINS.match(text) or any(plain.search(text) for plain in _PLAIN):
         raise DataError(
             f"the text is a chat that a template has written already ({text.strip()[:30]!r}...), and every token of it "
             "would be trained, the user's too; give it as messages, or set supervise: all if that is meant"
+        )
+
+
+def refuse_rendered_prompt(text: str, column: str) -> None:
+    """Raises `DataError` for a prompt with its turns already in it: the template would write a turn around them."""
+    if _BEGINS.match(text):
+        raise DataError(
+            f"{column!r} is a prompt that a template has written already ({text.strip()[:30]!r}...), and another would "
+            "be written around it; give the question alone, or messages"
         )

@@ -41,10 +41,12 @@ def only(fields: dict[str, Any], *keys: str) -> Any:
 
 def joined(inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
     """Both in one; an empty field is filled from the other. Raises `DataError` where both hold different things."""
-    result = {**outer, **{key: value for key, value in inner.items() if value not in EMPTY or key not in outer}}
-    for key in inner.keys() & outer.keys():
-        if EMPTY.count(inner[key]) + EMPTY.count(outer[key]) == 0 and inner[key] != outer[key]:
-            raise DataError(f"{key!r} is given twice: {short(inner[key])} and {short(outer[key])}; keep one")
+    result = dict(inner)
+    for key, value in outer.items():
+        if result.get(key) in EMPTY:
+            result[key] = value
+        elif value not in EMPTY and value != result[key]:
+            raise DataError(f"{key!r} is given twice: {short(result[key])} and {short(value)}; keep one")
     return result
 
 
