@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -20,6 +21,7 @@ from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
+from qlora_sft.data.unroll import UNROLLED, unrolled
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
@@ -85,27 +87,58 @@ def _render_source(
     for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
         whole = whole and ("text" in conversation or settings.supervise == "all")
         try:
-            if isinstance(result, DataError):
-                raise result
-            fitting = fit(result, conversation, config.max_length, config.overlong, render)
+            rendered = (
+                [(conversation, result)]
+                if isinstance(result, Rendered)
+                else _per_turn(conversation, result, render, settings.supervise)
+            )
+            fitting = [fit(document, part, config.max_length, config.overlong, render) for part, document in rendered]
         except DataError as error:
             problems.append(f"{place(conversation)}: {error}")
             if len(problems) == MAX_PROBLEMS:
                 problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
                 break
             continue
-        if isinstance(fitting, str):
-            ledger.drop(fitting, [place(conversation)])
+        kept = [document for part in fitting if not isinstance(part, str) for document in part]
+        if not kept:
+            ledger.drop(next(reason for reason in fitting if isinstance(reason, str)), [place(conversation)])
             continue
         ledger.kept += 1
-        ledger.shortened += fitting != [result]
-        ledger.lose(result.lost, place(conversation))
-        ledger.note({**dict.fromkeys(conversation.get("notes", ()), 1), **result.notes}, place(conversation))
-        for document in fitting:
+        ledger.shortened += kept != [document for _, document in rendered]
+        _remark(ledger, conversation, [document for _, document in rendered])
+        for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
     if problems:
         raise DataError("\n".join(problems))
     return documents.finish(), whole
+
+
+def _per_turn(
+    conversation: Conversation, fault: DataError, render: Callable[[Conversation], Rendered], supervise: str
+) -> list[tuple[Conversation, Rendered]]:
+    """A row that cannot be one document, as one per turn. Raises ``fault`` if that is no way out either."""
+    parts = unrolled(conversation, supervise)
+    try:
+        rendered = [(part, render(part)) for part in parts]
+    except DataError:
+        rendered = []
+    if not rendered:
+        raise fault
+    return rendered
+
+
+def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered]) -> None:
+    """Notes what is remarkable about a kept row and what it loses, once, in however many documents it is."""
+    notes = Counter[str]()
+    lost = Counter[str]()
+    for document in documents:
+        notes.update(document.notes)
+        lost |= Counter(document.lost)
+    notes |= Counter(dict.fromkeys(conversation.get("notes", ()), 1))
+    if len(documents) > 1:
+        notes[UNROLLED] = 1
+    ledger.lose(dict(lost), place(conversation))
+    ledger.note(dict(notes), place(conversation))
 
 
 def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:

@@ -133,7 +133,8 @@ def _with_inline_reasoning(conversation: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
-    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not.
+    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
+    messages that are ``past`` (see `unroll`) there may be none.
 
     Raises `DataError` if the spans cannot be derived without guessing.
     """
@@ -149,9 +150,27 @@ def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat)
             raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
     else:
         text, _ = apply(conversation, tokenizer, style.template)
+        turns = [turn for turn in turns if not messages[turn].get("past")]
         bounds = [_by_prefix(conversation, turn, text, tokenizer, style.template) for turn in turns]
     spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    return text, [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    exact = [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    if any(message.get("past") for message in messages):
+        return _as_prompted(text, exact[-1], conversation, tokenizer, style)
+    return text, exact
+
+
+def _as_prompted(
+    text: str, span: Span, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
+) -> tuple[str, list[Span]]:
+    """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
+    call that it shows the model while there is no answer yet."""
+    before = _before(conversation, span.message, tokenizer, style.template)
+    prompt, without = before(True), before(False)
+    header = prompt[len(without) :] if prompt.startswith(without) else ""
+    if text.startswith(prompt) or not header or not text.endswith(header, 0, span.start):
+        return text, [span]
+    end = len(prompt) + span.end - span.start
+    return prompt + text[span.start :], [Span(len(prompt), end, span.message)]
 
 
 def apply(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import load, npm_is_here
+from families import load, npm_is_here, own_template
 from test_families import family
 
 from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
@@ -276,7 +276,8 @@ def test_a_reasoning_whose_opening_the_server_kept_is_one(template: str, tokeniz
 
 @needs_npm
 def test_qwen3s_own_template_writes_it_too() -> None:
-    tokenizer = load("qwen3")
+    tokenizer = copy.deepcopy(load("qwen3"))
+    tokenizer.chat_template = own_template("qwen3")
     result = prepared("10_think_never_opened/c15b_think_close_only.jsonl", tokenizer)
     assert "[[<think>\nTwo and two.\n</think>\n\n4<|im_end|>]]" in shown(result, tokenizer)[0]
 
