@@ -104,7 +104,8 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
     """The function with its schema as an object under ``parameters``, whatever it was called, and without one that is
-    null or an empty list."""
+    null or an empty list, as without every other key that is null."""
+    function = {key: value for key, value in function.items() if value is not None or key in _SCHEMA}
     what = f"the schema of the tool {function['name']!r}"
     given = {key: _schema(function[key], what) for key in _SCHEMA if key in function}
     schema = only(given, *_SCHEMA)

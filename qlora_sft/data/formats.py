@@ -10,7 +10,7 @@ from qlora_sft.data.forms import Form as Form
 from qlora_sft.data.forms import detect as detect
 from qlora_sft.data.messages import MESSAGE_KEYS, Message, read_message
 from qlora_sft.data.parts import text_of_blocks
-from qlora_sft.data.prerendered import refuse_rendered_prompt
+from qlora_sft.data.prerendered import ends_a_turn, refuse_rendered_prompt
 from qlora_sft.data.thinking import has_lone_close
 from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
 from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, kind
@@ -121,6 +121,8 @@ def _conversation(
             notes.add(UNDECLARED)
     if form.think_tags and any(has_lone_close(m["content"]) for m in messages if m["role"] == "assistant"):
         notes.add("rows with a </think> in an answer that no <think> opened, trained as text")
+    if any(ends_a_turn(m["content"][-40:]) for m in messages if m["role"] == "assistant"):
+        notes.add("rows with an answer that has an end of turn written at its end, which is kept as text")
     if messages[-1]["role"] != "assistant":
         notes.add(UNANSWERED)
     options = anything(values.get("chat_template_kwargs"), "'chat_template_kwargs'")

@@ -23,20 +23,32 @@ _BEGINNINGS = (
 )
 _BOS = r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>|<BOS_TOKEN>|<\|endoftext\|>)"
 _BEGINS = re.compile(rf"\s*(?:{_BOS}\s*)*(?:{'|'.join(_BEGINNINGS)})")
-# Formats in plain words: a text that merely mentions one of them is none.
+# Formats in plain words, by how a question and the answer behind it begin: a text that merely mentions one is none.
 _PLAIN = (
-    re.compile(
-        r"^\s*(?:.*\n)*?#{2,3} (?:Instruction|Input|Human|User):?[ \t]*\n(?:.*\n)*?#{2,3} (?:Response|Assistant):"
-    ),
-    re.compile(r"^\s*(?:Human|User|USER|Q|Question)\s*:.*?\n\s*(?:Assistant|ASSISTANT|AI)\s*:", re.DOTALL),
-    re.compile(r"\bUSER: .*?\bASSISTANT: ", re.DOTALL),
+    (r"^#{2,3} (?:Instruction|Input|Human|User):?[ \t]*$", r"^#{2,3} (?:Response|Assistant):"),
+    (r"\A\s*(?:Human|User|USER|Q|Question)\s*:", r"^\s*(?:Assistant|ASSISTANT|AI)\s*:"),
+    (r"\bUSER: ", r"\bASSISTANT: "),
 )
+_ENDS = re.compile(r"(?:<\|(?:im_end|eot_id|end|endoftext|end_of_text|return)\|>|<end_of_turn>|<eos>|</s>)\s*$")
+
+
+def _in_plain_words(text: str) -> bool:
+    for question, answer in _PLAIN:
+        asked = re.search(question, text, re.MULTILINE)
+        if asked and re.compile(answer, re.MULTILINE).search(text, asked.end()):
+            return True
+    return False
+
+
+def ends_a_turn(answer: str) -> bool:
+    """Whether the answer has an end of turn of some template written at its end; ours is written behind it."""
+    return _ENDS.search(answer) is not None
 
 
 def refuse_rendered_chat(text: str) -> None:
     """Raises `DataError` for a text that begins as a chat template's does, or is in one of the old formats that have no
     tokens: of a plain text every token is trained, the user's too."""
-    if _BEGINS.match(text) or any(plain.search(text) for plain in _PLAIN):
+    if _BEGINS.match(text) or _in_plain_words(text):
         raise DataError(
             f"the text is a chat that a template has written already ({text.strip()[:30]!r}...), and every token of it "
             "would be trained, the user's too; give it as messages, or set supervise: all if that is meant"

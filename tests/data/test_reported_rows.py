@@ -219,6 +219,12 @@ def test_a_rendered_chat_in_a_text_column_is_refused_unless_all_of_it_is_meant(
     assert the_ledger(prepared(file, tokenizer, supervise="all")).kept == 1
 
 
+def test_an_end_of_turn_written_into_an_answer_is_counted(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": "q", "completion": "a</s>\n"}
+    (note,) = the_ledger(prepared(one_row(tmp_path, row), tokenizer)).notes
+    assert note.startswith("rows with an answer that has an end of turn written at its end")
+
+
 @pytest.mark.parametrize("text", ["A template writes <|im_start|>user first.", "# Response:\nok", "User: the person\n"])
 def test_a_text_about_chats_is_a_text(text: str, tmp_path: Path, tokenizer: Any) -> None:
     assert the_ledger(prepared(one_row(tmp_path, {"text": text}), tokenizer)).kept == 1
