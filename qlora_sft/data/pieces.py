@@ -100,6 +100,9 @@ def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: Chat
     silenced = sum(bool(message.get("reasoning")) for message in messages) if is_silent(conversation) else 0
     if silenced:
         notes["turns without their reasoning, because enable_thinking is false"] = silenced
+    forgotten = sum(1 for m in messages if m.get("past") and m.get("reasoning") and m["reasoning"].strip() not in text)
+    if forgotten:
+        notes["reasonings of earlier turns that the chat template leaves out, as it does at inference"] = forgotten
     # Of a tool's result the name is used: it says whose result it is.
     if any(message.get("name") and message["role"] != "tool" for message in messages):
         nameless = [
