@@ -51,6 +51,9 @@ class SourceConfig:
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
+    think_tags: Literal["reasoning", "text"] = "reasoning"
+    """What ``<think>...</think>`` at the beginning of an answer is: its reasoning, which the template writes in its own
+    way, or a text like any other."""
     allow_special: bool = False
     """Let control tokens inside messages act as such, instead of being text. Only for data that you wrote yourself."""
 

@@ -48,6 +48,12 @@ def load(package: str) -> Any:
     return tokenizer
 
 
+def own_template(package: str) -> str:
+    """The chat template that the package brings; `load` gives one tokenizer to all, and tests set another on it."""
+    text: str = json.loads((tokenizer_folder(package) / "tokenizer_config.json").read_text())["chat_template"]
+    return text
+
+
 def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 

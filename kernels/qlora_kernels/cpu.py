@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 
@@ -12,7 +15,7 @@ def bfloat16_products() -> tuple[bool, str]:
     whose AMX is switched off, as in many virtual machines, at half of it. Without an instruction bfloat16 is emulated,
     which is slower than both.
     """
-    can = torch.cpu.get_capabilities()
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else capabilities_before_211()
     if can.get("amx_bf16"):
         return True, "this CPU has AMX"
     if not can.get("avx512_bf16"):
@@ -20,3 +23,13 @@ def bfloat16_products() -> tuple[bool, str]:
     if "Intel" in can.get("cpu_name", ""):
         return False, "an Intel CPU without AMX multiplies float32 faster"
     return True, "this CPU computes in bfloat16"
+
+
+def capabilities_before_211() -> dict[str, Any]:
+    """Returns what is asked of ``torch.cpu.get_capabilities`` above, where torch (2.10) has no such function."""
+    info = Path("/proc/cpuinfo")
+    return {
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "cpu_name": "Intel" if info.exists() and "GenuineIntel" in info.read_text() else "",
+    }

@@ -1,105 +1,92 @@
-"""Rows in any of the usual forms -> conversations, and how a form is recognised.
-
-- ``messages``: ``{messages: [{role, content, ...}], tools?, system?, chat_template_kwargs?}``
-- ``sharegpt``: ``{conversations: [{from, value}], tools?, system?}``
-- ``alpaca``: ``{instruction, output, input?, history?, system?}``
-- ``prompt_completion``: ``{prompt, completion, ...}``, texts or lists of messages; also question/answer
-- ``text``: ``{text}``, every token supervised: continued pre-training and replay
-"""
+"""Rows in any of the usual forms (see `forms`) -> conversations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_sft.config_data import FORMS
-from qlora_sft.data.messages import Message, from_json_text, kind, read_message, read_tools
+from qlora_sft.data.calls import read_tools
+from qlora_sft.data.forms import Form as Form
+from qlora_sft.data.forms import detect as detect
+from qlora_sft.data.messages import MESSAGE_KEYS, Message, read_message
+from qlora_sft.data.parts import text_of_blocks
+from qlora_sft.data.prerendered import ends_a_turn, refuse_rendered_prompt
+from qlora_sft.data.thinking import has_lone_close
+from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
+from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, kind
 from qlora_sft.errors import DataError
 
 Conversation = dict[str, Any]
 """``messages``: list of {role, content, reasoning?, tool_calls?, name?, tool_call_id?, train?, weight?}; ``tools``?;
-``chat_template_kwargs``?; or else ``text``; and ``file`` and ``line``: where it stood (the row's number in files
-without lines)."""
+``chat_template_kwargs``?; ``paired``? (every tool result stands behind its call); or else ``text``; and ``file`` and
+``line``: where it stood (the row's number in files without lines), with ``notes``? (what is remarkable about it)."""
 
-# Column names that leave no doubt about which is the question and which the answer.
-_PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"), ("problem", "solution"))
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response", "tool_response"), "tool"),
     **{"system": "system", "function_call": "function_call", "tool_call": "function_call"},
 }
-_SHAREGPT_KEYS = {"from", "value", "weight", "loss_weight", "train", "name"}
+_SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 
 
-@dataclass(frozen=True)
-class Form:
-    """How rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
-
-    name: str
-    columns: dict[str, str] = field(default_factory=dict)
-
-    def column(self, ours: str) -> str:
-        return self.columns.get(ours, ours)
-
-    def needs(self) -> list[str]:
-        return [self.column(ours) for ours in FORMS[self.name][0]]
-
-    def describe(self) -> str:
-        """``sharegpt (conversations: from/value)``: the form and its mapping, for people."""
-        column = self.column
-        mapping = {
-            "messages": f"{column('messages')}: role/content",
-            "sharegpt": f"{column('conversations')}: from/value",
-            "alpaca": f"user: {column('instruction')} + {column('input')}, assistant: {column('output')}",
-            "prompt_completion": f"prompt: {column('prompt')}, completion: {column('completion')}",
-            "text": f"{column('text')}: every token supervised",
-        }
-        return f"{self.name} ({mapping[self.name]})"
-
-
-def detect(row: dict[str, Any], columns: dict[str, str] | None = None) -> Form | None:
-    """The form of a row, from its columns (renamed by ``columns``) and what they hold; None if it has none.
-
-    The order decides: a row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
-    many published sets have it, is taken for the first of the two, and the other column is reported as unused.
-    """
-    columns = dict(columns or {})
-    for name, ours, theirs in (("messages", "messages", "conversations"), ("sharegpt", "conversations", "messages")):
-        # Either name is in use with either kind of turn; the keys of the turn decide.
-        for column in dict.fromkeys((columns.get(ours, ours), columns.get(theirs, theirs))):
-            if _turn_form(row.get(column), default=name if column == ours else "") == name:
-                return Form(name, {**_without(columns, theirs), **({ours: column} if column != ours else {})})
-    for name in ("alpaca", "prompt_completion"):
-        if _has(row, form := Form(name, columns)):
-            return form
-    for prompt, completion in _PAIRS if not columns else ():
-        if _has(row, form := Form("prompt_completion", {"prompt": prompt, "completion": completion})):
-            return form
-    return form if _has(row, form := Form("text", columns)) else None
-
-
-def convert(row: dict[str, Any], form: Form, unused: set[str]) -> Conversation:
+def convert(row: dict[str, Any], form: Form, unused: set[str], notes: set[str] | None = None) -> Conversation:
     """The row as a conversation (without file and line).
 
-    What holds something and is not used (columns, keys of messages) is added to ``unused``. Raises `DataError` naming
-    the fault and its cure.
+    What holds something and is not used (columns, keys of messages) is added to ``unused``, what is remarkable and no
+    fault to ``notes``. Raises `DataError` naming the fault and its cure.
     """
     needed, optional = FORMS[form.name]
     missing = [column for column in form.needs() if row.get(column) is None]
     if missing:
         found = ", ".join(map(repr, row)) or "no columns"
         raise DataError(f"the form {form.name} needs {' and '.join(map(repr, missing))}, found {found}; {CURE}")
-    used = {form.column(ours) for ours in (*needed, *optional)}
-    unused |= {f"column {key!r}" for key in row.keys() - used if row[key] not in (None, "", [], {})}
     values = {ours: row.get(form.column(ours)) for ours in (*needed, *optional)}
+    used = {form.column(ours) for ours in (*needed, *optional)}
+    if "tools" in values:
+        values["tools"] = _tools(row, form.column("tools"), used)
+    unused |= idle_keys(row, used, "column")
+    _refuse_preferences(row, used)
     if form.name == "text":
         if not isinstance(values["text"], str) or not values["text"].strip():
             got = "an empty one" if isinstance(values["text"], str) else kind(values["text"])
             raise DataError(f"{form.column('text')!r} must be a text, got {got}")
         return {"text": values["text"]}
     messages = _READERS[form.name](values, form, unused)
-    return _conversation(messages, values)
+    return _conversation(messages, values, form, unused, set() if notes is None else notes)
+
+
+def _tools(row: dict[str, Any], column: str, used: set[str]) -> Any:
+    """What the tools column holds, or else the functions, as OpenAI called them once, if that is what they are."""
+    tools = anything(row.get(column), "'tools'")
+    try:
+        functions = anything(row.get("functions"), "'functions'")
+    except DataError:
+        return tools  # a text of another kind
+    described = isinstance(functions, list) and all(
+        isinstance(e, dict) and {"name", "function"} & e.keys() for e in functions
+    )
+    if functions is None or (tools is None and described):
+        used.add("functions")
+    return functions if tools is None and described else tools
+
+
+def _refuse_preferences(row: dict[str, Any], used: set[str]) -> None:
+    chosen = row.get("chosen")
+    if "chosen" not in used and isinstance(chosen, str | list | dict) and chosen:
+        raise DataError(
+            "'chosen' is an answer of preference data, which would not be trained; make it the last turn, map it "
+            "(columns: {completion: chosen} beside a prompt, {messages: chosen} if it has all turns), or remove it"
+        )
+
+
+def convert_noting(row: dict[str, Any], form: Form) -> Conversation:
+    """`convert` with what is remarkable about the row, keys that are not used among it, under ``notes``."""
+    unused: set[str] = set()
+    notes: set[str] = set()
+    conversation = convert(row, form, unused, notes)
+    told = [*(f"rows with the unused {what}" for what in sorted(unused)), *sorted(notes)]
+    return {**conversation, "notes": told} if told else conversation
 
 
 CURE = "set format: and columns: of the source"
@@ -113,22 +100,32 @@ def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
     return {**conversation, "chat_template_kwargs": kwargs}
 
 
-def _conversation(messages: list[Message], values: dict[str, Any]) -> Conversation:
-    system = values.get("system")
+def _conversation(
+    messages: list[Message], values: dict[str, Any], form: Form, unused: set[str], notes: set[str]
+) -> Conversation:
+    system = _system(values.get("system"), unused)
     if system:
-        if not isinstance(system, str):
-            raise DataError(f"the system column must hold a text, got {kind(system)}")
         if messages and messages[0]["role"] == "system" and messages[0]["content"] != system:
             raise DataError("a system column and a different system message in one row; keep one")
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("no assistant turn, so nothing could be trained; add one or remove the row")
-    conversation: Conversation = {"messages": messages}
+    conversation: Conversation = {"messages": paired(messages, notes, together=form.name == "sharegpt")}
+    if conversation["messages"] is not messages:
+        conversation["paired"] = True
     tools = read_tools(values.get("tools"))
     if tools:
         conversation["tools"] = tools
-    options = from_json_text(values.get("chat_template_kwargs") or None, "'chat_template_kwargs'")
+        if undeclared(messages, tools):
+            notes.add(UNDECLARED)
+    if form.think_tags and any(has_lone_close(m["content"]) for m in messages if m["role"] == "assistant"):
+        notes.add("rows with a </think> in an answer that no <think> opened, trained as text")
+    if any(ends_a_turn(m["content"][-40:]) for m in messages if m["role"] == "assistant"):
+        notes.add("rows with an answer that has an end of turn written at its end, which is kept as text")
+    if messages[-1]["role"] != "assistant":
+        notes.add(UNANSWERED)
+    options = anything(values.get("chat_template_kwargs"), "'chat_template_kwargs'")
     if options is not None:
         if not isinstance(options, dict):
             raise DataError(f"'chat_template_kwargs' must be a dict, got {kind(options)}")
@@ -136,18 +133,27 @@ def _conversation(messages: list[Message], values: dict[str, Any]) -> Conversati
     return conversation
 
 
+def _system(system: Any, unused: set[str]) -> str:
+    """The system column: a text, or Anthropic's list of text blocks."""
+    if system in EMPTY:
+        return ""
+    if not isinstance(system, str | list):
+        raise DataError(f"the system column must hold a text, got {kind(system)}")
+    return text_of_blocks(system, "the system column", unused)
+
+
 # ------------------------------------------------------------------ one reader per form
 
 
 def _from_messages(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
-    return _messages(values["messages"], form.column("messages"), unused)
+    return _messages(values["messages"], form.column("messages"), form, unused)
 
 
-def _messages(turns: Any, column: str, unused: set[str]) -> list[Message]:
+def _messages(turns: Any, column: str, form: Form, unused: set[str]) -> list[Message]:
     result = []
     for index, turn in enumerate(_list_of_turns(turns, column)):
         try:
-            result += read_message(turn, unused)
+            result += read_message(turn, unused, form.think_tags)
         except DataError as error:
             raise DataError(f"message {index}: {error}") from None
     return result
@@ -157,16 +163,23 @@ def _from_sharegpt(values: dict[str, Any], form: Form, unused: set[str]) -> list
     result: list[Message] = []
     for index, turn in enumerate(_list_of_turns(values["conversations"], form.column("conversations"))):
         try:
-            messages = read_message(_sharegpt_turn(turn, unused), unused)
+            messages = read_message(_sharegpt_turn(turn, unused), unused, form.think_tags)
         except DataError as error:
             raise DataError(f"turn {index}: {error}") from None
         # ShareGPT has the words before a call as a turn of their own; the model writes both in one.
-        both = result and result[-1]["role"] == messages[0]["role"] == "assistant" and "tool_calls" in messages[0]
-        if both and "tool_calls" not in result[-1]:
+        if result and _words_before_a_call(result[-1], messages[0]):
             result[-1] = {**messages[0], **result[-1]}
         else:
             result += messages
     return result
+
+
+def _words_before_a_call(words: Message, call: Message) -> bool:
+    """Whether both are one turn of the assistant: what its call adds is the call, and its loss is as theirs."""
+    if not (words["role"] == call["role"] == "assistant" and "tool_calls" in call and "tool_calls" not in words):
+        return False
+    alike = all(words.get(key) == call.get(key) for key in ("train", "weight", "name"))
+    return alike and not call["content"] and "reasoning" not in call
 
 
 def _sharegpt_turn(turn: Any, unused: set[str]) -> Message:
@@ -175,18 +188,20 @@ def _sharegpt_turn(turn: Any, unused: set[str]) -> Message:
     role = _SHAREGPT_ROLES.get(str(turn.get("from")))
     if role is None:
         raise DataError(f"unknown speaker {turn.get('from')!r}; use one of {', '.join(_SHAREGPT_ROLES)}")
-    unused |= {f"turn key {key!r}" for key in turn.keys() - _SHAREGPT_KEYS if turn[key] not in (None, "", [], {})}
-    kept = {key: turn[key] for key in ("weight", "loss_weight", "train", "name") if key in turn}
+    unused |= idle_keys(turn, _SHAREGPT_KEYS, "turn key")
+    kept = {key: turn[key] for key in _SHAREGPT_KEYS - {"from", "value"} if key in turn}
     if role != "function_call":
         return {"role": role, "content": turn.get("value"), **kept}
+    if kept.get("tool_calls") not in EMPTY:
+        raise DataError("the function call is given twice, by 'value' and 'tool_calls'; keep one")
     calls = from_json_text(turn.get("value"), "the function call")
-    return {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls], **kept}
+    return {"role": "assistant", "content": "", **kept, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _from_alpaca(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
     """The question: instruction, blank line, input. ``history`` holds earlier [question, answer] pairs."""
     messages = []
-    history = from_json_text(values.get("history") or [], "'history'")
+    history = anything(values.get("history"), "'history'") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError("'history' must be a list of [question, answer] pairs")
     for question, answer in history:
@@ -195,10 +210,11 @@ def _from_alpaca(values: dict[str, Any], form: Form, unused: set[str]) -> list[M
         if values[key] is not None and not isinstance(values[key], str):
             raise DataError(f"{form.column(key)!r} must be a text, got {kind(values[key])}")
     question = "\n\n".join(text for text in (values["instruction"], values["input"]) if text)
+    refuse_rendered_prompt(question, form.column("instruction"))
     if not question.strip():
         raise DataError(f"{form.column('instruction')!r} is empty; fill it in or remove the row")
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
-    return _messages(messages, form.column("output"), unused)
+    return _messages(messages, form.column("output"), form, unused)
 
 
 def _from_pair(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
@@ -206,15 +222,23 @@ def _from_pair(values: dict[str, Any], form: Form, unused: set[str]) -> list[Mes
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"{form.column('prompt')!r} is empty; use format: text to train on texts without a question")
-    before = _side(prompt, "user", form.column("prompt"), unused)
+    if isinstance(prompt, str):
+        refuse_rendered_prompt(prompt, form.column("prompt"))
+    before = _side(prompt, "user", form.column("prompt"), form, unused)
     earlier = [{"train": False, **message} if message["role"] == "assistant" else message for message in before]
-    return earlier + _side(completion, "assistant", form.column("completion"), unused)
+    after = _side(completion, "assistant", form.column("completion"), form, unused)
+    if after[: len(before)] == before:
+        raise DataError(
+            f"{form.column('completion')!r} begins with the prompt, which would be asked twice; map it alone "
+            f"(format: messages, columns: {{messages: {form.column('completion')}}}), or take the prompt out of it"
+        )
+    return earlier + after
 
 
-def _side(value: Any, role: str, column: str, unused: set[str]) -> list[Message]:
+def _side(value: Any, role: str, column: str, form: Form, unused: set[str]) -> list[Message]:
     turns = value if isinstance(value, list) else [{"role": role, "content": value}]
     try:
-        return _messages(turns, column, unused)
+        return _messages(turns, column, form, unused)
     except DataError as error:
         raise DataError(f"{column!r}: {str(error).removeprefix('message 0: ')}") from None
 
@@ -236,26 +260,3 @@ def _list_of_turns(turns: Any, column: str) -> list[Any]:
         got = "an empty list" if turns == [] else kind(turns)
         raise DataError(f"expected a list {column!r} with at least one message, got {got}")
     return turns
-
-
-def _turn_form(turns: Any, default: str) -> str:
-    """``messages`` or ``sharegpt`` for a list of turns (or JSON text of one), by the keys of its first turn;
-    ``default`` for an empty list, and "" for what is no list."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        try:
-            turns = from_json_text(turns, "")
-        except DataError:
-            return ""
-    if not isinstance(turns, list):
-        return ""
-    if not turns:
-        return default
-    return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] and "role" not in turns[0] else "messages"
-
-
-def _has(row: dict[str, Any], form: Form) -> bool:
-    return all(row.get(column) is not None for column in form.needs())
-
-
-def _without(columns: dict[str, str], key: str) -> dict[str, str]:
-    return {ours: theirs for ours, theirs in columns.items() if ours != key}

@@ -25,6 +25,13 @@ class Drop:
 
 
 @dataclass
+class Note(Drop):
+    """Kept rows of which one thing is remarkable, and how often it occurs in all of them."""
+
+    times: int = 0
+
+
+@dataclass
 class SourceLedger:
     """What became of the rows of one source: ``read`` = ``not_drawn`` + rows of all ``dropped`` + ``kept``."""
 
@@ -42,6 +49,8 @@ class SourceLedger:
     """Characters that the vocabulary cannot hold, and how many of each the kept rows have."""
     lost_in: Drop = field(default_factory=Drop)
     """The kept rows that have some."""
+    notes: dict[str, Note] = field(default_factory=dict)
+    """What is remarkable about kept rows and no fault: keys that were not used, calls without results, ..."""
     tokens: int = 0
     supervised: int = 0
     p50: int = 0
@@ -56,6 +65,13 @@ class SourceLedger:
 
     def drop(self, reason: str, places: list[str]) -> None:
         self.dropped.setdefault(reason, Drop()).add(places)
+
+    def note(self, notes: dict[str, int], place: str) -> None:
+        """Notes what is remarkable about a kept row, and how often it occurs there."""
+        for what, times in notes.items():
+            note = self.notes.setdefault(what, Note())
+            note.add([place])
+            note.times += times
 
     def lose(self, lost: dict[str, int], place: str) -> None:
         """Notes the characters that a kept row loses, if it loses any."""
@@ -83,6 +99,9 @@ def ledger_table(ledger: dict[str, SourceLedger]) -> str:
             lines.append(f"  {name}: {row.shortened:,} rows truncated or split to fit")
         for reason, drop in row.dropped.items():
             lines.append(f"  {name}: {drop.rows:,} dropped ({reason}): {drop.shown}")
+        for what, note in row.notes.items():
+            where = f", in {note.rows:,} rows" if note.times > note.rows else ""
+            lines.append(f"  {name}: {note.times:,} {what}{where}: {note.shown}")
         if row.lost:
             lines.append(
                 f"  {name}: {sum(row.lost.values()):,} characters are lost, because no token of this vocabulary spells "

@@ -7,176 +7,77 @@ cause and cure but not file and line: the caller knows them.
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from typing import Any
 
+from qlora_sft.data.calls import read_calls, read_id
+from qlora_sft.data.parts import Parts
+from qlora_sft.data.thinking import has_lone_close, split_thinking
+from qlora_sft.data.values import EMPTY, anything, idle_keys, joined, kind, only
 from qlora_sft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 # OpenAI's newer name for the system prompt, and its older one for a tool's result.
 _OTHER_ROLES = {"developer": "system", "function": "tool"}
 _REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
-_KNOWN_KEYS = {
-    *("role", "content", "tool_calls", "function_call", "name", "tool_call_id", "train", "weight", "loss_weight"),
-    *_REASONING_KEYS,
+# ms-swift's and others' names.
+_TRAIN_KEYS = ("train", "loss", "trainable")
+_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale")
+_RESULT_KEYS = ("tool_call_id", "tool_use_id", "call_id", "tool_name")
+MESSAGE_KEYS = {
+    *("role", "content", "tool_calls", "function_call", "name"),
+    *(*_REASONING_KEYS, *_TRAIN_KEYS, *_WEIGHT_KEYS, *_RESULT_KEYS),
 }
-_KNOWN_CALL_KEYS = {"id", "type", "function", "name", "arguments", "input", "index"}
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 Message = dict[str, Any]
 
 
-def read_message(message: Any, unused: set[str]) -> list[Message]:
+def read_message(message: Any, unused: set[str], think_tags: bool = True) -> list[Message]:
     """The message in our shape; several if it carries tool results beside its text.
 
-    Keys that mean nothing here and hold something are added to ``unused``. Raises `DataError`.
+    Keys that mean nothing here and hold something are added to ``unused``. ``think_tags``: whether ``<think>`` in an
+    answer is markup, and not a text like any other. Raises `DataError`.
     """
     if not isinstance(message, dict):
         raise DataError(f"expected an object with 'role' and 'content', got {kind(message)}")
     if _is_plain(message):
         return [{"role": message["role"], "content": message["content"]}]
     role = _role(message.get("role"))
-    unused |= {f"message key {key!r}" for key in message.keys() - _KNOWN_KEYS if message[key] not in _EMPTY}
-    parts = _Parts(message.get("content"), role, unused)
+    unused |= idle_keys(message, MESSAGE_KEYS, "message key") | _without_effect(message, role)
+    parts = Parts(message.get("content"), role, unused)
     calls = [*read_calls(message.get("tool_calls"), unused), *parts.calls]
-    if message.get("function_call") is not None:
-        calls += read_calls([message["function_call"]], unused)
+    older = anything(message.get("function_call"), "'function_call'")
+    if older is not None:
+        calls += read_calls([older], unused)
     if calls and role != "assistant":
         raise DataError(f"only an assistant may have tool_calls, this is a {role} message; check its role")
-    content, reasoning = _reasoning(message, parts, role)
-    result = [{"role": "tool", "content": text, **_kept(message, "train", "weight")} for text in parts.results]
+    content, reasoning = _reasoning(message, parts, role, think_tags)
+    settings, identity = _settings(message), _identity(message) if role == "tool" else _name(message)
+    of_results = identity if role == "tool" else {}
+    result = [{"role": "tool", **joined(each, of_results), **settings} for each in parts.results]
     if result and not content and not calls:
+        if role != "tool" and identity:
+            unused.add("message key 'name' of a message with nothing but tool results")
         return result
     _check_content(content, role, calls)
-    kept = _kept(message, "name", "tool_call_id", "train", "weight")
     return [
         *result,
-        {"role": role, "content": content or "", **reasoning, **({"tool_calls": calls} if calls else {}), **kept},
+        {
+            "role": role,
+            "content": content or "",
+            **reasoning,
+            **({"tool_calls": calls} if calls else {}),
+            **identity,
+            **settings,
+        },
     ]
-
-
-def split_thinking(content: str) -> tuple[str, str]:
-    """``<think>reasoning</think>answer`` -> (reasoning, answer); ("", content) if it does not begin so.
-
-    The line breaks around the tags belong to the template, which writes its own.
-    """
-    head = content.lstrip()
-    if not head.startswith("<think>"):
-        return "", content
-    inside, closed, rest = head.removeprefix("<think>").partition("</think>")
-    if not closed:
-        raise DataError("the content opens <think> and never closes it; put </think> where the reasoning ends")
-    return (inside.strip("\n") if inside.strip() else ""), rest.lstrip("\n")
-
-
-def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
-    """Tool calls, given as a list (or JSON text of one) of OpenAI calls or of bare ``{name, arguments}``."""
-    if calls in (None, ""):
-        return []
-    calls = from_json_text(calls, "'tool_calls'")
-    if not isinstance(calls, list) or not calls:
-        raise DataError("'tool_calls' must be a list with at least one call; remove the key where there is none")
-    return [_call(call, unused) for call in calls]
-
-
-def read_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tool descriptions, given as a list or as JSON text; bare functions get OpenAI's ``{type, function}`` around them,
-    because that is how they arrive at inference."""
-    if tools in _EMPTY:
-        return []
-    tools = from_json_text(tools, "'tools'")
-    if not isinstance(tools, list):
-        raise DataError(f"'tools' must be a list of functions or JSON text of one, got {kind(tools)}")
-    result = []
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"each of 'tools' needs a function with a 'name', got {_short(tool)}")
-        result.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return result
-
-
-def from_json_text(value: Any, what: str) -> Any:
-    """What the JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{what} is not valid JSON ({error.msg} at column {error.colno}): {_short(value)}") from None
-
-
-def kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def _is_plain(message: Message) -> bool:
     """Nothing to do: most messages of most files, at a fifth of the time."""
     content: Any = message.get("content")
     plain = len(message) == 2 and message.get("role") in ROLES and isinstance(content, str) and content
-    return bool(plain) and "<think>" not in content
-
-
-class _Parts:
-    """Content, taken apart: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``.
-
-    Typed parts carry their text under ``value`` or under their type's own name, as the various formats have it.
-    """
-
-    def __init__(self, content: Any, role: str, unused: set[str]):
-        self.text: str | None = content if isinstance(content, str) else None
-        self.reasoning = ""
-        self.calls: list[dict[str, Any]] = []
-        self.results: list[str] = []
-        if isinstance(content, list) and not (role == "tool" and not _is_typed(content)):
-            for part in content:
-                self._add({"type": "text", "text": part} if isinstance(part, str) else part, unused)
-        elif role == "tool" and isinstance(content, dict | list):
-            # A result as the function returned it; the model will be shown its JSON.
-            self.text = json.dumps(content, ensure_ascii=False)
-        elif content is not None and not isinstance(content, str):
-            raise DataError(f"'content' must be a text or a list of typed parts, got {kind(content)}")
-
-    def _add(self, part: Any, unused: set[str]) -> None:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise DataError(f"a part of 'content' needs a 'type' and a 'value', got {_short(part)}")
-        name = part["type"]
-        if name == "text":
-            if self.calls:
-                raise DataError(
-                    "text after a tool call in one message; a template writes calls last, so split it in two"
-                )
-            self.text = (self.text or "") + _text_of(part, "value", "text")
-        elif name in ("reasoning", "thinking"):
-            if self.text or self.calls:
-                raise DataError("reasoning after text or calls in one message; a template writes it first, so split it")
-            self.reasoning += _text_of(part, "value", "text", name, "content")
-        elif name in ("tool_call", "tool_use"):
-            self.calls += read_calls([_first(part, "value", "tool_call", "function") or part], unused)
-        elif name == "tool_result":
-            result = _first(part, "value", "content", "text")
-            self.results.append(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
-        else:
-            allowed = "text, reasoning, tool_call and tool_result"
-            raise DataError(
-                f"a content part of type {name!r} cannot be trained on, only {allowed}; remove it or the row"
-            )
-
-
-def _is_typed(content: list[Any]) -> bool:
-    return any(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
-
-
-def _first(part: dict[str, Any], *keys: str) -> Any:
-    return next((part[key] for key in keys if part.get(key) is not None), None)
-
-
-def _text_of(part: dict[str, Any], *keys: str) -> str:
-    text = _first(part, *keys)
-    if not isinstance(text, str):
-        raise DataError(f"a content part of type {part['type']!r} needs a text under 'value', got {_short(part)}")
-    return text
+    return bool(plain) and "think>" not in content
 
 
 def _role(role: Any) -> str:
@@ -188,16 +89,26 @@ def _role(role: Any) -> str:
     return str(role)
 
 
-def _reasoning(message: Message, parts: _Parts, role: str) -> tuple[str | None, dict[str, str]]:
+def _without_effect(message: Message, role: str) -> set[str]:
+    """Keys that we know and that do nothing for a message of this role."""
+    idle = set() if role == "tool" else {key for key in _RESULT_KEYS if message.get(key) not in EMPTY}
+    if role != "assistant":
+        idle |= {key for key in _TRAIN_KEYS if message.get(key) is True}
+        idle |= {key for key in _WEIGHT_KEYS if message.get(key)}
+    return {f"message key {key!r} of a {role} message" for key in idle}
+
+
+def _reasoning(message: Message, parts: Parts, role: str, think_tags: bool) -> tuple[str | None, dict[str, str]]:
     """Content without its reasoning, and the reasoning, wherever it was written."""
-    found = {f"key {key!r}": message[key] for key in _REASONING_KEYS if message.get(key) not in _EMPTY}
+    found = {f"key {key!r}": message[key] for key in _REASONING_KEYS if message.get(key) not in EMPTY}
     wrong = [key for key, value in found.items() if not isinstance(value, str)]
     if wrong:
         raise DataError(f"{wrong[0]} must be a text with the reasoning")
     content = parts.text
     if parts.reasoning:
         found["content parts"] = parts.reasoning
-    if role == "assistant" and content:
+    # Where the reasoning is given apart, a closing tag alone is a slip of the text, and no end of a reasoning.
+    if role == "assistant" and content and think_tags and not (found and has_lone_close(content)):
         thought, content = split_thinking(content)
         if thought:
             found["<think> text"] = thought
@@ -209,44 +120,42 @@ def _reasoning(message: Message, parts: _Parts, role: str) -> tuple[str | None, 
 
 
 def _check_content(content: str | None, role: str, calls: list[Any]) -> None:
+    if role == "tool":
+        return  # a function may return nothing
     if content is None and not calls:
         raise DataError("'content' must be a text, got nothing; write it or remove the message")
     if role == "assistant" and not content and not calls:
         raise DataError("an assistant turn with neither content nor tool_calls; fill it in or remove the row")
 
 
-def _kept(message: Message, *keys: str) -> dict[str, Any]:
-    """Those of the optional keys that are set, checked; ``loss_weight`` is another name of ``weight``."""
-    if message.get("weight") is None and message.get("loss_weight") is not None:
-        message = {**message, "weight": message["loss_weight"]}
-    kinds: dict[str, Any] = {"name": str, "tool_call_id": str, "train": bool, "weight": int | float}
-    result = {key: message[key] for key in keys if message.get(key) is not None}
-    for key, value in result.items():
-        if not isinstance(value, kinds[key]) or (key == "weight" and isinstance(value, bool)):
-            wanted = {"train": "true or false", "weight": "a number"}.get(key, "a text")
-            raise DataError(f"{key!r} has the wrong type: {value!r}; it must be {wanted}")
+def _identity(message: Message) -> dict[str, Any]:
+    """Of a result: the call it belongs to, by id and by name."""
+    identity = read_id(only(message, "tool_call_id", "tool_use_id", "call_id"), "'tool_call_id'")
+    return {**_name({"name": only(message, "name", "tool_name")}), **({"tool_call_id": identity} if identity else {})}
+
+
+def _name(message: Message) -> dict[str, Any]:
+    name = message.get("name")
+    if name in EMPTY:
+        return {}
+    if not isinstance(name, str):
+        raise DataError(f"'name' has the wrong type: {name!r}; it must be a text")
+    return {"name": name}
+
+
+def _settings(message: Message) -> dict[str, Any]:
+    """``train`` and ``weight``, checked, under whatever name they were given."""
+    result = {}
+    for ours, keys, kinds, wanted in (
+        ("train", _TRAIN_KEYS, bool, "true or false"),
+        ("weight", _WEIGHT_KEYS, int | float, "a number"),
+    ):
+        given = {key: message[key] for key in keys if message.get(key) is not None}
+        for key, value in given.items():
+            if not isinstance(value, kinds) or (ours == "weight" and isinstance(value, bool)):
+                raise DataError(f"{key!r} has the wrong type: {value!r}; it must be {wanted}")
+        if given:
+            result[ours] = only(given, *keys)
     if not 0 <= result.get("weight", 0) < float("inf"):
         raise DataError(f"'weight' must not be negative or infinite, got {result['weight']}; 0 leaves it out")
     return result
-
-
-def _call(call: Any, unused: set[str]) -> dict[str, Any]:
-    call = from_json_text(call, "a tool call")
-    function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"a tool call needs a function with a 'name' and 'arguments', got {_short(call)}")
-    unused |= {f"tool call key {key!r}" for key in {*call, *function} - _KNOWN_CALL_KEYS}
-    name = function["name"]
-    arguments = function.get("arguments", function.get("input"))
-    if isinstance(arguments, str):
-        # OpenAI sends an empty text for a function without parameters.
-        arguments = from_json_text(arguments, f"the arguments of {name!r}: the text") if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise DataError(f"the arguments of {name!r} must be an object or JSON text of one, got {kind(arguments)}")
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

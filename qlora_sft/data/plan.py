@@ -7,6 +7,7 @@ from typing import Any
 from qlora_sft.config import Config
 from qlora_sft.data import store
 from qlora_sft.data.ledger import ledger_table
+from qlora_sft.data.overlap import shared_documents
 from qlora_sft.data.prepare import Prepared, plan_bins, render_sources
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
@@ -53,6 +54,8 @@ def plan_data(
     say_and_keep("training data\n" + ledger_table(train.ledger))
     if held_out.ledger:
         say_and_keep("held-out data\n" + ledger_table(held_out.ledger))
+    if shared := shared_documents(train.documents, held_out.documents):
+        say_and_keep(shared)
     bins = plan_bins(train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep)
     if key:
         store.save(key, train, held_out, bins, said)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -20,6 +21,7 @@ from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
+from qlora_sft.data.unroll import UNROLLED, unrolled
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
@@ -73,7 +75,7 @@ def _render_source(
     """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
     settings = source.settings
     documents, whole, problems = Writer(source.name), True, []
-    for conversation, result, fitting in _fitted(source, config, tokenizer, style):
+    for conversation, rendered, fitting in _fitted(source, config, tokenizer, style):
         whole = whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
             problems.append(f"{place(conversation)}: {fitting}")
@@ -81,14 +83,14 @@ def _render_source(
                 problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
                 break
             continue
-        if isinstance(fitting, str):
-            ledger.drop(fitting, [place(conversation)])
+        kept = [document for part in fitting if not isinstance(part, str) for document in part]
+        if not kept:
+            ledger.drop(next(reason for reason in fitting if isinstance(reason, str)), [place(conversation)])
             continue
-        assert isinstance(result, Rendered)
         ledger.kept += 1
-        ledger.shortened += fitting != [result]
-        ledger.lose(result.lost, place(conversation))
-        for document in fitting:
+        ledger.shortened += kept != rendered
+        _remark(ledger, conversation, rendered)
+        for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
     if problems:
         raise DataError("\n".join(problems))
@@ -100,14 +102,19 @@ def render_rows(source: Source, config: DataConfig, tokenizer: Any, style: ChatF
     for conversation, _, fitting in _fitted(source, config, tokenizer, style):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
-        if not isinstance(fitting, str):
-            yield from fitting
+        for part in fitting:
+            if not isinstance(part, str):
+                yield from part
+
+
+Fitting = list[list[Rendered] | str]
+"""Per document that a row was rendered to: the documents of it that fit, or why it is dropped."""
 
 
 def _fitted(
     source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None
-) -> Iterator[tuple[Conversation, Rendered | DataError, list[Rendered] | str | DataError]]:
-    """Every row, what it is rendered to, and the documents of it that fit: or why it is dropped, or what is wrong."""
+) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
+    """Every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
     settings = source.settings
     options: dict[str, Any] = {
         "source": source.name,
@@ -119,16 +126,48 @@ def _fitted(
     # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
     rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
     for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
-        if isinstance(result, DataError):
-            yield conversation, result, result
-            continue
+        documents: list[Rendered] = []
         try:
-            fitting: list[Rendered] | str | DataError = fit(
-                result, conversation, config.max_length, config.overlong, render
+            rendered = (
+                [(conversation, result)]
+                if isinstance(result, Rendered)
+                else _per_turn(conversation, result, render, settings.supervise)
             )
+            documents = [document for _, document in rendered]
+            fitting: Fitting | DataError = [
+                fit(document, part, config.max_length, config.overlong, render) for part, document in rendered
+            ]
         except DataError as error:
             fitting = error
-        yield conversation, result, fitting
+        yield conversation, documents, fitting
+
+
+def _per_turn(
+    conversation: Conversation, fault: DataError, render: Callable[[Conversation], Rendered], supervise: str
+) -> list[tuple[Conversation, Rendered]]:
+    """A row that cannot be one document, as one per turn. Raises ``fault`` if that is no way out either."""
+    parts = unrolled(conversation, supervise)
+    try:
+        rendered = [(part, render(part)) for part in parts]
+    except DataError:
+        rendered = []
+    if not rendered:
+        raise fault
+    return rendered
+
+
+def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered]) -> None:
+    """Notes what is remarkable about a kept row and what it loses, once, in however many documents it is."""
+    notes = Counter[str]()
+    lost = Counter[str]()
+    for document in documents:
+        notes.update(document.notes)
+        lost |= Counter(document.lost)
+    notes |= Counter(dict.fromkeys(conversation.get("notes", ()), 1))
+    if len(documents) > 1:
+        notes[UNROLLED] = 1
+    ledger.lose(dict(lost), place(conversation))
+    ledger.note(dict(notes), place(conversation))
 
 
 def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:

@@ -11,14 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from qlora_sft.data.coverage import Lost, lost_characters
+from qlora_sft.data.pieces import Piece, Plan, Supervise, plan_row
 from qlora_sft.data.shield import parts, shield
-from qlora_sft.data.template import ChatFormat, Span, apply, chat_format, check_nothing_lost, render_text
+from qlora_sft.data.template import ChatFormat, apply, chat_format
+from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
-
-Supervise = Literal["assistant", "last", "all"]
 
 # Consists of byte tokens, which merge with nothing.
 _ANCHOR = "\uf8ff"
@@ -35,22 +35,12 @@ class Rendered:
     source: str
     lost: Lost = field(default_factory=dict, compare=False)
     """Characters that the vocabulary cannot hold and that are therefore not in ``input_ids``, and how many of each."""
+    notes: dict[str, int] = field(default_factory=dict, compare=False)
+    """What is remarkable and no fault, and how often it occurs."""
 
     @property
     def n_supervised(self) -> int:
         return len(self.weights) - self.weights.count(0.0)  # weights are never negative
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the rendered text that is encoded by itself; its tokens all have the same weight."""
-
-    text: str
-    weight: float
-    ends_turn: int | None = None
-    """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
-    apart: bool = False
-    """Whether it must not be encoded in one with the piece before: together they spell a control token."""
 
 
 Ids = tuple[list[int], list[float], DataError | None]
@@ -70,7 +60,8 @@ def render_conversation(
 
     Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token
     that ends the turn (``supervise``: of all of them, of the ``last`` one, or ``all`` tokens of the conversation).
-    A message with ``train: false`` is not, one with ``weight: w`` counts w-fold. A plain text is supervised whole.
+    A message with ``train: false`` is not, one with ``weight: w`` counts w-fold. A plain text is supervised whole; one
+    that is a rendered chat is refused unless ``supervise`` is ``all``.
 
     Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
     belongs to which turn, or leaves out something the conversation contains.
@@ -100,11 +91,11 @@ def render_many(
     with ThreadPoolExecutor(1) as worker:  # the tokenizer works without the interpreter's lock
         ahead: Future[list[Rendered | DataError]] | None = None
         while batch := list(islice(rows, _BATCH)):
-            planned: list[list[Piece] | DataError] = []
+            planned: list[Plan | DataError] = []
             for row in batch:
                 try:
                     style = style or (None if "text" in row else chat_format(tokenizer))
-                    planned.append(_planned(row, tokenizer, style, supervise, allow_special))
+                    planned.append(plan_row(row, tokenizer, style, supervise, allow_special))
                 except DataError as error:
                     planned.append(error)
             stops = style.stops if style else frozenset[int]()
@@ -118,80 +109,30 @@ def render_many(
 
 def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> list[int]:
     """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
+    if not conversation.get("paired"):
+        conversation = {**conversation, "messages": paired(conversation["messages"], set())}
     shielded, disguises = shield(conversation, tokenizer)
     text, _ = apply(shielded, tokenizer, style.template, prompt=True)
     pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
-    (result,) = _encoded([pieces], tokenizer, style.stops, "")
+    (result,) = _encoded([Plan(pieces)], tokenizer, style.stops, "")
     if isinstance(result, DataError):
         raise result
     return result.input_ids
-
-
-def _planned(
-    row: dict[str, Any], tokenizer: Any, style: ChatFormat | None, supervise: Supervise, allow_special: bool
-) -> list[Piece]:
-    if style is None or "text" in row:
-        return _text_pieces(row["text"], tokenizer)
-    return _pieces(row, tokenizer, style, supervise, allow_special)
-
-
-def _text_pieces(text: str, tokenizer: Any) -> list[Piece]:
-    begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
-    return [Piece(begin + text + tokenizer.eos_token, 1.0)]
-
-
-def _pieces(
-    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise, allow_special: bool
-) -> list[Piece]:
-    """The rendered text in pieces; disguised control tokens are still in it, cut in their turn by `shield.parts`."""
-    shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
-    text, spans = render_text(shielded, tokenizer, style)
-    check_nothing_lost(shielded, text, spans)
-    weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
-    if supervise == "last":
-        weights = {message: weight if message == spans[-1].message else 0.0 for message, weight in weights.items()}
-    outside = 1.0 if supervise == "all" else 0.0
-    pieces = []
-    for start, end, span in _segments(text, spans):
-        weight = outside if span is None else weights[span.message]
-        cut = parts(text[start:end], disguises)
-        for number, part in enumerate(cut):
-            last = span is not None and weight > 0 and number == len(cut) - 1
-            pieces.append(Piece(part, weight, span.message if span and last else None, apart=number > 0))
-    return pieces
-
-
-def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | None]]:
-    """The text from end to end: what lies between the spans (None) and the spans, without empty parts."""
-    position = 0
-    for span in spans:
-        if position < span.start:
-            yield position, span.start, None
-        yield span.start, span.end, span
-        position = span.end
-    if position < len(text):
-        yield position, len(text), None
-
-
-def _weight(message: dict[str, Any]) -> float:
-    if message.get("train") is False:
-        return 0.0
-    return float(1.0 if message.get("weight") is None else message["weight"])
 
 
 # ------------------------------------------------------------------ text -> ids
 
 
 def _encoded(
-    planned: list[list[Piece] | DataError], tokenizer: Any, stops: frozenset[int], source: str
+    planned: list[Plan | DataError], tokenizer: Any, stops: frozenset[int], source: str
 ) -> list[Rendered | DataError]:
-    rows = [pieces for pieces in planned if isinstance(pieces, list)]
+    rows = [plan.pieces for plan in planned if isinstance(plan, Plan)]
     encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
     encoded = iter(encode(rows, tokenizer, stops))
     results: list[Rendered | DataError] = []
-    for pieces in planned:
-        if isinstance(pieces, DataError):
-            results.append(pieces)
+    for plan in planned:
+        if isinstance(plan, DataError):
+            results.append(plan)
             continue
         ids, weights, fault = next(encoded)
         bos = tokenizer.bos_token_id
@@ -200,8 +141,8 @@ def _encoded(
             fault = DataError(
                 f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
             )
-        lost = lost_characters([piece.text for piece in pieces], tokenizer)
-        results.append(fault or Rendered(ids, weights, source, lost))
+        lost = lost_characters([piece.text for piece in plan.pieces], tokenizer)
+        results.append(fault or Rendered(ids, weights, source, lost, plan.notes))
     return results
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
-from qlora_sft.data.formats import CURE, Conversation, Form, convert, detect
+from qlora_sft.data.columns import wrong_columns
+from qlora_sft.data.formats import CURE, Conversation, Form, convert, convert_noting, detect
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
@@ -55,7 +56,7 @@ class Conversations:
                 if number == following:
                     if fault is not None:
                         raise DataError(f"{part.label}:{line}: {fault}; the file was changed while it was read")
-                    yield {**convert(row, part.form, set()), "file": part.label, "line": line}
+                    yield {**convert_noting(row, part.form), "file": part.label, "line": line}
                     following = next(wanted, -1)
                 number += 1
             if following < 0:
@@ -166,13 +167,15 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
     found: dict[str, list[str]] = {}
     unused: dict[str, str] = {}
     total = 0
+    seen: set[str] = set()
     for label, read, file in opened:
-        form, count, faults = _scan(label, read, source, unused)
+        form, count, faults = _scan(label, read, source, unused, seen)
         problems += faults
         if form is not None:
             parts.append(Part(label, read, form))
             found.setdefault(_description(form, source, file), []).append(label)
             total += count
+    problems = wrong_columns(source, [part.form for part in parts], seen) + problems
     if problems:
         more = len(problems) - MAX_PROBLEMS - 1
         rest = [f"{source.path}: {more} more faults in its other files"] if more > 0 else []
@@ -192,15 +195,17 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
 
 
 def _scan(
-    label: str, read: Callable[[], files.Rows], source: SourceConfig, unused: dict[str, str]
+    label: str, read: Callable[[], files.Rows], source: SourceConfig, unused: dict[str, str], seen: set[str]
 ) -> tuple[Form | None, int, list[str]]:
-    """Form, number of rows and faults of one file; ``unused`` is filled with what first went unused where."""
-    form = None if source.format == "auto" else Form(source.format, source.columns or {})
+    """Form, number of rows and faults of one file; ``unused`` is filled with what first went unused where, ``seen``
+    with the columns of all rows."""
+    form = None if source.format == "auto" else Form(source.format, source.columns or {}, _tags(source))
     first, count, problems = 0, 0, []
     for line, row, fault in read():
         count += 1
         if fault is None:
             try:
+                seen.update(row if isinstance(row, dict) else ())
                 form, first = _settle_form(row, line, form, first, source)
                 before: set[str] = set()
                 convert(row, form, before)
@@ -222,6 +227,7 @@ def _settle_form(row: Any, line: int, form: Form | None, first: int, source: Sou
     if source.format != "auto" and form is not None:
         return form, line
     own = detect(row, source.columns)
+    own = own and replace(own, think_tags=_tags(source))
     if own is None:
         found = ", ".join(map(repr, row)) or "no columns"
         known = "messages, ShareGPT, Alpaca, prompt/completion or text"
@@ -232,6 +238,10 @@ def _settle_form(row: Any, line: int, form: Form | None, first: int, source: Sou
             "a file holds one form: split it in two"
         )
     return own, first or line
+
+
+def _tags(source: SourceConfig) -> bool:
+    return source.think_tags == "reasoning"
 
 
 def _description(form: Form, source: SourceConfig, file: Path | None) -> str:

@@ -15,7 +15,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.config import Config
 from qlora_sft.data.documents import Documents
-from qlora_sft.data.ledger import Drop, SourceLedger
+from qlora_sft.data.ledger import Drop, Note, SourceLedger
 from qlora_sft.data.prepare import Prepared
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
@@ -84,7 +84,8 @@ def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
     ledger = {}
     for source, row in facts["ledger"].items():
         dropped = {reason: Drop(**drop) for reason, drop in row["dropped"].items()}
-        ledger[source] = SourceLedger(**{**row, "dropped": dropped, "lost_in": Drop(**row["lost_in"])})
+        notes = {what: Note(**note) for what, note in row["notes"].items()}
+        ledger[source] = SourceLedger(**{**row, "dropped": dropped, "notes": notes, "lost_in": Drop(**row["lost_in"])})
     return Prepared(documents, ledger)
 
 

@@ -6,21 +6,25 @@ a turn is what follows its own generation prompt, provided that both renderings 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora_sft.data.complete import check_nothing_lost
+from qlora_sft.data.opening import Before, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.errors import DataError
 
+_THINK = re.compile(r"</?think>")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
     return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
 
 
+@lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """What the template reads beside its own variables."""
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(plain)
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+
+
 def _trl_training_template(tokenizer: Any) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
@@ -80,8 +92,49 @@ def _trl_training_template(tokenizer: Any) -> str | None:
     return template
 
 
+def render_whole(
+    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
+) -> tuple[dict[str, Any], str, list[Span]]:
+    """`render_text` with nothing of the conversation left out, and the conversation as it was rendered.
+
+    Where a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning stands in the
+    text. Raises `DataError`.
+    """
+    try:
+        return conversation, *_checked(conversation, tokenizer, style)
+    except DataError:
+        inline = _with_inline_reasoning(conversation) if _THINK.search(style.template) else conversation
+        if inline is conversation:
+            raise
+        try:
+            return inline, *_checked(inline, tokenizer, style)
+        except DataError:
+            pass  # the first fault is that of the row as it was written
+        raise
+
+
+def _checked(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
+    text, spans = render_text(conversation, tokenizer, style)
+    check_nothing_lost(conversation, text, spans)
+    return text, spans
+
+
+def _with_inline_reasoning(conversation: dict[str, Any]) -> dict[str, Any]:
+    """The conversation with every reasoning in its turn's text; itself if it has none."""
+    if not any(message.get("reasoning") for message in conversation["messages"]):
+        return conversation
+    messages = []
+    for message in conversation["messages"]:
+        thought = message.get("reasoning")
+        text = f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}"
+        rest = {key: value for key, value in message.items() if key != "reasoning"}
+        messages.append({**rest, "content": text} if thought else message)
+    return {**conversation, "messages": messages}
+
+
 def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
-    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not.
+    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
+    messages that are ``past`` (see `unroll`) there may be none.
 
     Raises `DataError` if the spans cannot be derived without guessing.
     """
@@ -97,9 +150,27 @@ def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat)
             raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
     else:
         text, _ = apply(conversation, tokenizer, style.template)
+        turns = [turn for turn in turns if not messages[turn].get("past")]
         bounds = [_by_prefix(conversation, turn, text, tokenizer, style.template) for turn in turns]
     spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    return text, [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    exact = [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    if any(message.get("past") for message in messages):
+        return _as_prompted(text, exact[-1], conversation, tokenizer, style)
+    return text, exact
+
+
+def _as_prompted(
+    text: str, span: Span, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
+) -> tuple[str, list[Span]]:
+    """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
+    call that it shows the model while there is no answer yet."""
+    before = _before(conversation, span.message, tokenizer, style.template)
+    prompt, without = before(True), before(False)
+    header = prompt[len(without) :] if prompt.startswith(without) else ""
+    if text.startswith(prompt) or not header or not text.endswith(header, 0, span.start):
+        return text, [span]
+    end = len(prompt) + span.end - span.start
+    return prompt + text[span.start :], [Span(len(prompt), end, span.message)]
 
 
 def apply(
@@ -155,7 +226,9 @@ def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, 
     """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
     the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
     none at all the renderer raises."""
-    start, end = _start(span, text, conversation, tokenizer, style.template), span.end
+    message = conversation["messages"][span.message]
+    before = _before(conversation, span.message, tokenizer, style.template)
+    start, end = turn_start(text, span.start, span.end, message, before), span.end
     # Gemma's <end_of_turn> is no special token, but it is where generation stops.
     stops = tuple(tokenizer.convert_ids_to_tokens(sorted(style.stops)))
     ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stops)).finditer(text, start, end)]
@@ -167,50 +240,34 @@ def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, 
     return Span(start, end, span.message)
 
 
-def _start(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, template: str) -> int:
-    """Where the model begins to write. Some marks take in the header, or a part of it: Qwen2.5's its newline."""
-    message = conversation["messages"][span.message]
-    content = message.get("content") or ""
-    if content[:1].strip() and text.startswith(content, span.start):
-        return span.start
-    start = span.start if message.get("reasoning") else _behind_empty_thinking(text, span.start, span.end)
-    if start > span.start:
-        return start
-    # A turn that begins with anything but its content may rightly do so; the prompt decides.
-    before = {**conversation, "messages": conversation["messages"][: span.message]}
-    prompt, _ = apply(before, tokenizer, template, prompt=True)
-    if text.startswith(prompt) and start <= len(prompt) <= span.end:
-        start = len(prompt)
-    return start if message.get("reasoning") else _behind_empty_thinking(text, start, span.end)
+def _before(conversation: dict[str, Any], turn: int, tokenizer: Any, template: str) -> Before:
+    earlier = {**conversation, "messages": conversation["messages"][:turn]}
+    return lambda prompt: apply(earlier, tokenizer, template, prompt=prompt)[0]
 
 
-def _behind_empty_thinking(text: str, start: int, end: int) -> int:
-    empty = _EMPTY_THINKING.match(text, start, end)
-    return empty.end() if empty else start
+def gap_before(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> str:
+    """What the generation prompt of a turn ends in and its training text lacks, tried once for turns of one shape."""
+    messages, turn = conversation["messages"], span.message
+    message = messages[turn]
+    shape = (
+        repr(conversation.get("chat_template_kwargs")),
+        bool(conversation.get("tools")),
+        [each["role"] for each in messages[max(0, turn - 1) : turn]] == ["tool"],
+        any(each["role"] == "tool" for each in messages[:turn]),
+        bool(message.get("reasoning")),
+        bool(message.get("tool_calls")),
+        (message.get("content") or "").startswith("<think>"),
+    )
+    known = _gaps(style.template)
+    if shape not in known:
+        try:
+            known[shape] = prompt_gap(text, span.start, _before(conversation, turn, tokenizer, style.template))
+        except DataError:  # some templates refuse a conversation that nobody has begun
+            known[shape] = ""
+    return known[shape]
 
 
-def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:
-    """Every message's text is in the rendering, and every assistant turn's in its own span; else `DataError`.
-
-    A template that knows no tools or no reasoning leaves them out without a word, and the model would learn to
-    answer without them.
-    """
-    of_message = {span.message: text[span.start : span.end] for span in spans}
-    silent = (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
-    for index, message in enumerate(conversation["messages"]):
-        where = of_message.get(index, text)
-        wanted = [("content", message.get("content") or "")]
-        if message.get("reasoning") and not silent:
-            wanted.append(("reasoning", message["reasoning"]))
-        wanted += [("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls") or []]
-        for key, value in wanted:
-            # Some templates write a tool's result as a JSON text.
-            if value.strip() not in where and json.dumps(value.strip(), ensure_ascii=False)[1:-1] not in where:
-                raise DataError(
-                    f"message {index} ({message['role']}): the chat template leaves out its {key!r}; use one that "
-                    "knows it, e.g. model.chat_template=chatml-think"
-                )
-    for tool in conversation.get("tools") or []:
-        name = tool.get("function", tool).get("name", "")
-        if name not in text:
-            raise DataError(f"the chat template leaves out the tool {name!r}; use model.chat_template=chatml-think")
+@lru_cache(maxsize=8)
+def _gaps(template: str) -> dict[tuple[Any, ...], str]:
+    """Shape of a turn -> its gap; filled as they come."""
+    return {}

@@ -40,7 +40,9 @@ def read_trained(run: Path) -> Trained:
         for source in read_sources(config.data.train, config.seed):
             found.thinks |= source.settings.thinking != "auto"
             for row in islice(iter(source.rows), ROWS):
-                first = row["messages"][0] if row["messages"] else {}
+                if "messages" not in row:
+                    continue  # a plain text is nobody's answer
+                first = row["messages"][0]
                 systems.add(first.get("content") if first.get("role") == "system" else None)
                 found.thinks |= "enable_thinking" in (row.get("chat_template_kwargs") or {})
                 found.thinks |= any(message.get("reasoning") for message in row["messages"])

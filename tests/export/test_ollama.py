@@ -115,6 +115,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"messages": [USER, calls(call(""), call("", a=1)), result("1"), result("2"), ANSWER, USER], "tools": TOOLS},
         {"messages": [USER, calls(call("abcdefghi"), call("x")), result("1", "x"), result("2", "abcdefghi")]},
         {"messages": [USER, calls(call("", a=1), call("", b=2), content="I look."), result("1"), result("2"), USER]},
+        {"messages": [USER, calls(call("", a=1)), USER, calls(call("", b=2)), result("2")], "tools": TOOLS},
     ],
     "thinking": [
         {"messages": [USER, {**ANSWER, "reasoning": "\nHm.\nOh.\n"}, USER]},
@@ -131,7 +132,7 @@ def variants(conversation: dict[str, Any]) -> list[dict[str, Any]]:
 
 EVERYTHING = [variant for group in CONVERSATIONS.values() for each in group for variant in variants(each)]
 # How many of them a template renders; the others it refuses, as it did in training.
-RENDERED = {"chatml": 15, "chatml-think": 39, "gemma": 12, "llama3": 30, "mistral": 36, "phi": 15, "qwen3": 39}
+RENDERED = {"chatml": 15, "chatml-think": 42, "gemma": 12, "llama3": 33, "mistral": 39, "phi": 15, "qwen3": 42}
 
 
 @needs_npm
@@ -317,3 +318,12 @@ def test_create_registers_with_ollama_or_says_what_is_missing(tmp_path: Path, mo
     monkeypatch.setattr(ollama.shutil, "which", lambda _: None)
     with pytest.raises(RunError, match="not on PATH"):
         create("x", file, lambda _: None)
+
+
+def test_plain_texts_say_nothing_about_how_to_ask(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: demo}}\ndata: {{train: [{{path: {tmp_path / 'a.txt'}}}]}}\noutput: {tmp_path / 'run'}\n"
+    )
+    found = read_trained(tmp_path)
+    assert (found.system, found.thinks, found.tools, found.unknown) == (None, False, [], "")

@@ -1,0 +1,127 @@
+"""Tool calls and descriptions of tools, as people write them -> OpenAI's ``{type: function, function: {...}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, joined, kind, only, short, without
+from qlora_sft.errors import DataError
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+_CALL_KEYS = {"id", "call_id", "tool_call_id", "type", "index", "function", "name", *_ARGUMENTS}
+# Anthropic's and MCP's names of the schema.
+_SCHEMA = ("parameters", "input_schema", "inputSchema")
+_FUNCTION_KEYS = {"name", "description", *_SCHEMA}
+
+
+def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
+    """Tool calls, given as a list (or JSON text of one) of OpenAI calls or of bare ``{name, arguments}``."""
+    calls = anything(calls, "'tool_calls'")
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise DataError(f"'tool_calls' must be a list of calls, got {kind(calls)}")
+    return [read_call(call, unused) for call in calls]
+
+
+def read_call(call: Any, unused: set[str]) -> dict[str, Any]:
+    """One call, with its arguments as an object; no arguments are an empty one. Its id becomes a text."""
+    call = from_json_text(call, "a tool call")
+    fields = _flat(call) if isinstance(call, dict) else {}
+    name = fields.get("name")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"a tool call needs a function with a 'name' and 'arguments', got {short(call)}")
+    idle = idle_keys(fields, _CALL_KEYS, "tool call key")
+    arguments = _arguments(fields, name)
+    if not arguments and idle:
+        what = ", ".join(sorted(idle))
+        raise DataError(f"the call of {name!r} has no 'arguments', but the {what}; rename or remove it")
+    unused |= idle
+    # Of the two ids of OpenAI's newer form, results name the call_id.
+    given = only(fields, "call_id", "tool_call_id")
+    identity = read_id(fields.get("id") if given is None else given, "the id of a tool call")
+    return {
+        **({"id": identity} if identity else {}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def read_id(value: Any, what: str) -> str | None:
+    """An id as a text: some files have numbers."""
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise DataError(f"{what} has the wrong type: {value!r}; it must be a text or a whole number")
+    return None if value in EMPTY else str(value)
+
+
+def _flat(call: dict[str, Any]) -> dict[str, Any]:
+    """The call's fields and those of its ``function`` in one; that may be its name alone, or JSON text."""
+    function = call.get("function")
+    if isinstance(function, str):
+        function = from_json_text(function, "a tool call") if function.lstrip().startswith("{") else {"name": function}
+    if not isinstance(function, dict):
+        return call
+    return joined(function, without(call, {"function", "type"}))
+
+
+def _arguments(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """OpenAI sends an empty text for a function without parameters; others null, or an empty list."""
+    what = f"the arguments of {name!r}"
+    given = {key: anything(fields[key], f"{what}: the text") for key in _ARGUMENTS if key in fields}
+    arguments = only(given, *_ARGUMENTS)
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"{what} must be an object or JSON text of one, got {kind(arguments)}")
+    return arguments
+
+
+# ------------------------------------------------------------------ descriptions
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tool descriptions, given as a list or as JSON text; bare functions get OpenAI's ``{type, function}`` around them,
+    because that is how they arrive at inference. The schema stands under ``parameters``, where templates look."""
+    tools = anything(tools, "'tools'")
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise DataError(f"'tools' must be a list of functions or JSON text of one, got {kind(tools)}")
+    return [_tool(from_json_text(tool, "one of 'tools'")) for tool in tools]
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"each of 'tools' needs a function with a 'name', got {short(tool)}")
+    if function is tool:
+        # OpenAI's flat form and Anthropic's say the type beside the name.
+        plain = tool.get("type") in (None, "function", "custom")
+        return {"type": "function", "function": _with_schema(without(tool, {"type"} if plain else set()))}
+    outside = {key: value for key, value in tool.items() if key in _FUNCTION_KEYS}
+    return {**without(tool, _FUNCTION_KEYS), "function": _with_schema(joined(function, outside))}
+
+
+def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """The function with its schema as an object under ``parameters``, whatever it was called, and without one that is
+    null or an empty list, as without every other key that is null."""
+    function = {key: value for key, value in function.items() if value is not None or key in _SCHEMA}
+    what = f"the schema of the tool {function['name']!r}"
+    given = {key: _schema(function[key], what) for key in _SCHEMA if key in function}
+    schema = only(given, *_SCHEMA)
+    if schema is None and {} in given.values():
+        schema = {}  # there are no parameters
+    if schema is None:
+        return without(function, set(_SCHEMA))
+    place = next(key for key in function if key in given and given[key] == schema)
+    kept = without(function, set(_SCHEMA) - {place})
+    return {("parameters" if key == place else key): schema if key == place else kept[key] for key in kept}
+
+
+def _schema(value: Any, what: str) -> dict[str, Any] | None:
+    value = None if value == "" else from_json_text(value, what)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, dict):
+        raise DataError(f"{what} must be an object or JSON text of one, got {kind(value)}")
+    return value

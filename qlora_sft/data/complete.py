@@ -1,0 +1,135 @@
+"""Whether everything that a conversation says is in its rendering, each part where it belongs.
+
+A template that knows no tools or no reasoning leaves them out without a word, and the model would learn to answer
+without them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_sft.data.template import Span
+
+_OPENED = re.compile(r"<think>\s*$")
+_CURE = "use one that knows it, e.g. model.chat_template=chatml-think"
+
+
+def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:
+    """Every message's text is in the rendering, every assistant turn's in its own span, with all of its calls and their
+    arguments, and so is what the tools are called and take; else `DataError`."""
+    # A reasoning inside the content may begin in the prompt.
+    of_message = {span.message: _opener(text, span.start) + text[span.start : span.end] for span in spans}
+    silent = is_silent(conversation)
+    for index, message in enumerate(conversation["messages"]):
+        where = of_message.get(index, text)
+        wanted = [("content", message.get("content") or "")]
+        # A template leaves the reasoning of past turns out, at inference too.
+        if message.get("reasoning") and not silent and not message.get("past"):
+            wanted.append(("reasoning", message["reasoning"]))
+        lost = next((key for key, value in wanted if not _holds(where, value)), None)
+        if lost is None and not _holds_calls(where, message.get("tool_calls") or []):
+            lost = "tool_calls"
+        if lost:
+            raise DataError(f"message {index} ({message['role']}): the chat template leaves out its {lost!r}; {_CURE}")
+    for tool in conversation.get("tools") or []:
+        _check_tool(tool.get("function", tool), text)
+
+
+def _opener(text: str, start: int) -> str:
+    opened = _OPENED.search(text[max(0, start - 16) : start])
+    return opened.group() if opened else ""
+
+
+def is_silent(conversation: dict[str, Any]) -> bool:
+    """Whether the conversation asks for answers without reasoning, so that the template leaves it out."""
+    return (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+
+
+def _holds(text: str, value: str) -> bool:
+    """Whether the text has it, as it is or as a JSON text: some templates write a tool's result so."""
+    value = value.strip()
+    return value in text or any(spelling in text for spelling in _as_json(value))
+
+
+def _as_json(value: str) -> Iterator[str]:
+    inside = json.dumps(value, ensure_ascii=False)[1:-1]
+    yield inside
+    yield json.dumps(inside, ensure_ascii=False)[1:-1]
+    yield json.dumps(value)[1:-1]
+
+
+def _holds_calls(text: str, calls: list[dict[str, Any]]) -> bool:
+    """Whether all names are there, one behind the other, and all arguments."""
+    position = 0
+    for call in calls:
+        function = call.get("function", call)
+        found = text.find(function["name"], position)
+        if found < 0:
+            return False
+        position = found + len(function["name"])
+        arguments = function.get("arguments")
+        if not all(_holds(text, leaf) for leaf in _leaves(arguments if isinstance(arguments, dict) else {})):
+            return False
+    return True
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Keys and values at any depth, as texts; what is spelled in several ways (true, None) is left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield str(value)
+
+
+def _check_tool(function: dict[str, Any], text: str) -> None:
+    name, parameters = function.get("name", ""), function.get("parameters")
+    if name not in text:
+        raise DataError(f"the chat template leaves out the tool {name!r}; use model.chat_template=chatml-think")
+    missing = next((word for word in _words(function.get("description")) if not _holds(text, word)), None)
+    if missing is not None:
+        raise DataError(f"the chat template leaves out the description of the tool {name!r}; {_CURE}")
+    missing = next((key for key in _parameters(parameters) if not _holds(text, key)), None)
+    if missing is not None:
+        raise DataError(
+            f"the chat template leaves out the parameter {missing!r} of the tool {name!r}; write its schema as an "
+            "object with 'type' and 'properties', or use another template, e.g. model.chat_template=chatml-think"
+        )
+
+
+def _words(description: Any) -> list[str]:
+    return re.findall(r"\w+", description) if isinstance(description, str) else []
+
+
+def _parameters(schema: Any) -> list[str]:
+    """The names of the parameters; some files have them without a schema around them."""
+    if not isinstance(schema, dict):
+        return []
+    properties = schema.get("properties")
+    if isinstance(properties, dict):
+        return [str(key) for key in properties]
+    return [str(key) for key, value in schema.items() if isinstance(value, dict)] if "type" not in schema else []
+
+
+def unwritten_keys(tools: list[dict[str, Any]], text: str) -> set[str]:
+    """What the tools say beside names, descriptions and parameters, and the text has not."""
+    return {
+        key
+        for tool in tools
+        for fields in (tool, tool.get("function", {}))
+        for key, value in fields.items()
+        if key not in ("type", "function", "name", "description", "parameters")
+        and not (f'"{key}"' in text and all(_holds(text, leaf) for leaf in _leaves(value)))
+    }

@@ -1,0 +1,49 @@
+"""Held-out documents that are trained on: what is measured with them is memory, not ability."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qlora_sft.data.render import Rendered
+
+
+def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[str, Sequence[Rendered]]) -> str:
+    """Text: of which held-out source how many documents are, token by token, training documents too; "" if none is."""
+    wanted = {name: Counter(_digest(document) for document in documents) for name, documents in held_out.items()}
+    of_any = {digest for digests in wanted.values() for digest in digests}
+    lengths = {len(document.input_ids) for documents in held_out.values() for document in documents}
+    found: dict[bytes, str] = {}
+    for name, documents in train.items():
+        if not of_any:
+            break
+        for number in _of_lengths(documents, lengths):
+            digest = _digest(documents[number])
+            if digest in of_any:
+                found.setdefault(digest, name)
+    lines = []
+    for name, digests in wanted.items():
+        same = sum(digests[digest] for digest in digests.keys() & found.keys())
+        if same:
+            where = ", ".join(sorted({found[digest] for digest in digests.keys() & found.keys()}))
+            lines.append(
+                f"held-out data: {same:,} of {digests.total():,} documents of {name} are trained on as well (in "
+                f"{where}); its loss says nothing about new data. Remove them, e.g. with data.decontaminate"
+            )
+    return "\n".join(lines)
+
+
+def _of_lengths(documents: Sequence[Any], lengths: set[int]) -> Any:
+    """Numbers of the documents of one of these lengths; the others need not be read."""
+    bounds = getattr(documents, "bounds", None)
+    if bounds is None:
+        return [number for number, document in enumerate(documents) if len(document.input_ids) in lengths]
+    return np.flatnonzero(np.isin(np.diff(bounds), list(lengths))).tolist()
+
+
+def _digest(document: Rendered) -> bytes:
+    return hashlib.sha256(np.array(document.input_ids, dtype=np.int32).tobytes()).digest()[:16]

@@ -1,0 +1,114 @@
+"""Content that is a list of typed parts, in the dialects of OpenAI and Anthropic, taken apart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qlora_sft.data.calls import read_call, read_id
+from qlora_sft.data.values import EMPTY, idle_keys, joined, kind, only, short, without
+from qlora_sft.errors import DataError
+
+_TEXT = ("value", "text")
+_REASONING = ("value", "text", "reasoning", "thinking", "content")
+_RESULT = ("value", "content", "text")
+_CALL = ("value", "tool_call", "tool_use")
+
+
+class Parts:
+    """Content, taken apart: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``
+    ({content, tool_call_id?, name?}).
+
+    Typed parts carry their text under ``value`` or under their type's own name, as the various formats have it.
+    """
+
+    def __init__(self, content: Any, role: str, unused: set[str]):
+        self.text: str | None = content if isinstance(content, str) else None
+        self.reasoning = ""
+        self.calls: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        if isinstance(content, list) and not (role == "tool" and not _is_typed(content)):
+            for part in content:
+                self._add({"type": "text", "text": part} if isinstance(part, str) else part, role, unused)
+        elif role == "tool" and isinstance(content, dict | list):
+            # A result as the function returned it; the model will be shown its JSON.
+            self.text = json.dumps(content, ensure_ascii=False)
+        elif content is not None and not isinstance(content, str):
+            raise DataError(f"'content' must be a text or a list of typed parts, got {kind(content)}")
+
+    def _add(self, part: Any, role: str, unused: set[str]) -> None:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise DataError(f"a part of 'content' needs a 'type' and a 'value', got {short(part)}")
+        name = part["type"]
+        if name == "text":
+            if self.calls:
+                raise DataError(
+                    "text after a tool call in one message; a template writes calls last, so split it in two"
+                )
+            self.text = (self.text or "") + _text_of(part, _TEXT, unused)
+        elif name in ("reasoning", "thinking"):
+            if self.text or self.calls:
+                raise DataError("reasoning after text or calls in one message; a template writes it first, so split it")
+            self.reasoning += _text_of(part, _REASONING, unused)
+        elif name in ("tool_call", "tool_use"):
+            self.calls.append(_call(part, unused))
+        elif name == "tool_result":
+            if role not in ("user", "tool"):
+                raise DataError(f"a tool result in a {role} message; put it into a message of its own, behind the call")
+            self.results.append(_result(part, unused))
+        else:
+            allowed = "text, reasoning, tool_call and tool_result"
+            raise DataError(
+                f"a content part of type {name!r} cannot be trained on, only {allowed}; remove it or the row"
+            )
+
+
+def text_of_blocks(content: Any, what: str, unused: set[str]) -> str:
+    """A text, or the texts of a list of text parts, joined. Raises `DataError` for parts of another kind."""
+    parts = Parts(content, "user", unused)
+    if parts.reasoning or parts.calls or parts.results:
+        raise DataError(f"{what} may hold texts only, got {short(content)}")
+    return parts.text or ""
+
+
+def _call(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
+    """The call may be the part itself, or stand in it under a key; its id may stand at either place."""
+    inner = only(part, *_CALL)
+    if inner is None:
+        return read_call(without(part, {"type"}), unused)
+    if isinstance(inner, dict):
+        return read_call(joined(inner, without(part, {"type", *_CALL})), unused)
+    unused |= idle_keys(part, {"type", "id", *_CALL}, "content part key")
+    call = read_call(inner, unused)
+    identity = read_id(part.get("id"), "the id of a tool call")
+    return joined(call, {"id": identity}) if identity else call
+
+
+def _result(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
+    """Anthropic's result is a text or a list of text blocks; any other value is shown as its JSON."""
+    known = {"type", "tool_use_id", "tool_call_id", "name", *_RESULT}
+    unused |= idle_keys(part, known, "content part key")
+    given = next((part[key] for key in _RESULT if part.get(key) is not None), None)
+    value = given if only(part, *_RESULT) is None else only(part, *_RESULT)
+    if isinstance(value, list) and (_is_typed(value) or not value):
+        value = text_of_blocks(value, "a tool result", unused)
+    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    identity = read_id(only(part, "tool_use_id", "tool_call_id"), "'tool_use_id'")
+    name = part.get("name")
+    if name not in EMPTY and not isinstance(name, str):
+        raise DataError(f"'name' has the wrong type: {name!r}; it must be a text")
+    return {"content": text, **({"tool_call_id": identity} if identity else {}), **({"name": name} if name else {})}
+
+
+def _is_typed(content: list[Any]) -> bool:
+    return any(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
+def _text_of(part: dict[str, Any], keys: tuple[str, ...], unused: set[str]) -> str:
+    unused |= idle_keys(part, {"type", *keys}, "content part key")
+    text = only(part, *keys)
+    if text is None:
+        text = next((part[key] for key in keys if part.get(key) is not None), None)
+    if not isinstance(text, str):
+        raise DataError(f"a content part of type {part['type']!r} needs a text under 'value', got {short(part)}")
+    return text

@@ -1,0 +1,30 @@
+"""One conversation per turn, for templates that write a turn differently when more turns follow.
+
+Qwen3's own leaves out earlier reasoning, gpt-oss' also ends earlier answers in another token than the last. No single
+text then shows every turn as the model will have to write it. One document per turn does: what a runtime shows the
+model before the turn, and the turn.
+"""
+
+from __future__ import annotations
+
+from qlora_sft.data.formats import Conversation
+
+UNROLLED = "rows rendered once per turn, because the chat template writes earlier turns differently"
+
+
+def unrolled(conversation: Conversation, supervise: str) -> list[Conversation]:
+    """The conversation up to each turn that is trained, with all turns before it marked as ``past``; none if that would
+    help nothing: there is one turn only, or everything is to be trained."""
+    messages = conversation.get("messages", [])
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(turns) < 2 or supervise == "all":
+        return []
+    wanted = [turn for turn in turns if messages[turn].get("train") is not False and messages[turn].get("weight") != 0]
+    return [
+        {**conversation, "messages": [*map(_past, messages[:turn]), messages[turn]]}
+        for turn in (wanted if supervise == "assistant" else wanted[-1:] if wanted[-1:] == turns[-1:] else [])
+    ]
+
+
+def _past(message: dict[str, object]) -> dict[str, object]:
+    return {**message, "train": False, "past": True} if message["role"] == "assistant" else message

@@ -1,0 +1,68 @@
+"""What stands in a cell or under a key: whether it is anything, and what its JSON says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qlora_sft.errors import DataError
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""All of these mean that there is nothing. Arrow and CSV cannot leave a field out, so they fill in one of them."""
+
+
+def from_json_text(value: Any, what: str) -> Any:
+    """What the JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} is not valid JSON ({error.msg} at column {error.colno}): {short(value)}") from None
+
+
+def anything(value: Any, what: str) -> Any:
+    """The value, or what its JSON text says; None for all that means nothing, also as a text (``[]``, ``null``)."""
+    if isinstance(value, str) and not value.strip():
+        return None
+    value = from_json_text(value, what)
+    return None if value in EMPTY else value
+
+
+def only(fields: dict[str, Any], *keys: str) -> Any:
+    """What stands under the one of these keys that holds something, None if none does. Raises `DataError` if two hold
+    different things: one of them would be lost."""
+    found = {key: fields[key] for key in keys if fields.get(key) not in EMPTY}
+    values = list(found.values())
+    if any(value != values[0] for value in values[1:]):
+        raise DataError(f"{' and '.join(map(repr, found))} say different things: {short(fields)}; keep one")
+    return values[0] if values else None
+
+
+def joined(inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
+    """Both in one; an empty field is filled from the other. Raises `DataError` where both hold different things."""
+    result = dict(inner)
+    for key, value in outer.items():
+        if result.get(key) in EMPTY:
+            result[key] = value
+        elif value not in EMPTY and value != result[key]:
+            raise DataError(f"{key!r} is given twice: {short(result[key])} and {short(value)}; keep one")
+    return result
+
+
+def idle_keys(fields: dict[str, Any], known: set[str], what: str) -> set[str]:
+    """``what 'key'`` for every key that holds something and is none of the known ones."""
+    return {f"{what} {key!r}" for key in fields.keys() - known if fields[key] not in EMPTY}
+
+
+def without(fields: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in keys}
+
+
+def kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

