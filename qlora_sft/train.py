@@ -189,8 +189,9 @@ def fit(
     """
     import torch
 
-    from qlora_sft.training.guards import FiniteGradients, update_too_full
+    from qlora_sft.training.guards import FiniteSteps, update_too_full
     from qlora_sft.training.interrupt import StopAfterStep
+    from qlora_sft.training.losses import summarize_losses
     from qlora_sft.training.progress import Progress
     from qlora_sft.training.steps import count_steps
     from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
@@ -206,7 +207,7 @@ def fit(
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
-        finite = FiniteGradients(lambda step: sources_of(step, config, documents, bins), say)
+        finite = FiniteSteps(lambda step: sources_of(step, config, documents, bins), lambda: what_is_left(run), say)
         trainer = PackedSFTTrainer(
             model, documents, bins, run, make_room, say,
             args=args, processing_class=tokenizer, callbacks=[progress, finite, stop],
@@ -223,13 +224,16 @@ def fit(
         done = trainer.state.global_step
         if stop.requested and done < steps:
             raise Interrupted(f"interrupted after step {done}; {what_is_left(run)}")
-    if not progress.losses:
-        raise RunError("no step had a finite loss; lower training.learning_rate or compute in another model.dtype")
+    if not progress.losses or progress.left_out == progress.steps_done:
+        lacking = "loss" if not progress.losses else "gradient"
+        raise RunError(
+            f"no step had a finite {lacking}; lower training.learning_rate or compute in another model.dtype"
+        )
     return {
         "steps": progress.steps_done,
         "steps_left_out": progress.left_out,
         "resumed_at": begin or None,
-        "train_loss": {"first": progress.losses[0], "last": progress.losses[-1]},
+        "train_loss": summarize_losses(progress.losses),
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised,
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),

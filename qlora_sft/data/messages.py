@@ -23,6 +23,8 @@ _KNOWN_KEYS = {
 }
 _KNOWN_CALL_KEYS = {"id", "type", "function", "name", "arguments", "input", "index"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
+# What float32 can tell from zero and from infinity when it is multiplied and added up.
+WEIGHTS = (1e-6, 1e6)
 
 Message = dict[str, Any]
 
@@ -225,8 +227,9 @@ def _kept(message: Message, *keys: str) -> dict[str, Any]:
         if not isinstance(value, kinds[key]) or (key == "weight" and isinstance(value, bool)):
             wanted = {"train": "true or false", "weight": "a number"}.get(key, "a text")
             raise DataError(f"{key!r} has the wrong type: {value!r}; it must be {wanted}")
-    if not 0 <= result.get("weight", 0) < float("inf"):
-        raise DataError(f"'weight' must not be negative or infinite, got {result['weight']}; 0 leaves it out")
+    weight = result.get("weight", 0)
+    if not (weight == 0 or WEIGHTS[0] <= weight <= WEIGHTS[1]):
+        raise DataError(f"'weight' must not be negative or infinite (0 leaves it out, else 1e-6 to 1e6), got {weight}")
     return result
 
 

@@ -29,9 +29,15 @@ def summary(report: dict[str, Any], before: Evaluation, after: Evaluation, show:
         losses = f"{loss['before']:.3f} -> {loss['after']:.3f}" if loss else "not measured"
         matches = f"{match['before']:.0%} -> {match['after']:.0%}" if match else "not measured"
         lines.append(f"{source:<16}{losses:>24}{matches:>22}")
-    first, last = report["train_loss"]["first"], report["train_loss"]["last"]
+    loss = report["train_loss"]
     lines.append(
         f"{report['steps']} steps, {report['tokens']:,} tokens ({report['supervised_tokens']:,} supervised), "
-        f"{report['tokens_per_second']:.0f} tokens/s, loss {first:.3f} -> {last:.3f}"
+        f"{report['tokens_per_second']:.0f} tokens/s, loss {loss['first']:.3f} -> {loss['last']:.3f} "
+        f"(means of the first {loss['first_steps']} and the last {loss['last_steps']} steps)"
     )
+    if loss["rose"]:
+        lines.append(
+            "the training loss rose: the model is worse at its training data than before. Lower "
+            "training.learning_rate, and look at the rows with `preview`"
+        )
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.config import Config, dump_config
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.manifest import write_json
 
 if TYPE_CHECKING:
@@ -78,6 +78,13 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes adapter and tokenizer into ``folder``. Raises `RunError` if a value of the adapter is not finite."""
+    from qlora_sft.training.guards import all_finite
+
+    if not all_finite(model):
+        raise RunError(
+            f"{folder}: not written, because the adapter has values that are not finite; lower training.learning_rate"
+        )
     # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
