@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.errors import ConfigError, QloraSftError
+from qlora_sft.ranges import above_zero, whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +48,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments:
-        arguments.overrides += [argument for argument in rest if _is_override(argument)]
+        arguments.overrides = [*arguments.overrides, *filter(_is_override, rest)]
         rest = [argument for argument in rest if not _is_override(argument)]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
 
 
@@ -66,14 +67,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, action: Any, help: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(verb=action)
+        sub.set_defaults(verb=action, parser=sub)
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
         return sub
 
     def configured(name: str, action: Any, help: str) -> argparse.ArgumentParser:
         sub = verb(name, action, help)
         sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+        sub.add_argument(
+            "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's"
+        )
         return sub
 
     train = configured("train", _train, "fine-tune as a configuration says")
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
 
     preview = configured("preview", _preview, "show what a configuration will train on, token by token")
-    preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
+    preview.add_argument("--count", type=whole(0), default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
     plan = configured("plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
@@ -126,12 +129,18 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation.tasks of the run)",
     )  # fmt: skip
     evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
-    evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
-    evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
-    evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    evaluate.add_argument(
+        "--samples", type=whole(1, 10_000), metavar="N", help="answers per question, for pass@k (default: 1)"
+    )
+    evaluate.add_argument("--temperature", type=above_zero, metavar="T", help="of sampled answers (default: 0.8)")
+    evaluate.add_argument(
+        "--max-rows", type=whole(), metavar="N", help="ask only so many of each task, drawn at random"
+    )
+    evaluate.add_argument("--max-new-tokens", type=whole(), metavar="N", help="longest answer (default: 512)")
     evaluate.add_argument("--thinking", choices=["on", "off"], help="default: as in training, by the reference")
-    evaluate.add_argument("--seed", type=int, default=0, help="of drawn questions and sampled answers (default: 0)")
+    evaluate.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
+    )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
 
@@ -139,9 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    chat.add_argument("--max-new-tokens", type=whole(), default=512, help="longest answer (default: 512)")
     chat.add_argument("--serve", action="store_true", help="of a .gguf: llama.cpp's OpenAI-compatible server instead")
-    chat.add_argument("--port", type=int, default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)")
+    chat.add_argument(
+        "--port", type=whole(0, 65_535), default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)"
+    )
 
     verb("doctor", _doctor, "what works here, what does not, and how to get it")
     return parser
