@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError
+from qlora_sft.text import read_text
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -48,4 +49,4 @@ def template_text(name: str) -> str:
     if not file.is_file():
         names = ", ".join(sorted(SHIPPED))
         raise ConfigError(f"model.chat_template: {name}: neither a file nor a shipped template ({names})")
-    return file.read_text(encoding="utf-8")
+    return read_text(file)
