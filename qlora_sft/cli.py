@@ -159,27 +159,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.train import train
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
 def _preview(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.preview import preview
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     return preview(config, arguments.count, arguments.html, show=not arguments.json, alone=True)
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.plan.plan import make_plan
     from qlora_sft.plan.table import plan_table
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     plan = make_plan(config, data=not arguments.no_data, timing=not arguments.no_time)
     if not arguments.json:
         print(plan_table(plan))

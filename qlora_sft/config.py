@@ -9,14 +9,14 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
-from qlora_sft.strict import apply_override, build, did_you_mean, kind_of, range_faults
+from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
 from qlora_sft.text import read_text
 from qlora_sft.yaml_text import YamlFault, read_yaml, write_yaml
 
@@ -168,31 +168,50 @@ class Config:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
 
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "memory": MemoryConfig,
+}
+
+
 def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file or a shipped recipe, applies ``key.sub=value`` overrides, checks everything.
 
     Raises `ConfigError` with all problems found.
     """
     path = _find(str(name))
+    problems: list[str] = []
     try:
         tree = read_yaml(read_text(path))
     except YamlFault as fault:
-        raise ConfigError(
-            [f"{path}:{line}: {what}" if line else f"{path}: {what}" for line, what in fault.faults]
-        ) from None
+        problems = [f"{path}:{line}: {what}" if line else f"{path}: {what}" for line, what in fault.faults]
+        tree = fault.tree
+        if tree is None:
+            raise ConfigError(problems) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values (model:, data:, output:), got {kind_of(tree)}")
     origin: dict[str, str] = {}
-    problems: list[str] = []
     for override in overrides:
         apply_override(tree, override, origin, problems)
     config = build(Config, tree, "", str(path), origin, problems)
-    if not problems:
-        problems = _check_values(config, str(path))
+    problems += _check_values(_sections(tree), str(path))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, {name: build_rest(kind, tree.get(name)) for name, kind in SECTIONS.items()})
     assert isinstance(config, Config)
     return config
+
+
+def _sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns every section by its name, None for one in which something is wrong."""
+    given = {name: tree.get(name, {}) for name in SECTIONS}
+    return {
+        name: build(SECTIONS[name], section, "", "", {}, []) if isinstance(section, dict) else None
+        for name, section in given.items()
+    }
 
 
 def dump_config(config: Config) -> str:
@@ -212,22 +231,30 @@ def _find(name: str) -> Path:
     raise ConfigError(f"{name}: no such file{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
-def _check_values(config: Config, file: str) -> list[str]:
-    """Values that have the right type and still make no sense."""
+def _check_values(sections: dict[str, Any], file: str) -> list[str]:
+    """Finds values that have the right type and range and still make no sense together.
+
+    ``sections``: by name, None for one that is faulty already.
+    """
     problems = []
 
     def require(good: bool, key: str, text: str) -> None:
         if not good:
             problems.append(f"{file}: {key} {text}")
 
-    d = config.data
-    require(bool(d.train), "data.train", "must name at least one source")
-    check_data(d, require)
-    _check_rope(config, require)
-    m = config.model
-    require(m.load_in_4bit or not m.head_in_4bit, "model.head_in_4bit", "has no effect without model.load_in_4bit")
-    _check_memory(config.memory, require)
-    check_tasks(config.evaluation.tasks, require)
+    model, data, training = (sections[name] for name in ("model", "data", "training"))
+    if data:
+        require(bool(data.train), "data.train", "must name at least one source")
+        check_data(data, require)
+    if model:
+        no_effect = "has no effect without model.load_in_4bit"
+        require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
+    if model and data and training:
+        _check_rope(model.rope_scaling, data, training, require)
+    if sections["memory"]:
+        _check_memory(sections["memory"], require)
+    if sections["evaluation"]:
+        check_tasks(sections["evaluation"].tasks, require)
     return problems
 
 
@@ -251,14 +278,13 @@ def task_name(task: TaskConfig) -> str:
     return task.name or source_name(SourceConfig(path)) + (f"-{configuration}" if configuration else "")
 
 
-def _check_rope(config: Config, require: Require) -> None:
-    rope = config.model.rope_scaling
+def _check_rope(rope: RopeScaling | None, data: DataConfig, training: TrainingConfig, require: Require) -> None:
     if rope is None:
         return
     for name in ("attention_factor", "beta_fast", "beta_slow"):
         given = getattr(rope, name) is not None
         require(not given or rope.rope_type == "yarn", f"model.rope_scaling.{name}", "belongs to rope_type yarn only")
-    alone = config.data.packing == "none" and config.training.batch_size == 1
+    alone = data.packing == "none" and training.batch_size == 1
     require(
         rope.rope_type != "dynamic" or alone,
         "model.rope_scaling.rope_type",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.config import Config
+from qlora_sft.faults import every_fault
 from qlora_sft.say import tell
 
 
@@ -30,6 +31,7 @@ def preview(
     from qlora_sft.data.show import as_page, as_text
     from qlora_sft.data.splits import read_data
     from qlora_sft.data.template import chat_format
+    from qlora_sft.model.base_check import check_base
     from qlora_sft.model.load import resolve_base
     from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 
@@ -39,8 +41,10 @@ def preview(
         said.append(text)
         tell(text)
 
-    train_sources, held_out_sources, _ = read_data(config, say)
+    with every_fault(config):
+        train_sources, held_out_sources, _ = read_data(config, say)
     base = resolve_base(config.model.path)
+    check_base(config, base)
     tokenizer = load_tokenizer(config.model, base, say)
     style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
     say(f"chat template: {style.reason}")

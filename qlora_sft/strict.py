@@ -73,6 +73,29 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
     return kind(**values) if len(problems) == before else None
 
 
+def build_rest(kind: Any, tree: Any) -> Any:
+    """Returns a dataclass ``kind`` of what is right in ``tree``; None if a key that it needs is wrong or missing."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key in hints:
+            found: list[str] = []
+            converted = _convert(hints[key], value, "", "", {}, found)
+            sections = [
+                option for option in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(option)
+            ]
+            if found and sections and isinstance(value, list):
+                converted = [item for item in (build_rest(sections[0], each) for each in value) if item is not None]
+            elif found and sections:
+                converted = build_rest(sections[0], value)
+            if not found or converted is not None:
+                values[key] = converted
+    try:
+        return kind(**values)
+    except TypeError:
+        return None
+
+
 def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     source = origin.get(where, file)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
 from qlora_sft.errors import Interrupted, RunError
+from qlora_sft.faults import every_fault
 from qlora_sft.manifest import describe_data, write_manifest
 from qlora_sft.say import Say, tell
 from qlora_sft.training.checkpoints import (
@@ -50,11 +51,12 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
     watch = Stopwatch()
-    run = claim_run_folder(config, overwrite, resume)
-    checkpoint = find_checkpoint(run, config, say) if resume else None
+    with every_fault(config):
+        run = claim_run_folder(config, overwrite, resume)
+        checkpoint = find_checkpoint(run, config, say) if resume else None
 
     # ------------------------------------------------------------------ data, as far as it goes without a model
-    with watch("data"):
+    with watch("data"), every_fault(config):
         # Needs no torch, so a bad file is reported at once.
         train_sources, held_out_sources, removed = read_data(config, say)
 
@@ -72,17 +74,15 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         from qlora_sft.evaluation.answers import choose_prompts
         from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
         from qlora_sft.evaluation.evaluate import evaluate
+        from qlora_sft.model.base_check import check_base
         from qlora_sft.model.fingerprint import fingerprint
         from qlora_sft.model.load import compute_dtype, quantized_modules, resolve_base
         from qlora_sft.model.memory import use_memory
-        from qlora_sft.model.rope import check_context
-        from qlora_sft.model.skeleton import check_layers
         from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
         from qlora_sft.training.report import pair, summary
     with watch("base model"):
         base = resolve_base(config.model.path)
-        check_context(config, base)
-        check_layers(config, base)
+        check_base(config, base)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base, say)
         style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))

@@ -31,11 +31,12 @@ _REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_PLAIN, "timestamp", "val
 
 
 class YamlFault(ValueError):
-    """What is wrong with a YAML text: ``faults`` are (line or 0, what)."""
+    """What is wrong with a YAML text: ``faults`` are (line or 0, what); ``tree`` is what it says if all that is wrong
+    with it are keys that stand twice, with the last of each."""
 
-    def __init__(self, faults: list[tuple[int, str]]):
+    def __init__(self, faults: list[tuple[int, str]], tree: Any = None):
         super().__init__("; ".join(text for _, text in faults))
-        self.faults = faults
+        self.faults, self.tree = faults, tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,9 +91,10 @@ def read_yaml(text: str) -> Any:
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         # A tag (!!int, !!timestamp) on a text that is none, or a number of thousands of digits.
         raise YamlFault([(0, f"not valid YAML: {' '.join(str(error).split())}")]) from None
+    separate = _separate(tree)
     if loader.doubles:
-        raise YamlFault(sorted(loader.doubles))
-    return _separate(tree)
+        raise YamlFault(sorted(loader.doubles), separate)
+    return separate
 
 
 def write_yaml(tree: Any) -> str:

@@ -16,6 +16,22 @@ class Header(NamedTuple):
     nbytes: int
 
 
+def resolve_base(path: str) -> str:
+    """``demo`` -> the embedded model's folder; a folder or Hub id as it is. Raises `ConfigError` if it cannot be."""
+    if path == "demo":
+        from qlora_sft.demo import base_model_path
+
+        return str(base_model_path())
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"model.path: {path}: no such folder (a Hub id looks like 'name/model'; 'demo' is built in)")
+    return path
+
+
 def read_config(base: str) -> dict[str, Any]:
     """config.json of a folder or of a Hub id (only this file is fetched). Raises `ConfigError`."""
     file = Path(base) / "config.json"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
+from qlora_sft.faults import every_fault
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
@@ -38,15 +39,16 @@ def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Sa
     backend = choose_backend(config.model.backend)
     import torch
 
+    from qlora_sft.model.base_check import check_base
     from qlora_sft.model.load import compute_dtype, resolve_base
-    from qlora_sft.model.rope import check_context
     from qlora_sft.plan.blueprint import check_headers, read_blueprint
     from qlora_sft.plan.weights import residents
     from qlora_sft.plan.workload import describe, read_workload
     from qlora_sft.training.steps import choose_optimizer
 
-    base = resolve_base(config.model.path)
-    check_context(config, base)
+    with every_fault(config):
+        base = resolve_base(config.model.path)
+        check_base(config, base)
     blueprint = read_blueprint(config, base)
     files = check_headers(blueprint, base)
     on_gpu = torch.cuda.is_available()

@@ -11,6 +11,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.splits import read_data
 from qlora_sft.data.template import chat_format
+from qlora_sft.faults import every_fault
 from qlora_sft.say import Say
 from qlora_sft.training.steps import count_steps
 
@@ -34,7 +35,8 @@ def read_workload(config: Config, base: str, say: Say) -> Workload:
     """Reads, renders and packs (or takes from the cache) what training would. Raises `DataError` or `ConfigError`."""
     from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 
-    train_sources, held_out_sources, _ = read_data(config, say)
+    with every_fault(config):
+        train_sources, held_out_sources, _ = read_data(config, say)
     tokenizer = load_tokenizer(config.model, base)
     style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
     prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
