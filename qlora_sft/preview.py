@@ -46,7 +46,7 @@ def preview(
     base = resolve_base(config.model.path)
     check_base(config, base)
     tokenizer = load_tokenizer(config.model, base, say)
-    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template)
     say(f"chat template: {style.reason}")
     prepared, _, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
     documents = prepared.all_documents

@@ -31,7 +31,14 @@ from qlora_sft.training.checkpoints import (
     step_of,
     what_is_left,
 )
-from qlora_sft.training.run_folder import begin_run, claim_run_folder, record_data, save_adapter, write_samples
+from qlora_sft.training.run_folder import (
+    begin_run,
+    claim_run_folder,
+    kept_day,
+    record_data,
+    save_adapter,
+    write_samples,
+)
 from qlora_sft.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -85,7 +92,9 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
         check_base(config, base)
     with watch("data"):
         tokenizer = load_tokenizer(config.model, base, say)
-        style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+        # A run that goes on writes the date that it began with.
+        day = kept_day(run) if checkpoint else None
+        style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
         say(f"chat template: {style.reason}")
         prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
         documents = prepared.all_documents
@@ -96,6 +105,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
             "base_sha256": fingerprint(base),
             "dtype": str(dtype).removeprefix("torch."),
             "backend": backend.name,
+            "template_date": style.day.isoformat() if style.day else None,
         }
         if checkpoint:
             check_same(run, facts)

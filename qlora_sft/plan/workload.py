@@ -38,7 +38,7 @@ def read_workload(config: Config, base: str, say: Say) -> Workload:
     with every_fault(config):
         train_sources, held_out_sources, _ = read_data(config, say)
     tokenizer = load_tokenizer(config.model, base)
-    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+    style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template)
     prepared, held_out, bins = plan_data(config, train_sources, held_out_sources, tokenizer, style, say)
     of_each = sizes(prepared.all_documents)
     lengths = of_each.tokens

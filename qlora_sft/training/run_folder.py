@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,12 @@ def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_json(run / "begun.json", facts)
+
+
+def kept_day(run: Path) -> date | None:
+    """Returns the date that the chat template wrote when the run began; None if it writes none."""
+    day = json.loads((run / "begun.json").read_text(encoding="utf-8")).get("template_date")
+    return date.fromisoformat(day) if day else None
 
 
 def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
