@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_sft.atomic import disk_error
+from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import above_zero, whole
 
@@ -33,7 +33,7 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (QloraSftError, OSError) as error:
-        fault = error if isinstance(error, QloraSftError) else disk_error(error)
+        fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None:
             raise
         print(f"error: {fault}", file=sys.stderr)

@@ -11,6 +11,7 @@ import json
 from difflib import get_close_matches
 from typing import Any
 
+from qlora_sft.data.misread import pythons_quotes
 from qlora_sft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -106,7 +107,10 @@ def from_json_text(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{what} is not valid JSON ({error.msg} at column {error.colno}): {_short(value)}") from None
+        why = pythons_quotes(value) or f"{error.msg} at column {error.colno}"
+        raise DataError(f"{what} is not valid JSON ({why}): {_short(value)}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{what} is not valid JSON (nested too deep, or a number without end)") from None
 
 
 def kind(value: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.formats import CURE, Conversation, Form, convert, detect
+from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
@@ -167,7 +168,10 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
     unused: dict[str, str] = {}
     total = 0
     for label, read, file in opened:
-        form, count, faults = _scan(label, read, source, unused)
+        try:
+            form, count, faults = _scan(label, read, source, unused)
+        except DataError as error:  # the file as a whole
+            form, count, faults = None, 0, [str(error)]
         problems += faults
         if form is not None:
             parts.append(Part(label, read, form))
@@ -217,11 +221,15 @@ def _scan(
 
 def _settle_form(row: Any, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
     """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
+    if why := list_in_a_line(row):
+        raise DataError(why)
     if not isinstance(row, dict):
         raise DataError(f"expected an object with columns (e.g. 'messages'), got a {type(row).__name__}")
     if source.format != "auto" and form is not None:
         return form, line
     own = detect(row, source.columns)
+    if own is None and (broken := broken_cell(row, source.columns)):
+        raise DataError(broken)
     if own is None:
         found = ", ".join(map(repr, row)) or "no columns"
         known = "messages, ShareGPT, Alpaca, prompt/completion or text"

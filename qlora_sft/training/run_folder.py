@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from datetime import date
 from pathlib import Path
@@ -28,8 +29,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = Path(config.output).expanduser()
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output: {run} is a file; name a folder")
+    _check_writable(run)
     earlier = [name for name in RUN_FILES if (run / name).exists()]
     if earlier and not (overwrite or resume):
         go_on = "" if (run / "manifest.json").exists() else ", or --resume to go on with it"
@@ -38,6 +38,20 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
             f"{go_on}"
         )
     return run
+
+
+def _check_writable(run: Path) -> None:
+    """Raises `ConfigError` if ``run`` cannot be made a folder: not only when a model has been loaded for it."""
+    try:
+        existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+        (run / "config.yaml").exists()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"output: {str(run)[:80]!r} cannot be a folder ({why}); choose another") from None
+    if not existing.is_dir():
+        raise ConfigError(f"output: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output: {existing} may not be written to; choose another folder")
 
 
 def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
