@@ -17,7 +17,7 @@ from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
 from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
-from qlora_sft.text import read_text
+from qlora_sft.text import as_path, read_text
 from qlora_sft.yaml_text import YamlFault, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -169,13 +169,9 @@ class Config:
 
 
 SECTIONS = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "lora": LoraConfig,
-    "training": TrainingConfig,
-    "evaluation": EvaluationConfig,
-    "memory": MemoryConfig,
-}
+    "model": ModelConfig, "data": DataConfig, "lora": LoraConfig, "training": TrainingConfig,
+    "evaluation": EvaluationConfig, "memory": MemoryConfig,
+}  # fmt: skip
 
 
 def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -206,12 +202,9 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def _sections(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns every section by its name, None for one in which something is wrong."""
+    """Returns the sections by their names, None for one in which something is wrong."""
     given = {name: tree.get(name, {}) for name in SECTIONS}
-    return {
-        name: build(SECTIONS[name], section, "", "", {}, []) if isinstance(section, dict) else None
-        for name, section in given.items()
-    }
+    return {name: build(SECTIONS[name], part, "", "", {}, []) for name, part in given.items() if isinstance(part, dict)}
 
 
 def dump_config(config: Config) -> str:
@@ -223,12 +216,13 @@ def _find(name: str) -> Path:
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    path = Path(name)
+    path = as_path(name)
     if path.is_file():
         return path
-    nearby = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    nearby = [str(file) for file in path.parent.glob("*.yaml")]
     hint = did_you_mean(name, [*nearby, *shipped, *(f"{stem}.yaml" for stem in shipped)])
-    raise ConfigError(f"{name}: no such file{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
+    missing = "a folder, and not a YAML file" if path.is_dir() else "no such file"
+    raise ConfigError(f"{name}: {missing}{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
 def _check_values(sections: dict[str, Any], file: str) -> list[str]:
@@ -242,7 +236,9 @@ def _check_values(sections: dict[str, Any], file: str) -> list[str]:
         if not good:
             problems.append(f"{file}: {key} {text}")
 
-    model, data, training = (sections[name] for name in ("model", "data", "training"))
+    model, data, training, memory, evaluation = (
+        sections.get(name) for name in ("model", "data", "training", "memory", "evaluation")
+    )
     if data:
         require(bool(data.train), "data.train", "must name at least one source")
         check_data(data, require)
@@ -251,10 +247,10 @@ def _check_values(sections: dict[str, Any], file: str) -> list[str]:
         require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
     if model and data and training:
         _check_rope(model.rope_scaling, data, training, require)
-    if sections["memory"]:
-        _check_memory(sections["memory"], require)
-    if sections["evaluation"]:
-        check_tasks(sections["evaluation"].tasks, require)
+    if memory:
+        _check_memory(memory, require)
+    if evaluation:
+        check_tasks(evaluation.tasks, require)
     return problems
 
 

@@ -81,13 +81,12 @@ def build_rest(kind: Any, tree: Any) -> Any:
         if key in hints:
             found: list[str] = []
             converted = _convert(hints[key], value, "", "", {}, found)
-            sections = [
-                option for option in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(option)
-            ]
+            options = (hints[key], *typing.get_args(hints[key]))
+            sections = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
             if found and sections and isinstance(value, list):
                 converted = [item for item in (build_rest(sections[0], each) for each in value) if item is not None]
-            elif found and sections:
-                converted = build_rest(sections[0], value)
+            elif found:
+                converted = build_rest(sections[0], value) if sections else None
             if not found or converted is not None:
                 values[key] = converted
     try:

@@ -1,10 +1,22 @@
-"""Text files that people write: read as UTF-8, with an error that names the file and the cure."""
+"""Paths and text files that people write, with errors that name the file and the cure."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, DataError
+
+
+def as_path(text: str, error: type[ConfigError | DataError] = ConfigError) -> Path:
+    """Returns the path with ``~`` written out. Raises ``error`` for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as fault:
+        why = fault.strerror if isinstance(fault, OSError) else fault
+        shown = repr(text if len(text) <= 80 else text[:77] + "...")
+        raise error(f"{shown} cannot be a file or folder: {why}") from None
+    return path
 
 
 def read_text(path: Path) -> str:

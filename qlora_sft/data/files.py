@@ -22,6 +22,7 @@ from typing import IO, Any
 from qlora_sft.data.misread import (
     HEAD,
     check_beginning,
+    half_character,
     list_in_a_line,
     no_lines_of_json,
     pythons_quotes,
@@ -107,7 +108,7 @@ def _parsed(text: str) -> tuple[Any, str | None]:
         return None, "not valid JSON (nested too deep); one object per line"
     except ValueError as error:  # a key that stands twice, a number of thousands of digits
         return None, f"not valid JSON ({error})"
-    broken = _half_character(row) if "\\ud" in text.lower() else None
+    broken = half_character(row) if "\\ud" in text.lower() else None
     return (None, broken) if broken else (row, None)
 
 
@@ -163,7 +164,7 @@ def _json(path: Path) -> Rows:
         raise DataError(f"{path}: expected a list of rows, got a {type(value).__name__}")
     escaped = b"\\ud" in content.lower()
     for number, row in enumerate(value, start=1):
-        broken = _half_character(row) if escaped else None
+        broken = half_character(row) if escaped else None
         yield (number, None, broken) if broken else (number, row, None)
 
 
@@ -233,16 +234,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".tsv": _csv,
     ".txt": _text,
 }
-
-
-def _half_character(row: Any) -> str | None:
-    """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"half a character (\\u{ord(half):04x} without its other half); the text was cut in the middle of it"
-    return None
 
 
 def without_nulls(value: Any) -> Any:

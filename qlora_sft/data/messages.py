@@ -11,7 +11,7 @@ import json
 from difflib import get_close_matches
 from typing import Any
 
-from qlora_sft.data.misread import pythons_quotes
+from qlora_sft.data.misread import half_character, pythons_quotes
 from qlora_sft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -105,12 +105,15 @@ def from_json_text(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        content = json.loads(value)
     except json.JSONDecodeError as error:
         why = pythons_quotes(value) or f"{error.msg} at column {error.colno}"
         raise DataError(f"{what} is not valid JSON ({why}): {_short(value)}") from None
     except (ValueError, RecursionError):
         raise DataError(f"{what} is not valid JSON (nested too deep, or a number without end)") from None
+    if broken := half_character(content) if "\\ud" in value.lower() else None:
+        raise DataError(f"{what} holds {broken}")
+    return content
 
 
 def kind(value: Any) -> str:

@@ -108,6 +108,16 @@ def pythons_quotes(text: str) -> str | None:
     return None
 
 
+def half_character(row: Any) -> str | None:
+    """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"half a character (\\u{ord(half):04x} without its other half); the text was cut in the middle of it"
+    return None
+
+
 def broken_cell(row: dict[str, Any], columns: dict[str, str] | None) -> str | None:
     """Says why a column that should hold messages is not read as such: it is a text that is no JSON. None if all is
     well with it."""

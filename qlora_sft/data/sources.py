@@ -23,6 +23,7 @@ from qlora_sft.data.formats import CURE, Conversation, Form, convert, detect
 from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
+from qlora_sft.text import as_path
 
 # After so many faults the file as a whole is wrong, and a longer list helps nobody.
 MAX_PROBLEMS = 10
@@ -109,7 +110,7 @@ def resolve_path(path: str) -> Path:
         from qlora_sft.demo import data_path
 
         return data_path() / path.removeprefix("demo:")
-    return Path(path).expanduser()
+    return as_path(path, DataError)
 
 
 def open_parts(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.text import as_path
 
 
 class Header(NamedTuple):
@@ -22,7 +23,7 @@ def resolve_base(path: str) -> str:
         from qlora_sft.demo import base_model_path
 
         return str(base_model_path())
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")

@@ -13,6 +13,7 @@ from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.manifest import write_json
+from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
@@ -28,7 +29,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     """The run folder. Refuses to write over an earlier run unless told to, or to go on with it."""
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
-    run = Path(config.output).expanduser()
+    run = as_path(config.output)
     _check_writable(run)
     earlier = [name for name in RUN_FILES if (run / name).exists()]
     if earlier and not (overwrite or resume):
@@ -42,12 +43,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
 
 def _check_writable(run: Path) -> None:
     """Raises `ConfigError` if ``run`` cannot be made a folder: not only when a model has been loaded for it."""
-    try:
-        existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-        (run / "config.yaml").exists()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"output: {str(run)[:80]!r} cannot be a folder ({why}); choose another") from None
+    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK):

@@ -63,7 +63,8 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     "lists of messages, .json": ("a.json", json.dumps([ROW["messages"]]), 'write {"messages": [...]}'),
     "quotes in a cell of JSON Lines": ("a.jsonl", lines({"messages": str(ROW["messages"])}), "it has Python's quotes"),
     "numpy's quotes": (
-        "a.csv", "id,conversations\n1,\"[{'from': 'human', 'value': 'x'}\n {'from': 'gpt', 'value': 'y'}]\"\n", "quotes",
+        "a.csv",
+        "id,conversations\n1,\"[{'from': 'human', 'value': 'x'}\n {'from': 'gpt', 'value': 'y'}]\"\n", "quotes",
     ),
     "array in a cell": ("a.csv", "messages\n\"array([{'role': 'user'}], dtype=object)\"\n", "it has Python's quotes"),
     "broken JSON in a cell": ("a.csv", 'messages\n"[{""role"": ""user"""\n', "'messages' is not JSON: Expecting ','"),
