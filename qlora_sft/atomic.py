@@ -69,7 +69,8 @@ def path_error(error: BaseException) -> RunError | None:
     """A `RunError` that names the path if ``error`` is about one (no permission, no such folder, name too long)."""
     if not isinstance(error, OSError) or not error.filename or not error.strerror:
         return None
-    return RunError(f"{error.filename}: {error.strerror}; check the path and its permissions")
+    # Of a renaming, the second is the name that was asked for.
+    return RunError(f"{error.filename2 or error.filename}: {error.strerror}; check the path and its permissions")
 
 
 def disk_error(error: BaseException, target: Path | None = None) -> RunError | None:

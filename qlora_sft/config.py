@@ -194,17 +194,11 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         apply_override(tree, override, origin, problems)
     config = build(Config, tree, "", str(path), origin, problems)
-    problems += _check_values(_sections(tree), str(path))
+    problems += _check_values(tree, str(path))
     if problems:
         raise ConfigError(problems, {name: build_rest(kind, tree.get(name)) for name, kind in SECTIONS.items()})
     assert isinstance(config, Config)
     return config
-
-
-def _sections(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sections by their names, None for one in which something is wrong."""
-    given = {name: tree.get(name, {}) for name in SECTIONS}
-    return {name: build(SECTIONS[name], part, "", "", {}, []) for name, part in given.items() if isinstance(part, dict)}
 
 
 def dump_config(config: Config) -> str:
@@ -225,20 +219,20 @@ def _find(name: str) -> Path:
     raise ConfigError(f"{name}: {missing}{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
-def _check_values(sections: dict[str, Any], file: str) -> list[str]:
-    """Finds values that have the right type and range and still make no sense together.
-
-    ``sections``: by name, None for one that is faulty already.
-    """
+def _check_values(tree: dict[str, Any], file: str) -> list[str]:
+    """Finds values that have the right type and range and still make no sense together, in all sections of ``tree`` in
+    which nothing else is wrong."""
     problems = []
 
     def require(good: bool, key: str, text: str) -> None:
         if not good:
             problems.append(f"{file}: {key} {text}")
 
-    model, data, training, memory, evaluation = (
-        sections.get(name) for name in ("model", "data", "training", "memory", "evaluation")
-    )
+    def section(name: str) -> Any:
+        given = tree.get(name, {})
+        return build(SECTIONS[name], given, "", "", {}, []) if isinstance(given, dict) else None
+
+    model, data, training, memory, evaluation = map(section, ("model", "data", "training", "memory", "evaluation"))
     if data:
         require(bool(data.train), "data.train", "must name at least one source")
         check_data(data, require)
@@ -280,6 +274,8 @@ def _check_rope(rope: RopeScaling | None, data: DataConfig, training: TrainingCo
     for name in ("attention_factor", "beta_fast", "beta_slow"):
         given = getattr(rope, name) is not None
         require(not given or rope.rope_type == "yarn", f"model.rope_scaling.{name}", "belongs to rope_type yarn only")
+    slow_first = (rope.beta_slow or 1) < (rope.beta_fast or 32)  # which are YaRN's own defaults
+    require(slow_first, "model.rope_scaling.beta_slow", "must be smaller than beta_fast (which is 32 by default)")
     alone = data.packing == "none" and training.batch_size == 1
     require(
         rope.rope_type != "dynamic" or alone,

@@ -69,7 +69,7 @@ class TrainSourceConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class ReplayConfig(SourceConfig):
-    share: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
+    share: Annotated[float, Range(0, 0.95, above=True)] = 0.05
     """Share of the rows (documents) of the whole run that come from here."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError, DataError
@@ -11,7 +12,8 @@ def as_path(text: str, error: type[ConfigError | DataError] = ConfigError) -> Pa
     """Returns the path with ``~`` written out. Raises ``error`` for one that no file can have."""
     try:
         path = Path(text).expanduser()
-        path.exists()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.lstat()
     except (OSError, ValueError, RuntimeError) as fault:
         why = fault.strerror if isinstance(fault, OSError) else fault
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
