@@ -30,10 +30,11 @@ def summary(report: dict[str, Any], before: Evaluation, after: Evaluation, show:
         matches = f"{match['before']:.0%} -> {match['after']:.0%}" if match else "not measured"
         lines.append(f"{source:<16}{losses:>24}{matches:>22}")
     loss = report["train_loss"]
+    means = f" (means of the first {loss['first_steps']} and the last {loss['last_steps']} steps)"
     lines.append(
         f"{report['steps']} steps, {report['tokens']:,} tokens ({report['supervised_tokens']:,} supervised), "
-        f"{report['tokens_per_second']:.0f} tokens/s, loss {loss['first']:.3f} -> {loss['last']:.3f} "
-        f"(means of the first {loss['first_steps']} and the last {loss['last_steps']} steps)"
+        f"{report['tokens_per_second']:.0f} tokens/s, loss {loss['first']:.3f} -> {loss['last']:.3f}"
+        + (means if report["steps"] > 1 else "")
     )
     if loss["rose"]:
         lines.append(
