@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
-from qlora_sft.ranges import above_zero, whole
+from qlora_sft.ranges import whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,14 +129,11 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation.tasks of the run)",
     )  # fmt: skip
     evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
-    evaluate.add_argument(
-        "--samples", type=whole(1, 10_000), metavar="N", help="answers per question, for pass@k (default: 1)"
-    )
-    evaluate.add_argument("--temperature", type=above_zero, metavar="T", help="of sampled answers (default: 0.8)")
-    evaluate.add_argument(
-        "--max-rows", type=whole(), metavar="N", help="ask only so many of each task, drawn at random"
-    )
-    evaluate.add_argument("--max-new-tokens", type=whole(), metavar="N", help="longest answer (default: 512)")
+    # Their ranges are those of a task of the configuration.
+    evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
+    evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
     evaluate.add_argument("--thinking", choices=["on", "off"], help="default: as in training, by the reference")
     evaluate.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"

@@ -47,18 +47,21 @@ class Interrupted(QloraSftError):
 
 
 def all_at_once(checks: Iterable[Callable[[], Any]]) -> None:
-    """Runs every check and raises the faults of all: the one error that there is, or one `ConfigError` for several."""
+    """Runs every check and raises the faults of all: the one error that says everything, or one made of several."""
     errors: list[QloraSftError] = []
     for check in checks:
         try:
             check()
         except (ConfigError, DataError) as error:
             errors.append(error)
-    if len(errors) == 1:
+    if not errors:
+        return
+    # Two checks may stumble over the same.
+    lines = list(dict.fromkeys(line for error in errors for line in str(error).splitlines()))
+    if len(lines) == len(str(errors[0]).splitlines()):
         raise errors[0]
-    if errors:
-        # Two checks may stumble over the same.
-        raise ConfigError(list(dict.fromkeys(line for error in errors for line in str(error).splitlines())))
+    of_data = all(isinstance(error, DataError) for error in errors)
+    raise DataError("\n".join(lines)) if of_data else ConfigError(lines)
 
 
 def first_line(error: Exception) -> str:

@@ -9,9 +9,7 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
-
-T = TypeVar("T", int, float)
+from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,14 @@ Gibibytes = Annotated[float, Range(0, 1e6, above=True)]
 
 def whole(low: int = 1, high: int = 10**9) -> Callable[[str], int]:
     """Returns a type for argparse: whole numbers from ``low`` to ``high``."""
-    return lambda text: _in_range(int, "a whole number", text, Range(low, high))
 
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if fault := Range(low, high).fault(value):
+            raise ArgumentTypeError(fault)
+        return value
 
-def above_zero(text: str) -> float:
-    """Reads a number above 0 and up to 100, as a type for argparse."""
-    return _in_range(float, "a number", text, Range(0, 100, above=True))
-
-
-def _in_range(kind: type[T], name: str, text: str, limits: Range) -> T:
-    try:
-        value: T = kind(text)
-    except ValueError:
-        raise ArgumentTypeError(f"must be {name}, got {text!r}") from None
-    if fault := limits.fault(value):
-        raise ArgumentTypeError(fault)
-    return value
+    return read

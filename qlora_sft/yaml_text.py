@@ -48,6 +48,20 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.doubles: list[tuple[int, str]] = []
+        self.open: list[str | None] = []
+        """The anchors of what is being composed."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses an alias inside of what it stands for."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self.open:
+            text = f"the anchor &{event.anchor} contains its own alias *{event.anchor}; write out what is meant"
+            mark = event.start_mark
+            raise YamlFault([(mark.line + 1 if mark else 0, text)])
+        self.open.append(getattr(event, "anchor", None))
+        node = super().compose_node(parent, index)
+        self.open.pop()
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Notes keys that stand twice. Later, when merged keys (``<<``) are among them, nobody could tell."""
@@ -81,6 +95,8 @@ def read_yaml(text: str) -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
         tree = loader.construct_document(node) if node else None
+    except YamlFault:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlFault([(mark.line + 1 if mark else 0, f"not valid YAML: {_problem(error)}")]) from None
@@ -110,18 +126,13 @@ def _separate(tree: Any) -> Any:
     """Returns a copy in which every use of an anchor is an object of its own."""
     count = 0
 
-    def copied(value: Any, above: tuple[int, ...]) -> Any:
+    def copied(value: Any) -> Any:
         nonlocal count
         count += 1
         if count > _MOST_VALUES:
             raise YamlFault([(0, f"more than {_MOST_VALUES:,} values, with anchors counted where they are used")])
-        if not isinstance(value, dict | list):
-            return value
-        if id(value) in above:
-            raise YamlFault([(0, "an anchor (&) contains its own alias (*); write out what is meant")])
-        inside = (*above, id(value))
         if isinstance(value, dict):
-            return {key: copied(item, inside) for key, item in value.items()}
-        return [copied(item, inside) for item in value]
+            return {key: copied(item) for key, item in value.items()}
+        return [copied(item) for item in value] if isinstance(value, list) else value
 
-    return copied(tree, ())
+    return copied(tree)

@@ -156,8 +156,9 @@ def test_a_merged_key_that_is_given_again_is_no_double() -> None:
     ("text", "line", "what"),
     [
         ("a: *nosuch\n", 1, "undefined alias"),
-        ("a: &a {b: *a}\n", 0, "contains its own alias"),
-        ("a: &a [*a]\n", 0, "contains its own alias"),
+        ("a: &a\n  b: *a\n", 2, "the anchor &a contains its own alias *a"),
+        ("a: &a [*a]\n", 1, "contains its own alias"),
+        ("a: &a {b: &b [1, *b]}\n", 1, "contains its own alias *b"),
         ("a: 1\n---\nb: 2\n", 2, "expected a single document"),
         ("a: 1\n\tb: 2\n", 2, "cannot start any token"),
         ("a: 1\n b: 2\n", 2, "mapping values are not allowed"),

@@ -158,6 +158,9 @@ def _json(path: Path) -> Rows:
         elif len(lists) == 1:
             value = value[lists[0]]
         else:
+            if value and all(isinstance(item, dict) and item.keys() for item in value.values()):
+                cure = "its rows as objects (pandas: to_json(..., orient='records', lines=True))"
+                raise DataError(f"{path}: it is a table by columns, {', '.join(map(repr, value))}; write {cure}")
             found = ", ".join(map(repr, lists)) or "none"
             raise DataError(f"{path}: expected a list of rows or an object with one list; lists in it: {found}")
     if not isinstance(value, list):
