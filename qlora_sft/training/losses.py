@@ -19,18 +19,23 @@ class StepLoss(NamedTuple):
 
 
 def summarize_losses(steps: Sequence[StepLoss]) -> dict[str, Any]:
-    """Returns the mean loss of the ``first`` and of the ``last`` steps, over how many steps, and whether it ``rose``.
+    """Returns the mean loss of the ``first`` and of the ``last`` steps, over how many steps, that of the ``base`` (the
+    first step, before any update), and whether it ``rose``.
 
     As many steps are taken from each end as hold `ENOUGH_TOKENS` supervised tokens together, but at most half of all.
+    A loss has risen if its last mean is above its first, or if it was never again as low as at the first step: a rate
+    that is far too large spoils the model at once, and from there on the loss may well fall.
     """
     first, last = _enough(steps), _enough(steps[::-1])
     means = _mean(first), _mean(last)
+    never_lower = len(steps) > 2 and min(step.loss for step in steps[1:]) > RISE * steps[0].loss
     return {
         "first": means[0],
         "last": means[1],
         "first_steps": len(first),
         "last_steps": len(last),
-        "rose": means[1] > RISE * means[0],
+        "base": steps[0].loss,
+        "rose": means[1] > RISE * means[0] or never_lower,
     }
 
 

@@ -38,7 +38,7 @@ def summary(report: dict[str, Any], before: Evaluation, after: Evaluation, show:
     )
     if loss["rose"]:
         lines.append(
-            "the training loss rose: the model is worse at its training data than before. Lower "
-            "training.learning_rate, and look at the rows with `preview`"
+            f"the training loss rose (it was {loss['base']:.3f} at the first step, before any update): the model is "
+            "worse at its training data than before. Lower training.learning_rate, and look at the rows with `preview`"
         )
     return "\n".join(lines)

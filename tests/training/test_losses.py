@@ -44,6 +44,15 @@ def test_one_step_with_enough_tokens_is_enough() -> None:
     assert (summary["first"], summary["last"], summary["rose"]) == (3.0, 3.01, False)
 
 
+def test_a_loss_that_jumps_up_at_once_has_risen_although_it_falls_from_there() -> None:
+    spoilt = [StepLoss(loss, 12) for loss in (1.3, 30.0, 24.0, 19.0, 11.0, 9.5)]
+    assert summarize_losses(spoilt)["first"] > summarize_losses(spoilt)["last"]
+    assert summarize_losses(spoilt)["rose"]
+    assert summarize_losses(spoilt)["base"] == 1.3
+    healed = [*spoilt, StepLoss(1.2, 12), StepLoss(0.9, 12)]
+    assert not summarize_losses(healed)["rose"]
+
+
 def test_a_step_without_labels_has_no_loss() -> None:
     assert math.isnan(StepTotals().loss)
     assert math.isnan(StepTotals().accuracy)
