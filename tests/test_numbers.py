@@ -20,6 +20,7 @@ from qlora_sft.ranges import Range
 from qlora_sft.strict import ranges
 from qlora_sft.train import train
 
+CASES = Path(__file__).parent / "cases"
 SENSELESS = [".nan", ".inf", "-.inf", "0", "-1", "1e30", "0512"]
 # What a key needs beside it to have an effect.
 CONTEXT = {
@@ -143,6 +144,25 @@ def test_the_ends_of_the_ranges_train_to_a_finite_adapter(key: str, value: str, 
 )
 def test_the_fault_of_a_number_says_which_side_of_the_range_it_misses(limits: Range, value: float, fault: str) -> None:
     assert limits.fault(value) == fault
+
+
+@pytest.mark.parametrize("verb", ["train", "preview", "plan"])
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("training.learning_rate=.inf", "must be a finite number, got inf"),
+        ("lora.alpha=0", "must be positive, got 0"),
+        ("training.max_grad_norm=-1", "must be positive, got -1"),
+    ],
+)
+def test_the_shipped_case_ends_with_2(
+    verb: str, override: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were taken as they came: the values of the adapter were not finite, or none was trained."""
+    fine = [f"data.train.0.path={CASES / 'ok.jsonl'}", f"output={tmp_path / 'run'}"]
+    assert main([verb, str(CASES / "without_sense.yaml"), *fine, override]) == 2
+    assert capsys.readouterr().err == f"error: override {override!r}: {override.split('=')[0]} {fault}\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_number_of_thousands_of_digits_is_no_traceback(make_config: Any, tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def test_rows_without_labels_are_dropped_and_counted(make_config: Any, tmp_path:
     assert ledger["dropped"]["nothing supervised"]["rows"] == 5
 
 
+def test_the_shipped_case_has_one_step_with_a_loss(make_config: Any, tmp_path: Path) -> None:
+    """Three of its four rows have nothing to learn; they were three steps, and the last loss was 0.000."""
+    case = Path(__file__).parents[1] / "cases" / "rows_without_labels.jsonl"
+    config = make_config(f"data.train.0.path={case}", "data.packing=none", "training.max_steps=4")
+    said: list[str] = []
+    report = train(config, say=said.append)
+    assert f"rows_without_labels: 3 dropped (nothing supervised): {case}:1, {case}:2, {case}:3" in "\n".join(said)
+    assert report["steps"] == 1
+    assert report["train_loss"]["last"] == report["train_loss"]["first"] > 1
+    assert "-> 0.000" not in said[-1]
+
+
 def test_held_out_rows_without_labels_are_dropped_as_well(make_config: Any, tmp_path: Path) -> None:
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps(row) + "\n" for row in (turn("Rome"), turn("Lyon", weight=0))))
