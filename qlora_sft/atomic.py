@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def written_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [folder for folder in target.parents if not folder.exists()]
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -30,20 +31,23 @@ def written_folder(target: Path) -> Iterator[Path]:
         _replace_folder(beside, target)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        _remove_empty(made)
         raise disk_error(error, target) or error from None
 
 
 @contextmanager
 def written_file(target: Path) -> Iterator[Path]:
-    """Like `written_folder`, for one file."""
+    """Like `written_folder`, for one file. Folders that had to be made for it go with it."""
     target = Path(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         os.replace(beside, target)
     except BaseException as error:
         beside.unlink(missing_ok=True)
+        _remove_empty(made)
         raise disk_error(error, target) or error from None
 
 
@@ -53,6 +57,13 @@ def write_json(file: Path, content: Any) -> None:
         beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes those of the folders, the innermost first, that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _replace_folder(beside: Path, target: Path) -> None:
     """os.replace cannot overwrite a folder that has content, so the old one is moved away first."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -60,6 +71,14 @@ def _replace_folder(beside: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(beside, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def path_error(error: BaseException) -> RunError | None:
+    """A `RunError` that names the path if ``error`` is about one (no permission, no such folder, name too long)."""
+    if not isinstance(error, OSError) or not error.filename or not error.strerror:
+        return None
+    # Of a renaming, the second is the name that was asked for.
+    return RunError(f"{error.filename2 or error.filename}: {error.strerror}; check the path and its permissions")
 
 
 def disk_error(error: BaseException, target: Path | None = None) -> RunError | None:

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_sft.atomic import disk_error
+from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
+from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 
 Verbs = Any
@@ -37,7 +38,7 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (QloraSftError, OSError) as error:
-        fault = error if isinstance(error, QloraSftError) else disk_error(error)
+        fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None:
             raise
         print(f"error: {fault}", file=sys.stderr)
@@ -52,10 +53,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments:
-        arguments.overrides += [argument for argument in rest if _is_override(argument)]
+        arguments.overrides = [*arguments.overrides, *filter(_is_override, rest)]
         rest = [argument for argument in rest if not _is_override(argument)]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
 
 
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
     sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
-    sub.set_defaults(verb=action)
+    sub.set_defaults(verb=action, parser=sub)
     sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
     return sub
 
@@ -85,7 +86,7 @@ def _verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentP
 def _configured_verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
     sub = _verb(verbs, name, action, help)
     sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+    sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
     return sub
 
 
@@ -95,7 +96,7 @@ def _add_configured_verbs(verbs: Verbs) -> None:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
 
     preview = _configured_verb(verbs, "preview", _preview, "show what a configuration will train on, token by token")
-    preview.add_argument("--count", type=int, default=3, help="how many conversations are shown (default: 3)")
+    preview.add_argument("--count", type=whole(0), default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
     plan = _configured_verb(
@@ -148,12 +149,15 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         "evaluation.tasks of the run)",
     )  # fmt: skip
     evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
+    # Their ranges are those of a task of the configuration.
     evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
     evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
     evaluate.add_argument("--thinking", choices=["on", "off"], help="default: as in training, by the reference")
-    evaluate.add_argument("--seed", type=int, default=0, help="of drawn questions and sampled answers (default: 0)")
+    evaluate.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
+    )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
 
@@ -161,33 +165,35 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    chat.add_argument("--max-new-tokens", type=whole(), default=512, help="longest answer (default: 512)")
     chat.add_argument("--serve", action="store_true", help="of a .gguf: llama.cpp's OpenAI-compatible server instead")
-    chat.add_argument("--port", type=int, default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)")
+    chat.add_argument(
+        "--port", type=whole(0, 65_535), default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)"
+    )
 
 
 def _train(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.train import train
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
 def _preview(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.preview import preview
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     return preview(config, arguments.count, arguments.html, show=not arguments.json, alone=True)
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
-    from qlora_sft.config import load_config
+    from qlora_sft.faults import load_checked
     from qlora_sft.plan.plan import make_plan
     from qlora_sft.plan.table import plan_table
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_checked(arguments.config, arguments.overrides)
     plan = make_plan(config, data=not arguments.no_data, timing=not arguments.no_time)
     if not arguments.json:
         print(plan_table(plan))

@@ -9,15 +9,16 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
-from qlora_sft.strict import Loader, apply_override, build, did_you_mean, kind_of, one_line
+from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
+from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
+from qlora_sft.text import as_path, read_text
+from qlora_sft.yaml_text import YamlFault, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -28,14 +29,14 @@ class RopeScaling:
 
     rope_type: Literal["yarn", "linear", "dynamic"]
     """``yarn`` keeps most of what the model knows; ``dynamic`` depends on the longest document of a row."""
-    factor: float
+    factor: Annotated[float, Range(1, 10_000, above=True)]
     """How many times as many positions."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Count | None = None
     """Positions the model was trained on; default: the model's own ``max_position_embeddings``."""
-    attention_factor: float | None = None
+    attention_factor: Annotated[float, Range(0, 100, above=True)] | None = None
     """YaRN's scale of the logits; default: ``0.1 * ln(factor) + 1``."""
-    beta_fast: float | None = None
-    beta_slow: float | None = None
+    beta_fast: Annotated[float, Range(0, 10_000, above=True)] | None = None
+    beta_slow: Annotated[float, Range(0, 10_000, above=True)] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,33 +65,34 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    r: int = 16
+    r: Annotated[int, Range(1, 4096)] = 16
     """Rank."""
-    alpha: int = 16
+    alpha: Annotated[int, Range(1, 65_536)] = 16
     """Scale of the update: alpha / r."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``: every linear layer of every block, not the output head."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    learning_rate: float = 2e-4
-    epochs: int = 1
-    max_steps: int | None = None
+    learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
+    epochs: Annotated[int, Range(1, 10_000)] = 1
+    max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Range(1, 100_000)] = 1
     """Packed rows per micro-batch."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Micro-batches per optimizer step. Tokens are weighed over the whole group."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    save_steps: int = 50
+    weight_decay: Annotated[float, Range(0, 1)] = 0.0
+    max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
+    """Longer gradients are shortened to this length; 1e9 leaves all as they are."""
+    save_steps: CountOrNone = 50
     """Optimizer steps between checkpoints, from which ``--resume`` goes on; there is one at the end, too. 0: none but
     when interrupted."""
-    save_total_limit: int = 2
+    save_total_limit: Count = 2
     """Checkpoints that are kept: the newest."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
@@ -108,13 +110,13 @@ class TaskConfig:
     """How answers are graded. ``choices``: the likeliest letter (rows as MMLU's and ARC's); ``number``: the last number
     (GSM8K's); ``exact``: the same text; ``code``: by running it (HumanEval's); ``loss``: not asked, only read.
     ``auto`` tells from the columns, and prints what it found."""
-    max_rows: int | None = None
+    max_rows: Count | None = None
     """Ask only so many, drawn at random with the seed of the evaluation."""
-    samples: int = 1
+    samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
     """Of sampled answers."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` asks as training
     would have shown the row, with its answer as it is: without reasoning if that has none."""
@@ -124,10 +126,10 @@ class TaskConfig:
 class EvaluationConfig:
     loss: bool = True
     """Held-out loss per source before and after."""
-    answers: int = 3
+    answers: CountOrNone = 3
     """Greedy answers per held-out source, before and after; 0 for none."""
-    max_new_tokens: int = 128
-    show: int = 3
+    max_new_tokens: Count = 128
+    show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
     """What ``qlora-sft evaluate`` asks the finished run and its base; training does not wait for it."""
@@ -141,9 +143,9 @@ class MemoryConfig:
     """``auto``: the least recomputation that fits, chosen layer by layer and printed. ``none``: keep everything.
     ``checkpoint``: keep the input of every layer, compute the layer again in the backward (about a third more time).
     ``offload``: the same, with the inputs in host memory."""
-    gpu_budget_gib: float | None = None
+    gpu_budget_gib: Gibibytes | None = None
     """What this run may use of the GPU, weights included; default: what is free, less 5% of the card."""
-    host_budget_gib: float | None = None
+    host_budget_gib: Gibibytes | None = None
     """Host memory that inputs of layers may take; default: half of what is available."""
     tiled_mlp: Literal["auto", "on", "off"] = "auto"
     """MLPs in tiles of tokens that keep nothing but their input where a layer is computed again. ``auto``: wherever the
@@ -163,7 +165,13 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+
+
+SECTIONS = {
+    "model": ModelConfig, "data": DataConfig, "lora": LoraConfig, "training": TrainingConfig,
+    "evaluation": EvaluationConfig, "memory": MemoryConfig,
+}  # fmt: skip
 
 
 def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -172,82 +180,79 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises `ConfigError` with all problems found.
     """
     path = _find(str(name))
+    problems: list[str] = []
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
+        tree = read_yaml(read_text(path))
+    except YamlFault as fault:
+        problems = [f"{path}:{line}: {what}" if line else f"{path}: {what}" for line, what in fault.faults]
+        tree = fault.tree
+        if tree is None:
+            raise ConfigError(problems) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values (model:, data:, output:), got {kind_of(tree)}")
     origin: dict[str, str] = {}
-    problems: list[str] = []
     for override in overrides:
         apply_override(tree, override, origin, problems)
     config = build(Config, tree, "", str(path), origin, problems)
-    if not problems:
-        problems = _check_values(config, str(path))
+    problems += _check_values(tree, str(path))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, {name: build_rest(kind, tree.get(name)) for name, kind in SECTIONS.items()})
     assert isinstance(config, Config)
     return config
 
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return write_yaml(dataclasses.asdict(config))
 
 
 def _find(name: str) -> Path:
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    path = Path(name)
+    path = as_path(name)
     if path.is_file():
         return path
-    nearby = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    nearby = [str(file) for file in path.parent.glob("*.yaml")]
     hint = did_you_mean(name, [*nearby, *shipped, *(f"{stem}.yaml" for stem in shipped)])
-    raise ConfigError(f"{name}: no such file{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
+    missing = "a folder, and not a YAML file" if path.is_dir() else "no such file"
+    raise ConfigError(f"{name}: {missing}{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
-def _check_values(config: Config, file: str) -> list[str]:
-    """Values that have the right type and still make no sense."""
+def _check_values(tree: dict[str, Any], file: str) -> list[str]:
+    """Finds values that have the right type and range and still make no sense together, in all sections of ``tree`` in
+    which nothing else is wrong."""
     problems = []
 
     def require(good: bool, key: str, text: str) -> None:
         if not good:
             problems.append(f"{file}: {key} {text}")
 
-    t, d, e = config.training, config.data, config.evaluation
-    require(bool(d.train), "data.train", "must name at least one source")
-    require(d.max_length >= 2, "data.max_length", f"must be at least 2, got {d.max_length}")
-    check_data(d, require)
-    _check_rope(config, require)
-    m = config.model
-    require(m.load_in_4bit or not m.head_in_4bit, "model.head_in_4bit", "has no effect without model.load_in_4bit")
-    require(config.lora.r > 0, "lora.r", f"must be positive, got {config.lora.r}")
-    require(0 <= config.lora.dropout < 1, "lora.dropout", f"must be in [0, 1), got {config.lora.dropout}")
-    require(t.learning_rate > 0, "training.learning_rate", f"must be positive, got {t.learning_rate}")
-    for key in ("epochs", "batch_size", "gradient_accumulation"):
-        require(getattr(t, key) > 0, f"training.{key}", f"must be positive, got {getattr(t, key)}")
-    require(t.max_steps is None or t.max_steps > 0, "training.max_steps", f"must be positive, got {t.max_steps}")
-    require(t.save_steps >= 0, "training.save_steps", f"must not be negative, got {t.save_steps}; 0 is for none")
-    require(t.save_total_limit > 0, "training.save_total_limit", f"must be positive, got {t.save_total_limit}")
-    require(0 <= t.warmup_ratio < 1, "training.warmup_ratio", f"must be in [0, 1), got {t.warmup_ratio}")
-    _check_memory(config.memory, require)
-    require(e.answers >= 0, "evaluation.answers", f"must not be negative, got {e.answers}")
-    require(e.max_new_tokens > 0, "evaluation.max_new_tokens", f"must be positive, got {e.max_new_tokens}")
-    check_tasks(e.tasks, require)
+    def section(name: str) -> Any:
+        given = tree.get(name, {})
+        return build(SECTIONS[name], given, "", "", {}, []) if isinstance(given, dict) else None
+
+    model, data, training, memory, evaluation = map(section, ("model", "data", "training", "memory", "evaluation"))
+    if data:
+        require(bool(data.train), "data.train", "must name at least one source")
+        check_data(data, require)
+    if model:
+        no_effect = "has no effect without model.load_in_4bit"
+        require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
+    if model and data and training:
+        _check_rope(model.rope_scaling, data, training, require)
+    if memory:
+        _check_memory(memory, require)
+    if evaluation:
+        check_tasks(evaluation.tasks, require)
     return problems
 
 
 def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:
     for i, task in enumerate(tasks):
         here = f"{key}.{i}"
-        require(
-            task.max_rows is None or task.max_rows > 0, f"{here}.max_rows", f"must be positive, got {task.max_rows}"
-        )
-        require(task.samples > 0, f"{here}.samples", f"must be positive, got {task.samples}")
-        require(task.temperature > 0, f"{here}.temperature", f"must be positive, got {task.temperature}")
-        require(task.max_new_tokens > 0, f"{here}.max_new_tokens", f"must be positive, got {task.max_new_tokens}")
+        for name, fault in range_faults(task):  # a task may come from the command line
+            require(False, f"{here}.{name}", fault)
         sampled = task.form not in ("choices", "loss")
         require(sampled or task.samples == 1, f"{here}.samples", f"has no effect with form {task.form}; remove it")
     names = [task_name(task) for task in tasks]
@@ -263,18 +268,15 @@ def task_name(task: TaskConfig) -> str:
     return task.name or source_name(SourceConfig(path)) + (f"-{configuration}" if configuration else "")
 
 
-def _check_rope(config: Config, require: Require) -> None:
-    rope = config.model.rope_scaling
+def _check_rope(rope: RopeScaling | None, data: DataConfig, training: TrainingConfig, require: Require) -> None:
     if rope is None:
         return
-    require(rope.factor > 1, "model.rope_scaling.factor", f"must be larger than 1, got {rope.factor}")
-    original = rope.original_max_position_embeddings
-    key = "model.rope_scaling.original_max_position_embeddings"
-    require(original is None or original > 0, key, f"must be positive, got {original}")
     for name in ("attention_factor", "beta_fast", "beta_slow"):
         given = getattr(rope, name) is not None
         require(not given or rope.rope_type == "yarn", f"model.rope_scaling.{name}", "belongs to rope_type yarn only")
-    alone = config.data.packing == "none" and config.training.batch_size == 1
+    slow_first = (rope.beta_slow or 1) < (rope.beta_fast or 32)  # which are YaRN's own defaults
+    require(slow_first, "model.rope_scaling.beta_slow", "must be smaller than beta_fast (which is 32 by default)")
+    alone = data.packing == "none" and training.batch_size == 1
     require(
         rope.rope_type != "dynamic" or alone,
         "model.rope_scaling.rope_type",
@@ -284,11 +286,6 @@ def _check_rope(config: Config, require: Require) -> None:
 
 
 def _check_memory(m: MemoryConfig, require: Require) -> None:
-    for key in ("gpu_budget_gib", "host_budget_gib"):
-        value = getattr(m, key)
-        require(
-            value is None or value > 0, f"memory.{key}", f"must be positive, got {value}; leave it out to measure it"
-        )
     # A key that has no effect would be believed to have one.
     require(
         m.gpu_budget_gib is None or m.policy == "auto", "memory.gpu_budget_gib",

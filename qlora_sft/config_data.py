@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal
+from typing import Annotated, Literal
+
+from qlora_sft.ranges import Count, Factor, Range
 
 Overlong = Literal["drop", "truncate_left_turns", "truncate", "error"]
 Require = Callable[[bool, str, str], None]
@@ -30,9 +32,9 @@ class SourceConfig:
     data set (``owner/name``, ``owner/name:configuration``)."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
-    max_rows: int | None = None
+    max_rows: Count | None = None
     """Use only so many rows, drawn at random with the run's seed (of a stream: its first)."""
-    fraction: float = 1.0
+    fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Use only this share of the source's own rows, drawn at random with the run's seed; no share of the mixture."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """What the rows look like. ``auto`` tells from the columns, and prints what it found."""
@@ -44,7 +46,7 @@ class SourceConfig:
     """Commit, tag or branch of a Hugging Face data set."""
     streaming: bool = False
     """Read the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
-    loss_weight: float = 1.0
+    loss_weight: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Factor on the loss of every supervised token of this source."""
     supervise: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained: every assistant turn, the last one only, or the whole conversation."""
@@ -60,17 +62,17 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TrainSourceConfig(SourceConfig):
-    weight: float | None = None
+    weight: Factor | None = None
     """Share of the mixture, relative to the other sources' weights; for ``mixture: explicit`` and only there."""
-    quality: float | None = None
+    quality: Factor | None = None
     """Rows count this many times as much; for ``mixture: quality`` and only there. Default there: 1."""
-    repeat: float = 1.0
+    repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     """Times that every row is offered to the mixture per epoch: 2 is like naming the source twice."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig(SourceConfig):
-    share: float = 0.05
+    share: Annotated[float, Range(0, 0.95, above=True)] = 0.05
     """Share of the rows (documents) of the whole run that come from here."""
 
 
@@ -79,7 +81,7 @@ class DataConfig:
     train: list[TrainSourceConfig]
     held_out: list[SourceConfig] = field(default_factory=list)
     """Never trained on; loss per source before and after the run."""
-    max_length: int = 2048
+    max_length: Annotated[int, Range(2, 10**8)] = 2048
     """Tokens per packed row, and the longest conversation that is accepted."""
     overlong: Overlong = "drop"
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
@@ -87,14 +89,14 @@ class DataConfig:
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
     speed and nothing else."""
-    packing_window: int | None = None
+    packing_window: Count | None = None
     """Pack so many documents at a time instead of the whole data set: rows then come about in the order of the data,
     as those of a stream, and are filled a little less."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
     """Share p of each source in the rows of an epoch, from its number of rows N (times ``repeat``):
     ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight.
     An epoch has sum(N) rows."""
-    temperature: float | None = None
+    temperature: Annotated[float, Range(0.1, 1e6)] | None = None
     """T of ``mixture: temperature``; 1 is proportional, larger is more even."""
     replay: ReplayConfig | None = None
     """General data mixed in, so that the model keeps what it could do."""
@@ -106,7 +108,7 @@ class DataConfig:
     decontaminate: list[str] = field(default_factory=list)
     """Evaluation files (any that a source can be). Training rows that share a run of words with them are dropped. Of a
     data set of the Hub all splits but ``train`` are read, or the one in brackets: ``owner/name[test]``."""
-    decontaminate_words: int = 13
+    decontaminate_words: Annotated[int, Range(2, 1000)] = 13
     """Length of that run of words."""
 
 
@@ -122,42 +124,26 @@ def check_data(d: DataConfig, require: Require) -> None:
         _check_source(key, source, require)
     for i, source in enumerate(d.train):
         key, explicit = f"data.train.{i}", d.mixture == "explicit"
-        require(source.repeat > 0, f"{key}.repeat", f"must be positive, got {source.repeat}")
         # A key that has no effect would be believed to have one.
         needed = "must be given with data.mixture=explicit, the share relative to the other sources' weights"
         require((source.weight is not None) >= explicit, f"{key}.weight", needed)
         require(source.weight is None or explicit, f"{key}.weight", "has an effect with data.mixture=explicit only")
         quality = source.quality is None or d.mixture == "quality"
         require(quality, f"{key}.quality", "has an effect with data.mixture=quality only")
-        for name in ("weight", "quality"):
-            value = getattr(source, name)
-            require(value is None or value > 0, f"{key}.{name}", f"must be positive, got {value}")
     warm = d.mixture == "temperature"
     wanted = "is needed with data.mixture=temperature" if warm else "has an effect with data.mixture=temperature only"
     require((d.temperature is not None) == warm, "data.temperature", wanted)
-    require(
-        d.temperature is None or d.temperature >= 0.1, "data.temperature", f"must be at least 0.1, got {d.temperature}"
-    )
     progressive = d.curriculum == "progressive"
     require(
         d.replay is not None or not progressive, "data.curriculum", "needs data.replay: it lowers the share of replay"
     )
-    if d.replay:
-        most = 0.5 if progressive else 1.0
-        good = 0 < d.replay.share < 1 and d.replay.share <= most
-        why = "in (0, 0.5]: the run starts with twice that" if progressive else "between 0 and 1"
-        require(good, "data.replay.share", f"must be {why}, got {d.replay.share}")
-    window = d.packing_window
-    require(window is None or window > 0, "data.packing_window", f"must be positive, got {window}")
-    words = d.decontaminate_words
-    require(words > 1, "data.decontaminate_words", f"must be at least 2, got {words}")
+    if d.replay and progressive:
+        why = f"must be in (0, 0.5]: the run starts with twice that, got {d.replay.share}"
+        require(d.replay.share <= 0.5, "data.replay.share", why)
 
 
 def _check_source(key: str, source: SourceConfig, require: Require) -> None:
     rows, columns = source.max_rows, source.columns or {}
-    require(rows is None or rows > 0, f"{key}.max_rows", f"must be positive, got {rows}")
-    require(0 < source.fraction <= 1, f"{key}.fraction", f"must be above 0 and at most 1, got {source.fraction}")
-    require(source.loss_weight > 0, f"{key}.loss_weight", f"must be positive, got {source.loss_weight}")
     endless = "needs max_rows: packing wants to know all rows before the first step"
     require(rows is not None or not source.streaming, f"{key}.streaming", endless)
     require(

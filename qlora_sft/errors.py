@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 
 class QloraSftError(Exception):
     """Base class. The message names the cause and the cure; ``exit_code`` is what the CLI returns."""
@@ -10,11 +13,13 @@ class QloraSftError(Exception):
 
 
 class ConfigError(QloraSftError):
-    """The configuration is wrong. ``problems`` lists every fault found, not only the first."""
+    """The configuration is wrong. ``problems`` lists every fault found, not only the first; ``rest`` are the sections
+    of the configuration without what is wrong in them, by name."""
 
     exit_code = 2
 
-    def __init__(self, problems: list[str] | str):
+    def __init__(self, problems: list[str] | str, rest: dict[str, Any] | None = None):
+        self.rest = rest or {}
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
@@ -39,6 +44,24 @@ class Interrupted(QloraSftError):
     """Ctrl-C during training. What was learned so far is saved where the message says."""
 
     exit_code = 130
+
+
+def all_at_once(checks: Iterable[Callable[[], Any]]) -> None:
+    """Runs every check and raises the faults of all: the one error that says everything, or one made of several."""
+    errors: list[QloraSftError] = []
+    for check in checks:
+        try:
+            check()
+        except (ConfigError, DataError) as error:
+            errors.append(error)
+    if not errors:
+        return
+    # Two checks may stumble over the same.
+    lines = list(dict.fromkeys(line for error in errors for line in str(error).splitlines()))
+    if len(lines) == len(str(errors[0]).splitlines()):
+        raise errors[0]
+    of_data = all(isinstance(error, DataError) for error in errors)
+    raise DataError("\n".join(lines)) if of_data else ConfigError(lines)
 
 
 def first_line(error: Exception) -> str:

@@ -5,10 +5,12 @@ Imports nothing heavy, so that a bad file is reported at once and Unsloth can be
 
 from __future__ import annotations
 
+from datetime import date
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
+from qlora_sft.faults import every_fault
 from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
 from qlora_sft.say import Say
@@ -18,14 +20,17 @@ if TYPE_CHECKING:
     from qlora_sft.run_data import RunData
 
 
-def prepare(config: Config, say: Say, watch: Stopwatch | None = None, *, unsloth: bool = True) -> RunData:
+def prepare(
+    config: Config, say: Say, watch: Stopwatch | None = None, *, unsloth: bool = True, day: date | None = None
+) -> RunData:
     """Reads, renders and packs what ``config`` trains on; finds what is wrong with it, as far as that takes no weights.
 
     ``unsloth``: whether the backend is chosen as for training, which imports Unsloth; without it that is done only
-    where the configuration names Unsloth. Raises `ConfigError` or `DataError`, the same one for every verb.
+    where the configuration names Unsloth. ``day``: the date that a chat template writes; default: today. Raises
+    `ConfigError` or `DataError`, the same one for every verb.
     """
     watch = watch or Stopwatch()
-    with watch("data"):
+    with watch("data"), every_fault(config):
         sources = read_data(config, say)
     with watch("imports"):
         backend = Backend("transformers", "nothing is trained in this process")
@@ -37,4 +42,4 @@ def prepare(config: Config, say: Say, watch: Stopwatch | None = None, *, unsloth
     with watch("base model"):
         base = checked_base(config)
     with watch("data"):
-        return render_data(config, sources, base, backend, say)
+        return render_data(config, sources, base, backend, say, day)

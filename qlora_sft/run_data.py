@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
+from qlora_sft.model.base_check import check_base
 from qlora_sft.model.load import resolve_base, saved_stops
 from qlora_sft.model.loss import choose_loss
-from qlora_sft.model.rope import check_context
-from qlora_sft.model.skeleton import check_layers
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
-from qlora_sft.run.folder import Run, is_run
+from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
 
 
@@ -57,17 +58,22 @@ class RunData:
 
 def checked_base(config: Config) -> str:
     """Folder or Hub id of the base. Raises `ConfigError` where the settings do not go with its config.json."""
-    base = resolve_base(config.model.path)
-    check_context(config, base)
-    check_layers(config, base)
+    with every_fault(config):
+        base = resolve_base(config.model.path)
+        check_base(config, base)
     choose_loss(config.model.loss, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return base
 
 
-def render_data(config: Config, sources: RunSources, base: str, backend: Backend, say: Say) -> RunData:
-    """Renders and packs the rows of ``sources``, or takes them from the cache. Raises `ConfigError` or `DataError`."""
+def render_data(
+    config: Config, sources: RunSources, base: str, backend: Backend, say: Say, day: date | None = None
+) -> RunData:
+    """Renders and packs the rows of ``sources``, or takes them from the cache. Raises `ConfigError` or `DataError`.
+
+    ``day``: what a template writes as today's date; default: today.
+    """
     tokenizer = load_tokenizer(config.model, base, say)
-    chat = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
+    chat = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
     train, held_out, bins = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
     # Only now: a plain text ends in the base's own eos token.
@@ -88,11 +94,15 @@ class SavedText:
     """The same with the eos token that it had while the training data was rendered."""
     stops: frozenset[int]
     """Token ids at which the model stops."""
+    template: str | None = None
+    """The template that its configuration names in place of the tokenizer's own."""
+    day: date | None = None
+    """The date that its template wrote in training, if it writes one."""
 
     @property
     def chat_format(self) -> ChatFormat:
         """As it was trained. Raises `DataError` if there is no chat template."""
-        return chat_format(self.training_tokenizer, self.stops)
+        return chat_format(self.training_tokenizer, self.stops, self.template, self.day)
 
     def render(self, config: Config, sources: Sequence[SourceConfig]) -> Prepared:
         """Renders all rows of ``sources`` as training did. Raises `DataError`."""
@@ -116,7 +126,7 @@ def saved_text(path: Path) -> SavedText:
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     own, stops = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
-    return SavedText(tokenizer, own, stops)
+    return SavedText(tokenizer, own, stops, run.model.chat_template, kept_day(path))
 
 
 def _before_end_turns(tokenizer: Any, base: str) -> Any:

@@ -1,4 +1,5 @@
-"""Text into dataclasses, strictly: YAML and ``key.sub=value``; unknown keys, wrong types, missing values.
+"""Text into dataclasses, strictly: YAML and ``key.sub=value``; unknown keys, wrong types, numbers out of range, missing
+values.
 
 Every problem is noted, none raised, each with its file, its key and the nearest valid name.
 """
@@ -10,26 +11,12 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``2e-4`` as a string, because it has no dot, and ``on`` and ``off`` as true and false; people mean
-    the number, and the words."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+from qlora_sft.ranges import Range
+from qlora_sft.yaml_text import YamlFault, read_yaml
 
 
 def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], problems: list[str]) -> None:
@@ -40,16 +27,16 @@ def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], 
         problems.append(f"{source}: expected key.sub=value")
         return
     try:
-        value = yaml.load(text, Loader) if text else None
-    except yaml.YAMLError as error:
-        problems.append(f"{source}: not a YAML value: {one_line(error)}")
+        value = read_yaml(text) if text else None
+    except YamlFault as fault:
+        problems += [f"{source}: {what}" for _, what in fault.faults]
         return
     node: Any = tree
     parts = key.split(".")
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
                 where = ".".join(parts[:depth])
                 problems.append(f"{source}: {where} has {len(node)} items, counted from 0; there is no {part!r}")
                 return
@@ -71,7 +58,7 @@ def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     before = len(problems)
     values: dict[str, Any] = {}
     for key, value in tree.items():
@@ -86,6 +73,28 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
     return kind(**values) if len(problems) == before else None
 
 
+def build_rest(kind: Any, tree: Any) -> Any:
+    """Returns a dataclass ``kind`` of what is right in ``tree``; None if a key that it needs is wrong or missing."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key in hints:
+            found: list[str] = []
+            converted = _convert(hints[key], value, "", "", {}, found)
+            options = (hints[key], *typing.get_args(hints[key]))
+            sections = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+            if found and sections and isinstance(value, list):
+                converted = [item for item in (build_rest(sections[0], each) for each in value) if item is not None]
+            elif found:
+                converted = build_rest(sections[0], value) if sections else None
+            if not found or converted is not None:
+                values[key] = converted
+    try:
+        return kind(**values)
+    except TypeError:
+        return None
+
+
 def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     source = origin.get(where, file)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -97,14 +106,45 @@ def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str
     if isinstance(value, dict) and sections:
         return build(sections[0], value, where + ".", file, origin, problems)
     for option in options:
-        if _matches(option, value):
-            return float(value) if option is float else value
+        bare, limits = _bare(option)
+        if _matches(bare, value):
+            fault = limits.fault(value) if limits else ""
+            if fault:
+                problems.append(f"{source}: {where} {fault}")
+            return float(value) if bare is float and not fault else value
     choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
     hint_text = did_you_mean(str(value), choices) if choices else ""
-    expected = " or ".join(_describe(option) for option in options)
-    shown = kind_of(value) if sections else repr(value)
+    expected = " or ".join(_describe(_bare(option)[0]) for option in options)
+    shown = kind_of(value) if sections else _short(value)
+    hint_text = hint_text or _number_hint(value, [_bare(option)[0] for option in options])
     problems.append(f"{source}: {where} must be {expected}, got {shown}{hint_text}")
     return None
+
+
+def _bare(option: Any) -> tuple[Any, Range | None]:
+    """Returns the type without its annotation, and the range that the annotation gives."""
+    if typing.get_origin(option) is not Annotated:
+        return option, None
+    bare, *extras = typing.get_args(option)
+    return bare, next((extra for extra in extras if isinstance(extra, Range)), None)
+
+
+def ranges(kind: Any) -> Iterator[tuple[str, Any, Range | None]]:
+    """Yields name, type and range of every field of the dataclass ``kind`` that is a number (or empty)."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        for bare, limits in map(_bare, options):
+            if bare in (int, float):
+                yield name, bare, limits
+
+
+def range_faults(section: Any) -> Iterator[tuple[str, str]]:
+    """Yields name and fault of every number in ``section``, a dataclass, that is out of its range."""
+    for name, _, limits in ranges(type(section)):
+        value = getattr(section, name)
+        fault = limits.fault(value) if limits and value is not None else ""
+        if fault:
+            yield name, fault
 
 
 def _matches(option: Any, value: Any) -> bool:
@@ -139,10 +179,24 @@ def _describe(option: Any) -> str:
     return names.get(option, str(option))
 
 
+def _number_hint(value: Any, options: list[Any]) -> str:
+    """A text that looks like a number, where one is wanted: why YAML did not take it for one."""
+    if not isinstance(value, str) or not {int, float} & set(options):
+        return ""
+    if re.fullmatch(r"[-+]?0[0-9_]+", value):
+        return f" (a number that begins with 0 is octal to some and decimal to others; write {value.lstrip('+-0_')})"
+    if re.fullmatch(r"[-+]?[0-9]+(:[0-9]+)+", value):
+        return " (a number with colons is in base 60 to some; write it out)"
+    return " (without quotes)" if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of many digits"
+    text = repr(value) if not isinstance(value, list | dict) else kind_of(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def kind_of(value: Any) -> str:
     names = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -15,7 +15,9 @@ from __future__ import annotations
 import sys
 
 from qlora_sft.config import Config
+from qlora_sft.faults import every_fault
 from qlora_sft.prepare import prepare
+from qlora_sft.run.folder import kept_day
 from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
@@ -31,9 +33,11 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
     watch = Stopwatch()
-    run = claim_run_folder(config, overwrite, resume)
-    checkpoint = find_checkpoint(run, config, say) if resume else None
-    data = prepare(config, say, watch)
+    with every_fault(config):
+        run = claim_run_folder(config, overwrite, resume)
+        checkpoint = find_checkpoint(run, config, say) if resume else None
+    # A run that goes on writes the date that it began with, if its chat template writes one.
+    data = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe

@@ -1,9 +1,11 @@
 """A full disk, for real: a small file system of its own where root may mount one, RLIMIT_FSIZE elsewhere."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,20 @@ def test_after_an_error_the_old_content_stands_and_nothing_else(tmp_path: Path, 
             raise error
         assert (target / "a" if writer is written_folder else target).read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("writer", [written_folder, written_file])
+def test_folders_that_had_to_be_made_go_with_what_failed(writer: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RuntimeError), writer(tmp_path / "run" / "gguf" / "deep" / "model.gguf"):
+        assert (tmp_path / "run" / "gguf" / "deep").is_dir()
+        raise RuntimeError
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "gguf").mkdir()
+    (tmp_path / "run" / "gguf" / "other.gguf").write_bytes(b"x")
+    with pytest.raises(RuntimeError), writer(tmp_path / "run" / "gguf" / "model.gguf"):
+        raise RuntimeError
+    assert os.listdir(tmp_path / "run" / "gguf") == ["other.gguf"]
 
 
 SAVE = """

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import MakeConfig
 
 from qlora_sft.cli import main
 
@@ -67,6 +68,42 @@ def test_overrides_may_stand_behind_an_option(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+def test_usage_says_that_overrides_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, needed in ((["train"], "config"), (["preview"], "config"), (["plan", "--no-data"], "config")):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        said = capsys.readouterr().err
+        assert said.endswith(f"the following arguments are required: {needed}\n")
+        assert "[key.sub=value ...]" in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "demo", "--overwirte"])
+    assert "usage: qlora-sft train " in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_is_no_traceback(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config()
+    (tmp_path / "file").write_text("")
+    recipe = str(tmp_path / "config.yaml")
+    for output, why in (
+        (f"{tmp_path}/file", "is a file; name a folder"),
+        (f"{tmp_path}/file/run", "is a file; name a folder"),
+        ("x" * 300, "cannot be a file or folder: File name too long"),
+        ('"a\\0b"', "cannot be a file or folder: embedded null byte"),
+        ("~nobody-of-that-name/run", "cannot be a file or folder: Could not determine home directory"),
+    ):
+        assert main(["train", recipe, f"output={output}"]) == 2
+        assert why in capsys.readouterr().err
+        for key in ("model.path", "data.train.0.path", "model.chat_template"):
+            assert main(["train", recipe, f"{key}={output}"]) == 2
+            assert "error: " in capsys.readouterr().err
+    assert main(["preview", recipe, "--html", str(tmp_path)]) == 1
+    assert f"error: {tmp_path}" in capsys.readouterr().err
+    assert main(["train", str(tmp_path)]) == 2
+    assert "a folder, and not a YAML file" in capsys.readouterr().err
 
 
 def test_verbs_on_something_that_is_no_run_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from qlora_sft.errors import DataError
+from qlora_sft.data.misread import (
+    HEAD,
+    check_beginning,
+    half_character,
+    list_in_a_line,
+    no_lines_of_json,
+    pythons_quotes,
+    rows_in_a_text,
+    wrong_separator,
+)
+from qlora_sft.errors import DataError, first_line
 
 Rows = Iterator[tuple[int, Any, str | None]]
 """Line (or number) of a row, the row, and None; or the line, None, and what is wrong with it."""
@@ -32,6 +42,9 @@ def read_rows(path: Path) -> Rows:
         known = ", ".join(READERS)
         raise DataError(f"{path}: unknown kind of file; known are {known}, and .gz or .zst behind them. Rename it.")
     try:
+        if reader is not _parquet:
+            with _open(path) as file:
+                check_beginning(path, file.read(64))
         yield from reader(path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cut off ({error}); copy or download it again") from None
@@ -71,21 +84,51 @@ def text_layout(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> Rows:
+    first = True
     with _open(path) as file:
         for line, text, fault in _decoded(file):
             if fault is not None:
                 yield line, None, fault
             elif text.strip():
-                try:
-                    row = json.loads(text)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    where = (
-                        f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
-                    )
-                    yield line, None, f"not valid JSON ({where}); one object per line"
-                else:
-                    broken = _half_character(row) if "\\ud" in text.lower() else None
-                    yield (line, None, broken) if broken else (line, row, None)
+                row, fault = _parsed(text)
+                if first:
+                    _check_first_line(path, row, fault)
+                first = False
+                yield line, row, fault
+
+
+def _parsed(text: str) -> tuple[Any, str | None]:
+    """(the row, None), or (None, what is wrong with it)."""
+    try:
+        row = json.loads(text, object_pairs_hook=_each_key_once)
+    except json.JSONDecodeError as error:
+        why = pythons_quotes(text) or f"{error.msg} at column {error.colno}"
+        return None, f"not valid JSON ({why}); one object per line"
+    except RecursionError:
+        return None, "not valid JSON (nested too deep); one object per line"
+    except ValueError as error:  # a key that stands twice, a number of thousands of digits
+        return None, f"not valid JSON ({error})"
+    broken = half_character(row) if "\\ud" in text.lower() else None
+    return (None, broken) if broken else (row, None)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's parser would keep the last of two keys of one name and lose the first without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return fields
+
+
+def _check_first_line(path: Path, row: Any, fault: str | None) -> None:
+    """Raises `DataError` if the first line shows that the file as a whole is no JSON Lines."""
+    why = list_in_a_line(row)
+    if fault is not None:
+        with _open(path) as file:
+            why = no_lines_of_json(file.read(HEAD).decode("utf-8", "ignore"), kind_of(path))
+    if why:
+        raise DataError(f"{path}: {why}")
 
 
 def _json(path: Path) -> Rows:
@@ -93,7 +136,7 @@ def _json(path: Path) -> Rows:
     with _open(path) as file:
         content = file.read()
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); re-save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -102,7 +145,12 @@ def _json(path: Path) -> Rows:
             yield from _jsonl(path)
             return
         where = f"{error.msg} at column {error.colno}"
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({where}); expected a list of rows") from None
+        why = pythons_quotes(content[:200].decode("utf-8", "ignore")) or where
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({why}); expected a list of rows") from None
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON (nested too deep); expected a list of rows") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if {"messages", "conversations"} & set(lists):
@@ -110,13 +158,16 @@ def _json(path: Path) -> Rows:
         elif len(lists) == 1:
             value = value[lists[0]]
         else:
+            if value and all(isinstance(item, dict) and item.keys() for item in value.values()):
+                cure = "its rows as objects (pandas: to_json(..., orient='records', lines=True))"
+                raise DataError(f"{path}: it is a table by columns, {', '.join(map(repr, value))}; write {cure}")
             found = ", ".join(map(repr, lists)) or "none"
             raise DataError(f"{path}: expected a list of rows or an object with one list; lists in it: {found}")
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of rows, got a {type(value).__name__}")
     escaped = b"\\ud" in content.lower()
     for number, row in enumerate(value, start=1):
-        broken = _half_character(row) if escaped else None
+        broken = half_character(row) if escaped else None
         yield (number, None, broken) if broken else (number, row, None)
 
 
@@ -128,6 +179,8 @@ def _csv(path: Path) -> Rows:
         reader = csv.reader(lines, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
         try:
             header = next(reader, [])
+            if why := wrong_separator(header, reader.dialect.delimiter):
+                raise DataError(f"{path}:1: {why}")
             if len(set(header)) < len(header):
                 raise DataError(f"{path}:1: two columns of one name in {', '.join(header)}; rename one")
             begin = reader.line_num + 1
@@ -149,6 +202,8 @@ def _text(path: Path) -> Rows:
         begin, collected = 0, []
         for line, text in enumerate(_good_lines(path, file), start=1):
             if text.strip():
+                if not begin and line == 1 and (why := rows_in_a_text(text)):
+                    raise DataError(f"{path}: {why}")
                 begin = begin or line
                 collected.append(text)
             if collected and (by_line or not text.strip()):
@@ -169,8 +224,8 @@ def _parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, without_nulls(row), None
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file or damaged ({error}); download it again") from None
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a Parquet file or damaged ({first_line(error)}); download it again") from None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -182,16 +237,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".tsv": _csv,
     ".txt": _text,
 }
-
-
-def _half_character(row: Any) -> str | None:
-    """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"half a character (\\u{ord(half):04x} without its other half); the text was cut in the middle of it"
-    return None
 
 
 def without_nulls(value: Any) -> Any:

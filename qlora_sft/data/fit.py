@@ -12,6 +12,7 @@ from qlora_sft.errors import DataError
 
 TOO_LONG = "too long"
 NOTHING_LEFT = "nothing supervised within max_length"
+NOTHING_SUPERVISED = "nothing supervised"
 
 
 def fit(
@@ -23,11 +24,15 @@ def fit(
 ) -> list[Rendered] | str:
     """Documents of at most ``max_length`` tokens, or the reason why there is none.
 
+    A row without a single supervised token is dropped: a step made of such rows would learn nothing and report a loss
+    of zero.
     A plain text is split into consecutive pieces. A conversation is dropped; or loses its earliest turns until it
     fits (``truncate_left_turns``; the system message stays, and it begins with a user's turn), or its last tokens
     (``truncate``). ``render`` renders a shortened conversation. ``overlong: error`` raises `DataError`.
     """
     length = len(document.input_ids)
+    if not any(document.weights[1:]):
+        return NOTHING_SUPERVISED
     if length <= max_length:
         return [document]
     if overlong == "error":

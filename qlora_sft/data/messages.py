@@ -28,6 +28,8 @@ MESSAGE_KEYS = {
     *("role", "content", "tool_calls", "function_call", "name"),
     *(*_REASONING_KEYS, *_TRAIN_KEYS, *_WEIGHT_KEYS, *_RESULT_KEYS),
 }
+# What float32 can tell from zero and from infinity when it is multiplied and added up.
+WEIGHTS = (1e-6, 1e6)
 
 Message = dict[str, Any]
 
@@ -156,6 +158,7 @@ def _settings(message: Message) -> dict[str, Any]:
                 raise DataError(f"{key!r} has the wrong type: {value!r}; it must be {wanted}")
         if given:
             result[ours] = only(given, *keys)
-    if not 0 <= result.get("weight", 0) < float("inf"):
-        raise DataError(f"'weight' must not be negative or infinite, got {result['weight']}; 0 leaves it out")
+    weight = result.get("weight", 0)
+    if not (weight == 0 or WEIGHTS[0] <= weight <= WEIGHTS[1]):
+        raise DataError(f"'weight' must not be negative or infinite (0 leaves it out, else 1e-6 to 1e6), got {weight}")
     return result

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_sft.config_data import DataConfig
 from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
-from qlora_sft.data.fit import fit
+from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
 from qlora_sft.data.formats import Conversation, with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
@@ -191,13 +191,15 @@ def _count(ledger: SourceLedger, documents: Documents) -> None:
 
 def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole: bool) -> None:
     path, name = source.path, source.name
-    if not ledger.kept:
-        cure = f"raise data.max_length (now {config.max_length}) or shorten them"
-        raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long; {cure}")
-    if ledger.supervised == 0:
+    unlabelled = ledger.dropped[NOTHING_SUPERVISED].rows if NOTHING_SUPERVISED in ledger.dropped else 0
+    if not ledger.kept and unlabelled == len(source.rows):
         raise DataError(
             f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false, or weight: 0?"
         )
+    if not ledger.kept:
+        cure = f"raise data.max_length (now {config.max_length}) or shorten them"
+        rest = f", but for {unlabelled} in which nothing is supervised" if unlabelled else ""
+        raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long{rest}; {cure}")
     if ledger.supervised == ledger.tokens and not whole:
         raise DataError(
             f"{path}: every token of {name!r} is supervised, the prompts too; use another model.chat_template"

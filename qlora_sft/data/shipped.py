@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError
+from qlora_sft.text import as_path, read_text
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -44,8 +45,8 @@ def suitable(vocabulary: Container[str]) -> str:
 
 def template_text(name: str) -> str:
     """A shipped template by its name, or what is in the file of that name. Raises `ConfigError` if it is neither."""
-    file = FOLDER / f"{name}.jinja" if name in SHIPPED else Path(name).expanduser()
+    file = FOLDER / f"{name}.jinja" if name in SHIPPED else as_path(name)
     if not file.is_file():
         names = ", ".join(sorted(SHIPPED))
         raise ConfigError(f"model.chat_template: {name}: neither a file nor a shipped template ({names})")
-    return file.read_text(encoding="utf-8")
+    return read_text(file)

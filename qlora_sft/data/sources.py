@@ -21,8 +21,10 @@ from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.columns import wrong_columns
 from qlora_sft.data.formats import CURE, Conversation, Form, convert, convert_noting, detect
+from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
+from qlora_sft.text import as_path
 
 # After so many faults the file as a whole is wrong, and a longer list helps nobody.
 MAX_PROBLEMS = 10
@@ -109,7 +111,7 @@ def resolve_path(path: str) -> Path:
         from qlora_sft.demo import data_path
 
         return data_path() / path.removeprefix("demo:")
-    return Path(path).expanduser()
+    return as_path(path, DataError)
 
 
 def open_parts(
@@ -169,7 +171,10 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
     total = 0
     seen: set[str] = set()
     for label, read, file in opened:
-        form, count, faults = _scan(label, read, source, unused, seen)
+        try:
+            form, count, faults = _scan(label, read, source, unused, seen)
+        except DataError as error:  # the file as a whole
+            form, count, faults = None, 0, [str(error)]
         problems += faults
         if form is not None:
             parts.append(Part(label, read, form))
@@ -222,12 +227,16 @@ def _scan(
 
 def _settle_form(row: Any, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
     """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
+    if why := list_in_a_line(row):
+        raise DataError(why)
     if not isinstance(row, dict):
         raise DataError(f"expected an object with columns (e.g. 'messages'), got a {type(row).__name__}")
     if source.format != "auto" and form is not None:
         return form, line
     own = detect(row, source.columns)
     own = own and replace(own, think_tags=_tags(source))
+    if own is None and (broken := broken_cell(row, source.columns)):
+        raise DataError(broken)
     if own is None:
         found = ", ".join(map(repr, row)) or "no columns"
         known = "messages, ShareGPT, Alpaca, prompt/completion or text"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from qlora_sft.data.complete import check_nothing_lost
 from qlora_sft.data.opening import Before, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
+from qlora_sft.data.template_date import today, with_date, writes_date
 from qlora_sft.errors import DataError
 
 _THINK = re.compile(r"</?think>")
@@ -43,14 +45,19 @@ class ChatFormat:
     template: str
     reason: str
     stops: frozenset[int]
+    day: date | None = None
+    """The date that the template writes into every conversation, if it writes today's."""
 
 
 def has_marks(template: str) -> bool:
     return _MARK.search(template) is not None
 
 
-def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
-    """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token.
+def chat_format(
+    tokenizer: Any, stops: Iterable[int] = (), name: str | None = None, day: date | None = None
+) -> ChatFormat:
+    """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token; ``name``:
+    the template that is configured in place of the tokenizer's own; ``day``: what a template writes as today's date.
 
     The template is the tokenizer's own, unless it has no marks and TRL ships a training version of exactly this
     template, which writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
@@ -64,14 +71,39 @@ def chat_format(tokenizer: Any, stops: Iterable[int] = ()) -> ChatFormat:
             f"the tokenizer has no chat template; name one, e.g. model.chat_template={suitable(tokenizer.get_vocab())}"
         )
     all_stops = frozenset({tokenizer.eos_token_id, *stops})
+    called = name or "the tokenizer's own"
     if has_marks(own):
-        return ChatFormat(own, "the tokenizer's own; its {% generation %} marks say what is supervised", all_stops)
+        return _dated(own, f"{called}; its {{% generation %}} marks say what is supervised", all_stops, day)
     trained = _trl_training_template(tokenizer)
     if trained:
-        return ChatFormat(
-            trained, "TRL's training version of the tokenizer's own, with {% generation %} marks", all_stops
-        )
-    return ChatFormat(own, "the tokenizer's own; what is supervised follows from its generation prompt", all_stops)
+        reason = f"TRL's training version of {called}, with {{% generation %}} marks"
+        return _dated(trained, reason, all_stops, day)
+    return _dated(own, f"{called}; what is supervised follows from its generation prompt", all_stops, day)
+
+
+def _dated(template: str, reason: str, stops: frozenset[int], day: date | None) -> ChatFormat:
+    """The format, with the date held still if the template writes one. Raises `DataError` if it is not valid Jinja."""
+    _check_syntax(template)
+    if not writes_date(template):
+        return ChatFormat(template, reason, stops)
+    day = day or today()
+    reason += f"; it writes today's date into every conversation: {day}, kept with the run"
+    return ChatFormat(with_date(template, day), reason, stops, day)
+
+
+@lru_cache(maxsize=8)
+def _check_syntax(template: str) -> None:
+    """Raises `DataError` for a template that cannot be compiled: once, and not for every row."""
+    # The marks are transformers' own; blocks of Jinja stand in for them.
+    plain = re.sub(r"\bendgeneration\b", "endif", _MARK.sub("{% if true %}", template))
+    try:
+        jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).from_string(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise _no_jinja(error) from None
+
+
+def _no_jinja(error: jinja2.TemplateSyntaxError) -> DataError:
+    return DataError(f"the chat template is not valid Jinja (its line {error.lineno}: {error}); mend it")
 
 
 @lru_cache(maxsize=8)
@@ -188,7 +220,7 @@ def apply(
             **(conversation.get("chat_template_kwargs") or {}),
         )
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja (its line {error.lineno}: {error}); mend it") from None
+        raise _no_jinja(error) from None
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from qlora_sft.data.misread import half_character, pythons_quotes
 from qlora_sft.errors import DataError
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -16,9 +17,15 @@ def from_json_text(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        content = json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{what} is not valid JSON ({error.msg} at column {error.colno}): {short(value)}") from None
+        why = pythons_quotes(value) or f"{error.msg} at column {error.colno}"
+        raise DataError(f"{what} is not valid JSON ({why}): {short(value)}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{what} is not valid JSON (nested too deep, or a number without end)") from None
+    if broken := half_character(content) if "\\ud" in value.lower() else None:
+        raise DataError(f"{what} holds {broken}")
+    return content
 
 
 def anything(value: Any, what: str) -> Any:

@@ -115,6 +115,8 @@ def _read_one(
     module, part = match[1], match["part"]
     change = changes.setdefault(f"{module}.bias" if match["kind"] == ".bias" else f"{module}.weight", Change())
     values = tensors[key].whole().float()
+    if not values.isfinite().all():
+        raise RunError(f"{folder}: {key} has values that are not finite; train again with a lower learning rate")
     if match["tokens"]:
         change.tokens = (torch.tensor(_token_indices(config, module)), values)
     elif match["kind"] == ".bias":

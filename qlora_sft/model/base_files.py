@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.text import as_path
 
 
 class Header(NamedTuple):
@@ -14,6 +15,22 @@ class Header(NamedTuple):
     """As safetensors names it: BF16, F16, F32, U8."""
     shape: tuple[int, ...]
     nbytes: int
+
+
+def resolve_base(path: str) -> str:
+    """``demo`` -> the embedded model's folder; a folder or Hub id as it is. Raises `ConfigError` if it cannot be."""
+    if path == "demo":
+        from qlora_sft.demo import base_model_path
+
+        return str(base_model_path())
+    folder = as_path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"model.path: {path}: no such folder (a Hub id looks like 'name/model'; 'demo' is built in)")
+    return path
 
 
 def read_config(base: str) -> dict[str, Any]:

@@ -14,27 +14,12 @@ from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
+from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
-
-
-def resolve_base(path: str) -> str:
-    """``demo`` -> the embedded model's folder; a folder or Hub id as it is. Raises `ConfigError` if it cannot be."""
-    if path == "demo":
-        from qlora_sft.demo import base_model_path
-
-        return str(base_model_path())
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(f"model.path: {path}: no such folder (a Hub id looks like 'name/model'; 'demo' is built in)")
-    return path
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:

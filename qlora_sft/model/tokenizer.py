@@ -39,6 +39,11 @@ def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
     Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
     """
     ids = _generation_stops(base)
+    if unknown := sorted(id for id in ids if tokenizer.convert_ids_to_tokens(id) is None):
+        raise ConfigError(
+            f"model.path: generation_config.json of {base} stops at token {unknown[0]}, which its tokenizer does not "
+            "have; take the one that belongs to this tokenizer, or correct its eos_token_id"
+        )
     end = _end_of_turn(model)
     for token in [*([end] if end else []), *model.stop_tokens]:
         found = tokenizer.get_vocab().get(token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from qlora_sft.run.report import RunReport
 def is_run(path: Path) -> bool:
     """Whether ``path`` is the folder of a run, and not that of a model."""
     return (path / "adapter").is_dir()
+
+
+def kept_day(run: Path) -> date | None:
+    """Returns the date that the chat template wrote when the run began; None if it writes none."""
+    begun = run / "begun.json"
+    day = json.loads(begun.read_text(encoding="utf-8")).get("template_date") if begun.is_file() else None
+    return date.fromisoformat(day) if day else None
 
 
 @dataclass(frozen=True)

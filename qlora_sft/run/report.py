@@ -75,10 +75,17 @@ class Pair(Report):
 
 @dataclass(frozen=True)
 class Course(Report):
-    """The loss of the first and of the last step that had a finite one."""
+    """The training loss where it began and where it ended, as means over the supervised tokens of some steps."""
 
     first: float
     last: float
+    first_steps: int = 1
+    """How many steps ``first`` is the mean of."""
+    last_steps: int = 1
+    base: float | None = None
+    """The loss of the first step, before any update; runs of earlier versions do not say."""
+    rose: bool = False
+    """Whether the model is worse at its training data than before."""
 
 
 @dataclass(frozen=True)

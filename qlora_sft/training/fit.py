@@ -18,8 +18,9 @@ from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.run.report import Course
 from qlora_sft.say import Say
 from qlora_sft.training.checkpoints import clear_unfinished, step_of, what_is_left
-from qlora_sft.training.guards import FiniteGradients, update_too_full
+from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
+from qlora_sft.training.losses import summarize_losses
 from qlora_sft.training.progress import Progress
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
@@ -72,7 +73,9 @@ def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path |
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
-        finite = FiniteGradients(lambda step: sources_of(step, config, training.documents, bins), say)
+        finite = FiniteSteps(
+            lambda step: sources_of(step, config, training.documents, bins), lambda: what_is_left(run), say
+        )
         trainer = PackedSFTTrainer(
             training.model, training.documents, bins, run, make_room, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
@@ -91,13 +94,16 @@ def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path |
         done = trainer.state.global_step
         if stop.requested and done < steps:
             raise Interrupted(f"interrupted after step {done}; {what_is_left(run)}")
-    if not progress.losses:
-        raise RunError("no step had a finite loss; lower training.learning_rate or compute in another model.dtype")
+    if not progress.losses or progress.left_out == progress.steps_done:
+        lacking = "loss" if not progress.losses else "gradient"
+        raise RunError(
+            f"no step had a finite {lacking}; lower training.learning_rate or compute in another model.dtype"
+        )
     return Fitted(
         steps=progress.steps_done,
         steps_left_out=progress.left_out,
         resumed_at=begin or None,
-        train_loss=Course(progress.losses[0], progress.losses[-1]),
+        train_loss=summarize_losses(progress.losses),
         tokens=progress.tokens,
         supervised_tokens=progress.supervised,
         tokens_per_second=round(progress.tokens / progress.seconds, 1),

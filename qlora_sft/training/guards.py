@@ -17,16 +17,27 @@ from qlora_sft.say import Say
 MOST_SKIPPED = 3
 
 
-class FiniteGradients(TrainerCallback):  # type: ignore[misc]
+class FiniteSteps(TrainerCallback):  # type: ignore[misc]
     """Leaves out a step whose gradient is not finite: it would make every weight NaN, and all that was learned with it.
+    Ends the run after an update that was not finite all the same, before a checkpoint of it can be written.
 
-    Not in float16, where the gradient scaler does this and lowers its scale.
+    In float16 gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
     """
 
-    def __init__(self, describe: Callable[[int], str], say: Say):
-        """``describe``: what the step of this number was about to learn from."""
-        self.describe, self.say = describe, say
+    def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):
+        """``describe`` says what the step of a number was about to learn from, ``saved`` what a run can go on from."""
+        self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if all_finite(model):
+            return
+        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        raise RunError(
+            f"step {state.global_step + 1} made values of the adapter that are not finite (learning rate {rate:g}, "
+            f"{self.describe(state.global_step)}); lower training.learning_rate, or look at these rows with `preview`; "
+            f"{self.saved()}"
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fp16:
@@ -46,6 +57,13 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
                 "more; look at these rows with `preview`, lower training.learning_rate, or compute in another "
                 "model.dtype"
             )
+
+
+def all_finite(model: Any) -> bool:
+    """Tells whether every trained value of ``model`` is a finite number."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    # The largest magnitude of all is finite exactly if each value is; asking for it waits for a GPU once.
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(trained, norm_type=torch.inf)))
 
 
 class RandomStates:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from qlora_sft.atomic import written_file
+from qlora_sft.training.losses import StepLoss
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 
@@ -27,7 +28,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.learning_rate = 0.0
         self.supervised = self.tokens = self.steps_done = self.left_out = 0
         self.seconds = 0.0
-        self.losses: list[float] = []
+        self.losses: list[StepLoss] = []
         self.begin = begin
         lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin and metrics_file.exists() else []
         self._rows = [json.loads(line) for line in lines]
@@ -60,12 +61,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return  # the summary at the end of training
         totals = self.trainer.totals
         # JSON knows no NaN.
-        loss, norm = (value if math.isfinite(value) else None for value in (totals.loss, float(logs["grad_norm"])))
+        loss, accuracy, norm = (
+            value if math.isfinite(value) else None
+            for value in (totals.loss, totals.accuracy, float(logs["grad_norm"]))
+        )
         seconds = time.perf_counter() - self._step_started
         row = {
             "step": state.global_step,
             "loss": loss,
-            "accuracy": totals.accuracy,
+            "accuracy": accuracy,
             "learning_rate": self.learning_rate,
             "grad_norm": norm,
             "supervised_tokens": totals.supervised,
@@ -87,8 +91,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.seconds += row["seconds"]
         self.steps_done += 1
         self.left_out += row["grad_norm"] is None  # no weight was changed
-        if row["loss"] is not None:
-            self.losses.append(row["loss"])
+        if row["loss"] is not None and row["supervised_tokens"]:
+            self.losses.append(StepLoss(row["loss"], row["supervised_tokens"]))
 
     def close(self) -> None:
         """Safe to call at any time, also after an error in the middle of a step."""

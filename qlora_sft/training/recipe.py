@@ -100,4 +100,5 @@ def begins_with(data: RunData, dtype: torch.dtype) -> Beginning:
         base_sha256=fingerprint(data.base),
         dtype=str(dtype).removeprefix("torch."),
         backend=data.backend.name,
+        template_date=day.isoformat() if (day := data.chat_format.day) else None,
     )

@@ -29,8 +29,16 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
         losses = f"{loss.before:.3f} -> {loss.after:.3f}" if loss else "not measured"
         matches = f"{match.before:.0%} -> {match.after:.0%}" if match else "not measured"
         lines.append(f"{source:<16}{losses:>24}{matches:>22}")
+    course = report.train_loss
+    means = f" (means of the first {course.first_steps} and the last {course.last_steps} steps)"
     lines.append(
         f"{report.steps} steps, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised), "
-        f"{report.tokens_per_second:.0f} tokens/s, loss {report.train_loss.first:.3f} -> {report.train_loss.last:.3f}"
+        f"{report.tokens_per_second:.0f} tokens/s, loss {course.first:.3f} -> {course.last:.3f}"
+        + (means if report.steps > 1 else "")
     )
+    if course.rose:
+        lines.append(
+            f"the training loss rose (it was {course.base:.3f} at the first step, before any update): the model is "
+            "worse at its training data than before. Lower training.learning_rate, and look at the rows with `preview`"
+        )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.atomic import write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.run.report import OrderReport, Report
+from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
@@ -27,9 +29,8 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     """The run folder. Refuses to write over an earlier run unless told to, or to go on with it."""
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
-    run = Path(config.output).expanduser()
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output: {run} is a file; name a folder")
+    run = as_path(config.output)
+    _check_writable(run)
     earlier = [name for name in RUN_FILES if (run / name).exists()]
     if earlier and not (overwrite or resume):
         go_on = "" if (run / "manifest.json").exists() else ", or --resume to go on with it"
@@ -40,6 +41,15 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     return run
 
 
+def _check_writable(run: Path) -> None:
+    """Raises `ConfigError` if ``run`` cannot be made a folder: not only when a model has been loaded for it."""
+    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output: {existing} may not be written to; choose another folder")
+
+
 @dataclass(frozen=True)
 class Beginning(Report):
     """What a run begins with, beside its configuration: what "auto" and the files have come to. ``begun.json``."""
@@ -48,6 +58,8 @@ class Beginning(Report):
     base_sha256: str | None
     dtype: str
     backend: str
+    template_date: str | None = None
+    """What the chat template wrote as today's date, if it writes one."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
@@ -90,6 +102,13 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes adapter and tokenizer into ``folder``. Raises `RunError` if a value of the adapter is not finite."""
+    from qlora_sft.training.guards import all_finite
+
+    if not all_finite(model):
+        raise RunError(
+            f"{folder}: not written, because the adapter has values that are not finite; lower training.learning_rate"
+        )
     # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ class StepTotals:
 
     @property
     def loss(self) -> float:
-        """Weighted mean of the token losses of the whole accumulation group, in nats."""
-        return float(self.weighted_nll) / self.weight if self.weight else 0.0
+        """Weighted mean of the token losses of the whole accumulation group, in nats; NaN if none was supervised."""
+        return float(self.weighted_nll) / self.weight if self.weight else math.nan
 
     @property
     def accuracy(self) -> float:
-        """Share of the supervised tokens that the model ranked first."""
-        return float(self.hits) / self.supervised if self.supervised else 0.0
+        """Share of the supervised tokens that the model ranked first; NaN if none was supervised."""
+        return float(self.hits) / self.supervised if self.supervised else math.nan
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]

@@ -175,8 +175,11 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     assert "neither a run folder" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--task", "missing.jsonl"]) == 2
     assert "missing.jsonl: no such file" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--task", files["numbers"], "--samples", "0"]) == 2
-    assert "tasks.0.samples must be positive" in capsys.readouterr().err
+    for option, value, fault in (
+        ("samples", "0", "positive"), ("temperature", "nan", "a finite number"), ("max-rows", "-3", "positive"),
+    ):  # fmt: skip
+        assert main(["evaluate", str(run), "--task", files["numbers"], f"--{option}", value]) == 2
+        assert f"tasks.0.{option.replace('-', '_')} must be {fault}" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--task", files["texts"], "--task", files["texts"]]) == 2
     assert "two tasks named texts" in capsys.readouterr().err
 

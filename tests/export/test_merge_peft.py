@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_sft.errors import RunError
@@ -122,6 +123,12 @@ def test_adapters_that_cannot_be_merged_or_do_nothing_are_refused(tmp_path: Path
         file.write_text(json.dumps({**original, **change}))
         with pytest.raises(RunError, match=message):
             merge_run(run)
+    file.write_text(json.dumps(original))
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, run / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"lora_[AB]\.weight has values that are not finite"):
+        merge_run(run)
     assert not (run / "merged").exists()
     assert not list(run.glob(".merged*"))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.train import train
+from qlora_sft.training.run_folder import save_adapter
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 
@@ -114,3 +115,62 @@ def test_a_gpu_that_is_full_in_an_update_ends_the_run_with_what_is_left(
     assert "paged_adamw_8bit" in str(caught.value)
     checkpoints = Path(config.output) / "checkpoints"
     assert [folder.name for folder in checkpoints.glob("*")] == ([] if step == 1 else ["step-000002"])
+
+
+def test_an_update_that_is_not_finite_ends_the_run_and_is_never_saved(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is finite; the fourth step's learning rate is not."""
+    config = make_config(*SHORT)
+    own = torch.optim.AdamW.step
+
+    def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        if len(list((Path(config.output) / "metrics.jsonl").open())) == 3:
+            self.param_groups[0]["lr"] = torch.inf
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    with pytest.raises(RunError) as caught:
+        train(config, say=lambda _: None)
+    assert caught.value.exit_code == 1
+    assert "step 4 made values of the adapter that are not finite (learning rate inf, rows 6 to 7" in str(caught.value)
+    assert "step-000002 is complete, --resume goes on from there" in str(caught.value)
+    assert not (Path(config.output) / "adapter").exists()
+    assert [folder.name for folder in (Path(config.output) / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_adapter_with_a_value_that_is_not_finite_is_not_written(value: float, tmp_path: Path) -> None:
+    class Model(torch.nn.Linear):
+        def save_pretrained(self, folder: Path, **_: Any) -> None:
+            (folder / "weights").write_bytes(b"")
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "tokenizer").write_bytes(b"")
+
+    model = Model(3, 3)
+    save_adapter(model, Tokenizer(), tmp_path / "adapter")
+    with torch.no_grad():
+        model.weight[1, 2] = value
+    with pytest.raises(RunError, match="values that are not finite"):
+        save_adapter(model, Tokenizer(), tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_run_in_which_every_step_is_left_out_fails(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hurt(step: int, loss: Tensor) -> Tensor:
+        loss.register_hook(lambda gradient: gradient * torch.nan)
+        return loss
+
+    with_losses(monkeypatch, hurt)
+    with pytest.raises(RunError, match="no step had a finite gradient"):
+        train(make_config(*SHORT, "training.max_steps=2"), say=lambda _: None)
+
+
+def test_a_loss_that_only_rises_is_said(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_losses(monkeypatch, lambda step, loss: -loss)
+    said: list[str] = []
+    report = train(make_config("training.learning_rate=1e-2", "data.packing=none"), say=said.append)
+    assert report["train_loss"]["rose"]
+    assert "the training loss rose" in said[-1].splitlines()[-1]

@@ -1,0 +1,95 @@
+"""Everything that is wrong with one command, in one report.
+
+A command stops at its first fault: a wrong key, a missing file, a base that is not there. Whoever mends that one would
+meet the next at the next try, so what can be checked without the faulty part is checked before the report is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.config import Config, load_config
+from qlora_sft.config_data import DataConfig, SourceConfig
+from qlora_sft.errors import ConfigError, DataError, all_at_once
+
+# Larger sources are only looked for, not read, when the report is made.
+_READ_AT_MOST = 2**28
+
+
+def load_checked(name: str, overrides: Sequence[str]) -> Config:
+    """Returns `load_config`'s configuration, or raises its faults together with those of what it names."""
+    try:
+        return load_config(name, overrides)
+    except ConfigError as error:
+        _raise_all(error, error.rest)
+        raise
+
+
+@contextmanager
+def every_fault(config: Config) -> Iterator[None]:
+    """Within it a `ConfigError` or `DataError` is raised together with what else is wrong with ``config``."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        _raise_all(error, {"model": config.model, "data": config.data, "lora": config.lora})
+        raise
+
+
+def _raise_all(error: ConfigError | DataError, parts: dict[str, Any]) -> None:
+    """``parts``: the sections of the configuration that are to be had, as `ConfigError.rest` has them."""
+
+    def first() -> None:
+        raise error
+
+    all_at_once([first, *_data_checks(parts.get("data")), *_base_checks(parts)])
+
+
+def _data_checks(data: DataConfig | None) -> Iterator[Callable[[], Any]]:
+    if data is None:
+        return
+    sources: list[SourceConfig] = [*data.train, *([data.replay] if data.replay else []), *data.held_out]
+    for source in sources:
+        yield partial(_check_source, source)
+    for path in data.decontaminate:
+        yield partial(_check_evaluation, path)
+
+
+def _check_source(source: SourceConfig) -> None:
+    from qlora_sft.data.sources import open_parts, read_sources
+
+    files = [file for _, _, file in open_parts(source) if file is not None]
+    if sum(file.stat().st_size for file in files) <= _READ_AT_MOST:
+        read_sources([source], 0)
+
+
+def _check_evaluation(path: str) -> None:
+    from qlora_sft.data.sources import open_evaluation
+
+    open_evaluation(path)
+
+
+def _base_checks(parts: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+    model, lora = parts.get("model"), parts.get("lora")
+    if model is None:
+        return
+    from qlora_sft.data.shipped import template_text
+    from qlora_sft.model.base_files import resolve_base
+
+    if model.chat_template:
+        yield partial(template_text, model.chat_template)
+    if model.path == "demo":  # which may have to be downloaded, and is as it should be
+        return
+    yield partial(resolve_base, model.path)
+    if lora and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
+        yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
+
+
+def _check_modules(config: Config) -> None:
+    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.skeleton import check_layers
+
+    check_layers(config, resolve_base(config.model.path))

@@ -1,0 +1,143 @@
+"""Whether a base can be trained at all: its weights, its tokenizer and the settings fit one another.
+
+Everything is known from config.json, the headers of the weights and the tokenizer, so nothing is loaded for it. Without
+these checks a token that has no embedding ends a run in the middle (on a GPU with an assertion that names nothing), and
+layers that the files lack would be trained on random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from qlora_sft.config import Config, ModelConfig
+from qlora_sft.errors import ConfigError, all_at_once, first_line
+from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
+from qlora_sft.model.rope import check_context
+from qlora_sft.model.skeleton import check_layers, read_settings, skeleton
+from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+
+# Names of the input embedding and the output head in the files of the families there are.
+_EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out)\.weight")
+# Placeholders that a processor for images or sound puts in; text never has them.
+_PLACEHOLDERS = re.compile(r"(image|video|audio)_token")
+
+
+def check_base(config: Config, base: str) -> None:
+    """Raises `ConfigError` with everything in which settings, weights and tokenizer of ``base`` do not fit."""
+    settings = read_config(base)
+    checks: list[Callable[[], Any]] = [
+        lambda: check_quantization(config.model, base, settings),
+        lambda: check_weights(config, base, settings),
+        lambda: check_context(config, base),
+        lambda: check_layers(config, base),
+        lambda: check_tokenizer(config.model, base, settings),
+        lambda: check_chat(config.model, base),
+    ]
+    all_at_once(checks)
+
+
+def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a quantised base whose weights an adapter cannot be trained on here."""
+    quantized = settings.get("quantization_config") or text_config(settings).get("quantization_config")
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method") or "bitsandbytes")
+    in_4bit = bool(quantized.get("load_in_4bit") or quantized.get("_load_in_4bit"))
+    kind = quantized.get("bnb_4bit_quant_type", "fp4") if in_4bit else "8 bits"
+    if method != "bitsandbytes" or kind != "nf4":
+        what = f"{method} in {kind}" if method == "bitsandbytes" else method
+        raise ConfigError(
+            f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
+            "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
+        )
+    if not model.load_in_4bit:
+        raise ConfigError(
+            f"model.load_in_4bit: false, but the weights in {base} exist in 4 bits only; name the model that was not "
+            "quantised, or set it to true"
+        )
+
+
+def check_weights(config: Config, base: str, settings: dict[str, Any]) -> None:
+    """Raises `ConfigError` if the files hold fewer values than config.json asks for, or an embedding of another size.
+
+    What is missing would be made up of random numbers when the model is loaded.
+    """
+    headers = _headers(base)
+    vocabulary = text_config(settings).get("vocab_size")
+    for name, header in headers.items():
+        rows = _embedding_rows(name, header)
+        if rows and vocabulary and rows != vocabulary:
+            raise ConfigError(
+                f"model.path: config.json of {base} says vocab_size {vocabulary:,}, and {name} has {rows:,} rows; the "
+                "two are of different models, so copy the model again"
+            )
+    if not headers or settings.get("quantization_config"):
+        return
+    wanted = skeleton(read_settings(config, base)).num_parameters()
+    held = sum(_count(header) for header in headers.values())
+    if held < wanted:
+        raise ConfigError(
+            f"model.path: the files in {base} hold {held:,} parameters, {wanted - held:,} fewer than config.json asks "
+            "for; is the download incomplete? Copy the model again"
+        )
+
+
+def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> None:
+    """Raises `ConfigError`, naming them, for tokens of the base's tokenizer that have no row in its embedding.
+
+    Tokens that a shipped template adds are not among them: they get rows of their own.
+    """
+    rows = {_embedding_rows(name, header) for name, header in _headers(base).items()} - {0}
+    count = min(rows, default=text_config(settings).get("vocab_size"))
+    if count is None:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
+    named = {**tokenizer.init_kwargs, **tokenizer.special_tokens_map}
+    placeholders = {str(token) for name, token in named.items() if _PLACEHOLDERS.fullmatch(name)}
+    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= count and token not in placeholders}
+    if beyond:
+        shown = ", ".join(f"{beyond[id]!r} ({id})" for id in sorted(beyond)[:5])
+        more = f" and {len(beyond) - 5:,} more" if len(beyond) > 5 else ""
+        raise ConfigError(
+            f"model.path: the tokenizer in {base} has {len(beyond):,} tokens beyond the {count:,} rows of the model's "
+            f"embedding: {shown}{more}. Take the tokenizer that belongs to these weights, or give the model rows for "
+            "them (model.resize_token_embeddings(len(tokenizer))) and save both"
+        )
+
+
+def check_chat(model: ModelConfig, base: str) -> None:
+    """Raises `ConfigError` or `DataError` if tokenizer, chat template and stop tokens cannot write a conversation."""
+    from qlora_sft.data.template import chat_format
+
+    tokenizer = load_tokenizer(model, base)
+    chat_format(tokenizer, stop_ids(model, base, tokenizer))
+
+
+def _headers(base: str) -> dict[str, Header]:
+    """Of all tensors; empty for a model whose weights are in other files."""
+    try:
+        return read_headers(base)
+    except ConfigError as error:
+        if "no safetensors files" in str(error):
+            return {}
+        raise
+
+
+def _embedding_rows(name: str, header: Header) -> int:
+    """Rows of an embedding or output head that is not packed into bytes; 0 for any other tensor."""
+    fits = _EMBEDDINGS.fullmatch(name) and len(header.shape) == 2 and header.dtype != "U8"
+    return header.shape[0] if fits else 0
+
+
+def _count(header: Header) -> int:
+    count = 1
+    for size in header.shape:
+        count *= size
+    return count

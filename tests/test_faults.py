@@ -1,0 +1,90 @@
+"""One command, one report: whatever is wrong with keys, files, base, template and modules is said at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import conversation, write_rows
+
+from qlora_sft.cli import main
+
+VERBS = ("train", "preview", "plan")
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.split("error: ", 1)[1].strip().splitlines()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_keys_files_base_and_template_are_reported_together(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write_rows(tmp_path / "good.jsonl", [conversation(1)]), tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [\n{"colour": "red"}\n')
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {path: ./none, chat_template: chatmel, backnd: auto}\n"
+        f"data:\n  train: [{{path: {good}}}, {{path: {bad}}}, {{path: gone.jsonl, colums: {{}}}}, {{pth: x}}]\n"
+        f"  held_out: [{{path: {tmp_path}/missing.jsonl, name: h}}]\n"
+        "  decontaminate: [exam.csv]\n"
+        "training: {learning_rate: .inf, epochs: 2, epochs: 0}\n"
+        "lora: {r: 0512}\n"
+        f"output: {tmp_path}/run\n"
+    )
+    assert main([verb, str(file)]) == 2
+    found = report(capsys)
+    for part in (
+        f"{file}:6: the key 'epochs' stands twice",
+        "unknown key 'model.backnd'",
+        "unknown key 'data.train.2.colums'",
+        "unknown key 'data.train.3.pth'",
+        "missing key 'data.train.3.path'",
+        "training.learning_rate must be a finite number, got inf",
+        "training.epochs must be positive, got 0",
+        "lora.r must be a whole number, got '0512'",
+        f"{bad}:1: not valid JSON",
+        "gone.jsonl: no such file",
+        "missing.jsonl: no such file",
+        "exam.csv: no such file",
+        "model.chat_template: chatmel: neither a file nor a shipped template",
+        "model.path: ./none: no such folder",
+    ):
+        assert sum(part in line for line in found) == 1, (part, found)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_modules_and_data_are_reported_together(
+    verb: str, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config()
+    (tmp_path / "chat.jsonl").write_text("{\n")
+    arguments = [str(tmp_path / "config.yaml"), "lora.target_modules=[qproj]", "model.chat_template=none.jinja"]
+    assert main([verb, *arguments]) == 2
+    found = report(capsys)
+    assert len(found) == 3
+    for part in ("chat.jsonl:1: not valid JSON", "none.jinja", "no linear layer is named ['qproj']"):
+        assert part in "\n".join(found)
+
+
+def test_an_output_that_is_taken_is_reported_with_the_rest(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config()
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    assert main(["train", str(tmp_path / "config.yaml"), "data.train.0.path=gone.jsonl"]) == 2
+    first, second = report(capsys)
+    assert "holds an earlier run" in first
+    assert "gone.jsonl: no such file" in second
+
+
+def test_a_single_fault_is_one_line(make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_config()
+    for override in ("training.lr=1", "lora.alpha=0", "model.chat_template=none.jinja", "data.train.0.path=gone.jsonl"):
+        assert main(["train", str(tmp_path / "config.yaml"), override]) == 2
+        assert len(report(capsys)) == 1
+    os.remove(tmp_path / "chat.jsonl")
+    assert main(["train", str(tmp_path / "config.yaml"), "training.lr=1"]) == 2
+    assert len(report(capsys)) == 2
