@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DEMO_ARGS ?=
 
-.PHONY: demo test lint bench install
+.PHONY: demo test test-torch lint bench install
 
 demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
@@ -16,6 +16,26 @@ demo: install
 # tokenizers of other families; without them those tests are skipped and say so.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests of what depends on torch's version, with another torch in a virtual environment of its own:
+#   make test-torch TORCH=2.11.0
+# Older CPU builds are not on PyPI, so this fetches CUDA's libraries as well, some 4 GB, and uses none of them.
+TORCH ?= 2.10.0
+OTHER := .venv-torch-$(TORCH)
+test-torch: $(OTHER)/installed
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile tests/kernels tests/plan/test_weights.py \
+	  tests/plan/test_random_model.py tests/model/test_attention.py tests/model/test_attention_families.py \
+	  tests/model/test_flex_trace.py tests/model/test_memory.py tests/training/test_equality.py \
+	  tests/training/test_masters.py
+
+# Triton comes with torch; everything else is that of the lock.
+$(OTHER)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	grep -vE '^(torch|triton)==' requirements.lock > $(OTHER)/requirements.txt
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -211,7 +211,7 @@ def set_up(model: Any, mode: str, config: Any, tokens: int, dtype: Any) -> tuple
     from qlora_sft.model.memory import use_memory
 
     memory = use_memory(model, config, tokens, dtype, lambda text: print(text, file=sys.stderr))
-    report = memory.report
+    report = memory.report.to_json()
     return contextlib.nullcontext, {
         "split": report["split"], "host_bytes": report["host_bytes"], "predicted_bytes": report["device_bytes"]
     }  # fmt: skip

@@ -40,7 +40,15 @@ def newest_cells(rows: list[dict[str, Any]], keys: str, reference: str, run: str
 def runs_of(cells: Cells) -> str:
     """What the cells were measured with: one run, or several."""
     torch = dict.fromkeys(f"torch {c['torch']}" for c in cells.values())
-    return "; ".join([*torch, *dict.fromkeys(f"commit {c['commit']}, load {c['load']}" for c in cells.values())])
+    return "; ".join(
+        [
+            *torch,
+            *dict.fromkeys(
+                f"commit {c['commit']}, load {c['load'] if c['load'] is not None else 'unknown'}"
+                for c in cells.values()
+            ),
+        ]
+    )
 
 
 def packed_ce(rows: list[dict[str, Any]]) -> list[str]:
@@ -67,29 +75,85 @@ def max_context(rows: list[dict[str, Any]]) -> list[str]:
     """The newest row of each card beside the plan and Unsloth's published figure."""
     newest = {row["card_gib"]: row for row in rows if not row.get("smoke")}
     lines = ["## Longest row: Llama-3.1-8B's shape, NF4, rank 32, batch 1, torch capped to the card's size", ""]
-    lines += ["| card | ours, by real steps | the plan | Unsloth, published | ratio | host memory | tokens/s |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        "| card | the plan | a step of it | 5% more | Unsloth, published | ratio | layers, attention | tokens/s |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for card, published in UNSLOTH_CONTEXT.items():
         row = newest.get(card, {})
         if "tokens" not in row:
-            lines.append(f"| {card} GB | not measured | not measured | {published:,} | not measured | | |")
+            lines.append(f"| {card} GB | not measured | not measured | {published:,} | not measured | | | |")
             continue
-        ratio = row["tokens"] / published
+        tokens = row["tokens"]
+        figures = [f"{tokens:,}", f"{tokens / published:.2f}x"] if tokens else ["out of memory", ""]
+        above = {True: "trained", False: "out of memory", None: "not measured"}[row.get("five_percent_more")]
+        speed = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else ""
         lines.append(
-            f"| {card} GB | {row['tokens']:,} | {row['predicted']:,} | {published:,} | {ratio:.2f}x "
-            f"| {row['host_bytes'] / 2**30:.1f} GiB | {row['tokens_per_second']:.0f} |"
+            f"| {card} GB | {row['predicted']:,} | {figures[0]} | {above} | {published:,} | {figures[1]} "
+            f"| {row.get('layers', 32)} of 32, {row.get('attention', 'varlen')} | {speed} |"
         )
+    lines += [
+        "",
+        "Of a model with fewer layers, the bytes of the others lay beside it. Several tries shared the card, so the",
+    ]
+    lines += ["speeds are lower bounds."]
     for row in {(row["device"], row["torch"], row["commit"]): row for row in newest.values()}.values():
         lines.append(f"\n{row['device']}; torch {row['torch']}, commit {row['commit']}")
     return [*lines, ""]
 
 
-def memory(rows: list[dict[str, Any]]) -> list[str]:
-    """One table per machine, shape and number of tokens; times relative to torch's own checkpointing."""
-    lines = ["## memory: one step, by what layers keep", ""]
-    newest = newest_cells(rows, "device shape layers tokens", "torch checkpoint", run="commit")
-    for (device, shape, layers, tokens), cells in newest.items():
-        documents = next(iter(cells.values()))["documents"]
+def parts(rows: list[dict[str, Any]]) -> list[str]:
+    """What the plan said of a step beside what torch's allocator counted."""
+    lines = ["## The plan's bytes beside the allocator's: layers of an 8B, every input offloaded", ""]
+    lines += ["| attention | tokens | planned | allocated | plan / allocated |", "|---|---|---|---|---|"]
+    for row in rows:
+        planned, found = row["planned"], row["measured"]
+        said = planned["held"] + planned["gradients"] + planned["activations"]
+        lines.append(
+            f"| {row['attention'].removeprefix('qlora_documents').strip('_') or 'varlen'} | {row['tokens']:,} "
+            f"| {said / 1e6:,.0f} MB | {found['allocated'] / 1e6:,.0f} MB | {said / found['allocated']:.3f} |"
+        )
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
+def attention(rows: list[dict[str, Any]]) -> list[str]:
+    """Forward and backward of a layer's attention: a row per way, a column per sequence."""
+    lines = ["## attention: forward and backward of one layer, ms", ""]
+    newest = {(row["shape"], row["tokens"], row["documents"], row["provider"]): row for row in rows}
+    cases = list(dict.fromkeys(key[:3] for key in newest))
+    lines += ["| |" + "".join(f" {tokens:,} x {documents} |" for _, tokens, documents in cases)]
+    lines += ["|---|" + "---|" * len(cases)]
+    for provider in dict.fromkeys(key[3] for key in newest):
+        cells = [newest.get((*case, provider), {}) for case in cases]
+        figures = [f"{cell['milliseconds']:.2f}" if "milliseconds" in cell else "not measured" for cell in cells]
+        lines.append(f"| {provider} | {' | '.join(figures)} |")
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
+def packed_ce_paths(rows: list[dict[str, Any]]) -> list[str]:
+    """Share of the two products, by tile and workspace."""
+    lines = ["## packed_ce: share of the two products' time, by tile of the vocabulary and workspace", ""]
+    newest = {(row["shape"], row["supervised"], row["tile"], row["workspace_mib"]): row for row in rows}
+    sizes = sorted({key[3] for key in newest})
+    lines += ["| | tile |" + "".join(f" {size} MiB |" for size in sizes), "|---|---|" + "---|" * len(sizes)]
+    for shape, supervised, tile in dict.fromkeys(key[:3] for key in newest):
+        cells = [newest.get((shape, supervised, tile, size)) for size in sizes]
+        figures = [f"{cell['share_of_floor']:.0%}" if cell else "not measured" for cell in cells]
+        lines.append(f"| {shape}, {supervised:,} | {tile or 'whole rows'} | {' | '.join(figures)} |")
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
+def machines(rows: list[dict[str, Any]]) -> list[str]:
+    """What rows were measured on, each once."""
+    return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
+
+
+def memory(rows: list[dict[str, Any]], title: str = "memory: one step, by what layers keep") -> list[str]:
+    """One table per machine, shape, tokens and documents; times relative to torch's own checkpointing."""
+    lines = [f"## {title}", ""]
+    rows = [row for row in rows if row["tokens"] is not None]
+    newest = newest_cells(rows, "device shape layers tokens documents", "torch checkpoint", run="commit")
+    for (device, shape, layers, tokens, documents), cells in newest.items():
         lines += [f"### {shape} wide, {layers} layers, {tokens} tokens in {documents} documents"]
         lines += [f"{device}; {runs_of(cells)}", ""]
         lines += ["| | ms | vs torch checkpoint | peak MB | predicted MB | host MB | gradient error | split |"]
@@ -101,9 +165,19 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
 def _memory_line(cell: dict[str, Any]) -> str:
     if "milliseconds" not in cell:
         return f"| {cell['provider']} | not measured: {cell['not_measured']} | | | | | | |"
-    megabytes = [f"{cell[k] / 1e6:.1f}" if k in cell else "" for k in ("peak_bytes", "predicted_bytes", "host_bytes")]
+    megabytes = [
+        f"{cell[k] / 1e6:.1f}" if cell.get(k) is not None else ""
+        for k in ("peak_bytes", "predicted_bytes", "host_bytes")
+    ]
     error = "" if cell["gradient_error"] is None else f"{cell['gradient_error']:.1e}"
-    figures = [cell["provider"], f"{cell['milliseconds']:.1f}", cell["ratio"], *megabytes, error, cell.get("split", "")]
+    figures = [
+        cell["provider"],
+        f"{cell['milliseconds']:.1f}",
+        cell["ratio"],
+        *megabytes,
+        error,
+        cell.get("split") or "",
+    ]
     return f"| {' | '.join(figures)} |"
 
 
@@ -142,7 +216,11 @@ def main() -> None:
     lines += memory(rows)
     if not any("threads" not in row["device"] for row in rows):
         lines += ["memory on a GPU (time of an offloaded step, overlap of the copies, peak): not measured", ""]
+    lines += memory(read_rows("layers.jsonl"), "layers: one step through the layers of an 8B, ours and its peers")
     lines += max_context(read_rows("max_context.jsonl"))
+    lines += parts(read_rows("parts.jsonl"))
+    lines += attention(read_rows("attention.jsonl"))
+    lines += packed_ce_paths(read_rows("packed_ce_paths.jsonl"))
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 

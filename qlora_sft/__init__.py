@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qlora_sft.plan.plan import make_plan as make_plan
     from qlora_sft.plan.table import plan_table as plan_table
     from qlora_sft.preview import preview as preview
+    from qlora_sft.run.folder import Run as Run
+    from qlora_sft.run.report import RunReport as RunReport
     from qlora_sft.train import train as train
 
 _HOMES = {
@@ -35,7 +37,9 @@ _HOMES = {
     "Interrupted": "errors",
     "QloraSftError": "errors",
     "Rendered": "data.render",
+    "Run": "run.folder",
     "RunError": "errors",
+    "RunReport": "run.report",
     "TaskConfig": "config",
     "evaluate_run": "evaluation.evaluate_run",
     "export_run": "export.gguf",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qlora_sft.errors import RunError
 
@@ -47,6 +49,12 @@ def written_file(target: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         _remove_empty(made)
         raise disk_error(error, target) or error from None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Indented JSON, written beside and renamed."""
+    with written_file(file) as beside:
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove_empty(folders: list[Path]) -> None:

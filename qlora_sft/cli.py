@@ -11,12 +11,17 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
+from qlora_sft.run.report import Report
+
+Verbs = Any
+"""What `argparse.ArgumentParser.add_subparsers` returns; its class has no public name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +44,7 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
 
 
@@ -63,35 +68,46 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-sft", description="QLoRA fine-tuning: from chat data to a GGUF that answers.", allow_abbrev=False
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs: Verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_configured_verbs(verbs)
+    _add_export_verbs(verbs)
+    _add_asking_verbs(verbs)
+    _verb(verbs, "doctor", _doctor, "what works here, what does not, and how to get it")
+    return parser
 
-    def verb(name: str, action: Any, help: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(verb=action, parser=sub)
-        sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
-        return sub
 
-    def configured(name: str, action: Any, help: str) -> argparse.ArgumentParser:
-        sub = verb(name, action, help)
-        sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
-        sub.add_argument(
-            "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's"
-        )
-        return sub
+def _verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+    sub.set_defaults(verb=action, parser=sub)
+    sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    return sub
 
-    train = configured("train", _train, "fine-tune as a configuration says")
+
+def _configured_verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+    sub = _verb(verbs, name, action, help)
+    sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
+    sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
+    return sub
+
+
+def _add_configured_verbs(verbs: Verbs) -> None:
+    train = _configured_verb(verbs, "train", _train, "fine-tune as a configuration says")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
 
-    preview = configured("preview", _preview, "show what a configuration will train on, token by token")
+    preview = _configured_verb(verbs, "preview", _preview, "show what a configuration will train on, token by token")
     preview.add_argument("--count", type=whole(0), default=3, help="how many conversations are shown (default: 3)")
     preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
 
-    plan = configured("plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
+    plan = _configured_verb(
+        verbs, "plan", _plan, "what a run will need: memory, disk and time, before anything is loaded"
+    )
     plan.add_argument("--no-data", action="store_true", help="do not read the data: no steps and no tokens")
     plan.add_argument("--no-time", action="store_true", help="do not measure a layer: no time")
 
-    merge = verb("merge", _merge, "write the adapter of a run into its base model, and compare the two")
+
+def _add_export_verbs(verbs: Verbs) -> None:
+    merge = _verb(verbs, "merge", _merge, "write the adapter of a run into its base model, and compare the two")
     merge.add_argument("run", help="run folder")
     merge.add_argument("--out", help="folder to write (default: RUN/merged)")
     merge.add_argument(
@@ -101,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--no-parity", action="store_true", help="do not compare its logits with the adapter's")
     merge.add_argument("--push", metavar="USER/NAME", help="afterwards upload it to the Hub, as a private repository")
 
-    export = verb("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare")
+    export = _verb(verbs, "export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare")
     export.add_argument("run", help="run folder")
     export.add_argument("--quant", default="q8_0", help="f32, f16, bf16, q8_0 (default), or any type of llama.cpp's")
     export.add_argument("--adapter", action="store_true", help="the LoRA alone, for llama.cpp's --lora")
@@ -114,14 +130,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--create", metavar="NAME", help="also register the model with Ollama under this name")
     export.add_argument("--push", metavar="USER/NAME", help="afterwards upload it to the Hub, as a private repository")
 
-    push = verb("push", _push, "upload a run's adapter, merged model or GGUF files to the Hub, with a model card")
+    push = _verb(
+        verbs, "push", _push, "upload a run's adapter, merged model or GGUF files to the Hub, with a model card"
+    )
     push.add_argument("run", help="run folder")
     push.add_argument("repo", metavar="USER/NAME", help="repository on the Hub; made if there is none")
     push.add_argument("--what", default="adapter", choices=["adapter", "merged", "gguf"], help="default: adapter")
     push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     push.add_argument("--dry-run", action="store_true", help="print what would go up, and the card; upload nothing")
 
-    evaluate = verb("evaluate", _evaluate, "ask a run and its base questions with known answers, and compare")
+
+def _add_asking_verbs(verbs: Verbs) -> None:
+    evaluate = _verb(verbs, "evaluate", _evaluate, "ask a run and its base questions with known answers, and compare")
     evaluate.add_argument("run", help="run folder or model folder")
     evaluate.add_argument(
         "--task", action="append", default=[], metavar="[NAME=]FILE",
@@ -129,7 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation.tasks of the run)",
     )  # fmt: skip
     evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
-    # Their ranges are those of a task of the configuration.
     evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
     evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
@@ -141,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
 
-    chat = verb("chat", _chat, "talk to a run, a model folder or a GGUF file")
+    chat = _verb(verbs, "chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
@@ -150,9 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--port", type=whole(0, 65_535), default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)"
     )
-
-    verb("doctor", _doctor, "what works here, what does not, and how to get it")
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> Any:
@@ -204,8 +220,8 @@ def _merge(arguments: argparse.Namespace) -> Any:
     if not arguments.no_parity:
         from qlora_sft.export.parity import check_parity
 
-        result["parity"] = check_parity(Path(arguments.run), Path(result["merged"]))
-    return _pushed(result, arguments, "merged")
+        result = replace(result, parity=check_parity(Path(arguments.run), Path(result.merged)))
+    return replace(result, push=_pushed(arguments, "merged"))
 
 
 def _export(arguments: argparse.Namespace) -> Any:
@@ -217,7 +233,7 @@ def _export(arguments: argparse.Namespace) -> Any:
         result = export_adapter(arguments.run, arguments.out, **shared)
     else:
         result = export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, **shared)
-    return _pushed(result, arguments, "gguf")
+    return replace(result, push=_pushed(arguments, "gguf", result.gguf))
 
 
 def _check_push(arguments: argparse.Namespace) -> None:
@@ -230,12 +246,12 @@ def _check_push(arguments: argparse.Namespace) -> None:
             raise ConfigError("--push uploads from the run folder; leave --out away")
 
 
-def _pushed(result: dict[str, Any], arguments: argparse.Namespace, what: Literal["merged", "gguf"]) -> dict[str, Any]:
-    if arguments.push:
-        from qlora_sft.export.hub import push
+def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None) -> Any:
+    if not arguments.push:
+        return None
+    from qlora_sft.export.hub import push
 
-        result["push"] = push(arguments.run, arguments.push, what, gguf=result.get("gguf"))
-    return result
+    return push(arguments.run, arguments.push, what, gguf=gguf)
 
 
 def _push(arguments: argparse.Namespace) -> Any:
@@ -255,10 +271,10 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> Any:
     if arguments.serve:
-        from qlora_sft.chat_serve import serve
+        from qlora_sft.chat.serve import serve
 
         return serve(Path(arguments.model).expanduser(), arguments.port)
-    from qlora_sft.chat import chat
+    from qlora_sft.chat.terminal import chat
 
     show = _on_stderr if arguments.json else None
     return chat(arguments.model, arguments.message, arguments.system, arguments.max_new_tokens, show=show)

@@ -14,7 +14,7 @@ from qlora_sft.export.llama_tools import (
     llama_libraries,
     package_version,
 )
-from qlora_sft.manifest import versions
+from qlora_sft.run.manifest import versions
 
 EXPORT_PACKAGES = ("gguf", "safetensors", "xllamacpp", "llama-cpp-python", "sentencepiece", "huggingface_hub")
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from qlora_sft.chat import Conversation, Messages, Said, answer, chat, converse, tool_calls
+from qlora_sft.chat.speaker import Messages, Said
+from qlora_sft.chat.terminal import Conversation, answer, chat, converse, tool_calls
 from qlora_sft.errors import ConfigError, ContextFull, RunError
 
 
@@ -150,7 +151,7 @@ def gguf(model: Path) -> Path:
 
 
 def test_both_runtimes_are_asked_in_the_same_words(model: Path, gguf: Path, tokenizer: Any) -> None:
-    from qlora_sft.chat_models import gguf_facts, prompt_text
+    from qlora_sft.chat.models import gguf_facts, prompt_text
 
     facts = gguf_facts(gguf)
     assert facts.context == 256
@@ -180,7 +181,7 @@ def test_both_runtimes_notice_a_full_context(model: Path, gguf: Path) -> None:
 
 
 def test_both_runtimes_stop_when_asked(model: Path, gguf: Path) -> None:
-    from qlora_sft.chat_models import opened
+    from qlora_sft.chat.models import opened
 
     for path in (model, gguf):
         shown: list[str] = []
@@ -199,7 +200,7 @@ def test_lines_from_a_pipe_and_one_json_document(gguf: Path) -> None:
 
 
 def test_the_server_speaks_openais_protocol_on_this_machine_only(gguf: Path) -> None:
-    from qlora_sft.chat_serve import serve
+    from qlora_sft.chat.serve import serve
 
     said: list[str] = []
     ended, started = threading.Event(), threading.Event()

@@ -20,9 +20,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_the_recipe_imports_nothing_that_unsloth_has_to_patch_first() -> None:
+def test_the_fronts_import_nothing_that_unsloth_has_to_patch_first() -> None:
     """Imported before Unsloth, transformers, trl and peft would keep their own functions, and it would be left out."""
-    result = python(f"import sys, qlora_sft.train, qlora_sft.preview; print([m for m in {HEAVY} if m in sys.modules])")
+    fronts = "train preview plan.plan evaluation.evaluate_run chat.terminal demo_run".split()
+    modules = ", ".join(f"qlora_sft.{front}" for front in fronts)
+    result = python(f"import sys, {modules}; print([m for m in {HEAVY} if m in sys.modules])")
     assert result.stdout.strip() == "[]"
 
 

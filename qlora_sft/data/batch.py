@@ -38,6 +38,8 @@ class Batch(TypedDict):
     """Sum of the row weights: this micro-batch's part of the divisor of the loss"""
     longest: int
     """Tokens of the longest document"""
+    lengths: tuple[int, ...]
+    """Tokens of each document, which ``cu_seqlens`` says as well; on the host, where reading them waits for nothing"""
 
 
 def flatten(documents: list[Rendered]) -> Batch:
@@ -71,6 +73,7 @@ def flatten(documents: list[Rendered]) -> Batch:
         n_supervised=len(rows),
         weight_sum=sum(weights),
         longest=max((b - a for a, b in pairwise(bounds)), default=0),
+        lengths=tuple(b - a for a, b in pairwise(bounds)),
     )
 
 

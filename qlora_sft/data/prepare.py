@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -72,24 +72,11 @@ def _render_source(
 ) -> tuple[Documents, bool]:
     """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
     settings = source.settings
-    options: dict[str, Any] = {
-        "source": source.name,
-        "style": style,
-        "supervise": settings.supervise,
-        "allow_special": settings.allow_special,
-    }
-    render = partial(_render_one, tokenizer, options)
     documents, whole, problems = Writer(source.name), True, []
-    # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
-    rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
-    for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
+    for conversation, result, fitting in _fitted(source, config, tokenizer, style):
         whole = whole and ("text" in conversation or settings.supervise == "all")
-        try:
-            if isinstance(result, DataError):
-                raise result
-            fitting = fit(result, conversation, config.max_length, config.overlong, render)
-        except DataError as error:
-            problems.append(f"{place(conversation)}: {error}")
+        if isinstance(fitting, DataError):
+            problems.append(f"{place(conversation)}: {fitting}")
             if len(problems) == MAX_PROBLEMS:
                 problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
                 break
@@ -97,6 +84,7 @@ def _render_source(
         if isinstance(fitting, str):
             ledger.drop(fitting, [place(conversation)])
             continue
+        assert isinstance(result, Rendered)
         ledger.kept += 1
         ledger.shortened += fitting != [result]
         ledger.lose(result.lost, place(conversation))
@@ -105,6 +93,42 @@ def _render_source(
     if problems:
         raise DataError("\n".join(problems))
     return documents.finish(), whole
+
+
+def render_rows(source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None) -> Iterator[Rendered]:
+    """The documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty row."""
+    for conversation, _, fitting in _fitted(source, config, tokenizer, style):
+        if isinstance(fitting, DataError):
+            raise DataError(f"{place(conversation)}: {fitting}")
+        if not isinstance(fitting, str):
+            yield from fitting
+
+
+def _fitted(
+    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None
+) -> Iterator[tuple[Conversation, Rendered | DataError, list[Rendered] | str | DataError]]:
+    """Every row, what it is rendered to, and the documents of it that fit: or why it is dropped, or what is wrong."""
+    settings = source.settings
+    options: dict[str, Any] = {
+        "source": source.name,
+        "style": style,
+        "supervise": settings.supervise,
+        "allow_special": settings.allow_special,
+    }
+    render = partial(_render_one, tokenizer, options)
+    # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+    rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
+    for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
+        if isinstance(result, DataError):
+            yield conversation, result, result
+            continue
+        try:
+            fitting: list[Rendered] | str | DataError = fit(
+                result, conversation, config.max_length, config.overlong, render
+            )
+        except DataError as error:
+            fitting = error
+        yield conversation, result, fitting
 
 
 def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from qlora_sft.config import Config
 from qlora_sft.data.dedup import Removed, clean_sources
 from qlora_sft.data.sources import Source, read_sources
 from qlora_sft.say import Say
 
 
-def read_data(config: Config, say: Say) -> tuple[list[Source], list[Source], list[Removed]]:
-    """Training sources (replay last) without duplicates and contaminated rows, held-out sources, what was removed.
+class RunSources(NamedTuple):
+    """What a run reads: training sources (replay last), held-out sources, and the rows that were taken out."""
 
-    Needs no torch, so a bad file is reported at once.
+    train: list[Source]
+    held_out: list[Source]
+    removed: list[Removed]
+
+
+def read_data(config: Config, say: Say) -> RunSources:
+    """Reads all sources and takes duplicates and contaminated rows out of those for training.
+
+    Needs no torch, so a bad file is reported at once. Raises `DataError`.
     """
     data = config.data
     trained = [*data.train, *([data.replay] if data.replay else [])]
@@ -20,4 +30,4 @@ def read_data(config: Config, say: Say) -> tuple[list[Source], list[Source], lis
     removed: list[Removed] = []
     if data.decontaminate or data.deduplicate != "none":
         train_sources, removed = clean_sources(train_sources, data, say)
-    return train_sources, held_out_sources, removed
+    return RunSources(train_sources, held_out_sources, removed)

@@ -19,17 +19,8 @@ from qlora_sft.evaluation.grade import last_number, said
 from qlora_sft.evaluation.programs import program, run_all
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import pass_at_k
+from qlora_sft.evaluation.subject import Subject
 from qlora_sft.evaluation.tasks import Item, Task
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is asked, and how: the template and stops of its training, the type it computes in."""
-
-    model: Any
-    tokenizer: Any
-    style: ChatFormat
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

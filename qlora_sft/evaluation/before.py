@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qlora_sft.atomic import write_json
 from qlora_sft.config import EvaluationConfig
 from qlora_sft.data.render import Rendered
 from qlora_sft.evaluation.evaluate import Evaluation
-from qlora_sft.manifest import write_json
 
 FILE = "before.json"
 

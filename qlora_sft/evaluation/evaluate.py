@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from qlora_sft.config import Config
 from qlora_sft.data.prepare import Prepared
 from qlora_sft.evaluation.answers import Prompt, exact_match, judge
 from qlora_sft.evaluation.generate import generate
 from qlora_sft.evaluation.held_out import held_out_loss
+from qlora_sft.evaluation.subject import Subject
 from qlora_sft.say import Say
 
 
@@ -25,17 +24,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    config: Config,
-    held_out: Prepared,
-    prompts: list[Prompt],
-    stops: frozenset[int],
-    dtype: torch.dtype,
-    say: Say,
-    when: str,
+    subject: Subject, config: Config, held_out: Prepared, prompts: list[Prompt], say: Say, when: str
 ) -> Evaluation:
     """As ``config.evaluation`` asks; prints the figures. The model is left in training mode."""
+    model, tokenizer, dtype, stops = subject.model, subject.tokenizer, subject.dtype, subject.style.stops
     result = Evaluation()
     if config.evaluation.loss and held_out.documents:
         result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)

@@ -1,27 +1,24 @@
-"""The verb ``evaluate``: tasks -> prompts -> the tuned model and its base -> what changed.
+"""The verb ``evaluate``: which tasks are asked of which model, and what is wrong with them; `asking` does the rest.
 
 The base is the same model with its adapter switched off: same weights in NF4, same template, same questions.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_sft.config import TaskConfig, check_tasks, load_config, task_name
-from qlora_sft.errors import ConfigError, DataError
+from qlora_sft.config import TaskConfig, check_tasks, task_name
+from qlora_sft.errors import ConfigError
 from qlora_sft.evaluation.programs import check_programs
 from qlora_sft.evaluation.tasks import Task, read_tasks
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run, is_run
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
-    from qlora_sft.data.template import ChatFormat
-    from qlora_sft.evaluation.ask import Questions, Scores, Subject
+    from qlora_sft.evaluation.compare import EvaluationReport
 
 
 def evaluate_run(
@@ -33,7 +30,7 @@ def evaluate_run(
     run_code: bool = False,
     seed: int = 0,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """Asks the model of a run (or in a folder) the ``tasks``; default: ``evaluation.tasks`` of the run's configuration.
 
     settings: fields of `TaskConfig` that replace those of every task.
@@ -42,79 +39,25 @@ def evaluate_run(
     that was asked in another way stay.
     Raises `ConfigError` or `DataError` before a model is loaded.
     """
-    # ------------------------------------------------------------------ tasks
     path = Path(path).expanduser().resolve()
-    is_run = (path / "adapter").is_dir()
-    if not is_run and not (path / "config.json").is_file():
+    run = Run.open(path) if is_run(path) else None
+    if run is None and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
-    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, is_run)]
+    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
     _check(chosen)
     read = read_tasks(chosen, seed, say)
     _check_code(read, run_code)
-    if is_run:
-        _warn_of_contamination(path, chosen, say)
+    if run:
+        _warn_of_contamination(run, chosen, say)
+    from qlora_sft.evaluation.asking import ask_model
 
-    # ------------------------------------------------------------------ prompts
-    from transformers import AutoTokenizer
-
-    from qlora_sft.evaluation.ask import Subject, encode_task
-    from qlora_sft.evaluation.compare import compared, comparison_table
-    from qlora_sft.evaluation.results import write_results
-    from qlora_sft.model.load import load_for_inference, saved_stops
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run else path)
-    style = _style(tokenizer, saved_stops(path, tokenizer), read)
-    of_texts = _text_tokenizer(tokenizer, path, is_run)
-    limit = _positions(path, is_run)
-    encoded = [encode_task(task, tokenizer, style, of_texts, limit) for task in read]
-    for questions in encoded:
-        _check_room(questions, limit)
-        if questions.thoughtless:
-            say(
-                f"{questions.task.name}: {questions.thoughtless:,} of {len(questions.prompts):,} questions end in an "
-                "empty thought, as training writes before answers without reasoning; --thinking on lets the model think"
-            )
-
-    # ------------------------------------------------------------------ model
-    say("loading the model")
-    model = load_for_inference(path)
-    subject = Subject(model, tokenizer, style, model.get_input_embeddings().weight.dtype)
-
-    # ------------------------------------------------------------------ ask, compare
-    folder = path / "evaluation" if is_run else path.with_name(f"{path.name}-evaluation")
-    reports = []
-    for questions in encoded:
-        before, after = ask(subject, questions, base and is_run, seed, say)
-        report = compared(questions.task, before, after, seed)
-        answers = write_results(folder, report, questions.task, before, after)
-        reports.append({**report, "answers": str(answers)})
-    say(comparison_table(reports))
-    say(f"figures and answers: {folder}")
-    return {"model": str(path), "folder": str(folder), "tasks": reports}
+    return ask_model(path, run, read, base and run is not None, seed, say)
 
 
-def ask(subject: Subject, questions: Questions, base: bool, seed: int, say: Say) -> tuple[Scores | None, Scores]:
-    """(base, tuned) on one task."""
-    from qlora_sft.evaluation.ask import ask_answers, ask_choices, read_texts
-
-    name, form = questions.task.name, questions.task.form
-    if form == "loss":
-        say(f"{name}: reading {len(questions.documents):,} texts")
-        return read_texts(subject, questions, base)
-    results: list[Scores] = []
-    for who in ("base", "tuned") if base else ("tuned",):
-        say(f"{name}: asking the {who} model {len(questions.prompts):,} questions")
-        with subject.model.disable_adapter() if who == "base" else nullcontext():
-            results.append(
-                ask_choices(subject, questions) if form == "choices" else ask_answers(subject, questions, seed)
-            )
-    return (results[0] if base else None), results[-1]
-
-
-def _configured_tasks(path: Path, is_run: bool) -> list[TaskConfig]:
-    tasks = load_config(path / "config.yaml").evaluation.tasks if is_run else []
+def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
+    tasks = run.config.evaluation.tasks if run else []
     if not tasks:
-        where = f"{path / 'config.yaml'} has no evaluation.tasks" if is_run else f"{path} is a model folder"
+        where = f"{path / 'config.yaml'} has no evaluation.tasks" if run else f"{path} is a model folder"
         raise ConfigError(f"no tasks: {where}; name files of questions with --task FILE")
     return tasks
 
@@ -123,29 +66,6 @@ def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
     """One command line may be for tasks of several forms: what has no effect on one is left to the others."""
     form = settings.get("form") or task.form
     return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
-
-
-def _style(tokenizer: Any, stops: set[int], tasks: Sequence[Task]) -> ChatFormat:
-    """Plain texts are read without a template, which the tokenizer of a base model may not have."""
-    from qlora_sft.data.template import ChatFormat, chat_format
-
-    if all("text" in item.conversation for task in tasks for item in task.items):
-        return ChatFormat("", "plain texts", frozenset(stops))
-    try:
-        return chat_format(tokenizer, stops)
-    except DataError:
-        raise ConfigError("this model has no chat template, so it can only be given plain texts (form: loss)") from None
-
-
-def _text_tokenizer(tokenizer: Any, path: Path, is_run: bool) -> Any:
-    """With the base's own eos, in which texts end in training; that of a run may be its end of turn."""
-    from transformers import AutoTokenizer
-
-    if not is_run:
-        return tokenizer
-    own: Any = copy.deepcopy(tokenizer)
-    own.eos_token = AutoTokenizer.from_pretrained(read_manifest(path)["report"]["base"]).eos_token
-    return own
 
 
 def _check(tasks: list[TaskConfig]) -> None:
@@ -166,27 +86,8 @@ def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
         check_programs()
 
 
-def _warn_of_contamination(run: Path, tasks: Sequence[TaskConfig], say: Say) -> None:
-    checked = read_manifest(run)["config"]["data"].get("decontaminate") or []
+def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:
+    checked = run.config.data.decontaminate
     unchecked = [task_name(task) for task in tasks if task.path not in checked]
     if unchecked:
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")
-
-
-def _positions(path: Path, is_run: bool) -> int:
-    """How many tokens the model takes."""
-    from qlora_sft.model.base_files import read_config, text_config
-    from qlora_sft.model.rope import context_length
-
-    rope = load_config(path / "config.yaml").model.rope_scaling if is_run else None
-    settings = text_config(read_config(read_manifest(path)["report"]["base"] if is_run else str(path)))
-    return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
-
-
-def _check_room(questions: Questions, limit: int) -> None:
-    if questions.longest > limit:
-        cure = "leave it out" if questions.letters else "lower max_new_tokens, or leave it out"
-        raise ConfigError(
-            f"{questions.task.name}: its longest question takes {questions.longest:,} tokens with its answer, the "
-            f"model {limit:,}; {cure}"
-        )

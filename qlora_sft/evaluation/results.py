@@ -7,13 +7,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.atomic import written_file
+from qlora_sft.atomic import write_json, written_file
 from qlora_sft.evaluation.ask import Scores
+from qlora_sft.evaluation.compare import TaskReport
 from qlora_sft.evaluation.tasks import Task
-from qlora_sft.manifest import write_json
 
 
-def write_results(folder: Path, report: dict[str, Any], task: Task, base: Scores | None, tuned: Scores) -> Path:
+def write_results(folder: Path, report: TaskReport, task: Task, base: Scores | None, tuned: Scores) -> Path:
     """``NAME.jsonl``, every question with its answers, which is returned, and ``NAME.json``, the figures."""
     rows = []
     # Texts in which nothing is to be predicted are left out, so only questions stand beside their items.
@@ -30,19 +30,20 @@ def write_results(folder: Path, report: dict[str, Any], task: Task, base: Scores
     answers = folder / f"{name}.jsonl"
     with written_file(answers) as beside:
         beside.write_text("".join(rows), encoding="utf-8")
-    write_json(folder / f"{name}.json", report)
+    write_json(folder / f"{name}.json", report.to_json())
     return answers
 
 
-def _free_name(folder: Path, report: dict[str, Any]) -> str:
+def _free_name(folder: Path, report: TaskReport) -> str:
     """The task's, with a number behind it where other results have that name: those of another file, or of the same one
     asked in another way. Hours may stand in them."""
     asked = ("questions", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
+    own = report.to_json()
     for number in count(1):
-        name = report["name"] + (f"-{number}" if number > 1 else "")
+        name = report.name + (f"-{number}" if number > 1 else "")
         file = folder / f"{name}.json"
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else report
-        same = all(earlier.get(key) == report.get(key) for key in asked)
-        if same and ("base" in report or "base" not in earlier):
-            return str(name)
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
+        same = all(earlier.get(key) == own.get(key) for key in asked)
+        if same and ("base" in own or "base" not in earlier):
+            return name
     raise AssertionError("count does not end")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import RunError, first_line
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.run.folder import Run
 
 
 def base_folder(base: str) -> Path:
@@ -24,9 +24,9 @@ def base_folder(base: str) -> Path:
         ) from None
 
 
-def check_base(manifest: dict[str, Any], base: Path) -> None:
-    """Raises `RunError` if ``base`` has other weights than those that were trained on, as the manifest knows them."""
-    trained = manifest["report"].get("base_sha256")
+def check_base(run: Run, base: Path) -> None:
+    """Raises `RunError` if ``base`` has other weights than those that ``run`` was trained on."""
+    trained = run.base_sha256
     # A folder with a shard missing has no fingerprint to trust; that error is clearer where the tensors are read.
     if trained and _is_whole(base) and fingerprint(base) != trained:
         raise RunError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
@@ -17,11 +18,32 @@ from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
 from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
-from qlora_sft.export.parity import check_parity, record
+from qlora_sft.export.parity import Figures, check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
+
+if TYPE_CHECKING:
+    from qlora_sft.export.hub import PushResult
+
+
+@dataclass(frozen=True)
+class ExportResult(Report):
+    """A GGUF file and its Modelfile."""
+
+    gguf: str
+    quant: str
+    """Its type; ``lora`` for an adapter alone."""
+    bytes: int
+    llama_cpp: str
+    """The version that wrote it."""
+    modelfile: str
+    template: str | None
+    """The Go template in the Modelfile."""
+    parity: dict[str, Figures] | None = field(default=None, metadata=LEFT_OUT)
+    push: PushResult | None = field(default=None, metadata=LEFT_OUT)
 
 
 def export_run(
@@ -34,7 +56,7 @@ def export_run(
     system: str | None = None,
     create_as: str | None = None,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile; merges first if that has not been done.
 
     ``imatrix``: auto, none, or a file. ``system`` as in `write_modelfile`; ``create_as``: registers the model under
@@ -43,10 +65,9 @@ def export_run(
     under the final name. With ``parity`` the file's logits are compared with the merged model's afterwards, which
     deletes nothing.
     """
-    run = Path(run)
     quant = quant.lower()
     check_quant(quant)
-    read_manifest(run)
+    run = Run.open(run).path
     if create_as:
         require_ollama()
     if quant not in CONVERTED:
@@ -63,13 +84,12 @@ def export_run(
     say(f"read back: {checked['tensors']} tensors, tokenizer, template, stops and rope are those of {merged}")
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked["tensors"]}
     record(run, {"gguf": {quant: facts}})
-    result: dict[str, Any] = {"gguf": str(target), "quant": quant, "bytes": target.stat().st_size, "llama_cpp": version}
-    result |= write_modelfile(run, Subject(target, merged, adds_bos(target)), trained, system, say)
-    if parity:
-        result["parity"] = check_parity(run, merged, target, quant, say=say)
+    made = write_modelfile(run, Subject(target, merged, adds_bos(target)), trained, system, say)
+    figures = check_parity(run, merged, target, quant, say=say) if parity else None
     if create_as:
-        create(create_as, Path(result["modelfile"]), say)
-    return result
+        create(create_as, Path(made.modelfile), say)
+    size = target.stat().st_size
+    return ExportResult(str(target), quant, size, version, made.modelfile, made.template, figures)
 
 
 def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
@@ -117,7 +137,7 @@ def export_adapter(
     system: str | None = None,
     create_as: str | None = None,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Writes the LoRA alone as RUN/gguf/NAME-adapter.gguf (or ``out``), for ``--lora`` in llama.cpp, and a Modelfile.
 
     ``system`` and ``create_as`` as in `export_run`. With ``parity``, a GGUF of the weights it was trained on is made
@@ -125,31 +145,31 @@ def export_adapter(
     """
     from transformers import AutoTokenizer
 
-    run = Path(run)
     if create_as:
         require_ollama()
-    manifest = read_manifest(run)
-    base = base_folder(manifest["report"]["base"])
-    check_base(manifest, base)
+    opened = Run.open(run)
+    run, base = opened.path, base_folder(opened.base)
+    check_base(opened, base)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:
-        convert_lora(run / "adapter", base, beside)
+        convert_lora(opened.adapter, base, beside)
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     record(run, {"gguf": {"lora": facts}})
-    result: dict[str, Any] = {"gguf": str(target), "quant": "lora", "bytes": facts["bytes"], "llama_cpp": version}
-    subject = Subject(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(run / "adapter")), base)
-    result |= write_modelfile(run, subject, read_trained(run), system, say)
+    subject = Subject(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(opened.adapter)), base)
+    made = write_modelfile(run, subject, read_trained(run), system, say)
+    figures = None
     if parity:
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
-            write_trained_base(run, trained_on)
+            write_trained_base(opened, trained_on)
             with for_converter(trained_on, thinks=True) as model:
                 convert(model, base_gguf, "f16", model_name(run, trained_on))
-            result["parity"] = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
+            figures = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
     if create_as:
-        create(create_as, Path(result["modelfile"]), say)
-    return result
+        create(create_as, Path(made.modelfile), say)
+    size = target.stat().st_size
+    return ExportResult(str(target), "lora", size, version, made.modelfile, made.template, figures)
 
 
 def model_name(run: Path, merged: Path) -> str:

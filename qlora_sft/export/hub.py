@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.model_card import base_name, model_card
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
 
 What = Literal["adapter", "merged", "gguf"]
 Files = dict[str, Path | bytes]
 """Name in the repository -> file, or its content."""
+
+
+@dataclass(frozen=True)
+class PushResult(Report):
+    """What went up, or would go."""
+
+    repo: str
+    what: What
+    public: bool
+    files: dict[str, int]
+    """Name in the repository -> bytes."""
+    card: str
+    dry_run: bool
+    url: str | None = field(default=None, metadata=LEFT_OUT)
+    """Of the commit."""
 
 
 def push(
@@ -27,7 +44,7 @@ def push(
     dry_run: bool = False,
     api: Any = None,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> PushResult:
     """Uploads to the model repository ``repo`` (user/name), made private unless ``public``, in one commit.
 
     ``gguf``: of the GGUF files only the one of this name. ``dry_run``: prints what would go up and opens no
@@ -35,8 +52,7 @@ def push(
     name or something that was not exported, `RunError` without a token, without a network, and when the Hub refuses;
     the token is in no message.
     """
-    run = Path(run)
-    read_manifest(run)
+    run = Run.open(run).path
     if what not in get_args(What):
         raise ConfigError(f"--what {what}: one of {', '.join(get_args(What))}")
     check_name(repo)
@@ -49,13 +65,12 @@ def push(
     say(f"  {sum(sizes.values()):>16,} bytes  in all")
     card = files["README.md"]
     assert isinstance(card, bytes)
-    result: dict[str, Any] = {"repo": repo, "what": what, "public": public, "files": sizes, "card": card.decode()}
     if dry_run:
-        say(result["card"])
-        return {**result, "dry_run": True}
+        say(card.decode())
+        return PushResult(repo, what, public, sizes, card.decode(), dry_run=True)
     url = _upload(api, repo, files, public, say)
     say(f"uploaded: {url}")
-    return {**result, "dry_run": False, "url": url}
+    return PushResult(repo, what, public, sizes, card.decode(), dry_run=False, url=url)
 
 
 def check_name(repo: str) -> None:
@@ -77,7 +92,7 @@ def files_of(run: Path, repo: str, what: What, gguf: str | None = None) -> Files
         raise ConfigError(f"{folder}: nothing there to upload; run 'qlora-sft {cure}' first")
     if what == "adapter":
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = base_name(read_manifest(run))
+        config["base_model_name_or_path"] = base_name(Run.open(run))
         files["adapter_config.json"] = json.dumps(config, indent=2).encode()
     files["README.md"] = model_card(run, repo, what, ggufs).encode()
     return files

@@ -20,7 +20,7 @@ TOKENS = 16384
 
 def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say: Say = tell) -> int:
     """Writes ``target`` and returns how many tokens it is made of. Raises `RunError` without training data."""
-    documents = _training_documents(run, merged)
+    documents = _training_documents(run)
     say(f"importance matrix from {sum(map(len, documents)):,} tokens of the training data")
     sums, tokens = _collect(merged, documents)
     names = gguf_names(architecture, merged)
@@ -29,29 +29,22 @@ def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say:
     return tokens
 
 
-def _training_documents(run: Path, merged: Path) -> list[list[int]]:
-    from itertools import zip_longest
-
-    from transformers import AutoTokenizer
-
-    from qlora_sft.config import load_config
-    from qlora_sft.data.prepare import render_sources
-    from qlora_sft.data.sources import read_sources
+def _training_documents(run: Path) -> list[list[int]]:
+    """The first documents of all sources in turn, until there are enough tokens."""
     from qlora_sft.errors import QloraSftError
+    from qlora_sft.run.folder import Run
+    from qlora_sft.run_data import saved_text
 
+    chosen: list[list[int]] = []
     try:
-        config = load_config(run / "config.yaml")
-        tokenizer: Any = AutoTokenizer.from_pretrained(run / "adapter")
-        prepared = render_sources(read_sources(config.data.train, config.seed), config.data, tokenizer)
+        config = Run.open(run).config
+        for document in saved_text(run).documents(config, config.data.train):
+            if sum(map(len, chosen)) >= TOKENS:
+                break
+            chosen.append(document.input_ids)
     except (QloraSftError, OSError) as error:
         cure = "name a file made by llama-imatrix with --imatrix FILE, or choose q8_0, q6_k or q5_k_m"
         raise RunError(f"no importance matrix: the run's training data cannot be read ({error}); {cure}") from None
-    groups = zip_longest(*([row.input_ids for row in rows] for rows in prepared.documents.values()))
-    chosen: list[list[int]] = []
-    for ids in (ids for group in groups for ids in group if ids):
-        if sum(map(len, chosen)) >= TOKENS:
-            break
-        chosen.append(ids)
     return chosen
 
 

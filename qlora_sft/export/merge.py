@@ -11,16 +11,21 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qlora_sft.atomic import written_folder
-from qlora_sft.config import RopeScaling
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.base import base_folder, check_base
-from qlora_sft.manifest import read_manifest
 from qlora_sft.model.rope import with_rope_scaling
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
+
+if TYPE_CHECKING:
+    from qlora_sft.export.hub import PushResult
+    from qlora_sft.export.parity import Figures
 
 Onto = Literal["nf4-dequantized", "bf16"]
 # Up to here both ways are tried and measured; beyond, the minutes and gigabytes are not worth it.
@@ -31,13 +36,30 @@ TAKE_FLOAT16 = 1e-4
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
+@dataclass(frozen=True)
+class MergeResult(Report):
+    """A merged model, and how it was made."""
+
+    merged: str
+    """Its folder."""
+    onto: Onto
+    dtype: str
+    modules: int
+    """How many layers the adapter was added to."""
+    bytes: int
+    reason: str
+    """Why onto these weights."""
+    parity: dict[str, Figures] | None = field(default=None, metadata=LEFT_OUT)
+    push: PushResult | None = field(default=None, metadata=LEFT_OUT)
+
+
 def merge_run(
     run: str | Path,
     out: str | Path | None = None,
     onto: Onto | None = None,
     dtype: Dtype = "auto",
     say: Say = tell,
-) -> dict[str, Any]:
+) -> MergeResult:
     """Writes the merged model of a run folder (default: RUN/merged) and says what was done.
 
     ``dtype`` auto: the base's, or float16 where that is measured to keep more of the adapter than bfloat16.
@@ -45,77 +67,75 @@ def merge_run(
     run or ``onto`` is impossible for it, `RunError` if adapter and base do not fit together or the disk is too
     small; then nothing is written under the final name.
     """
-    run = Path(run)
-    manifest = read_manifest(run)
-    target = Path(out) if out else run / "merged"
-    base = base_folder(manifest["report"]["base"])
-    check_base(manifest, base)
+    opened = Run.open(run)
+    base = base_folder(opened.base)
+    check_base(opened, base)
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype}: one of {', '.join(get_args(Dtype))}")
+    merge = _Merge(opened, base, say)
+    target = Path(out) if out else opened.merged
     if onto is not None:
-        _check_onto(onto, manifest, base)
+        _check_onto(onto, opened, base)
         reason = "as asked for"
     else:
-        onto, reason = _only_onto(manifest, base)
+        onto, reason = _only_onto(opened, base)
     if onto is None:
-        return _merge_better(run, target, manifest, base, dtype, say)
+        return _merge_better(merge, target, dtype)
     say(f"merge onto {onto} ({reason})")
-    return {**_merge(run, target, base, onto, dtype, manifest, say), "reason": reason}
+    return merge.write(target, onto, dtype, reason)
 
 
 # ------------------------------------------------------------------ onto what
 
 
-def _only_onto(manifest: dict[str, Any], base: Path) -> tuple[Onto | None, str]:
+def _only_onto(run: Run, base: Path) -> tuple[Onto | None, str]:
     """(onto, reason), or (None, "") when there is a choice and measuring it is cheap."""
     if _is_4bit_checkpoint(base):
         return "nf4-dequantized", "the base exists in 4 bits only"
-    if not manifest["report"]["quantized_modules"]:
+    if not run.quantized_modules:
         return "bf16", "the adapter was trained on 16-bit weights"
     if sum(file.stat().st_size for file in base.glob("*.safetensors")) > MEASURED_BELOW:
         return "nf4-dequantized", "the adapter was trained on it; measuring both would need two copies of a large model"
     return None, ""
 
 
-def _merge_better(
-    run: Path, target: Path, manifest: dict[str, Any], base: Path, dtype: Dtype, say: Say
-) -> dict[str, Any]:
+def _merge_better(merge: _Merge, target: Path, dtype: Dtype) -> MergeResult:
     """Merges onto both, measures both against the adapter, keeps the closer one; in f16 if bf16 is too coarse."""
     from qlora_sft.export.parity import quick_difference
 
     scratch = target.with_name(f".{target.name}.measured-{os.getpid()}")
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, MergeResult] = {}
     measured: dict[str, float] = {}
     try:
-        with quick_difference(run) as difference:
+        with quick_difference(merge.run.path) as difference:
 
             def attempt(name: str, onto: Onto, dtype: Dtype) -> None:
-                results[name] = _merge(run, scratch / name, base, onto, dtype, manifest, say)
+                results[name] = merge.write(scratch / name, onto, dtype, "")
                 measured[name] = difference(scratch / name)
 
             for onto in get_args(Onto):
                 attempt(onto, onto, dtype)
             best = min(measured, key=lambda name: measured[name])
-            if dtype == "auto" and measured[best] > TAKE_FLOAT16 and results[best]["dtype"] == "bfloat16":
-                attempt(f"{best} in float16", results[best]["onto"], "f16")
+            if dtype == "auto" and measured[best] > TAKE_FLOAT16 and results[best].dtype == "bfloat16":
+                attempt(f"{best} in float16", results[best].onto, "f16")
                 best = min(measured, key=lambda name: measured[name])
         reason = "mean KL from the adapter, measured: " + ", ".join(f"{o} {kl:.1e}" for o, kl in measured.items())
-        say(f"merge onto {best} ({reason})")
+        merge.say(f"merge onto {best} ({reason})")
         with written_folder(target) as beside:
             beside.rmdir()
             os.replace(scratch / best, beside)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {**results[best], "merged": str(target), "reason": reason}
+    return replace(results[best], merged=str(target), reason=reason)
 
 
-def _check_onto(onto: str, manifest: dict[str, Any], base: Path) -> None:
+def _check_onto(onto: str, run: Run, base: Path) -> None:
     if onto not in get_args(Onto):
         raise ConfigError(f"--onto {onto}: one of {', '.join(get_args(Onto))}")
     packed = _is_4bit_checkpoint(base)
     if onto == "bf16" and packed:
         raise ConfigError(f"--onto bf16: {base} has its weights in 4 bits only; use --onto nf4-dequantized")
-    if onto == "nf4-dequantized" and not packed and not manifest["report"]["quantized_modules"]:
+    if onto == "nf4-dequantized" and not packed and not run.quantized_modules:
         raise ConfigError("--onto nf4-dequantized: this adapter was trained on 16-bit weights; use --onto bf16")
 
 
@@ -123,10 +143,9 @@ def _is_4bit_checkpoint(base: Path) -> bool:
     return bool(_read_config(base).get("quantization_config", {}).get("load_in_4bit"))
 
 
-def trained_config(manifest: dict[str, Any], base: Path) -> dict[str, Any]:
+def trained_config(run: Run, base: Path) -> dict[str, Any]:
     """The base's config.json with the positions it was trained with."""
-    rope = manifest["config"]["model"].get("rope_scaling")
-    return with_rope_scaling(_read_config(base), RopeScaling(**rope) if rope else None)
+    return with_rope_scaling(_read_config(base), run.model.rope_scaling)
 
 
 def _read_config(base: Path) -> dict[str, Any]:
@@ -140,52 +159,58 @@ def _read_config(base: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ the merge itself
 
 
-def _merge(
-    run: Path, target: Path, base: Path, onto: Onto, dtype: Dtype, manifest: dict[str, Any], say: Say
-) -> dict[str, Any]:
-    import torch
+@dataclass(frozen=True)
+class _Merge:
+    """A run and its base, which may be merged in several ways."""
 
-    from qlora_sft.export.adapter import read_adapter
-    from qlora_sft.export.merge_plan import plan_merge
-    from qlora_sft.export.tensors import read_model, write_index, write_shard
+    run: Run
+    base: Path
+    say: Say
 
-    config = trained_config(manifest, base)
-    through_nf4 = set(manifest["report"]["quantized_modules"]) if onto == "nf4-dequantized" else set()
-    changes = read_adapter(run / "adapter")
-    if not any(_does_something(change) for change in changes.values()):
-        raise RunError(f"{run / 'adapter'}: every update is zero, the merged model would be the base; was it trained?")
-    wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-    plan = plan_merge(read_model(base), config, changes, through_nf4, wanted, str(run / "adapter"))
-    for note in plan.notes:
-        say(note)
-    _check_disk(target, plan.nbytes)
-    _remove_leftovers(target)
-    with written_folder(target) as beside:
-        shards = plan.shards()
-        for file, tensors in shards.items():
-            write_shard(beside / file, tensors)
-        write_index(beside, dict(shards))
-        _write_configs(base, beside, _with_dtype({**config, **plan.config}, plan.dtype), run / "adapter", say)
-        _verify(beside, plan.tensors)
-    facts = {"onto": onto, "dtype": plan.dtype, "modules": len(plan.modules), "bytes": plan.nbytes}
-    return {"merged": str(target), **facts}
+    def write(self, target: Path, onto: Onto, dtype: Dtype, reason: str) -> MergeResult:
+        """Writes the merged model to ``target``, tensor by tensor, and reads back what was written."""
+        import torch
+
+        from qlora_sft.export.adapter import read_adapter
+        from qlora_sft.export.merge_plan import plan_merge
+        from qlora_sft.export.tensors import read_model, write_index, write_shard
+
+        adapter, base, say = self.run.adapter, self.base, self.say
+        config = trained_config(self.run, base)
+        through_nf4 = set(self.run.quantized_modules) if onto == "nf4-dequantized" else set()
+        changes = read_adapter(adapter)
+        if not any(_does_something(change) for change in changes.values()):
+            raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
+        wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
+        plan = plan_merge(read_model(base), config, changes, through_nf4, wanted, str(adapter))
+        for note in plan.notes:
+            say(note)
+        _check_disk(target, plan.nbytes)
+        _remove_leftovers(target)
+        with written_folder(target) as beside:
+            shards = plan.shards()
+            for file, tensors in shards.items():
+                write_shard(beside / file, tensors)
+            write_index(beside, dict(shards))
+            _write_configs(base, beside, _with_dtype({**config, **plan.config}, plan.dtype), adapter, say)
+            _verify(beside, plan.tensors)
+        return MergeResult(str(target), onto, plan.dtype, len(plan.modules), plan.nbytes, reason)
 
 
-def write_trained_base(run: Path, target: Path) -> None:
+def write_trained_base(run: Run, target: Path) -> None:
     """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
     from qlora_sft.export.merge_plan import plan_merge
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
-    manifest = read_manifest(run)
-    base = base_folder(manifest["report"]["base"])
-    config = trained_config(manifest, base)
-    plan = plan_merge(read_model(base), config, {}, set(manifest["report"]["quantized_modules"]), None, str(base))
+    base = base_folder(run.base)
+    config = trained_config(run, base)
+    plan = plan_merge(read_model(base), config, {}, set(run.quantized_modules), None, str(base))
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:
         for file, tensors in plan.shards().items():
             write_shard(beside / file, tensors)
         write_index(beside, dict(plan.shards()))
-        _write_configs(base, beside, _with_dtype(config, plan.dtype), run / "adapter", lambda _: None)
+        _write_configs(base, beside, _with_dtype(config, plan.dtype), run.adapter, lambda _: None)
 
 
 def _does_something(change: Any) -> bool:

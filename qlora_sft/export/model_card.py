@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import RunReport
 
 UNKNOWN = "not measured"
 # What `model.path: demo` stands for.
@@ -17,35 +17,34 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
     """The card's text. ``what``: adapter, merged or gguf; ``ggufs``: names of the GGUF files that go up."""
-    manifest = read_manifest(run)
-    exported = run / "export.json"
-    parity = json.loads(exported.read_text(encoding="utf-8")).get("parity", {}) if exported.is_file() else {}
-    base, licence = base_name(manifest), base_licence(manifest)
+    opened = Run.open(run)
+    parity = opened.exports.get("parity", {})
+    base, licence = base_name(opened), base_licence(opened)
     parts = [
         _front_matter(base, licence, what),
-        f"# {repo.split('/')[-1]}\n\n{_about(manifest, base, licence)}",
-        "## Results on held-out data\n\n" + _results(manifest["report"]),
-        "## Training data\n\n" + _data(manifest),
-        "## Training\n\n" + _training(manifest),
+        f"# {repo.split('/')[-1]}\n\n{_about(opened, base, licence)}",
+        "## Results on held-out data\n\n" + _results(opened.report),
+        "## Training data\n\n" + _data(opened),
+        "## Training\n\n" + _training(opened),
         *(["## Exports against the trained model\n\n" + _parity(parity)] if parity else []),
         "## How to run it\n\n" + _usage(repo, what, base, ggufs),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def base_name(manifest: dict[str, Any]) -> str:
+def base_name(run: Run) -> str:
     """Hub id of the base, or the name of the folder it was in."""
-    if manifest["config"]["model"]["path"] == "demo":
+    if run.model.path == "demo":
         return DEMO[0]
-    base = str(manifest["report"]["base"])
-    return Path(base).name if Path(base).expanduser().is_absolute() or Path(base).is_dir() else base
+    base = Path(run.base)
+    return base.name if base.expanduser().is_absolute() or base.is_dir() else run.base
 
 
-def base_licence(manifest: dict[str, Any]) -> str | None:
+def base_licence(run: Run) -> str | None:
     """As the front matter of the base's own card says, if the base is a folder that has one."""
-    if manifest["config"]["model"]["path"] == "demo":
+    if run.model.path == "demo":
         return DEMO[1]
-    card = Path(manifest["report"]["base"]) / "README.md"
+    card = Path(run.base) / "README.md"
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.S)
@@ -64,54 +63,51 @@ def _front_matter(base: str, licence: str | None, what: str) -> str:
     return "---\n" + "\n".join(lines) + "\n---"
 
 
-def _about(manifest: dict[str, Any], base: str, licence: str | None) -> str:
-    model, lora = manifest["config"]["model"], manifest["config"]["lora"]
-    kind = "NF4 (4-bit) weights" if model["load_in_4bit"] else "16-bit weights"
+def _about(run: Run, base: str, licence: str | None) -> str:
+    lora = run.config.lora
+    kind = "NF4 (4-bit) weights" if run.model.load_in_4bit else "16-bit weights"
     of_base = f"Licence of the base: {licence}." if licence else "Licence: that of the base model; see there."
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
     return (
-        f"{link}, fine-tuned with LoRA (rank {lora['r']}, alpha {lora['alpha']}) on {kind} by "
-        f"qlora_sft {manifest['versions'].get('qlora-sft', '')}.\n\n{of_base}"
+        f"{link}, fine-tuned with LoRA (rank {lora.r}, alpha {lora.alpha}) on {kind} by "
+        f"qlora_sft {run.versions.get('qlora-sft', '')}.\n\n{of_base}"
     )
 
 
-def _results(report: dict[str, Any]) -> str:
-    sources = list(report.get("loss") or report.get("exact_match") or {})
-    if not sources:
-        return "Not measured: the run had no held-out data."
+def _results(report: RunReport) -> str:
     rows = []
-    for name in sources:
-        loss, match = report["loss"].get(name), report["exact_match"].get(name)
-        losses = [f"{loss[when]:.3f}" for when in ("before", "after")] if loss else [UNKNOWN] * 2
-        matches = [f"{match[when]:.1%}" for when in ("before", "after")] if match else [UNKNOWN] * 2
+    for name in report.loss or report.exact_match:
+        loss, match = report.loss.get(name), report.exact_match.get(name)
+        losses = [f"{loss.before:.3f}", f"{loss.after:.3f}"] if loss else [UNKNOWN] * 2
+        matches = [f"{match.before:.1%}", f"{match.after:.1%}"] if match else [UNKNOWN] * 2
         rows.append([name, *losses, *matches])
+    if not rows:
+        return "Not measured: the run had no held-out data."
     return _table(["source", "loss before", "loss after", "exact match before", "exact match after"], rows)
 
 
-def _data(manifest: dict[str, Any]) -> str:
+def _data(run: Run) -> str:
     rows = []
-    total = sum(row["supervised"] for row in manifest["data"].values()) or 1
-    for name, row in manifest["data"].items():
+    total = sum(row["supervised"] for row in run.data.values()) or 1
+    for name, row in run.data.items():
         share = f"{row['supervised'] / total:.1%}"
         digest = f"`{row['sha256'][:16]}`" if row["sha256"] else f"Hub: {row['path']}"
         counts = [f"{row[key]:,}" for key in ("read", "kept", "tokens", "supervised")]
         rows.append([name, *counts, share, digest])
     head = ["source", "rows read", "rows kept", "tokens", "supervised tokens", "of all supervised", "sha256"]
-    mixture = manifest["config"]["data"].get("mixture")
-    return _table(head, rows) + (f"\n\nMixture: `{json.dumps(mixture)}`" if mixture else "")
+    return _table(head, rows) + f"\n\nMixture: `{json.dumps(run.config.data.mixture)}`"
 
 
-def _training(manifest: dict[str, Any]) -> str:
-    report, training = manifest["report"], manifest["config"]["training"]
-    template = manifest["config"]["model"].get("chat_template")
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+def _training(run: Run) -> str:
+    report, config, template = run.report, run.config, run.model.chat_template
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [
-        f"{report['steps']:,} steps on {report['tokens']:,} tokens ({report['supervised_tokens']:,} supervised)",
-        f"loss {report['train_loss']['first']:.3f} -> {report['train_loss']['last']:.3f}",
-        f"learning rate {training['learning_rate']:g}, {report['optimizer']}",
-        f"rows of up to {manifest['config']['data']['max_length']:,} tokens",
+        f"{report.steps:,} steps on {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)",
+        f"loss {report.train_loss.first:.3f} -> {report.train_loss.last:.3f}",
+        f"learning rate {config.training.learning_rate:g}, {report.optimizer}",
+        f"rows of up to {config.data.max_length:,} tokens",
         f"chat template: {Path(template).name if template else 'the one of the base'}; it is in the files here",
-        f"seed {manifest['config']['seed']}; {versions}",
+        f"seed {config.seed}; {versions}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

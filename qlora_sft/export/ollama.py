@@ -13,7 +13,8 @@ from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.go_template import go_template, writes_bos
 from qlora_sft.export.trained import Trained, as_ollama_has_it
-from qlora_sft.manifest import read_manifest
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
 
 # A conversation needs room even if every trained row was short; Ollama's own default has been this for years.
@@ -35,10 +36,19 @@ class Subject:
     base: Path | None = None
 
 
+@dataclass(frozen=True)
+class Modelfile(Report):
+    """The file that registers a GGUF with Ollama."""
+
+    modelfile: str
+    template: str | None
+    """The shipped Go template in it; None if the trained template has no Go form."""
+
+
 def write_modelfile(
     run: Path, subject: Subject, trained: Trained, system: str | None = None, say: Say = tell
-) -> dict[str, Any]:
-    """Writes GGUF's name with ``.Modelfile`` beside it; returns {"modelfile", "template": name or None}.
+) -> Modelfile:
+    """Writes GGUF's name with ``.Modelfile`` beside it.
 
     ``trained``: what the run's data says. ``system``: the SYSTEM text; None takes the training data's if all of it has
     one and the same, ``""`` none.
@@ -69,7 +79,7 @@ def write_modelfile(
     with written_file(target) as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     say(f"Ollama: ollama create {subject.gguf.stem} -f {target}")
-    return {"modelfile": str(target), "template": form.name if form else None}
+    return Modelfile(str(target), form.name if form else None)
 
 
 def _about(trained: Trained) -> str:
@@ -117,19 +127,15 @@ def _system(wanted: str | None, trained: Trained) -> list[str]:
 
 def _stops(run: Path, tokenizer: Any) -> list[str]:
     """Every token at which the model stops, as text."""
-    from qlora_sft.config import load_config
-    from qlora_sft.model.tokenizer import stop_ids
+    from qlora_sft.model.load import saved_stops
 
-    config = load_config(run / "config.yaml").model
-    ids = stop_ids(config, read_manifest(run)["report"]["base"], tokenizer)
+    ids = saved_stops(run, tokenizer)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
 
 
 def _parameters(run: Path, subject: Subject, say: Say) -> dict[str, Any]:
     """num_ctx and what the base's generation config says of sampling."""
-    from qlora_sft.config import load_config
-
-    trained = load_config(run / "config.yaml").data.max_length
+    trained = Run.open(run).config.data.max_length
     model = _read_json(subject.folder / "config.json").get("max_position_embeddings") or trained
     context = min(model, max(trained, LEAST_CONTEXT))
     say(f"Ollama: num_ctx {context:,} (rows of up to {trained:,} tokens were trained, the model has {model:,})")

@@ -5,26 +5,28 @@ Adapter -> merged -> GGUF: each is compared with the one it was made from. A run
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlora_sft.atomic import write_json
 from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
 from qlora_sft.export.text_parity import compare_texts
+from qlora_sft.run.folder import Run
+from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
 
 QUICK_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Report):
     """top1: share of tokens with the same likeliest next token; kl: mean KL divergence per token, in nats, of the
     other from the reference; max_diff: largest difference of any logit; tokens: how many were compared."""
 
@@ -100,7 +102,7 @@ def check_parity(
     form: str = "",
     lora: Path | None = None,
     say: Say = tell,
-) -> dict[str, Any]:
+) -> dict[str, Figures]:
     """Measures adapter -> merged and, if given, merged -> ``gguf``, prints both, keeps them in ``run``/export.json.
 
     ``form`` is the GGUF's format. With ``lora``, ``gguf`` is the base's and its counterpart the adapter. Adapter ->
@@ -131,34 +133,29 @@ def check_parity(
             found[form] = compare(reference, theirs)
             faults += _judge(form, found[form], "merged" if merged is not None else "adapter", probe.own_words, say)
             faults += compare_texts(texts, ids, tokenizer)
-    result = {name: asdict(figures) for name, figures in found.items()}
-    record(run, {"parity": result})
+    record(run, {"parity": {name: figures.to_json() for name, figures in found.items()}})
     if merged == run / "merged" and "merged" in found:
         record(run, {"merged_written": (merged / "config.json").stat().st_mtime})
     if faults:
         raise RunError("the export is not the model that was trained:\n" + "\n".join(faults) + "\nNothing was deleted.")
-    return result
+    return found
 
 
 def _measured_since(run: Path, merged: Path) -> bool:
     """Whether export.json has the merged model's figures, taken after it was last written."""
-    file = run / "export.json"
-    if merged != run / "merged" or not file.is_file():
+    if merged != run / "merged":
         return False
-    content = json.loads(file.read_text(encoding="utf-8"))
+    known = Run.open(run).exports
     written = (merged / "config.json").stat().st_mtime
-    return "merged" in content.get("parity", {}) and content.get("merged_written") == written
+    return "merged" in known.get("parity", {}) and known.get("merged_written") == written
 
 
 def record(run: Path, facts: dict[str, Any]) -> None:
     """Adds ``facts`` to ``run``/export.json; dictionaries in it are extended, not replaced."""
-    from qlora_sft.manifest import write_json
-
-    file = run / "export.json"
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content = Run.open(run).exports
     for key, value in facts.items():
         content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
-    write_json(file, content)
+    write_json(run / "export.json", content)
 
 
 def _texts(probe: Probe, tokenizer: Any) -> list[str]:

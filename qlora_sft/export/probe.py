@@ -9,8 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.manifest import read_manifest
-
 TOKENS = 2048
 # Held-out tokens from which on no others are needed.
 ENOUGH = 256
@@ -49,7 +47,7 @@ class Probe:
 
 def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
     """At least ``tokens`` positions if there are as many: held-out rows of the run, its samples, or a fixed text."""
-    held_out, why = _held_out(run, tokenizer)
+    held_out, why = _held_out(run)
     fixed = [_whole(tokenizer.encode(text, add_special_tokens=False)) for text in FIXED_TEXT]
     if sum(len(positions) for _, positions in held_out) >= ENOUGH:
         return replace(_first(held_out, tokens, "supervised tokens of the run's held-out rows"), own_words=True)
@@ -67,22 +65,17 @@ def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
     return ids, list(range(len(ids)))
 
 
-def _held_out(run: Path, tokenizer: Any) -> tuple[list[tuple[list[int], list[int]]], str]:
+def _held_out(run: Path) -> tuple[list[tuple[list[int], list[int]]], str]:
     """(ids, positions) of the held-out rows, sources in turn; or none and why."""
-    from qlora_sft.config import load_config
-    from qlora_sft.data.prepare import render_sources
-    from qlora_sft.data.sources import read_sources
-    from qlora_sft.data.template import chat_format
     from qlora_sft.errors import QloraSftError, first_line
-    from qlora_sft.model.tokenizer import stop_ids
+    from qlora_sft.run.folder import Run
+    from qlora_sft.run_data import saved_text
 
     try:
-        config = load_config(run / "config.yaml")
+        config = Run.open(run).config
         if not config.data.held_out:
             return [], "the run has no held-out data"
-        base = read_manifest(run)["report"]["base"]
-        style = chat_format(tokenizer, stop_ids(config.model, base, tokenizer))
-        prepared = render_sources(read_sources(config.data.held_out, config.seed), config.data, tokenizer, style)
+        prepared = saved_text(run).render(config, config.data.held_out)
     except (QloraSftError, OSError) as error:
         return [], f"the held-out data cannot be read: {first_line(error)}"
     by_source = [

@@ -6,20 +6,24 @@ argument that transformers passes down to every attention function, so the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from itertools import pairwise
+from functools import cache, partial
+from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
 from qlora_sft.model.base import base_of
 
 NAME = "qlora_documents"
+# The same, one call of sdpa per document where a GPU could take all at once: faster where documents are long.
+NAME_ONE_BY_ONE = "qlora_documents_one_by_one"
+Way = Literal["varlen", "sdpa"]
 # What layers may ask for: the rest (chunks, recurrence) comes to no attention function as an argument.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -37,6 +41,7 @@ def document_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    one_by_one: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, d], key and value [1, Hkv, T, d], bounds int32 [D + 1] -> [1, T, H, d].
@@ -57,6 +62,8 @@ def document_attention(
     path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
     if path in ("varlen", "flex") and dropout:
         raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")
+    if path == "varlen" and one_by_one and window is None:
+        return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, None, shares_keys=True), None
     if path == "varlen":
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     if path == "sdpa":
@@ -91,26 +98,35 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float, window: int | None
-) -> Tensor:
-    """One call per document. On a CPU twice as fast as one call with a block-diagonal mask (2,048 tokens in 8
-    documents: 5.2 s against 11.1 s for forward and backward of the whole model)."""
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float,
+    window: int | None, shares_keys: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attends with one call per document. On a CPU that is twice as fast as one call with a block-diagonal mask (2,048
+    tokens in 8 documents: 5.2 s against 11.1 s for forward and backward of the whole model).
+
+    shares_keys: torch's fast kernels take keys of fewer heads on this GPU and in this type.
+    """
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:
+    if grouped and query.is_cuda and not shares_keys:
         # Where there is no FlashAttention, torch shares keys only in its plain kernel, which forms all T x T weights.
         times = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
-    edges = bounds.tolist()
+    # Split, not cut out one by one: the gradient of a slice is as large as the whole, so many documents would cost the
+    # square of their number.
+    lengths = lengths_of(bounds)
     outputs = []
-    for a, b in pairwise(edges):
-        band = in_band(b - a, window, query.device) if window is not None and window < b - a else None
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        length = q.shape[2]
+        band = in_band(length, window, query.device) if window is not None and window < length else None
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-                attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped,
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
             )
-        )  # fmt: skip
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        )
+    if len(outputs) == 1:
+        return outputs[0].transpose(1, 2)
+    # Joined in the order in which the next layer reads them, which saves it a copy.
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
 def _varlen(
@@ -119,14 +135,32 @@ def _varlen(
     """torch's own variable-length FlashAttention: one launch, no mask, no host synchronisation."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
+    # Before torch 2.13 there is no such argument: keys and values with fewer heads are shared unasked.
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     # So many tokens to the left of itself (-1: any number), none to the right.
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=grouped
-    )  # fmt: skip
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     return cast(Tensor, out).unsqueeze(0)
+
+
+# All layers of a forward, and of its recomputation, come with the same tensor of bounds.
+_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remember_lengths(bounds: Tensor, lengths: Sequence[int]) -> None:
+    """Tells attention the lengths of the documents that ``bounds`` separates, so that it need not ask the GPU."""
+    _lengths[bounds] = list(lengths)
+
+
+def lengths_of(bounds: Tensor) -> list[int]:
+    """Returns the tokens of every document: what was remembered, or what the device says, for which the host waits."""
+    if bounds not in _lengths:
+        _lengths[bounds] = (bounds[1:] - bounds[:-1]).tolist()
+    found: list[int] = _lengths[bounds]
+    return found
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -134,25 +168,32 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def use_document_attention(model: Any) -> str:
+def use_document_attention(model: Any, way: Way = "varlen") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
+
+    way: for a GPU that could do either. varlen takes all documents in one call; sdpa one by one, with the fastest of
+    torch's kernels, which pays where documents are long.
 
     Raises ValueError if the model does not follow the switch, or has layers that attend in a way of their own.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, document_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionInterface.register(NAME_ONE_BY_ONE, partial(document_attention, one_by_one=True))
+    name = NAME if way == "varlen" else NAME_ONE_BY_ONE
+    AttentionMaskInterface.register(name, _no_mask)
     base = base_of(model)
-    base.set_attn_implementation(NAME)
+    base.set_attn_implementation(name)
     config = base.config.get_text_config()
-    if base.config._attn_implementation != NAME or config._attn_implementation != NAME:
+    if base.config._attn_implementation != name or config._attn_implementation != name:
         raise ValueError(f"{type(base).__name__} keeps its own attention, so packed documents would see each other")
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if unknown:
         raise ValueError(f"{type(base).__name__} has layers of type {', '.join(unknown)}, which cannot be packed here")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     path = choose_path(base.device, base.dtype, head_size, _capped(base))
+    if path.name == "varlen" and way == "sdpa":
+        return "sdpa (one call per document)"
     return f"{path.name} ({path.reason})"
 
 

@@ -11,12 +11,18 @@ Both take a sliding window. Formulas, for the logits ``l = scaling * q k^T`` of 
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+# Positions that FlexAttention's kernel takes or skips together.
+BLOCK = 128
+# Compilations of FlexAttention before torch gives up, by default 8: layers with and without a window, gradients on and
+# off, two lengths each until torch makes them variables, and every such model of the process.
+VARIANTS = 64
 
 
 def in_band(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -32,16 +38,18 @@ def plain_documents(
     """query [1, H, T, d], key and value [1, Hkv, T, d], sinks [H] -> [1, T, H, d]. Memory: the square of a document."""
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths = (bounds[1:] - bounds[:-1]).tolist()
     outputs = []
-    for a, b in pairwise(bounds.tolist()):
-        k, v = (x[:, :, a:b].repeat_interleave(groups, dim=1) for x in (key, value))
-        logits = query[:, :, a:b] @ k.transpose(2, 3) * scale
+    for q, *shared in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        length = q.shape[2]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in shared)
+        logits = q @ k.transpose(2, 3) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~in_band(b - a, window, query.device), -torch.inf)
+        logits = logits.masked_fill(~in_band(length, window, query.device), -torch.inf)
         if sinks is not None:
-            logits = torch.cat([logits, sinks.to(logits).view(1, -1, 1, 1).expand(1, -1, b - a, 1)], dim=-1)
-        shares = torch.softmax(logits, dim=-1, dtype=torch.float32)[..., : b - a].to(query.dtype)
+            logits = torch.cat([logits, sinks.to(logits).view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
+        shares = torch.softmax(logits, dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
         outputs.append(torch.dropout(shares, dropout, train=dropout > 0) @ v)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -50,30 +58,82 @@ def flex_documents(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
     window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The same, blocks of other documents are skipped. Untested on a GPU; on a CPU it runs uncompiled, for tests."""
+    """Computes the same in one kernel, which skips the blocks of other documents. On a CPU it runs uncompiled."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    def cap(score: Tensor, *_: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    out, aux = _flex(query.is_cuda)(
+    length = query.shape[2]
+    whole = whole_blocks(length)
+    # Filled up with a document of its own: a length that is no multiple of a block, or only one block, would each be
+    # compiled separately.
+    query, key, value = (F.pad(x, (0, 0, 0, whole - length)) for x in (query, key, value))
+    attend = compiled_flex if query.is_cuda else plain_flex
+    out, aux = attend()(
         query, key, value,
-        score_mod=None if softcap is None else cap,
-        block_mask=_block_mask(bounds, query.shape[2], window),
+        score_mod=None if softcap is None else cap_of(softcap),
+        block_mask=_block_mask(bounds, whole, window),
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=sinks is not None),
     )  # fmt: skip
     if sinks is not None:
         out = out * torch.sigmoid(aux.lse - sinks.view(1, -1, 1))[..., None].to(out.dtype)
-    transposed: Tensor = out.transpose(1, 2)
+    transposed: Tensor = out[:, :, :length].transpose(1, 2)
     return transposed
 
 
-@cache
-def _flex(compiled: bool) -> Any:
+def whole_blocks(length: int) -> int:
+    """Returns the length in whole blocks of FlexAttention, at least two."""
+    return max(2, -(-length // BLOCK)) * BLOCK
+
+
+def plain_flex() -> Any:
+    """Returns FlexAttention as it is, which forms all logits."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Rows differ in length from step to step; without `dynamic` each would be compiled anew.
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return flex_attention
+
+
+@cache
+def compiled_flex(backend: Any = "inductor") -> Any:
+    """Returns FlexAttention compiled by ``backend``. At the second length torch makes it a variable.
+
+    fullgraph: what cannot be compiled is an error; run eagerly it would take the square of the sequence.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, fullgraph=True, backend=backend)
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            return compiled(*args, **kwargs)
+
+    return attend
+
+
+# The compiler turns a Python number that a function refers to into a variable as soon as it sees a second value, and
+# FlexAttention's kernel takes no variable float. A string stays what it is, so the number is read from one.
+
+
+@cache
+def cap_of(softcap: float) -> Any:
+    """Returns the function that caps one logit, with ``softcap`` as a constant of the compiled kernel."""
+    text = repr(float(softcap))
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        value = float(text)
+        return value * torch.tanh(score / value)
+
+    return cap
+
+
+def visible_in(document: Tensor, window: int | None) -> Any:
+    """Returns the function that says whether position i attends to j: in one document, before it, within the window."""
+    if window is None:
+        return lambda _b, _h, i, j: (document[i] == document[j]) & (j <= i)
+    text = str(window)
+
+    def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (document[i] == document[j]) & (j <= i) & (i - j < int(text))
+
+    return visible
 
 
 # All layers of a forward (and of its recomputation) come with the same tensor of bounds.
@@ -87,9 +147,7 @@ def _block_mask(bounds: Tensor, length: int, window: int | None) -> Any:
     if window not in made:
         document = torch.searchsorted(bounds[1:].contiguous(), torch.arange(length, device=bounds.device), right=True)
 
-        def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            inside = (document[i] == document[j]) & (j <= i)
-            return inside if window is None else inside & (i - j < window)
-
-        made[window] = create_block_mask(visible, None, None, length, length, device=str(bounds.device))
+        made[window] = create_block_mask(
+            visible_in(document, window), None, None, length, length, device=str(bounds.device)
+        )
     return made[window]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.model.attention import use_document_attention
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import base_of, has_unsloths_forward
 from qlora_sft.say import Say
 
 LENGTHS = (11, 1, 23)
@@ -28,7 +28,9 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
     base = base_of(model)
     try:
         choice = use_document_attention(model)
-        say(f"attention: {'as Unsloth does it (documents begin where positions do)' if _unsloths(base) else choice}")
+        if has_unsloths_forward(base):
+            choice = "as Unsloth does it (documents begin where positions do)"
+        say(f"attention: {choice}")
         difference = packed_against_separate(model, dtype)
     except (ValueError, NotImplementedError) as error:
         raise RunError(f"{type(base).__name__}: {error}. {_cure(base)}") from None
@@ -73,12 +75,7 @@ def _difference(packed: Tensor, alone: Tensor) -> float:
     return float((packed - alone).norm() / alone.norm())
 
 
-def _unsloths(base: Any) -> bool:
-    """Whether Unsloth's own forward, which it has on a GPU, calls no attention function of transformers'."""
-    return "unsloth" in getattr(base.get_decoder().forward, "__module__", "")
-
-
 def _cure(base: Any) -> str:
-    if _unsloths(base):
+    if has_unsloths_forward(base):
         return "Set model.backend=transformers: this may be Unsloth's version of the model."
     return "Rows hold several documents here, so this model cannot be trained; take one whose layers only attend."

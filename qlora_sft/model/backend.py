@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import sys
 from typing import Any, Literal, NamedTuple
 
+from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError
 
 Name = Literal["unsloth", "transformers"]
@@ -46,6 +48,8 @@ def _import_unsloth() -> str | None:
     if early and "unsloth" not in sys.modules:
         return f"{early[0]} was imported before it, so its patches would be incomplete; choose the backend first"
     try:
+        # It writes the code that it generates into the current folder unless it is told another place.
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir("unsloth")))
         # Its banner goes to stdout, which belongs to --json.
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("unsloth")

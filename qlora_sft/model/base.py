@@ -14,3 +14,8 @@ def base_of(model: Any) -> Any:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     return list(base_of(model).get_decoder().layers)
+
+
+def has_unsloths_forward(base: Any) -> bool:
+    """Returns whether Unsloth's own forward runs the layers, as on a GPU. It calls no function of transformers'."""
+    return "unsloth" in getattr(base.get_decoder().forward, "__module__", "")

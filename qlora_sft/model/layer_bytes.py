@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -33,10 +34,10 @@ def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
         return _at(layer, model, tokens, dtype, SHORT)
     before = mlp.recompute
     try:
+        # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _at(layer, model, tokens, dtype, SHORT)
+        kept = _at(layer, model, tokens, dtype, mlp.tile)
         set_recompute(layer, True, tokens)
-        # Up to one tile the MLP takes more with every token, beyond it no more.
         again = _at(layer, model, tokens, dtype, mlp.tile)
     finally:
         mlp.recompute = before
@@ -75,7 +76,7 @@ class _Captured(Exception):
 
 
 def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model gives to ``layer`` for one document of ``tokens``: each family has keywords of its own."""
+    """What the model gives to ``layer`` for two documents of ``tokens``: each family has keywords of its own."""
     call: list[Any] = []
 
     def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,21 +86,25 @@ def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...]
     hook = layer.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         with torch.no_grad(), contextlib.suppress(_Captured):
-            last_hidden_states(model, _document(model, tokens))
+            last_hidden_states(model, _documents(model, tokens))
     finally:
         hook.remove()
     return call[0], call[1]
 
 
-def _document(model: Any, tokens: int) -> Batch:
+def _documents(model: Any, tokens: int) -> Batch:
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
+    # Two of them, because the results of several are joined where each is attended to alone.
+    lengths = (tokens - tokens // 2, tokens // 2) if tokens > 1 else (1,)
+    edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=model.device)
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
     return Batch(
         input_ids=(torch.arange(tokens) % vocabulary).to(model.device)[None],
-        position_ids=torch.arange(tokens, device=model.device)[None],
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=model.device),
+        position_ids=positions[None],
+        cu_seqlens=edges,
         rows=none, targets=none, row_weights=none.float(), row_documents=none,
-        n_supervised=0, weight_sum=0.0, longest=tokens,
+        n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from qlora_kernels.cpu import bfloat16_products
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.manifest import read_manifest
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import resolve_base as resolve_base
@@ -20,6 +19,7 @@ from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
+from qlora_sft.run.folder import Run, is_run
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -128,17 +128,14 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return dict(parameters)
 
 
-def load_trained_base(run: Path) -> Any:
+def load_trained_base(path: Path) -> Any:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
-    manifest = read_manifest(run)
-    settings = manifest["config"]["model"]
-    # Trained in, which "auto" need not mean on this machine.
-    dtype, _ = compute_dtype(manifest["report"].get("dtype") or settings["dtype"])
-    rope = RopeScaling(**settings["rope_scaling"]) if settings.get("rope_scaling") else None
-    base = load_base(manifest["report"]["base"], dtype, settings["load_in_4bit"], rope)
+    run = Run.open(path)
+    dtype, _ = compute_dtype(run.dtype)
+    base = load_base(run.base, dtype, run.model.load_in_4bit, run.model.rope_scaling)
     # The adapter has its own; without it the base is asked as it was before training, not with rows drawn at random.
-    grow(base, trained_rows(run / "adapter"), initialise=True)
-    if settings.get("head_in_4bit"):
+    grow(base, trained_rows(run.adapter), initialise=True)
+    if run.model.head_in_4bit:
         quantize_head(base, dtype)
     disable_inference_repacking(base)
     return base
@@ -146,7 +143,7 @@ def load_trained_base(run: Path) -> Any:
 
 def load_for_inference(path: Path) -> Any:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
-    if not (path / "adapter").is_dir():
+    if not is_run(path):
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -159,12 +156,10 @@ def load_for_inference(path: Path) -> Any:
 
 def saved_stops(path: Path, tokenizer: Any) -> set[int]:
     """Tokens at which the model of a run, or in a folder, stops."""
-    if not (path / "adapter").is_dir():
+    if not is_run(path):
         return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
-    manifest = read_manifest(path)
-    settings = manifest["config"]["model"]
-    chat = ModelConfig("", chat_template=settings.get("chat_template"), stop_tokens=settings.get("stop_tokens") or [])
-    return stop_ids(chat, manifest["report"]["base"], tokenizer)
+    run = Run.open(path)
+    return stop_ids(run.model, run.base, tokenizer)
 
 
 def quantized_modules(model: Any) -> list[str]:

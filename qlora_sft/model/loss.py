@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
 from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
+from qlora_kernels.packed_ce.backend import Path
 from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
+PathName = Literal["torch", "triton"]
 # Where the choice is kept: on the model, like its attention.
 PATH = "_packed_ce_path"
 
@@ -22,17 +26,29 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
     Raises ConfigError when ``triton`` is demanded where it cannot run.
     """
     base = base_of(model)
-    try:
-        path = choose_path(requested, base.device)
-    except ValueError as error:
-        raise ConfigError(f"model.loss: {error}") from None
+    path = choose_loss(requested, base.device)
     setattr(base, PATH, path.name)
     return f"{path.name} ({path.reason})"
+
+
+def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> Path:
+    """Names the implementation for a model on ``device``. Raises `ConfigError` for one that cannot run there."""
+    try:
+        return choose_path(requested, device)
+    except ValueError as error:
+        raise ConfigError(f"model.loss: {error}") from None
+
+
+def path_of(model: Any) -> PathName | None:
+    """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
+    path: PathName | None = getattr(base_of(model), PATH, None)
+    return path
 
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
     base = base_of(model)
+    remember_lengths(batch["cu_seqlens"], batch["lengths"])
     output = base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -59,7 +75,7 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
         n_items=n_items,
         row_weights=batch["row_weights"],
         bias=getattr(head, "bias", None),
-        path=getattr(base, PATH, "auto"),
+        path=path_of(base) or "auto",
         **logit_transform(base.config),
     )
 

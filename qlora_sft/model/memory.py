@@ -19,15 +19,19 @@ from qlora_kernels.offload import (
     layer_functions,
     peak_bytes,
 )  # fmt: skip
+from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
+from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
-from qlora_sft.model.loss_bytes import between_bytes
+from qlora_sft.model.loss import path_of
+from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.room import Room, device_room, host_room
+from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
 
@@ -38,9 +42,13 @@ class Memory:
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
-        self.report: dict[str, Any] = {}
-        """For the manifest: tiers, bytes, reason."""
+        self.choice: Choice | None = None
+        """What is in force."""
         self.slab: HostSlab | None = None
+        self.resident: dict[str, int] = {}
+        """What the device held when training began; empty on a CPU."""
+        self.measured: dict[str, int] | None = None
+        """Most that torch had allocated and reserved during the training, on a GPU."""
 
     def use(self, choice: Choice) -> None:
         """Installs the tiers, and says so."""
@@ -53,31 +61,61 @@ class Memory:
             f"memory: of {len(choice.tiers)} layers {describe(choice.tiers)} ({choice.reason}); "
             f"activations of {self.tokens:,} tokens take {gib(choice.gpu_bytes)} on the {where}{host}"
         )
-        self.report = {
-            "tiers": list(choice.tiers),
-            "split": describe(choice.tiers),
-            "reason": choice.reason,
-            "tokens": self.tokens,
-            "device_bytes": choice.gpu_bytes,
-            "host_bytes": choice.host_bytes,
-            "layer": asdict(self.layer),
-        }
+        self.choice = choice
+
+    @property
+    def report(self) -> MemoryReport:
+        """What the manifest says of it."""
+        choice = self.choice
+        assert choice is not None, "no tiers are installed yet"
+        return MemoryReport(
+            tiers=list(choice.tiers),
+            split=describe(choice.tiers),
+            reason=choice.reason,
+            tokens=self.tokens,
+            device_bytes=choice.gpu_bytes,
+            host_bytes=choice.host_bytes,
+            layer=asdict(self.layer),
+            between=self.between,
+            measured=self.measured,
+        )
 
     def make_room(self, why: str) -> bool:
         """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
         host = host_room(self.config).nbytes if self.model.device.type == "cuda" else 0
         choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
-        if list(choice.tiers) == self.report["tiers"]:
+        if self.choice is not None and choice.tiers == self.choice.tiers:
             return False
         self.use(choice)
         return True
 
     def __enter__(self) -> Memory:
+        for layer in decoder_layers(self.model):
+            # Unsloth switches this off for an evaluation, and on again only when it trains.
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+        self.resident = device_peak(self.model.device, begin=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.resident:
+            # Beside the plan's figures in the manifest, so that one run shows which of them falls short.
+            self.measured = {"resident": self.resident["allocated"], **device_peak(self.model.device)}
         if self.slab is not None:
             self.slab.close()
+
+
+def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
+    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``, which
+    starts anew. Empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    if begin:
+        torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "card": torch.cuda.mem_get_info(device)[1],
+    }
 
 
 def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
@@ -90,8 +128,12 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         _require_checkpointing(layers, config)
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
-    settings, lean, in_4bit = model.config.get_text_config(), has_lean_norms(model), config.model.head_in_4bit
-    between = between_bytes(settings, tokens, dtype, on_gpu, lean, in_4bit)
+    settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
+    standing = standing_bytes(settings, tokens, dtype)
+    if has_unsloths_forward(base_of(model)):
+        standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
+    layer = with_standing(layer, standing)
+    between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)
@@ -166,7 +208,11 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
         # Also where everything is kept: Unsloth switches this on again in every layer before it trains.
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-    if any(tier != "keep" for tier in tiers):
+    if not has_unsloths_forward(base):
+        # Only reentrant checkpointing needs a gradient of the embedding's result, which would be a leaf of the graph
+        # and stay on the device until the backward is over. With Unsloth's forward a step without it fails (H200).
+        base.disable_input_require_grads()
+    elif any(tier != "keep" for tier in tiers):
         base.enable_input_require_grads()
     return slab
 

@@ -42,10 +42,30 @@ def check_layers(config: Config, base: str) -> None:
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.vocabulary import new_rows
 
-    if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit:
+    demanded = config.memory.tiled_mlp == "on"
+    if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit and not demanded:
         return
     model = skeleton(read_settings(config, base))
-    target_modules(model, config.lora)
+    targets = target_modules(model, config.lora)
     if config.model.head_in_4bit:
         check_frozen_head(config.model, new_rows(config.model, base))
         check_head(model)
+    if demanded:
+        why_mlp_stays(model, targets, config)
+
+
+def why_mlp_stays(model: Any, targets: list[str], config: Config) -> str:
+    """Says why the MLPs of a model without weights would not be tiled; "" if they would be.
+
+    Goes by the rule of the run, which looks at layers with their adapters: ``model`` is given some. Raises
+    `ConfigError` where tiles are demanded and cannot be.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from qlora_sft.model.mlp import why_not_tiled
+
+    model.requires_grad_(False)
+    lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
+    with torch.device("meta"):
+        inject_adapter_in_model(lora, model)
+    return why_not_tiled(list(model.get_decoder().layers), config.memory.tiled_mlp)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.skeleton import read_settings, skeleton
+from qlora_sft.model.skeleton import read_settings, skeleton, why_mlp_stays
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 
@@ -95,6 +96,10 @@ class Blueprint:
     def head_in_4bit(self) -> bool:
         return any(linear.quantized for linear in self.linears if linear.block is None)
 
+    def head(self, dtype: torch.dtype) -> HeadShape:
+        """The output head as the loss meets it."""
+        return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
+
     def layer(self, number: int) -> list[Linear]:
         return [linear for linear in self.linears if linear.block == number]
 
@@ -144,25 +149,12 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
         ],
     )
     lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
-    return replace(blueprint, why_not_tiled=_why_not_tiled(model, blocks, targets, config), lean_norms=lean)
+    return replace(blueprint, why_not_tiled=why_mlp_stays(model, targets, config), lean_norms=lean)
 
 
 def _input_embedding(model: Any) -> int:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
-
-
-def _why_not_tiled(model: Any, blocks: Any, targets: list[str], config: Config) -> str:
-    """By the rule of the run, which looks at layers with their adapters."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from qlora_sft.model.mlp import why_not_tiled
-
-    model.requires_grad_(False)
-    lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
-    with torch.device("meta"):
-        inject_adapter_in_model(lora, model)
-    return why_not_tiled(list(blocks), config.memory.tiled_mlp)
 
 
 def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:

@@ -29,6 +29,9 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     targets = target_modules(model, config.lora)
     if config.model.load_in_4bit:
         _quantize(model.get_decoder().layers, dtype, device)
+        # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
+        # inputs to float32.
+        model.is_loaded_in_4bit = True
     _fill(model, dtype, device)
     model.tie_weights()
     if config.model.head_in_4bit:

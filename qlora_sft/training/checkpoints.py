@@ -18,6 +18,7 @@ from qlora_sft.say import Say
 
 if TYPE_CHECKING:
     from qlora_sft.data.documents import Documents
+    from qlora_sft.training.run_folder import Beginning
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
 FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
@@ -109,8 +110,9 @@ def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, A
         yield key, old, new
 
 
-def check_same(run: Path, facts: dict[str, Any]) -> None:
-    """Raises `ConfigError` where ``facts`` are not those the run began with."""
+def check_same(run: Path, beginning: Beginning) -> None:
+    """Raises `ConfigError` where ``beginning`` is not what the run began with."""
+    facts = beginning.to_json()
     begun = json.loads((run / "begun.json").read_text(encoding="utf-8"))
     problems = [cure.format(begun[key], facts[key]) for key, cure in CURES.items() if begun[key] != facts[key]]
     if problems:

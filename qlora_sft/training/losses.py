@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from qlora_sft.run.report import Course
 
 # The loss of one step may rest on a few tokens. The mean over so many no longer hangs on which tokens they were.
 ENOUGH_TOKENS = 1000
@@ -18,9 +20,8 @@ class StepLoss(NamedTuple):
     """The supervised tokens of the step."""
 
 
-def summarize_losses(steps: Sequence[StepLoss]) -> dict[str, Any]:
-    """Returns the mean loss of the ``first`` and of the ``last`` steps, over how many steps, that of the ``base`` (the
-    first step, before any update), and whether it ``rose``.
+def course(steps: Sequence[StepLoss]) -> Course:
+    """Returns the mean loss of the first and of the last steps, and whether it rose.
 
     As many steps are taken from each end as hold `ENOUGH_TOKENS` supervised tokens together, but at most half of all.
     A loss has risen if its last mean is above its first, or if it was never again as low as at the first step: a rate
@@ -29,14 +30,8 @@ def summarize_losses(steps: Sequence[StepLoss]) -> dict[str, Any]:
     first, last = _enough(steps), _enough(steps[::-1])
     means = _mean(first), _mean(last)
     never_lower = len(steps) > 2 and min(step.loss for step in steps[1:]) > RISE * steps[0].loss
-    return {
-        "first": means[0],
-        "last": means[1],
-        "first_steps": len(first),
-        "last_steps": len(last),
-        "base": steps[0].loss,
-        "rose": means[1] > RISE * means[0] or never_lower,
-    }
+    rose = means[1] > RISE * means[0] or never_lower
+    return Course(*means, len(first), len(last), steps[0].loss, rose)
 
 
 def _enough(steps: Sequence[StepLoss]) -> Sequence[StepLoss]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any
 
 from qlora_sft.evaluation.evaluate import Evaluation
+from qlora_sft.run.report import Pair, RunReport
 
 
-def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
+def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, Pair]:
     """Source -> its figure before and after."""
-    return {source: {"before": before[source], "after": after[source]} for source in after}
+    return {source: Pair(before[source], after[source]) for source in after}
 
 
-def summary(report: dict[str, Any], before: Evaluation, after: Evaluation, show: int) -> str:
+def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int) -> str:
     """The report as text: some answers before and after (of every source in turn), then the table."""
     lines = []
     pairs = list(zip(before.records, after.records, strict=True))
@@ -22,23 +22,23 @@ def summary(report: dict[str, Any], before: Evaluation, after: Evaluation, show:
     for old, new in in_turn[:show]:
         lines += [f"[{new['source']}] wanted: {new['reference']!r}"]
         lines += [f"  before: {old['answer']!r}", f"  after:  {new['answer']!r}"]
-    if report["loss"] or report["exact_match"]:
+    if report.loss or report.exact_match:
         lines.append(f"{'source':<16}{'held-out loss':>24}{'exact match':>22}")
-    for source in report["loss"] or report["exact_match"]:
-        loss, match = report["loss"].get(source), report["exact_match"].get(source)
-        losses = f"{loss['before']:.3f} -> {loss['after']:.3f}" if loss else "not measured"
-        matches = f"{match['before']:.0%} -> {match['after']:.0%}" if match else "not measured"
+    for source in report.loss or report.exact_match:
+        loss, match = report.loss.get(source), report.exact_match.get(source)
+        losses = f"{loss.before:.3f} -> {loss.after:.3f}" if loss else "not measured"
+        matches = f"{match.before:.0%} -> {match.after:.0%}" if match else "not measured"
         lines.append(f"{source:<16}{losses:>24}{matches:>22}")
-    loss = report["train_loss"]
-    means = f" (means of the first {loss['first_steps']} and the last {loss['last_steps']} steps)"
+    trained = report.train_loss
+    means = f" (means of the first {trained.first_steps} and the last {trained.last_steps} steps)"
     lines.append(
-        f"{report['steps']} steps, {report['tokens']:,} tokens ({report['supervised_tokens']:,} supervised), "
-        f"{report['tokens_per_second']:.0f} tokens/s, loss {loss['first']:.3f} -> {loss['last']:.3f}"
-        + (means if report["steps"] > 1 else "")
+        f"{report.steps} steps, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised), "
+        f"{report.tokens_per_second:.0f} tokens/s, loss {trained.first:.3f} -> {trained.last:.3f}"
+        + (means if report.steps > 1 else "")
     )
-    if loss["rose"]:
+    if trained.rose:
         lines.append(
-            f"the training loss rose (it was {loss['base']:.3f} at the first step, before any update): the model is "
+            f"the training loss rose (it was {trained.base:.3f} at the first step, before any update): the model is "
             "worse at its training data than before. Lower training.learning_rate, and look at the rows with `preview`"
         )
     return "\n".join(lines)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_sft.atomic import written_file, written_folder
+from qlora_sft.atomic import write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.manifest import write_json
+from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
@@ -50,10 +51,22 @@ def _check_writable(run: Path) -> None:
         raise ConfigError(f"output: {existing} may not be written to; choose another folder")
 
 
-def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Beginning(Report):
+    """What a run begins with, beside its configuration: what "auto" and the files have come to. ``begun.json``."""
+
+    data_sha256: str
+    base_sha256: str | None
+    dtype: str
+    backend: str
+    template_date: str | None = None
+    """What the chat template writes as today's date, if it does."""
+
+
+def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
     """Only now, with everything checked, does an earlier run that may be overwritten go.
 
-    ``facts``: what this one begins with, and must find again when it is resumed.
+    ``beginning``: what this one must find again when it is resumed.
     """
     for name in RUN_FILES:
         path = run / name
@@ -63,7 +76,7 @@ def begin_run(run: Path, config: Config, facts: dict[str, Any]) -> None:
             path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    write_json(run / "begun.json", facts)
+    write_json(run / "begun.json", beginning.to_json())
 
 
 def kept_day(run: Path) -> date | None:
@@ -72,20 +85,21 @@ def kept_day(run: Path) -> date | None:
     return date.fromisoformat(day) if day else None
 
 
-def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> dict[str, Any]:
+def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> OrderReport:
     """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
     says of them."""
     from qlora_sft.data.mixture import order_digest
 
-    record = {"sha256": order_digest(bins), "rows": len(bins)}
+    order = OrderReport(order_digest(bins), len(bins), len(removed))
     with written_file(run / "order.json") as beside:
-        beside.write_text(json.dumps({**record, "bins": bins}) + "\n", encoding="utf-8")
+        content = {"sha256": order.sha256, "rows": order.rows, "bins": bins}
+        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
     if removed:
         from qlora_sft.data.dedup import removed_lines
 
         with written_file(run / "removed.jsonl") as beside:
             beside.write_text(removed_lines(removed), encoding="utf-8")
-    return {**record, "removed": len(removed)}
+    return order
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -29,6 +29,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
+from qlora_sft.training.as_loaded import Loaded, remember, require_unchanged, restore
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
 from qlora_sft.training.guards import RandomStates, too_full
 from qlora_sft.training.run_folder import write_adapter
@@ -75,12 +76,14 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     ):
         """make_room: given why, lets the layers keep less; False if they keep the least already."""
         self.run, self.make_room, self.say = run, make_room, say
+        self._loaded: Loaded | None = remember(model)
         super().__init__(
             model=model,
             data_collator=BinCollator(documents),
             train_dataset=Dataset.from_dict({"documents": bins}),
             **kwargs,
         )
+        restore(model, self._loaded)
         self.totals = StepTotals()
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
@@ -137,6 +140,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
         """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
         less kept by every layer, with the same random numbers: the step is the one it would have been."""
+        if self._loaded is not None:
+            # What prepares a model for training, ours or not, has run by now.
+            require_unchanged(self.model, self._loaded)
+            self._loaded = None
         if self._done == 0:
             # Not before: a run that is resumed sets them when it has taken its first rows.
             self._random = RandomStates()

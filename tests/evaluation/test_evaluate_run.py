@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_an_adapter_that_does_nothing_changes_nothing(run: Path, files: dict[str
     file = run / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * ("lora_B" not in name) for name, tensor in load_file(file).items()}, file)
     result = evaluate_run(run, tasks(files, "choices", "texts"), say=lambda _: None)
-    result["tasks"] += evaluate_run(run, tasks(files, "numbers", samples=3), say=lambda _: None)["tasks"]
+    again = evaluate_run(run, tasks(files, "numbers", samples=3), say=lambda _: None)
+    result = replace(result, tasks=[*result.tasks, *again.tasks])
     for report in result["tasks"]:
         assert report["verdict"] == "no difference shown"
         assert all(change == {"difference": 0, "interval": [0, 0]} for change in report["change"].values())
@@ -166,7 +168,7 @@ def test_code_is_run_only_where_that_was_said(run: Path, files: dict[str, str]) 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
     run: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_sft.model.load.load_for_inference", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora_sft.evaluation.asking.load_for_inference", lambda _: pytest.fail("loaded"))
     assert main(["evaluate", str(run)]) == 2
     assert "name files of questions with --task FILE" in capsys.readouterr().err
     assert main(["evaluate", str(run / "no"), "--task", files["choices"]]) == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from qlora_sft.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig, dump_config
+from qlora_sft.config_data import TrainSourceConfig
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.hub import push
 from qlora_sft.export.model_card import model_card
+from qlora_sft.run.report import Choice, Course, Pair, RunReport
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -28,30 +32,27 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     data = {"path": "/home/me/private/chat.jsonl", "files": ["/home/me/private/chat.jsonl"], "sha256": "ab" * 32}
     counts = {"read": 1000, "kept": 990, "tokens": 12345, "supervised": 2345}
+    config = Config(
+        ModelConfig("/home/me/models/Base-1B", chat_template="chatml"),
+        DataConfig([TrainSourceConfig("/home/me/private/chat.jsonl")], max_length=512),
+        output="/home/me/run",
+        lora=LoraConfig(r=16, alpha=32),
+        training=TrainingConfig(learning_rate=2e-4),
+    )
+    report = RunReport(
+        output="/home/me/run", backend=Choice("transformers", "as configured"), base="/home/me/models/Base-1B",
+        dtype="float32", quantized_modules=[], loss={"chat": Pair(1.234, 0.567)}, exact_match={}, steps=10,
+        train_loss=Course(1.5, 0.5), tokens=12345, supervised_tokens=2345, tokens_per_second=1.0, optimizer="adamw",
+    )  # fmt: skip
     manifest = {
-        "config": {
-            "model": {"path": "/home/me/models/Base-1B", "load_in_4bit": True, "chat_template": "chatml"},
-            "data": {"max_length": 512, "mixture": None},
-            "lora": {"r": 16, "alpha": 32},
-            "training": {"learning_rate": 2e-4},
-            "seed": 0,
-        },
+        "config": asdict(config),
         "versions": {"qlora-sft": "0.1.0", "torch": "2.13.0"},
         "data": {"chat": {**data, **counts}},
-        "report": {
-            "base": "/home/me/models/Base-1B",
-            "loss": {"chat": {"before": 1.234, "after": 0.567}},
-            "exact_match": {},
-            "steps": 10,
-            "tokens": 12345,
-            "supervised_tokens": 2345,
-            "train_loss": {"first": 1.5, "last": 0.5},
-            "optimizer": "adamw",
-        },
+        "report": report.to_json(),
     }
     contents = {
         "manifest.json": json.dumps(manifest),
-        "config.yaml": "output: /home/me/run\n",
+        "config.yaml": dump_config(config),
         "export.json": json.dumps({"parity": {"q8_0": {"top1": 0.9912, "kl": 0.004, "max_diff": 1.0, "tokens": 2048}}}),
         "adapter/adapter_model.safetensors": "weights",
         "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": "/home/me/models/Base-1B", "r": 16}),

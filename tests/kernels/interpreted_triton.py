@@ -11,7 +11,8 @@ import torch
 from ce_cases import Case, assert_as_good_as_torch, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qlora_kernels.packed_ce import NF4Head, Targets, fused, move, packed_linear_cross_entropy
+from qlora_kernels.packed_ce import NF4Head, Targets, move, packed_linear_cross_entropy, triton_path, workspace
+from workspace_cases import KINDS, check_bytes
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -67,8 +68,8 @@ def test_a_few_trained_rows(vocabulary: int, options: dict[str, Any]) -> None:
 
 
 def test_a_block_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "BLOCK", 16)
-    monkeypatch.setattr(fused, "TILE_BLOCK", 16)
+    monkeypatch.setattr(triton_path, "BLOCK", 16)
+    monkeypatch.setattr(triton_path, "TILE_BLOCK", 16)
     for dtype in (torch.float32, torch.float16):
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton")
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton", tile=40)
@@ -117,13 +118,13 @@ def test_a_workspace_full_of_nan_shows_nowhere(monkeypatch: pytest.MonkeyPatch, 
 def test_a_target_outside_of_the_vocabulary_reads_nothing_and_gives_nan() -> None:
     # On a GPU the host does not look; here it would, so the kernels are called below the checks.
     from qlora_kernels.packed_ce.options import Options
-    from qlora_kernels.packed_ce.tiled import Problem
+    from qlora_kernels.packed_ce.problem import Problem
 
     case = make([4], share=1.0)
     ids = torch.tensor([5, 101, -1], dtype=torch.int32)
     problem = Problem(case.hidden, case.head, None, case.targets.rows, ids, None, Options(), True, False, False)
     for tile in (None, 40):
-        result = fused.run(problem, tile, None)
+        result = triton_path.run(problem, tile, None)
         assert result.nll.isnan().tolist() == [False, True, True]
         assert result.unscaled is not None
         assert not result.unscaled[0].isnan().any()
@@ -173,6 +174,16 @@ def test_a_four_bit_head() -> None:
     output, gradient_4bit = call(case, tile=40)
     torch.testing.assert_close(output.nll, wanted.nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient_4bit, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_takes_the_bytes_that_it_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, because of half precision the interpreter makes copies that a GPU does not; and one chunk or group,
+    because it holds on to what it was given last."""
+    monkeypatch.setattr(workspace, "TRITON_TILE", 512)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 4 * 2000 * 120)
+    for sizes in ((120, 128, 2000), (110, 1024, 2000), (60, 64, 300)):
+        check_bytes(kind, sizes, torch.float32, "triton")
 
 
 @settings(max_examples=25, deadline=None)

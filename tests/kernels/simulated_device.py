@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+import torch
 from torch import Tensor
 
 
@@ -64,17 +65,21 @@ class SimulatedEngine:
         weakref.finalize(tensor, self._source_dropped, slot.written)
         return slot.written
 
-    def load(self, view: Tensor, after: Iterable[float]) -> tuple[Tensor, float]:
+    def new(self, view: Tensor) -> Tensor:
+        self.compute += self.random.choice([0.0, 0.1])  # the memory is filled
+        return torch.empty_like(view)
+
+    def load(self, view: Tensor, into: Tensor, after: Iterable[float]) -> float:
         slot = self.slots[view.data_ptr()]
         after = list(after)
         start = max(self.inward, *after)
         self._check(start >= slot.written, "a slot is read before it is written")
-        self._check(max(after) >= self.compute, "new memory is written while earlier work may still use it")
+        self._check(max(after) >= self.compute, "new memory is written while earlier work may still use or fill it")
         self.inward = slot.read = start + self._copy_time()
-        tensor = view.clone()
-        self.loads.append(float(tensor.flatten()[0]))
-        self.arrival[tensor.data_ptr()] = self.inward
-        return tensor, self.inward
+        into.copy_(view)
+        self.loads.append(float(into.flatten()[0]))
+        self.arrival[into.data_ptr()] = self.inward
+        return self.inward
 
     def use(self, tensor: Tensor) -> None:
         """A layer is computed again from ``tensor``."""

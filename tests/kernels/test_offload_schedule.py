@@ -96,6 +96,7 @@ def test_all_copies_in_but_the_first_run_during_other_layers() -> None:
     engine = SimulatedEngine(Random(0))
     engine.work = lambda: setattr(engine, "compute", engine.compute + 1.0)  # type: ignore[method-assign]
     engine._copy_time = lambda: 0.9  # type: ignore[method-assign]
+    engine.new = torch.empty_like  # type: ignore[method-assign, assignment]
     schedule = Schedule(HostSlab(8, SIZE * 4, torch.device("cpu")), engine, lag=2, depth=2)
     step = Step(schedule, engine, {8, 9}, 10, 0)
     step.forward()
@@ -104,6 +105,20 @@ def test_all_copies_in_but_the_first_run_during_other_layers() -> None:
     assert engine.compute == pytest.approx(20.0)
     # The last two were still held from the forward.
     assert engine.loads == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+
+
+def test_the_simulation_sees_a_copy_that_overtakes_the_filling_of_its_memory() -> None:
+    """The mark that a copy in waits for has to be made after the new tensor."""
+    engine = SimulatedEngine(Random(0))
+    schedule = Schedule(HostSlab(4, SIZE * 4, torch.device("cpu")), engine, lag=0, depth=1)
+    tensor = torch.zeros(SIZE)
+    engine.computed[tensor.data_ptr()] = engine.compute
+    ticket = schedule.pack(tensor)
+    assert isinstance(ticket, Ticket)
+    early = engine.mark()
+    engine.compute += 0.1
+    engine.load(ticket.view, engine.new(ticket.view), [ticket.saved, early])
+    assert any("still use or fill it" in each for each in engine.faults)
 
 
 @pytest.mark.parametrize(

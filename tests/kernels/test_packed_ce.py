@@ -7,7 +7,7 @@ import torch
 from ce_cases import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy, reference_linear_cross_entropy, tiled
+from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy, reference_linear_cross_entropy, workspace
 from torch import Tensor
 
 
@@ -50,8 +50,8 @@ def textbook(
 def test_loss_and_gradient_equal_the_textbook(
     lengths: list[int], options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiled, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(tiled, "TILE", 16)
+    monkeypatch.setattr(workspace, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(workspace, "TORCH_TILE", 16)
     hidden, head, labels, targets = make_case(lengths)
     wanted, gradient, rows = textbook(hidden, head, labels, lengths, **options)
     output = packed_linear_cross_entropy(hidden, head, targets, n_items=3.0, **options)
@@ -130,8 +130,8 @@ def test_the_chunk_size_changes_no_row_and_a_second_run_changes_nothing(monkeypa
     whole = packed_linear_cross_entropy(hidden, head, targets)
     again = packed_linear_cross_entropy(hidden, head, targets)
     assert torch.equal(whole.nll, again.nll)
-    monkeypatch.setattr(tiled, "BLOCK_ROWS", 5)
-    monkeypatch.setattr(tiled, "TILE", 40)
+    monkeypatch.setattr(workspace, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(workspace, "TORCH_TILE", 40)
     parts = packed_linear_cross_entropy(hidden, head, targets)
     torch.testing.assert_close(parts.nll, whole.nll, rtol=1e-6, atol=1e-6)
     assert torch.equal(parts.hit, whole.hit)

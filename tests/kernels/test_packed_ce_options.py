@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from ce_cases import assert_as_good_as_torch, make, ours, textbook
-from qlora_kernels.packed_ce import NF4Head, PatchedHead, Targets, choose_path, packed_linear_cross_entropy, tiled
+from qlora_kernels.packed_ce import NF4Head, PatchedHead, Targets, choose_path, packed_linear_cross_entropy, workspace
 
 ALL = {"softcap": 6.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2, "bias": True, "weights": True}
 OPTIONS: list[dict[str, Any]] = [{}, {"weights": True}, *({key: value} for key, value in ALL.items()), ALL]
@@ -172,7 +172,7 @@ def test_positions_say_the_same_as_bounds() -> None:
 
 
 def test_a_workspace_full_of_nan_shows_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(workspace, "BLOCK_ROWS", 16)
     case = make([37, 20], dtype=torch.bfloat16)
     clean = ours(case, tile=40)
     new_empty = torch.Tensor.new_empty

@@ -62,3 +62,25 @@ def test_shared_keys_do_not_bring_the_square_of_a_document() -> None:
     out, _ = document_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, max_length_q=8192)
     out.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 8 * 8192 * 8192  # a quarter of the weights of all heads
+
+
+def test_capped_layers_of_two_kinds_train_on_sequences_of_many_lengths() -> None:
+    """As Gemma 2: a layer with a window and one without, trained and evaluated in turn, with one cap."""
+    torch._dynamo.reset()
+    for number, total in enumerate((1024, 700, 901, 1300, 64)):
+        lengths = (total // 3, total - total // 3)
+        for window in (40, None):
+            q, k, v, bounds = inputs(lengths, 64, torch.bfloat16)
+            said = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window, "softcap": 3.0}
+            ours, _ = document_attention(torch.nn.Module(), q, k, v, None, **said)
+            exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+            theirs = plain_documents(*exact, bounds, None, 0.0, window, 3.0, None)
+            theirs.sum().backward()
+            ours.sum().backward()
+            for own, other in zip((q, k, v), exact, strict=True):
+                assert own.grad is not None
+                assert other.grad is not None
+                assert (own.grad.double() - other.grad).norm() <= 2e-2 * other.grad.norm(), (number, window)
+            with torch.no_grad():
+                again, _ = document_attention(torch.nn.Module(), q, k, v, None, **said)
+            assert (again.double() - theirs).norm() <= 2e-2 * theirs.norm()

@@ -118,7 +118,7 @@ def test_where_the_head_cannot_be_in_nf4(make_config: Any, tiny_model: Path, unt
 def test_layers_that_are_not_there_are_missed_before_any_row_is_rendered(
     settings: list[str], fault: str, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_sft.data.plan.plan_data", lambda *_: pytest.fail("rendered"))
+    monkeypatch.setattr("qlora_sft.run_data.plan_data", lambda *_: pytest.fail("rendered"))
     config = make_config(*settings)
     with pytest.raises(ConfigError, match=fault):
         train(config, say=lambda _: None)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from tests_support import bare_base
 
 from qlora_sft.cli import main
 from qlora_sft.plan import timing
@@ -50,7 +51,7 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     make_config: MakeConfig, overrides: tuple[str, ...]
 ) -> None:
     from qlora_sft.model.memory import use_memory
-    from qlora_sft.train import prepare_model
+    from qlora_sft.model.setup import prepare_model
 
     config = make_config("lora.r=4", *overrides)
     plan = make_plan(config, timing=False, say=quiet)["this_run"]
@@ -66,6 +67,24 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     assert plan["activations"] == pytest.approx(report["device_bytes"], rel=0.1)
 
 
+@pytest.mark.parametrize("template", [[], ["model.chat_template=chatml"]])
+def test_the_loss_takes_what_the_plan_says_also_with_trained_rows_of_the_head(
+    template: list[str], make_config: MakeConfig, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    from qlora_sft.model.memory import use_memory
+    from qlora_sft.model.setup import prepare_model
+    from qlora_sft.plan.activations import row_bytes
+    from qlora_sft.plan.blueprint import read_blueprint
+
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    config = make_config(f"model.path={base}", *template)
+    model = prepare_model(config, str(base), torch.float32, "transformers", 200, quiet)
+    with use_memory(model, config, 200, torch.float32, quiet) as memory:
+        measured = memory.between
+    row = row_bytes(read_blueprint(config, str(base)), config.lora, torch.float32, on_gpu=False)
+    assert row(200)[1] == measured
+
+
 def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +95,7 @@ def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
     text = plan_table(plan)
     for part in ("from one layer measured here on a row of", "optimizer", "80 GB", "exact", "assumed"):
         assert part in text
-    json.dumps(plan)
+    assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
 
 
 def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:

@@ -36,6 +36,8 @@ def test_its_bytes_are_planned_and_its_gradients_are_finite(settings: object) ->
         t.nbytes for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)
     )  # fmt: skip
     assert sum(p.nbytes for p in frozen) + beside == held.nf4 + held.full
+    adapters = {type(layer).__name__ for layer in model.modules() if hasattr(layer, "lora_A")}
+    assert adapters == {"Linear4bit"}  # as in a loaded model; PEFT's plain layer casts its inputs to float32
     loss = batch_loss(model, flatten([Rendered(list(range(20)), [1.0] * 20, "s")])).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]

@@ -15,10 +15,10 @@ from qlora_sft.model.layer_bytes import memory_use
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import install
+from qlora_sft.model.setup import prepare_model
 from qlora_sft.plan.activations import layer_bytes
 from qlora_sft.plan.blueprint import read_blueprint
 from qlora_sft.plan.weights import residents
-from qlora_sft.train import prepare_model
 
 LAYERS = 30
 

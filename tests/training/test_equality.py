@@ -18,8 +18,8 @@ from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.tokenizer import load_tokenizer
-from qlora_sft.train import fit
-from qlora_sft.training.run_folder import begin_run
+from qlora_sft.training.fit import Training, fit
+from qlora_sft.training.run_folder import Beginning, begin_run
 
 
 def run_bins(
@@ -30,13 +30,12 @@ def run_bins(
     model = load_model(config, base, torch.float32, "transformers")
     use_document_attention(model)
     run = Path(config.output)
-    begin_run(run, config, {})
+    begin_run(run, config, Beginning("", None, "float32", "transformers"))
     tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
-        fit(
-            model, load_tokenizer(config.model, base), config, documents, bins, torch.float32, run,
-            make_room=lambda _: False, say=lambda _: None,
-        )  # fmt: skip
+        tokenizer = load_tokenizer(config.model, base)
+        training = Training(config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins)
+        fit(training, make_room=lambda _: False)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad

@@ -16,8 +16,8 @@ from tests_support import SHORT, result
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted
-from qlora_sft.evaluation import evaluate as module
 from qlora_sft.train import train
+from qlora_sft.training import recipe as module
 from qlora_sft.training.checkpoints import all_checkpoints
 from qlora_sft.training.trainer import PackedSFTTrainer
 

@@ -25,9 +25,14 @@ class Engine(Protocol):
         """Out queue: copies ``tensor`` into host memory once all of ``after`` have passed."""
         ...
 
-    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
-        """In queue: copies host memory into a new tensor once all of ``after`` have passed. The tensor's memory belongs
-        to the compute queue, so ``after`` must hold a `mark` made before this call."""
+    def new(self, view: Tensor) -> Tensor:
+        """Compute queue: makes a tensor of the shape and type of ``view``. Its memory may be in use by what was
+        computed so far, and torch fills it where it is told to be deterministic."""
+        ...
+
+    def load(self, view: Tensor, into: Tensor, after: Iterable[Event]) -> Event:
+        """In queue: copies host memory into ``into`` once all of ``after`` have passed, among them a `mark` that was
+        made after `new`."""
         ...
 
     def wait(self, event: Event) -> None:
@@ -44,8 +49,11 @@ class CpuEngine:
     def save(self, tensor: Tensor, view: Tensor, after: Iterable[Event]) -> Event:
         view.copy_(tensor)
 
-    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
-        return view.clone(), None
+    def new(self, view: Tensor) -> Tensor:
+        return torch.empty_like(view)
+
+    def load(self, view: Tensor, into: Tensor, after: Iterable[Event]) -> Event:
+        into.copy_(view)
 
     def wait(self, event: Event) -> None:
         pass
@@ -70,15 +78,17 @@ class CudaEngine:
             view.copy_(tensor, non_blocking=True)
             return self.outward.record_event()
 
-    def load(self, view: Tensor, after: Iterable[Event]) -> tuple[Tensor, Event]:
+    def new(self, view: Tensor) -> Tensor:
         # Allocated under the compute stream, so that it goes back to that stream's memory: no record_stream, which
         # would return it at a time that depends on the host.
-        tensor = torch.empty(view.shape, dtype=view.dtype, device=self.device)
+        return torch.empty(view.shape, dtype=view.dtype, device=self.device)
+
+    def load(self, view: Tensor, into: Tensor, after: Iterable[Event]) -> Event:
         with torch.cuda.stream(self.inward):
             for event in after:
                 self.inward.wait_event(event)
-            tensor.copy_(view, non_blocking=True)
-            return tensor, self.inward.record_event()
+            into.copy_(view, non_blocking=True)
+            return self.inward.record_event()
 
     def wait(self, event: Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)

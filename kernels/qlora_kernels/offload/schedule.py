@@ -105,6 +105,9 @@ class Schedule:
     def pack(self, tensor: Tensor) -> Ticket | Tensor:
         """Sends ``tensor`` to the host. Returns what `unpack` takes."""
         tensor = tensor.detach()
+        if not tensor.numel():
+            # Before torch 2.13 checkpointing saves an empty tensor beside its inputs. It needs no slot.
+            return tensor
         slot = self.slab.take() if self.slab.holds(tensor) else None
         if slot is None:
             self._count_stayed(tensor)
@@ -154,8 +157,10 @@ class Schedule:
         return chain
 
     def _load(self, ticket: Ticket) -> Held:
-        # The mark: the new tensor's memory may have been in use by what was computed so far.
-        tensor, event = self.engine.load(ticket.view, [ticket.saved, self.engine.mark()])
+        tensor = self.engine.new(ticket.view)
+        # The mark comes after: under torch.use_deterministic_algorithms the new memory is filled with NaN by a kernel
+        # of the compute queue, and the copy would be overwritten.
+        event = self.engine.load(ticket.view, tensor, [ticket.saved, self.engine.mark()])
         self._read[ticket.slot] = event
         return Held(tensor, event)
 

@@ -5,13 +5,17 @@ from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entro
 from qlora_kernels.packed_ce.head import NF4Head, PatchedHead
 from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
 from qlora_kernels.packed_ce.targets import Targets
+from qlora_kernels.packed_ce.workspace import HeadShape, backward_bytes, workspace_bytes
 
 __all__ = [
     "CEOutput",
+    "HeadShape",
     "NF4Head",
     "PatchedHead",
     "Targets",
+    "backward_bytes",
     "choose_path",
     "packed_linear_cross_entropy",
     "reference_linear_cross_entropy",
+    "workspace_bytes",
 ]

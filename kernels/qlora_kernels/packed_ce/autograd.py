@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.packed_ce import tiled
+from qlora_kernels.packed_ce import torch_path
 from qlora_kernels.packed_ce.head import Head, PatchedHead
 from qlora_kernels.packed_ce.options import Options
 from qlora_kernels.packed_ce.patched import values_gradient
+from qlora_kernels.packed_ce.problem import Problem, Result
 from qlora_kernels.packed_ce.targets import Targets
-from qlora_kernels.packed_ce.tiled import Problem, Result
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 def solve(problem: Problem, plan: Plan) -> Result:
     if plan.path == "torch":
-        return tiled.run(problem, plan.tile)
-    from qlora_kernels.packed_ce import fused
+        return torch_path.run(problem, plan.tile)
+    from qlora_kernels.packed_ce import triton_path
 
-    return fused.run(problem, plan.tile, plan.workspace_bytes)
+    return triton_path.run(problem, plan.tile, plan.workspace_bytes)
 
 
 def scatter(unscaled: Tensor, rows: Tensor, factors: Tensor, shape: torch.Size, path: str) -> Tensor:

@@ -63,7 +63,8 @@ class PatchedHead:
             return rows
         first = which.start or 0
         inside = [(place, word - first) for place, word in enumerate(self.ids) if 0 <= word - first < len(rows)]
-        rows = rows.clone() if inside else rows
+        if inside and isinstance(self.base, Tensor) and self.base.dtype == dtype:
+            rows = rows.clone()  # a view of the head itself; else it is a copy already
         for place, row in inside:
             rows[row] = values[place]
         return rows

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from qlora_kernels.packed_ce.head import PatchedHead, head_rows
 from qlora_kernels.packed_ce.options import Options
-from qlora_kernels.packed_ce.tiled import Problem
-
-ROWS = 1024  # gathered at once, with their target's row of the head
+from qlora_kernels.packed_ce.problem import Problem
+from qlora_kernels.packed_ce.workspace import PATCHED_ROWS
 
 
 def values_gradient(problem: Problem, nll: Tensor, factors: Tensor) -> Tensor:
@@ -30,8 +29,8 @@ def values_gradient(problem: Problem, nll: Tensor, factors: Tensor) -> Tensor:
     gradient = torch.zeros_like(values)
     bias = None if problem.bias is None else problem.bias.detach().to(dtype)
     of_words = 0.0 if bias is None else torch.stack([bias[word] for word in head.ids])
-    for start in range(0, len(nll), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(nll), PATCHED_ROWS):
+        part = slice(start, start + PATCHED_ROWS)
         x, y = hidden[problem.rows[part].long()].to(dtype), problem.ids[part].long()
         known = y.clamp(0, problem.vocabulary - 1)  # of any other target nll is NaN already
         target = (x * head_rows(head, known, head.dtype).to(dtype)).sum(1)

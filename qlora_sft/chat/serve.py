@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.chat_models import gguf_facts
+from qlora_sft.chat.models import gguf_facts
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.run_gguf import running
 from qlora_sft.say import Say, tell

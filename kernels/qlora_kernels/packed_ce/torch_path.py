@@ -1,7 +1,7 @@
-"""The loss over tiles of the vocabulary: the path in plain torch, and the one for a head that is itself in 4 bits.
+"""The loss over tiles of the vocabulary in plain torch: the path on a CPU.
 
-The head is read once, tile by tile. A tile's logits of at most `BLOCK_ROWS` rows are computed *relative to the
-logit of the row's target* (the matrix product starts from minus that logit), turned into exponentials in place and
+The head is read once, tile by tile. A tile's logits of at most `workspace.BLOCK_ROWS` rows are computed *relative to
+the logit of the row's target* (the matrix product starts from minus that logit), turned into exponentials in place and
 multiplied with the same tile of the head while both are still in the cache::
 
     e = 2^(z - m)      s += sum_{j != y} e_j      acc += e @ head_tile            (two matrix products in all)
@@ -14,77 +14,21 @@ products good enough: the large terms of the sum are those near the target, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kernels.cpu import bfloat16_products
 from qlora_kernels.packed_ce.finish import Finished, RowState, finish
-from qlora_kernels.packed_ce.head import Head, head_rows
-from qlora_kernels.packed_ce.options import LOG2E, Options
+from qlora_kernels.packed_ce.head import head_rows
+from qlora_kernels.packed_ce.options import LOG2E
+from qlora_kernels.packed_ce.problem import Problem, Result, compute_dtype
+from qlora_kernels.packed_ce.workspace import block_rows, block_shape
 
-# A tile of some million logits stays in the caches of a CPU and is large enough for its matrix products. Many rows
-# rather than many columns: the products rearrange the tile of the head once per block of rows.
-BLOCK_ROWS = 2048
-# From this width of the head on that costs little, and fewer rows multiply faster (measured at 2048 wide: 1.2x in
-# bfloat16 on AMD with a quarter of them and twice the columns; 1.05x in float32 on Intel with half of them).
-WIDE = 1024
-TILE = 2048
 # A trainable head needs the exponentials of all tiles at once: so many bytes of them, that is so many rows.
 GROUP_BYTES = 64 * 2**20
 # Units of log 2 between the shift and the largest logit before a row is rescaled; float32 ends at 128.
 HEADROOM = 60.0
-
-
-@dataclass
-class Result:
-    """objective, nll, hit: [M]; unscaled: d objective / d hidden row [M, D]; head, bias: gradients of
-    ``sum_i weights_i * objective_i`` in at least float32; None where nobody asked."""
-
-    objective: Tensor
-    nll: Tensor
-    hit: Tensor
-    unscaled: Tensor | None = None
-    head: Tensor | None = None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every path is given. rows, ids: int [M]; weights: float [M], read only for the head's gradient."""
-
-    hidden: Tensor
-    head: Head
-    bias: Tensor | None
-    rows: Tensor
-    ids: Tensor
-    weights: Tensor | None
-    options: Options
-    need_hidden: bool
-    need_head: bool
-    need_bias: bool
-
-    @property
-    def vocabulary(self) -> int:
-        return self.head.shape[0]
-
-
-def block_shape(width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows of a block, columns of a tile)"""
-    if width < WIDE:  # in float32 half the columns take half the memory, and no more time
-        return BLOCK_ROWS, TILE if dtype == torch.bfloat16 else TILE // 2
-    return (-(-BLOCK_ROWS // 4), 2 * TILE) if dtype == torch.bfloat16 else (-(-BLOCK_ROWS // 2), TILE)
-
-
-def compute_dtype(hidden: torch.dtype, head: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the products run in: bfloat16 only if both factors are and the device is faster with it."""
-    if torch.float64 in (hidden, head):
-        return torch.float64
-    if hidden != torch.bfloat16 or head != torch.bfloat16:
-        return torch.float32
-    return torch.bfloat16 if device.type != "cpu" or bfloat16_products()[0] else torch.float32
 
 
 def run(problem: Problem, tile: int | None = None) -> Result:
@@ -104,8 +48,8 @@ def run(problem: Problem, tile: int | None = None) -> Result:
     if problem.need_bias:
         result.bias = torch.zeros(vocabulary, **sums)
     keep = problem.need_head or problem.need_bias
-    block_rows, columns = block_shape(width, dtype)
-    size = min(block_rows, max(1, GROUP_BYTES // (vocabulary * dtype.itemsize))) if keep else count
+    block, columns = block_shape(width, dtype)
+    size = min(block, max(1, GROUP_BYTES // (vocabulary * dtype.itemsize))) if keep else count
     size = -(-count // -(-count // size))
     for start in range(0, count, size):
         _Group(problem, result, slice(start, min(start + size, count)), dtype, tile or columns, keep).run()
@@ -164,9 +108,7 @@ class _Group:
 
     def run(self) -> None:
         count, vocabulary = len(self.ids), self.problem.vocabulary
-        # About so many rows, equally, and in multiples of what a product does at once: a ragged rest is slow.
-        blocks = max(1, round(count / block_shape(self.hidden.shape[1], self.dtype)[0]))
-        step = -(-count // (32 * blocks)) * 32
+        step = block_rows(count, self.hidden.shape[1], self.dtype)
         self.product = self.hidden.new_empty(step * self.tile)
         self.exponent = (
             self.product if self.dtype == self.wide else self.hidden.new_empty(step * self.tile, dtype=self.wide)
@@ -181,6 +123,8 @@ class _Group:
                 self.visit(span, columns, weight, order[own], columns_of[own] - first)
             if self.mean is not None and self.problem.options.softcap is None:
                 self.mean += weight.sum(0, dtype=self.wide)
+            del weight  # before the next tile is made
+        del self.product, self.exponent
         self.end()
 
     def place(self, span: slice) -> tuple[Tensor, Tensor, list[int]]:

@@ -11,55 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kernels.packed_ce import move
+from qlora_kernels.packed_ce import move, workspace
 from qlora_kernels.packed_ce.finish import RowState, finish
 from qlora_kernels.packed_ce.head import head_rows
 from qlora_kernels.packed_ce.options import LOG2E
+from qlora_kernels.packed_ce.problem import Problem, Result
 from qlora_kernels.packed_ce.rows import row_kernel, tile_kernel
-from qlora_kernels.packed_ce.tiled import Problem, Result
 
-WORKSPACE_BYTES = 256 * 2**20
-# Fewer rows than this starve the second product of a chunk; the vocabulary is then tiled.
-FEWEST_ROWS = 128
-TILE = 16384
 # With 8 warps, 4096 columns at once need up to 80 registers on sm_75 to sm_120; 32768 spill. The kernel for tiles
 # keeps more alive: it spills on sm_120 with 4096.
 BLOCK, TILE_BLOCK, WARPS = 4096, 2048, 8
 
 
-def _ceil_divide(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def run(problem: Problem, tile: int | None, workspace_bytes: int | None) -> Result:
-    budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    fits = budget // (4 * padded(problem.vocabulary))
+    budget = workspace.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     trainable = problem.need_head or problem.need_bias
-    # Only a dense head is there as a whole.
-    if tile is None and (not isinstance(problem.head, Tensor) or (fits < FEWEST_ROWS and not trainable)):
-        tile = TILE
-    # A gradient of the head needs whole rows: their sum is not known before the last tile.
-    if tile is not None and tile < problem.vocabulary and not trainable:
-        return _run_tiles(problem, tile, budget)
-    return _run_rows(problem, budget)
-
-
-def padded(columns: int) -> int:
-    """Rows of a workspace start at multiples of 16 bytes in either type, as cuBLAS likes them."""
-    return -(-columns // 8) * 8
-
-
-def chunk_rows(count: int, width: int, vocabulary: int, budget: int, processors: int) -> int:
-    """Rows per chunk: one full wave of 128 x 256 tiles in the second product if the budget allows, in equal chunks of
-    multiples of 128, because a ragged last chunk would waste most of a wave."""
-    wave = _ceil_divide(processors * 128 * 256, width)
-    most = max(1, budget // (4 * padded(vocabulary)))
-    largest = max(1, min(max(512, wave), 4096, most))
-    if count <= largest:
-        return count
-    even = _ceil_divide(count, _ceil_divide(count, largest))
-    rounded = _ceil_divide(even, 128) * 128
-    return rounded if rounded <= most else even
+    tile = workspace.vocabulary_tile(workspace.HeadShape.of(problem.head), trainable, tile, budget)
+    return _run_rows(problem, budget) if tile is None else _run_tiles(problem, tile, budget)
 
 
 def processors_of(device: torch.device) -> int:
@@ -94,8 +62,8 @@ def _run_rows(problem: Problem, budget: int) -> Result:
     bias = None if problem.bias is None else problem.bias.detach().contiguous()
     result = _new_result(problem)
     gradient = problem.need_hidden or problem.need_head or problem.need_bias
-    size = chunk_rows(count, width, vocabulary, budget, processors_of(device))
-    logits = torch.empty(size, padded(vocabulary), dtype=torch.float32, device=device)
+    size = workspace.chunk_rows(count, width, vocabulary, budget, processors_of(device))
+    logits = torch.empty(size, workspace.padded(vocabulary), dtype=torch.float32, device=device)
     # The same bytes: a row of gradients starts where its row of logits does.
     gradients = logits if dtype == torch.float32 else logits.view(dtype)
     for start in range(0, count, size):
@@ -138,9 +106,8 @@ def _new_result(problem: Problem) -> Result:
 
 def _run_tiles(problem: Problem, tile: int, budget: int) -> Result:
     result = _new_result(problem)
-    most = max(1, budget // (4 * padded(tile)))
     count = len(problem.rows)
-    size = _ceil_divide(count, _ceil_divide(count, most))
+    size = workspace.group_rows(count, tile, budget)
     for start in range(0, count, size):
         _run_group(problem, result, slice(start, min(start + size, count)), tile)
     result.hit = result.hit.bool()
@@ -153,7 +120,7 @@ def _run_group(problem: Problem, result: Result, part: slice, tile: int) -> None
     x, ids = move.gather_rows(hidden, problem.rows[part]), problem.ids[part]
     weight_y = _target_rows(problem, ids, x.dtype)
     state, slope_y = _begin(problem, x, ids, weight_y)
-    logits = torch.empty(len(x), padded(tile), dtype=torch.float32, device=x.device)
+    logits = torch.empty(len(x), workspace.padded(tile), dtype=torch.float32, device=x.device)
     gradients = logits if x.dtype == torch.float32 else logits.view(x.dtype)
     factor = torch.empty_like(state.shift)
     sums = torch.zeros(x.shape, device=x.device) if problem.need_hidden else None
@@ -174,6 +141,8 @@ def _run_group(problem: Problem, result: Result, part: slice, tile: int) -> None
         )  # fmt: skip
         if sums is not None:
             add_product(sums.mul_(factor[:, None]), g, weight)
+        del weight  # before the next tile is made
+    del logits, gradients, z, g
     done = finish(state, o, vocabulary)
     result.objective[part], result.nll[part] = done.objective, done.nll
     result.hit[part] = done.hit.to(torch.int8)

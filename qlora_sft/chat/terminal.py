@@ -1,4 +1,4 @@
-"""``qlora-sft chat``: a conversation on the terminal. What answers is opened in `chat_models`."""
+"""``qlora-sft chat``: a conversation on the terminal. What answers is opened in `models`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qlora_sft.errors import ConfigError, ContextFull
+from qlora_sft.chat.speaker import Messages, Speaker
+from qlora_sft.errors import ContextFull
 from qlora_sft.say import Say, tell
 
-Messages = list[dict[str, Any]]
 HELP = """/system TEXT   answer under this system text (without TEXT: under none)
 /think on|off  set the template's thinking mode (/think auto: leave it to the template)
 /reset         forget the conversation, keep the system text
 /help          this
 /exit          end (so does the end of input); Ctrl-C stops an answer"""
-
-
-@dataclass(frozen=True)
-class Said:
-    """An answer as the model wrote it, and why it ended: "stop" (of its own accord), "length" or "interrupt"."""
-
-    text: str
-    ended: str = "stop"
-
-
-class Speaker(Protocol):
-    """Answers ``messages`` under the model's template; ``show`` gets every piece as it comes, ``stopped`` is asked
-    again and again whether to give up. Raises `ContextFull`."""
-
-    def __call__(
-        self, messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> Said: ...
 
 
 @dataclass
@@ -66,7 +49,7 @@ def chat(
 
     ``show`` gets the answers piece by piece (default: stdout). Returns the whole conversation.
     """
-    from qlora_sft.chat_models import opened
+    from qlora_sft.chat.models import opened
 
     talk = Conversation(system)
     with opened(Path(model).expanduser(), max_new_tokens) as speaker:
@@ -193,12 +176,6 @@ def lines() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             tell("\n(/exit to end)")
-
-
-def check_model(path: Path) -> None:
-    """Raises `ConfigError` for a path that nobody can talk to."""
-    if path.suffix != ".gguf" and not (path / "adapter").is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{path}: neither a run folder, nor a model folder, nor a .gguf file")
 
 
 def _on_stdout(piece: str) -> None:

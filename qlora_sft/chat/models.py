@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.chat import Messages, Said, Speaker, check_model
+from qlora_sft.chat.speaker import Messages, Said, Speaker, check_model
 from qlora_sft.errors import ConfigError, ContextFull, RunError
+from qlora_sft.run.folder import is_run
 
 # Of a model that could take more: its cache is memory, and a chat on the terminal is short.
 LARGEST_CONTEXT = 8192
@@ -56,7 +57,7 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
 
     from qlora_sft.model.load import load_for_inference
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if (path / "adapter").is_dir() else path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
     model = load_for_inference(path)
     stops = _stop_ids(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qlora_sft.atomic import written_file
+from qlora_sft.atomic import write_json
 from qlora_sft.config import Config
 from qlora_sft.data.ledger import SourceLedger
-from qlora_sft.errors import ConfigError
+from qlora_sft.run.report import RunReport
 
 PACKAGES = (
     "qlora-sft torch transformers trl peft bitsandbytes unsloth unsloth_zoo triton datasets accelerate tokenizers"
@@ -45,21 +44,8 @@ def _sha256(files: list[str]) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def write_manifest(file: Path, config: Config, **facts: Any) -> None:
+def write_manifest(file: Path, config: Config, data: dict[str, SourceLedger], report: RunReport) -> None:
+    """Writes ``manifest.json``, with which a run is finished."""
+    facts = {"data": describe_data(data), "report": report.to_json()}
     manifest = {"config": asdict(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)
-
-
-def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a finished run. Raises `ConfigError` if there is none."""
-    file = run / "manifest.json"
-    if not file.is_file():
-        raise ConfigError(f"{run}: not the folder of a finished run (it has no manifest.json); train one first")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Indented JSON, written beside and renamed."""
-    with written_file(file) as beside:
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

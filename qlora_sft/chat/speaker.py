@@ -1,0 +1,36 @@
+"""What answers in a chat, as the terminal sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_sft.errors import ConfigError
+from qlora_sft.run.folder import is_run
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer as the model wrote it, and why it ended: "stop" (of its own accord), "length" or "interrupt"."""
+
+    text: str
+    ended: str = "stop"
+
+
+class Speaker(Protocol):
+    """Answers ``messages`` under the model's template; ``show`` gets every piece as it comes, ``stopped`` is asked
+    again and again whether to give up. Raises `ContextFull`."""
+
+    def __call__(
+        self, messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Said: ...
+
+
+def check_model(path: Path) -> None:
+    """Raises `ConfigError` for a path that nobody can talk to."""
+    if path.suffix != ".gguf" and not is_run(path) and not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: neither a run folder, nor a model folder, nor a .gguf file")

@@ -1,0 +1,87 @@
+"""The whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. No GPU needed.
+
+Run as::
+
+    python -m qlora_sft.demo [--output runs/demo] [key.sub=value ...]
+
+It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the
+run's other files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_sft.cli import guarded
+from qlora_sft.config import load_config
+from qlora_sft.errors import RunError
+from qlora_sft.run.folder import Run
+from qlora_sft.say import tell
+from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.train import train
+
+AGREEMENT_PROMPTS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qlora_sft.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", default="runs/demo", help="run folder; an earlier demo in it is replaced")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_args(argv)
+    return guarded(lambda: demo(arguments.output, arguments.overrides))
+
+
+def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains, exports to q8_0, asks the GGUF, and returns what ``demo.json`` holds."""
+    watch = Stopwatch()
+    report = train(load_config("demo", [*overrides, f"output={output}"]), overwrite=True)
+    from qlora_sft.export.gguf import export_run
+    from qlora_sft.export.merge import merge_run
+
+    run = Path(output)
+    with watch("merge"):
+        merged = merge_run(run)
+    tell(f"merged: {merged.merged} ({merged.modules} modules, onto {merged.onto})")
+    with watch("export"):
+        gguf = Path(export_run(run, "q8_0").gguf)
+    tell(f"GGUF: {gguf} ({gguf.stat().st_size / 2**20:.0f} MiB)")
+    with watch("ask the GGUF"):
+        agreement, question = ask(gguf, run)
+    result = {
+        "loss": {source: pair.to_json() for source, pair in report.loss.items()},
+        "exact_match": {source: pair.to_json() for source, pair in report.exact_match.items()},
+        "gguf_agreement": agreement,
+        "tokens_per_second": report.tokens_per_second,
+        "seconds": {**report.seconds, **watch.rounded()},
+    }
+    (run / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    tell(f"GGUF and adapter agree on {agreement:.0%} of the prompts; figures: {run / 'demo.json'}")
+    tell(f"\nAsked of {gguf.name} in llama.cpp:\n{question['prompt']}\n\nIt answers:")
+    print(question["gguf"])
+    return result
+
+
+def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
+    """(share of held-out prompts on which the GGUF gives the adapter's answer, one of the questions)."""
+    from qlora_sft.export.run_gguf import complete, running
+
+    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    records = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
+    if not records:
+        raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
+    longest = Run.open(run).config.evaluation.max_new_tokens
+    with running(gguf) as server:
+        for record in records:
+            record["gguf"] = complete(server, record["prompt_ids"], longest).strip()
+    same = sum(record["gguf"] == record["answer"] for record in records)
+    return same / len(records), records[0]
+
+
+def spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """``count`` of the records at equal distances, so that every source is among them."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]

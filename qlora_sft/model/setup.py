@@ -1,0 +1,34 @@
+"""A base model -> a model ready to be trained: NF4 and LoRA, attention by document, our norms, MLPs and loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_sft.config import Config
+from qlora_sft.model.attention_check import use_checked_attention
+from qlora_sft.model.backend import Name
+from qlora_sft.model.embeddings import use_host_embedding
+from qlora_sft.model.load import load_model
+from qlora_sft.model.loss import use_loss
+from qlora_sft.model.mlp import use_tiled_mlp
+from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.trained_rows import use_rows_beside_embedding
+from qlora_sft.say import Say
+
+
+def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say) -> Any:
+    """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only."""
+    model = load_model(config, base, dtype, backend)
+    use_rows_beside_embedding(model)
+    use_checked_attention(model, dtype, say)
+    if config.memory.offload_embeddings:
+        on_gpu = model.device.type == "cuda"
+        say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")
+    say(f"norms: {use_lean_norms(model)}")
+    say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
+    say(f"loss: {use_loss(model, config.model.loss)}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
+    return model

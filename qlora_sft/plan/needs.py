@@ -1,0 +1,205 @@
+"""What a run will need, from its base and its data: memory, disk, time, and the longest row on cards of common sizes.
+
+Import it only when the backend is chosen, as `make_plan` does.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from qlora_kernels.offload.tiers import Choice as Split
+from qlora_kernels.offload.tiers import describe as describe_tiers
+
+from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.backend import Backend
+from qlora_sft.model.load import compute_dtype
+from qlora_sft.model.memory import choose
+from qlora_sft.model.room import available_ram, host_room, room_on
+from qlora_sft.plan.activations import row_bytes
+from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
+from qlora_sft.plan.report import (
+    CardPlan,
+    CardsPlan,
+    DevicePlan,
+    DiskPlan,
+    HostPlan,
+    MeasuredPlan,
+    ModelPlan,
+    PlanReport,
+    ResidentPlan,
+    TimePlan,
+)
+from qlora_sft.plan.split import CARDS, CONTEXT_BYTES, WORKSPACE_BYTES, fit_card
+from qlora_sft.plan.timing import SECONDS, measure
+from qlora_sft.plan.weights import Residents, residents
+from qlora_sft.plan.workload import Workload, describe
+from qlora_sft.run.report import Choice
+from qlora_sft.say import Say
+from qlora_sft.training.steps import choose_optimizer
+
+# Host memory of the process itself: 0.6 GiB for Python with torch, transformers, peft and trl (measured), and room
+# for tokenizer, allocator and what loading passes through.
+PROCESS_BYTES = 2**30
+# The cache of prepared data: an int32 and a float64.
+CACHED_TOKEN_BYTES = 12
+
+
+def needs_of(
+    config: Config, base: str, backend: Backend, workload: Workload | None, timing: bool, say: Say
+) -> PlanReport:
+    """Adds up what a run of ``config`` on ``base`` will take; errors and ``timing`` as in `make_plan`."""
+    blueprint = read_blueprint(config, base)
+    files = check_headers(blueprint, base)
+    on_gpu = torch.cuda.is_available()
+    dtype, dtype_reason = compute_dtype(config.model.dtype)
+    optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
+    held = residents(blueprint, config, dtype, optimizer, on_gpu)
+    tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
+    memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
+    return PlanReport(
+        model=_model(blueprint, config, files["note"]),
+        choices={
+            "backend": Choice(*backend),
+            "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
+            "optimizer": Choice(optimizer, optimizer_reason),
+            "tiled_mlp": Choice(
+                "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
+            ),
+        },
+        resident=ResidentPlan(**asdict(held), total=held.total),
+        this_run=memory,
+        cards=_cards(blueprint, config),
+        host=_host(choice, memory, on_gpu),
+        disk=_disk(blueprint, config, held, files["bytes"], workload, base),
+        data=describe(workload) if workload else None,
+        time=_time(blueprint, config, dtype, workload, choice, say) if timing and choice else None,
+    )
+
+
+def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
+    return ModelPlan(
+        path=config.model.path,
+        kind=blueprint.kind,
+        parameters=blueprint.n_parameters,
+        layers=blueprint.n_layers,
+        quantized_layers=sum(linear.quantized for linear in blueprint.linears),
+        note=note,
+    )
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _this_run(
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents, say: Say
+) -> tuple[DevicePlan, Split | None]:
+    """Activations of the longest row on the device that is here."""
+    device = torch.device("cuda" if on_gpu else "cpu")
+    name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
+    memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
+    room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
+    try:
+        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu)(tokens)
+        choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
+    except ConfigError as error:
+        return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
+    context = CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else 0
+    plan = DevicePlan(
+        device=name,
+        memory=memory,
+        tokens=tokens,
+        split=describe_tiers(choice.tiers),
+        reason=choice.reason,
+        layer=asdict(layer),
+        loss=loss,
+        activations=choice.gpu_bytes,
+        offloaded=choice.host_bytes,
+        context=context,
+        peak=held.total + choice.gpu_bytes + context,
+        fits=choice.gpu_bytes <= room.nbytes,
+    )
+    return plan, choice
+
+
+def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
+    """The longest row on each card: with the host memory that is here, and with as much as it takes."""
+    # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
+    dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
+    row = row_bytes(blueprint, config.lora, dtype, on_gpu=True)
+    host, reason = host_room(config)
+    try:
+        row(1)
+    except ConfigError as error:
+        return CardsPlan(note=str(error), rows=[])
+    rows = []
+    for gib in CARDS:
+        here = fit_card(gib, blueprint.n_layers, row, held.total, host)
+        most = fit_card(gib, blueprint.n_layers, row, held.total, 2**50)
+        rows.append(
+            CardPlan(
+                gib=gib,
+                tokens=here.tokens,
+                split=describe_tiers(here.choice.tiers) if here.choice else None,
+                host=here.choice.host_bytes if here.choice else 0,
+                limit=here.limit,
+                tokens_with_host=most.tokens,
+                host_needed=most.choice.host_bytes if most.choice else 0,
+            )
+        )
+    note = f"{str(dtype).removeprefix('torch.')}; host memory up to {host / 2**30:.1f} GiB ({reason})"
+    return CardsPlan(note=note, resident=held.total, rows=rows, positions=_positions(blueprint, config))
+
+
+def _positions(blueprint: Blueprint, config: Config) -> int | None:
+    """Positions that the model has, scaled as configured."""
+    rope = config.model.rope_scaling
+    positions: int | None = getattr(blueprint.config, "max_position_embeddings", None)
+    if positions and rope and rope.rope_type == "dynamic":
+        return int(rope.factor * positions)
+    return positions
+
+
+def _host(choice: Split | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
+    slab = choice.host_bytes if choice else 0
+    device = 0 if on_gpu else memory.peak or 0
+    return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
+
+
+# ------------------------------------------------------------------ disk and time
+
+
+def _disk(
+    blueprint: Blueprint, config: Config, held: Residents, weights: int, workload: Workload | None, base: str
+) -> DiskPlan:
+    """Merged in 16 bits; a GGUF in q8_0 has 34 bytes for 32 weights."""
+    here = Path(config.output).absolute()
+    existing = next(folder for folder in (here, *here.parents) if folder.exists())
+    return DiskPlan(
+        download=0 if Path(base).is_dir() else weights,
+        prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
+        adapter=held.adapters,
+        checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),
+        merged=2 * blueprint.n_parameters,
+        gguf_q8_0=blueprint.n_parameters * 34 // 32,
+        free=shutil.disk_usage(existing).free,
+    )
+
+
+def _time(
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: Split, say: Say
+) -> TimePlan:
+    say(f"measuring one layer for {SECONDS:.0f} s")
+    documents = workload.documents if workload else [config.data.max_length]
+    share = workload.supervised / workload.tokens if workload else 1.0
+    speed = measure(blueprint, config, dtype, documents, share)
+    seconds = speed.row(choice.tiers)
+    return TimePlan(
+        measured=MeasuredPlan(**asdict(speed)),
+        tokens_per_second=speed.tokens / seconds,
+        training=workload.tokens * seconds / speed.tokens if workload else None,
+    )

@@ -1,0 +1,45 @@
+"""The way into training, its preview and its plan: the data is read, then the backend chosen, then what is heavy comes.
+
+Imports nothing heavy, so that a bad file is reported at once and Unsloth can be imported before what it patches.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import TYPE_CHECKING
+
+from qlora_sft.config import Config
+from qlora_sft.data.splits import read_data
+from qlora_sft.faults import every_fault
+from qlora_sft.model.allocator import use_expandable_segments
+from qlora_sft.model.backend import Backend, choose_backend
+from qlora_sft.say import Say
+from qlora_sft.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from qlora_sft.run_data import RunData
+
+
+def prepare(
+    config: Config, say: Say, watch: Stopwatch | None = None, *, unsloth: bool = True, day: date | None = None
+) -> RunData:
+    """Reads, renders and packs what ``config`` trains on; finds what is wrong with it, as far as that takes no weights.
+
+    ``unsloth``: whether the backend is chosen as for training, which imports Unsloth; without it that is done only
+    where the configuration names Unsloth. ``day``: what a chat template writes as today's date.
+    Raises `ConfigError` or `DataError`, the same one for every verb.
+    """
+    watch = watch or Stopwatch()
+    with watch("data"), every_fault(config):
+        sources = read_data(config, say)
+    with watch("imports"):
+        backend = Backend("transformers", "nothing is trained in this process")
+        if unsloth or config.model.backend == "unsloth":
+            use_expandable_segments()
+            backend = choose_backend(config.model.backend)
+            say(f"backend: {backend.name} ({backend.reason})")
+        from qlora_sft.run_data import checked_base, render_data
+    with watch("base model"):
+        base = checked_base(config)
+    with watch("data"):
+        return render_data(config, sources, base, backend, say, day)

@@ -1,0 +1,152 @@
+"""What a command has achieved, as a typed value; its JSON is what ``--json`` prints and the manifest keeps."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, Self
+
+LEFT_OUT: dict[str, bool] = {"left_out": True}
+"""Metadata of a field that is not in the JSON where it is None."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Base of all results. ``report["name"]`` is what stands under that name in its JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them, in their order."""
+        values = [(each, getattr(self, each.name)) for each in fields(self)]
+        return {
+            each.metadata.get("key", each.name): _plain(value)
+            for each, value in values
+            if value is not None or not each.metadata.get("left_out")
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote. Keys that are not known are left out; raises KeyError for one that is missing."""
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for each in fields(cls):
+            key = each.metadata.get("key", each.name)
+            if key in content or (each.default is MISSING and each.default_factory is MISSING):
+                values[each.name] = _typed(hints[each.name], content[key])
+        return cls(**values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_json()[name]
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """``value`` as ``hint`` names it: a report, or a section of reports; all else is plain already."""
+    for option in (hint, *typing.get_args(hint)):
+        if isinstance(option, type) and issubclass(option, Report) and isinstance(value, Mapping):
+            if option is hint or type(None) in typing.get_args(hint):
+                return option.from_json(value)
+            return {key: option.from_json(each) for key, each in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Report):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Choice(Report):
+    """Something that was chosen, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pair(Report):
+    """A figure before and after training."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Course(Report):
+    """The training loss: its mean over the first and over the last steps, and over how many of them."""
+
+    first: float
+    last: float
+    first_steps: int = 1
+    last_steps: int = 1
+    base: float | None = None
+    """The loss of the first step, before any update."""
+    rose: bool = False
+    """Whether it ended above where it began, or was never again as low as at the first step."""
+
+
+@dataclass(frozen=True)
+class MemoryReport(Report):
+    """What each decoder layer keeps for its backward."""
+
+    tiers: list[Literal["keep", "attention", "checkpoint", "offload"]]
+    split: str
+    """The same in words."""
+    reason: str
+    tokens: int
+    """Of the longest row, for which the bytes are."""
+    device_bytes: int
+    host_bytes: int
+    layer: dict[str, int]
+    """Bytes of the largest layer, by what they are for."""
+    between: int | None = None
+    """Bytes between forward and backward; runs of earlier versions do not say."""
+    measured: dict[str, int] | None = None
+    """On a GPU: bytes before training, and the most that torch had allocated and reserved during it."""
+
+
+@dataclass(frozen=True)
+class OrderReport(Report):
+    """The packed sequences of a run; ``order.json`` holds them."""
+
+    sha256: str
+    rows: int
+    removed: int
+    """Rows of the sources that were taken out as duplicates or contaminated; ``removed.jsonl`` names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport(Report):
+    """What a finished training run has achieved, and on what. Fields with a default are not in every older manifest."""
+
+    output: str
+    """The run folder."""
+    backend: Choice
+    base: str
+    """Folder or Hub id of the base model."""
+    base_sha256: str | None = None
+    """Fingerprint of its weights."""
+    data_sha256: str | None = None
+    dtype: str
+    quantized_modules: list[str]
+    """Layers of the base whose weights went through NF4."""
+    loss: dict[str, Pair]
+    """Held-out loss by source."""
+    exact_match: dict[str, Pair]
+    """Share of held-out answers that equal their reference, by source."""
+    steps: int
+    steps_left_out: int = 0
+    """Steps whose gradient was not finite."""
+    resumed_at: int | None = None
+    """Step from which it went on, if it was interrupted."""
+    train_loss: Course
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    optimizer: str
+    memory: MemoryReport | None = None
+    order: OrderReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of every stage."""

@@ -1,0 +1,133 @@
+"""What a run is trained on, with the tokenizer, the chat template and the base that it is rendered for.
+
+`render_data` makes it from a configuration, `SavedText` renders it once more for a run that is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_sft.config import Config, SourceConfig
+from qlora_sft.data.dedup import Removed
+from qlora_sft.data.documents import Chain
+from qlora_sft.data.plan import plan_data
+from qlora_sft.data.prepare import Prepared, render_rows, render_sources
+from qlora_sft.data.render import Rendered
+from qlora_sft.data.sources import read_sources
+from qlora_sft.data.splits import RunSources
+from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.model.backend import Backend
+from qlora_sft.model.base_check import check_base
+from qlora_sft.model.load import resolve_base, saved_stops
+from qlora_sft.model.loss import choose_loss
+from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
+from qlora_sft.run.folder import Run, is_run
+from qlora_sft.say import Say
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run begins with beside its model."""
+
+    backend: Backend
+    base: str
+    """Folder or Hub id of the base model."""
+    tokenizer: Any
+    """As the adapter will carry it."""
+    chat_format: ChatFormat
+    train: Prepared
+    held_out: Prepared
+    bins: list[list[int]]
+    """Packed sequences in training order, as indices into `documents`."""
+    removed: list[Removed]
+
+    @property
+    def documents(self) -> Chain:
+        """The training documents of all sources, one after the other."""
+        return self.train.all_documents
+
+
+def checked_base(config: Config) -> str:
+    """Folder or Hub id of the base. Raises `ConfigError` where it, its tokenizer and the settings do not fit."""
+    base = resolve_base(config.model.path)
+    check_base(config, base)
+    choose_loss(config.model.loss, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return base
+
+
+def render_data(
+    config: Config, sources: RunSources, base: str, backend: Backend, say: Say, day: date | None = None
+) -> RunData:
+    """Renders and packs the rows of ``sources``, or takes them from the cache. Raises `ConfigError` or `DataError`."""
+    tokenizer = load_tokenizer(config.model, base, say)
+    chat = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
+    say(f"chat template: {chat.reason}")
+    train, held_out, bins = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
+    # Only now: a plain text ends in the base's own eos token.
+    end_turns(tokenizer, config.model, base, say)
+    return RunData(backend, base, tokenizer, chat, train, held_out, bins, sources.removed)
+
+
+# ------------------------------------------------------------------ of a finished run
+
+
+@dataclass(frozen=True)
+class SavedText:
+    """How a finished run, or a model folder, writes text."""
+
+    tokenizer: Any
+    """As it was saved."""
+    training_tokenizer: Any
+    """The same with the eos token that it had while the training data was rendered."""
+    stops: frozenset[int]
+    """Token ids at which the model stops."""
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """As it was trained. Raises `DataError` if there is no chat template."""
+        return chat_format(self.training_tokenizer, self.stops)
+
+    def render(self, config: Config, sources: Sequence[SourceConfig]) -> Prepared:
+        """Renders all rows of ``sources`` as training did. Raises `DataError`."""
+        read = read_sources(list(sources), config.seed)
+        return render_sources(read, config.data, self.training_tokenizer, self.chat_format)
+
+    def documents(self, config: Config, sources: Sequence[SourceConfig]) -> Iterator[Rendered]:
+        """The same, one document of every source in turn, rendered as they are taken."""
+        read = read_sources(list(sources), config.seed)
+        each = (render_rows(source, config.data, self.training_tokenizer, self.chat_format) for source in read)
+        return (document for group in zip_longest(*each) for document in group if document is not None)
+
+
+def saved_text(path: Path) -> SavedText:
+    """Of the run or the model in the folder ``path``."""
+    from transformers import AutoTokenizer
+
+    if not is_run(path):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
+    run = Run.open(path)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    own, stops = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
+    return SavedText(tokenizer, own, stops)
+
+
+def _before_end_turns(tokenizer: Any, base: str) -> Any:
+    """A copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced at the end."""
+    from transformers import AutoTokenizer
+
+    try:
+        eos_token = AutoTokenizer.from_pretrained(base).eos_token
+    except (OSError, ValueError):  # the base is gone; what was saved is the best there is
+        return tokenizer
+    own: Any = copy.deepcopy(tokenizer)
+    own.eos_token = eos_token
+    return own

@@ -1,0 +1,104 @@
+"""The recipe of a run, top to bottom: what it begins with -> model -> before -> fit -> after -> report.
+
+Import it only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qlora_sft.config import Config
+from qlora_sft.data.batch import longest_row
+from qlora_sft.data.documents import sizes
+from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
+from qlora_sft.evaluation.evaluate import evaluate
+from qlora_sft.evaluation.subject import Subject
+from qlora_sft.model.allocator import describe_allocator
+from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.memory import use_memory
+from qlora_sft.model.setup import prepare_model
+from qlora_sft.run.manifest import write_manifest
+from qlora_sft.run.report import Choice, RunReport
+from qlora_sft.run_data import RunData
+from qlora_sft.say import Say
+from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.checkpoints import check_same, data_digest
+from qlora_sft.training.fit import Training, fit
+from qlora_sft.training.report import pair, summary
+from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+
+
+def run_recipe(
+    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
+) -> RunReport:
+    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one. Errors as in `train`."""
+    with watch("data"):
+        dtype, reason = compute_dtype(config.model.dtype)
+        beginning = begins_with(data, dtype)
+        if checkpoint:
+            check_same(run, beginning)
+
+    # ------------------------------------------------------------------ model
+    with watch("load model"):
+        say(f"compute in {beginning.dtype} ({reason})")
+        tokens = longest_row(sizes(data.documents).tokens, data.bins, config.training.batch_size)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say)
+        if model.device.type == "cuda":
+            say(f"GPU memory: {describe_allocator()}")
+        memory = use_memory(model, config, tokens, dtype, say)
+    training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.bins)
+    subject = Subject(model, data.tokenizer, data.chat_format, dtype)
+    prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
+
+    # ------------------------------------------------------------------ before, fit, after
+    with watch("evaluate before"):
+        asked = question_digest(config.evaluation, data.held_out.documents)
+        before = kept_before(run, asked) if checkpoint else None
+        if before is None:
+            before = evaluate(subject, config, data.held_out, prompts, say, "before training")
+    if checkpoint is None:
+        begin_run(run, config, beginning)
+        keep_before(run, before, asked)
+    order = record_data(run, data.bins, data.removed)
+    with watch("train"), memory:
+        fitted = fit(training, memory.make_room, checkpoint)
+    save_adapter(model, data.tokenizer, run / "adapter")
+    say(f"adapter: {run / 'adapter'}")
+    with watch("evaluate after"):
+        after = evaluate(subject, config, data.held_out, prompts, say, "after training")
+
+    # ------------------------------------------------------------------ report
+    report = RunReport(
+        output=str(run),
+        backend=Choice(*data.backend),
+        base=data.base,
+        base_sha256=beginning.base_sha256,
+        data_sha256=beginning.data_sha256,
+        dtype=beginning.dtype,
+        quantized_modules=quantized_modules(model),
+        loss=pair(before.loss, after.loss),
+        exact_match=pair(before.exact_match, after.exact_match),
+        **vars(fitted),
+        memory=memory.report,
+        order=order,
+        seconds=watch.rounded(),
+    )
+    write_manifest(run / "manifest.json", config, data.train.ledger, report)
+    write_samples(run, before.records, after.records)
+    say(summary(report, before, after, config.evaluation.show))
+    return report
+
+
+def begins_with(data: RunData, dtype: torch.dtype) -> Beginning:
+    """What a run that goes on must find again."""
+    return Beginning(
+        data_sha256=data_digest(data.train.documents.values(), data.bins),
+        base_sha256=fingerprint(data.base),
+        dtype=str(dtype).removeprefix("torch."),
+        backend=data.backend.name,
+        template_date=data.chat_format.day.isoformat() if data.chat_format.day else None,
+    )
