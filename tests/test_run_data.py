@@ -51,7 +51,8 @@ def like_gemma(tmp_path: Path, tiny_model: Path, own_tokenizer: Any) -> Path:
     tokenizer.add_tokens(["<end_of_turn>"])
     tokenizer.chat_template = GEMMA
     tokenizer.save_pretrained(base)
-    (base / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    settings = json.loads((tiny_model / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "vocab_size": len(tokenizer)}))
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     return base
