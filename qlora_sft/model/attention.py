@@ -168,11 +168,11 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def use_document_attention(model: Any, way: Way = "varlen") -> str:
+def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
 
     way: for a GPU that could do either. varlen takes all documents in one call; sdpa one by one, with the fastest of
-    torch's kernels, which pays where documents are long.
+    torch's kernels, which pays where documents are long. reason: why this one, to be printed with it.
 
     Raises ValueError if the model does not follow the switch, or has layers that attend in a way of their own.
     """
@@ -192,9 +192,10 @@ def use_document_attention(model: Any, way: Way = "varlen") -> str:
         raise ValueError(f"{type(base).__name__} has layers of type {', '.join(unknown)}, which cannot be packed here")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     path = choose_path(base.device, base.dtype, head_size, _capped(base))
-    if path.name == "varlen" and way == "sdpa":
-        return "sdpa (one call per document)"
-    return f"{path.name} ({path.reason})"
+    if path.name != "varlen":
+        return f"{path.name} ({path.reason})"
+    said = "one call per document" if way == "sdpa" else path.reason
+    return f"{way} ({said}{': ' if reason else ''}{reason})"
 
 
 def _capped(base: Any) -> bool:

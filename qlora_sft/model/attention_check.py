@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_sft.errors import RunError
-from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.attention import Way, use_document_attention
 from qlora_sft.model.base import base_of, has_unsloths_forward
 from qlora_sft.say import Say
 
@@ -23,11 +23,11 @@ LENGTHS = (11, 1, 23)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
-def use_checked_attention(model: Any, dtype: torch.dtype, say: Say) -> None:
+def use_checked_attention(model: Any, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = "") -> None:
     """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
     base = base_of(model)
     try:
-        choice = use_document_attention(model)
+        choice = use_document_attention(model, way, reason)
         if has_unsloths_forward(base):
             choice = "as Unsloth does it (documents begin where positions do)"
         say(f"attention: {choice}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.model.attention_check import use_checked_attention
+from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Name
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.load import load_model
@@ -18,11 +20,16 @@ from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
 
-def prepare_model(config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say) -> Any:
-    """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only."""
+def prepare_model(
+    config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say, lengths: Sequence[int] = ()
+) -> Any:
+    """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only.
+
+    lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
+    """
     model = load_model(config, base, dtype, backend)
     use_rows_beside_embedding(model)
-    use_checked_attention(model, dtype, say)
+    use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"
         say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")

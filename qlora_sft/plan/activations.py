@@ -44,10 +44,15 @@ GATE_UP = {"gate_proj", "up_proj", "gate_up_proj"}
 DOWN = {"down_proj"}
 
 
-def layer_bytes(blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> LayerBytes:
-    """Of the largest decoder layer, for one row of ``tokens``. `ConfigError` if they are not Llama-like."""
+def layer_bytes(
+    blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
+) -> LayerBytes:
+    """Of the largest decoder layer, for one row of ``tokens``. `ConfigError` if they are not Llama-like.
+
+    joined: on a GPU, documents are attended to one by one, and their results are joined into a copy.
+    """
     heads, _, size = blueprint.heads
-    each = [_Layer(blueprint, number, tokens, lora, dtype, on_gpu) for number in range(blueprint.n_layers)]
+    each = [_Layer(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)]
     for layer in each:
         layer.require_known()
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
@@ -65,11 +70,11 @@ Row = Callable[[int], tuple[LayerBytes, int]]
 """Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
 
 
-def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool) -> Row:
+def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False) -> Row:
     def row(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
         between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
-        layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu)
+        layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
         return with_standing(layer, standing_bytes(blueprint.config, tokens, dtype)), between
 
     return row
@@ -97,9 +102,11 @@ class _Layer:
     """One decoder layer: the terms of the formula above."""
 
     def __init__(
-        self, blueprint: Blueprint, number: int, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool
-    ):
+        self, blueprint: Blueprint, number: int, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool,
+        joined: bool = False,
+    ):  # fmt: skip
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
+        self.joined = joined and on_gpu
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.tiled = not blueprint.why_not_tiled
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
@@ -178,7 +185,8 @@ class _Layer:
         qkv = [linear.outputs for linear in self.linears if linear.short == "qkv_proj"]
         # The values of a joint projection are a view of all of it; only the GPU path copies them out.
         values = qkv[0] if qkv and not self.on_gpu else groups * size
-        saved = self.size * (heads * size + groups * size + values + heads * size) + 4 * heads
+        results = 2 if self.joined else 1
+        saved = self.size * (heads * size + groups * size + values + results * heads * size) + 4 * heads
         taken = self.size * (2 * heads * size + 2 * groups * size + self.blueprint.hidden)
         workspace = flash_workspace(self.blueprint, self.size) if self.on_gpu else 0
         return Part(self.tokens * saved, self.tokens * (taken + workspace))

@@ -15,6 +15,7 @@ from qlora_kernels.offload.tiers import describe as describe_tiers
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.memory import choose
@@ -59,7 +60,8 @@ def needs_of(
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
     tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
-    memory, choice = _this_run(blueprint, config, dtype, on_gpu, tokens, held, say)
+    documents = workload.documents if workload else [config.data.max_length]
+    memory, choice = _this_run(blueprint, config, dtype, documents, tokens, held, say)
     return PlanReport(
         model=_model(blueprint, config, files["note"]),
         choices={
@@ -95,15 +97,23 @@ def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
 
 
 def _this_run(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, on_gpu: bool, tokens: int, held: Residents, say: Say
+    blueprint: Blueprint,
+    config: Config,
+    dtype: torch.dtype,
+    documents: list[int],
+    tokens: int,
+    held: Residents,
+    say: Say,
 ) -> tuple[DevicePlan, Split | None]:
-    """Activations of the longest row on the device that is here."""
+    """Activations of the longest row on the device that is here. documents: tokens of those in a typical row."""
+    on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    joined = choose_way(config.model.attention, device, documents).way == "sdpa"
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
     room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
-        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu)(tokens)
+        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None

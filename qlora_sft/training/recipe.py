@@ -45,8 +45,9 @@ def run_recipe(
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
-        tokens = longest_row(sizes(data.documents).tokens, data.bins, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say)
+        lengths = sizes(data.documents).tokens
+        tokens = longest_row(lengths, data.bins, config.training.batch_size)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
         memory = use_memory(model, config, tokens, dtype, say)

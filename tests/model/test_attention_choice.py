@@ -1,0 +1,71 @@
+"""Which way a GPU attends is chosen by the documents' lengths, said, and can be forced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.model import attention
+from qlora_sft.model.attention import NAME_ONE_BY_ONE, use_document_attention
+from qlora_sft.model.attention_choice import choose_way, typical_length
+from qlora_sft.model.loss import batch_loss
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
+def test_the_average_token_decides_and_not_the_average_document() -> None:
+    assert typical_length([100] * 50) == 100
+    # Fifty short documents hold half of the tokens, one long one the other half.
+    assert typical_length([100] * 50 + [5000]) == pytest.approx(2550)
+    assert typical_length([]) == 0
+
+
+@pytest.mark.usefixtures("hopper")
+def test_long_documents_are_attended_to_one_by_one() -> None:
+    assert choose_way("auto", CUDA, [512] * 16).way == "varlen"
+    assert choose_way("auto", CUDA, [2048] * 4).way == "sdpa"
+    assert "2,048 tokens on average" in choose_way("auto", CUDA, [2048] * 4).reason
+    assert choose_way("varlen", CUDA, [32768]) == ("varlen", "model.attention=varlen")
+    assert choose_way("sdpa", CUDA, [1]).way == "sdpa"
+
+
+def test_where_it_was_not_measured_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability in ((8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert choose_way("auto", CUDA, [32768]).way == "varlen"
+    assert choose_way("auto", torch.device("cpu"), [32768]).way == "varlen"
+
+
+def test_both_ways_are_one_way_on_a_cpu_and_the_same_to_the_bit(tiny_model: Path) -> None:
+    losses = []
+    for way in ("varlen", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        assert "document by document, on a cpu" in use_document_attention(model, way, "as a test")
+        documents = [Rendered(list(range(20, 20 + length)), [1.0] * length, "s") for length in (30, 1, 17)]
+        losses.append(batch_loss(model, flatten(documents)).nll)
+    assert model.config._attn_implementation == NAME_ONE_BY_ONE
+    assert torch.equal(*losses)
+
+
+def test_a_gpu_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window goes with FlashAttention whatever was chosen: sdpa would form the square of the document."""
+    asked: list[str] = []
+    monkeypatch.setattr(attention, "choose_path", lambda *_: attention.Path("varlen", "a test"))
+    monkeypatch.setattr(attention, "_varlen", lambda *_: asked.append("varlen"))
+    monkeypatch.setattr(attention, "_one_by_one", lambda *_, shares_keys: asked.append(f"sdpa {shares_keys}"))
+    q, bounds = torch.zeros(1, 2, 9, 8), torch.tensor([0, 9], dtype=torch.int32)
+    for one_by_one, window in ((False, None), (True, None), (True, 4)):
+        attention.document_attention(
+            torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, sliding_window=window, one_by_one=one_by_one
+        )
+    assert asked == ["varlen", "sdpa True", "varlen"]
