@@ -16,6 +16,8 @@ parts=" ${*:-tests training parts context layers sweeps kernels} "
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
+# Two processes at a time here have two threads each, which on a small CPU would wait for one another.
+[[ $dry ]] && export OMP_NUM_THREADS=1
 started=$SECONDS
 
 # run SECONDS NAME COMMAND...: one command with a limit; what it prints goes to OUT/NAME.txt.

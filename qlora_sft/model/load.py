@@ -66,6 +66,8 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             max_seq_length=config.data.max_length,
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
+            # Else well-known names become those of Unsloth's own repositories, quantised by others.
+            use_exact_model_name=True,
             **scaling,
             **checkpointing,
         )
