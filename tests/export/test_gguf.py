@@ -96,7 +96,7 @@ def test_a_failed_check_leaves_no_file(run: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("qlora_sft.export.gguf.check_gguf", fail)
     with pytest.raises(RunError, match="differs"):
         export_run(run, "f16", say=quiet)
-    assert not list((run / "gguf").iterdir())
+    assert not (run / "gguf").exists()
 
 
 def test_unknown_types_and_a_missing_quantizer_name_the_cure(
