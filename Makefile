@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DEMO_ARGS ?=
 
-.PHONY: demo test test-torch lint bench install
+.PHONY: demo test test-torch torch-environment lint bench install
 
 demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
@@ -22,6 +22,8 @@ test: install
 # Older CPU builds are not on PyPI, so this fetches CUDA's libraries as well, some 4 GB, and uses none of them.
 TORCH ?= 2.10.0
 OTHER := .venv-torch-$(TORCH)
+torch-environment: $(OTHER)/installed
+
 test-torch: $(OTHER)/installed
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile tests/kernels tests/plan/test_weights.py \
 	  tests/plan/test_random_model.py tests/model/test_attention.py tests/model/test_attention_families.py \
