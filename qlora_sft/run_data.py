@@ -26,7 +26,7 @@ from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, chat_format
 from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
-from qlora_sft.model.base_check import check_base
+from qlora_sft.model.base_check import check_base, check_ids
 from qlora_sft.model.load import resolve_base, saved_stops
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
@@ -76,6 +76,7 @@ def render_data(
     chat = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
     train, held_out, bins = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
+    check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
     return RunData(backend, base, tokenizer, chat, train, held_out, bins, sources.removed)

@@ -8,15 +8,19 @@ layers that the files lack would be trained on random numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from qlora_sft.config import Config, ModelConfig
-from qlora_sft.errors import ConfigError, all_at_once, first_line
+from qlora_sft.data.documents import Documents
+from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
 from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
 from qlora_sft.model.rope import check_context
 from qlora_sft.model.skeleton import check_layers, read_settings, skeleton
 from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+from qlora_sft.model.vocabulary import new_rows
 
 # Names of the input embedding and the output head in the files of the families there are.
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out)\.weight")
@@ -89,8 +93,7 @@ def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> 
 
     Tokens that a shipped template adds are not among them: they get rows of their own.
     """
-    rows = {_embedding_rows(name, header) for name, header in _headers(base).items()} - {0}
-    count = min(rows, default=text_config(settings).get("vocab_size"))
+    count = _rows_of(base, settings)
     if count is None:
         return
     from transformers import AutoTokenizer
@@ -110,6 +113,28 @@ def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> 
             f"embedding: {shown}{more}. Take the tokenizer that belongs to these weights, or give the model rows for "
             "them (model.resize_token_embeddings(len(tokenizer))) and save both"
         )
+
+
+def check_ids(documents: Iterable[Documents], model: ModelConfig, base: str, tokenizer: Any) -> None:
+    """Raises `DataError` for a rendered token without a row in the embedding, as placeholders for images have none."""
+    count = _rows_of(base, read_config(base))
+    new = new_rows(model, base)
+    for each in documents:
+        beyond = {int(token) for token in np.unique(each.ids)} if count is not None and len(each.ids) else set()
+        beyond = {token for token in beyond if count is not None and token >= count} - set(new)
+        if beyond:
+            first = min(beyond)
+            raise DataError(
+                f"data: {each.source} holds {tokenizer.convert_ids_to_tokens(first)!r}, a token for images or sound "
+                f"({first}) that the model's embedding of {count:,} rows does not have; take it out of the texts"
+            )
+
+
+def _rows_of(base: str, settings: dict[str, Any]) -> int | None:
+    """Returns the rows of the embedding, by the files or else by config.json."""
+    rows = {_embedding_rows(name, header) for name, header in _headers(base).items()} - {0}
+    count: int | None = min(rows, default=text_config(settings).get("vocab_size"))
+    return count
 
 
 def check_chat(model: ModelConfig, base: str) -> None:

@@ -79,4 +79,5 @@ def _generation_stops(base: str) -> set[int]:
         configured = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:  # a base without a generation_config.json
         configured = None
-    return set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in listed if token is not None}  # some published lists hold a null

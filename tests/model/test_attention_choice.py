@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_sft.data.batch import flatten
@@ -69,3 +70,23 @@ def test_a_gpu_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch) ->
             torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, sliding_window=window, one_by_one=one_by_one
         )
     assert asked == ["varlen", "sdpa True", "varlen"]
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_keys_are_shared_by_every_version_of_torchs_function(monkeypatch: pytest.MonkeyPatch, newer: bool) -> None:
+    """Before 2.13 it has no argument for that, and shares keys unasked."""
+    from torch.nn.attention import varlen
+
+    given: list[bool] = []
+
+    def with_argument(q: Tensor, *_: object, scale: object, window_size: object, enable_gqa: bool = False) -> Tensor:
+        given.append(enable_gqa)
+        return q
+
+    def without(q: Tensor, *_: object, scale: object, window_size: object) -> Tensor:
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", with_argument if newer else without)
+    q, k, bounds = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8), torch.tensor([0, 9], dtype=torch.int32)
+    assert attention._varlen(q, k, k, bounds, 9, None, None).shape == (1, 9, 4, 8)
+    assert given == [True] * newer

@@ -14,9 +14,11 @@ from transformers import AutoTokenizer
 
 from qlora_sft.cli import main
 from qlora_sft.config import ModelConfig
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.model.base_check import check_base, check_quantization, check_tokenizer
 from qlora_sft.model.base_files import read_config
+from qlora_sft.model.tokenizer import stop_ids
+from qlora_sft.prepare import prepare
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -142,6 +144,23 @@ def test_tokens_that_are_there_for_images_only_are_no_fault(copied: Path) -> Non
     tokenizer.save_pretrained(copied)
     with pytest.raises(ConfigError, match=r"has 1 tokens beyond the 49,152 rows of the model's embedding: '<other>'"):
         check_tokenizer(ModelConfig(str(copied)), str(copied), read_config(str(copied)))
+
+
+def test_a_text_that_holds_such_a_token_is_refused_with_its_source(copied: Path, make_config: Any) -> None:
+    edited(copied, "tokenizer_config.json", image_token="<image_soft_token>")
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(copied)
+    rows = [{"text": "A picture: <image_soft_token> and what it shows."}]
+    config = make_config(f"model.path={copied}", "data.train.0.allow_special=true", rows=rows)
+    with pytest.raises(DataError, match=r"chat holds '<image_soft_token>'.*49,152 rows does not have"):
+        prepare(config, lambda _: None, unsloth=False)
+
+
+def test_a_null_among_the_stops_is_none(copied: Path) -> None:
+    edited(copied, "generation_config.json", eos_token_id=[2, None])
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    assert stop_ids(ModelConfig(str(copied)), str(copied), tokenizer) == {2, tokenizer.eos_token_id}
 
 
 def test_a_base_that_fits_and_tokens_that_a_template_adds_are_no_fault(
