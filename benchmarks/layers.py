@@ -64,12 +64,18 @@ def main() -> None:
         running = {name: start(name, folder, options) for name in options.only}
         lines = merged(running)
         until = time.monotonic() + options.timeout
-        while (found := lines.get(timeout=max(0.1, until - time.monotonic()))) is not None:
-            name, cell = found
-            row = {**machine, "provider": name, "shape": options.shape, "layers": options.layers, **cell}
-            with options.output.open("a") as output:  # as they come: what is cut short loses no row
-                output.write(json.dumps(row) + "\n")
-            print(line(row), flush=True)
+        try:
+            while (found := lines.get(timeout=max(0.1, until - time.monotonic()))) is not None:
+                name, cell = found
+                row = {**machine, "provider": name, "shape": options.shape, "layers": options.layers, **cell}
+                with options.output.open("a") as output:  # as they come: what is cut short loses no row
+                    output.write(json.dumps(row) + "\n")
+                print(line(row), flush=True)
+        except queue.Empty:
+            print(f"layers: not everything was measured in {options.timeout} s", flush=True)
+        finally:
+            for process in running.values():
+                process.kill()
 
 
 def parse() -> argparse.Namespace:

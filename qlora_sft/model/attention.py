@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
@@ -94,6 +95,8 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped
         return Path("sdpa", f"{slower} needs compute capability 8.0")
     if head_size > 256:
         return Path("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+    if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
+        return Path("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
     return Path("varlen", "FlashAttention over all documents at once")
 
 
@@ -133,16 +136,14 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """torch's own variable-length FlashAttention: one launch, no mask, no host synchronisation."""
-    from torch.nn.attention.varlen import varlen_attn
-
     # Before torch 2.13 there is no such argument: keys and values with fewer heads are shared unasked.
     grouped: dict[str, Any] = {}
-    if "enable_gqa" in signature(varlen_attn).parameters:
+    if "enable_gqa" in signature(varlen.varlen_attn).parameters:
         grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     # So many tokens to the left of itself (-1: any number), none to the right.
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+    out = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     return cast(Tensor, out).unsqueeze(0)
 
 

@@ -22,6 +22,8 @@ from qlora_sft.model.attention import Way
 
 # Between 512 tokens, where one call is faster, and 2,048, where one call per document is.
 LONG = 1024
+# cuDNN builds a plan for every new length, which takes longer than it saves; few lengths are soon all known.
+FEW = 32
 # The generation of GPUs on which cuDNN's kernel was measured.
 MEASURED = (9, 0)
 
@@ -37,6 +39,9 @@ def choose_way(wanted: Literal["auto", "varlen", "sdpa"], device: torch.device, 
         return Choice(wanted, f"model.attention={wanted}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != MEASURED:
         return Choice("varlen", "")
+    different = len(set(lengths))
+    if different > FEW:
+        return Choice("varlen", f"{different:,} different lengths, and cuDNN builds a plan for each")
     typical = typical_length(lengths)
     if typical >= LONG:
         return Choice("sdpa", f"a token's document has {typical:,.0f} tokens on average; from {LONG:,} on it is faster")

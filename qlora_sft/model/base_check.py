@@ -120,8 +120,10 @@ def check_ids(documents: Iterable[Documents], model: ModelConfig, base: str, tok
     count = _rows_of(base, read_config(base))
     new = new_rows(model, base)
     for each in documents:
-        beyond = {int(token) for token in np.unique(each.ids)} if count is not None and len(each.ids) else set()
-        beyond = {token for token in beyond if count is not None and token >= count} - set(new)
+        # Most data needs no more than the one look at its largest id.
+        if count is None or not len(each.ids) or int(each.ids.max()) < count:
+            continue
+        beyond = {int(token) for token in np.unique(each.ids) if token >= count} - set(new)
         if beyond:
             first = min(beyond)
             raise DataError(

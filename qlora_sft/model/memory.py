@@ -134,6 +134,8 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
     layer = with_standing(layer, standing)
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
+    if has_unsloths_forward(base_of(model)):
+        between += layer.input
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)

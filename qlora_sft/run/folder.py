@@ -23,7 +23,12 @@ def is_run(path: Path) -> bool:
 def kept_day(run: Path) -> date | None:
     """Returns the date that the chat template wrote when the run began; None if it writes none."""
     begun = run / "begun.json"
-    day = json.loads(begun.read_text(encoding="utf-8")).get("template_date") if begun.is_file() else None
+    if not begun.is_file():
+        return None
+    content = json.loads(begun.read_text(encoding="utf-8"))
+    if "template_date" not in content:  # a run of an earlier version wrote the date on which it began
+        return date.fromtimestamp(begun.stat().st_mtime)
+    day = content["template_date"]
     return date.fromisoformat(day) if day else None
 
 

@@ -36,6 +36,8 @@ def test_long_documents_are_attended_to_one_by_one() -> None:
     assert choose_way("auto", CUDA, [512] * 16).way == "varlen"
     assert choose_way("auto", CUDA, [2048] * 4).way == "sdpa"
     assert "2,048 tokens on average" in choose_way("auto", CUDA, [2048] * 4).reason
+    assert choose_way("auto", CUDA, range(2048, 2148)).way == "varlen"
+    assert "100 different lengths" in choose_way("auto", CUDA, range(2048, 2148)).reason
     assert choose_way("varlen", CUDA, [32768]) == ("varlen", "model.attention=varlen")
     assert choose_way("sdpa", CUDA, [1]).way == "sdpa"
 
@@ -70,6 +72,19 @@ def test_a_gpu_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch) ->
             torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, sliding_window=window, one_by_one=one_by_one
         )
     assert asked == ["varlen", "sdpa True", "varlen"]
+
+
+def test_a_torch_whose_function_takes_no_window_attends_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.10's: on a GPU the arguments would be a TypeError in the first step."""
+
+    def old(q: Tensor, *_: object, is_causal: bool = False) -> Tensor:
+        return q
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention.varlen, "varlen_attn", old)
+    path = attention.choose_path.__wrapped__(CUDA, torch.bfloat16, 128, False)
+    assert path.name == "sdpa"
+    assert "before torch 2.11" in path.reason
 
 
 @pytest.mark.parametrize("newer", [True, False])
