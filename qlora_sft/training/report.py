@@ -38,8 +38,8 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
     )
     if course.rose:
         lines.append(
-            f"the training loss rose (it was {course.base:.3f} at the first step, before any update): where that is more "
-            "than noise between steps, the model is worse at its training data than before. Lower "
+            f"the training loss rose (it was {course.base:.3f} at the first step, before any update): where that is "
+            "more than noise between steps, the model is worse at its training data than before. Lower "
             "training.learning_rate, and look at the rows with `preview`"
         )
     return "\n".join(lines)
