@@ -61,7 +61,7 @@ class ModelConfig:
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
     attention: Literal["auto", "varlen", "sdpa"] = "auto"
     """How a GPU attends inside documents: ``varlen`` all of them in one call of FlashAttention, ``sdpa`` in one call
-    each, which is faster where they are long. ``auto`` goes by their length and the GPU, and says which and why. On a
+    each, which is faster where they are long. ``auto`` goes by their lengths and the GPU, and says why. On a
     CPU, with capped logits or sinks, and on GPUs without FlashAttention there is one way, whatever this says."""
     rope_scaling: RopeScaling | None = None
     """Needed where ``data.max_length`` exceeds the positions of the model; the merged model and the GGUF carry it."""
