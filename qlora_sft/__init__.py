@@ -66,7 +66,7 @@ class _Package(ModuleType):
     """Where a function and its module have one name, the name is the function's: importing a module binds it in its
     package, and ``from qlora_sft import train`` would give one or the other, by what was imported before."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import RunError
 
@@ -51,7 +50,7 @@ def written_file(target: Path) -> Iterator[Path]:
         raise disk_error(error, target) or error from None
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: object) -> None:
     """Indented JSON, written beside and renamed."""
     with written_file(file) as beside:
         beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,18 +10,24 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 
-Verbs = Any
-"""What `argparse.ArgumentParser.add_subparsers` returns; its class has no public name."""
+CommandResult = Report | Mapping[str, object] | None
+"""What a command returns; ``--json`` prints it."""
+Action = Callable[[argparse.Namespace], CommandResult]
+
+if TYPE_CHECKING:
+    from qlora_sft.export.hub import PushResult
+
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
 
 
-def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
+def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
     """Runs ``action`` and turns what comes of it into an exit code; its result goes to stdout as JSON if asked for."""
     quiet_libraries()
     try:
@@ -76,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+def _verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.ArgumentParser:
     sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     sub.set_defaults(verb=action, parser=sub)
     sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
     return sub
 
 
-def _configured_verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+def _configured_verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.ArgumentParser:
     sub = _verb(verbs, name, action, help)
     sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
@@ -172,7 +178,7 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     )
 
 
-def _train(arguments: argparse.Namespace) -> Any:
+def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
 
@@ -180,7 +186,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
-def _preview(arguments: argparse.Namespace) -> Any:
+def _preview(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.preview import preview
 
@@ -188,7 +194,7 @@ def _preview(arguments: argparse.Namespace) -> Any:
     return preview(config, arguments.count, arguments.html, show=not arguments.json, alone=True)
 
 
-def _plan(arguments: argparse.Namespace) -> Any:
+def _plan(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.plan.plan import make_plan
     from qlora_sft.plan.table import plan_table
@@ -200,7 +206,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     return plan
 
 
-def _evaluate(arguments: argparse.Namespace) -> Any:
+def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.config import TaskConfig
     from qlora_sft.evaluation.evaluate_run import evaluate_run
 
@@ -213,7 +219,7 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def _merge(arguments: argparse.Namespace) -> Any:
+def _merge(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
     from qlora_sft.export.merge import merge_run
 
@@ -225,7 +231,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     return replace(result, push=_pushed(arguments, "merged"))
 
 
-def _export(arguments: argparse.Namespace) -> Any:
+def _export(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
     from qlora_sft.export.gguf import export_adapter, export_run
 
@@ -247,7 +253,9 @@ def _check_push(arguments: argparse.Namespace) -> None:
             raise ConfigError("--push uploads from the run folder; leave --out away")
 
 
-def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None) -> Any:
+def _pushed(
+    arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None
+) -> PushResult | None:
     if not arguments.push:
         return None
     from qlora_sft.export.hub import push
@@ -255,13 +263,13 @@ def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf
     return push(arguments.run, arguments.push, what, gguf=gguf)
 
 
-def _push(arguments: argparse.Namespace) -> Any:
+def _push(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.export.hub import push
 
     return push(arguments.run, arguments.repo, arguments.what, public=arguments.public, dry_run=arguments.dry_run)
 
 
-def _doctor(arguments: argparse.Namespace) -> Any:
+def _doctor(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.doctor import examine, table
 
     facts = examine()
@@ -270,7 +278,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     return facts
 
 
-def _chat(arguments: argparse.Namespace) -> Any:
+def _chat(arguments: argparse.Namespace) -> CommandResult:
     if arguments.serve:
         from qlora_sft.chat.serve import serve
 

@@ -15,6 +15,7 @@ from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
 from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
 from qlora_sft.text import as_path, read_text
@@ -223,7 +224,7 @@ def _find(name: str) -> Path:
     raise ConfigError(f"{name}: {missing}{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
-def _check_values(tree: dict[str, Any], file: str) -> list[str]:
+def _check_values(tree: JsonObject, file: str) -> list[str]:
     """Finds values that have the right type and range and still make no sense together, in all sections of ``tree`` in
     which nothing else is wrong."""
     problems = []

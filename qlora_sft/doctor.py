@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import TypedDict
 
 from qlora_sft.cache import cache_dir
 from qlora_sft.export.llama_tools import (
@@ -19,14 +19,30 @@ from qlora_sft.run.manifest import versions
 EXPORT_PACKAGES = ("gguf", "safetensors", "xllamacpp", "llama-cpp-python", "sentencepiece", "huggingface_hub")
 
 
-def examine() -> dict[str, Any]:
+class Check(TypedDict):
+    """Says whether one thing works here, what was found, and how to get it."""
+
+    name: str
+    ok: bool
+    found: str
+    cure: str
+
+
+class Facts(TypedDict):
+    """Holds what `examine` finds: the version of every installed package, and the checks."""
+
+    packages: dict[str, str]
+    checks: list[Check]
+
+
+def examine() -> Facts:
     """{"packages": {name: version}, "checks": [{"name", "ok", "found", "cure"}]}."""
     packages = {**versions(), **{name: package_version(name) for name in EXPORT_PACKAGES}}
     checks = [_device(), _unsloth(packages), _converter(), _quantizer(), _logits(packages), _ollama()]
     return {"packages": {name: found for name, found in packages.items() if found}, "checks": checks}
 
 
-def table(facts: dict[str, Any]) -> str:
+def table(facts: Facts) -> str:
     """The same as text."""
     lines = [f"{'ok' if check['ok'] else '--':<4}{check['name']:<26}{check['found']}" for check in facts["checks"]]
     for check in facts["checks"]:
@@ -36,11 +52,11 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check(name: str, found: str | None, cure: str) -> dict[str, Any]:
+def _check(name: str, found: str | None, cure: str) -> Check:
     return {"name": name, "ok": found is not None, "found": found or "not found", "cure": "" if found else cure}
 
 
-def _device() -> dict[str, Any]:
+def _device() -> Check:
     import torch
 
     if torch.cuda.is_available():
@@ -48,13 +64,13 @@ def _device() -> dict[str, Any]:
     return _check("device", "CPU (training works, slowly)", "")
 
 
-def _unsloth(packages: dict[str, str | None]) -> dict[str, Any]:
+def _unsloth(packages: dict[str, str | None]) -> Check:
     """By version only: importing it patches other libraries, and that belongs to training."""
     cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
     return _check("backend unsloth", packages.get("unsloth"), cure)
 
 
-def _converter() -> dict[str, Any]:
+def _converter() -> Check:
     """f32, f16, bf16, q8_0 and LoRA."""
     if configured().parts:
         there = (configured() / "convert_hf_to_gguf.py").is_file()
@@ -65,7 +81,7 @@ def _converter() -> dict[str, Any]:
     return _check("GGUF converter", f"llama.cpp {PINNED_COMMIT} ({PINNED})" if unpacked else None, cure)
 
 
-def _quantizer() -> dict[str, Any]:
+def _quantizer() -> Check:
     """K-quants and IQ types."""
     tool = find_quantizer()
     if tool:
@@ -78,11 +94,11 @@ def _quantizer() -> dict[str, Any]:
     return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do without")
 
 
-def _logits(packages: dict[str, str | None]) -> dict[str, Any]:
+def _logits(packages: dict[str, str | None]) -> Check:
     libraries = llama_libraries()
     found = f"{libraries[0].name} (xllamacpp {packages.get('xllamacpp')})" if libraries else None
     return _check("run and compare a GGUF", found, "pip install 'qlora-sft[gguf]'")
 
 
-def _ollama() -> dict[str, Any]:
+def _ollama() -> Check:
     return _check("ollama", shutil.which("ollama"), "optional; a GGUF runs in llama.cpp without it")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 
 class QloraSftError(Exception):
@@ -18,7 +17,7 @@ class ConfigError(QloraSftError):
 
     exit_code = 2
 
-    def __init__(self, problems: list[str] | str, rest: dict[str, Any] | None = None):
+    def __init__(self, problems: list[str] | str, rest: Mapping[str, object] | None = None):
         self.rest = rest or {}
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
@@ -46,7 +45,7 @@ class Interrupted(QloraSftError):
     exit_code = 130
 
 
-def all_at_once(checks: Iterable[Callable[[], Any]]) -> None:
+def all_at_once(checks: Iterable[Callable[[], object]]) -> None:
     """Runs every check and raises the faults of all: the one error that says everything, or one made of several."""
     errors: list[QloraSftError] = []
     for check in checks:

@@ -6,14 +6,17 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
+from qlora_sft.json_types import JsonObject
 from qlora_sft.prepare import prepare
 from qlora_sft.run.report import Report
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_sft.data.render import Rendered
 
 
@@ -33,7 +36,7 @@ class PreviewReport(Report):
     """The documents that were shown, and what became of the rows of every source."""
 
     rows: list[ShownDocument]
-    ledger: dict[str, dict[str, Any]]
+    ledger: dict[str, JsonObject]
 
 
 def preview(
@@ -70,7 +73,7 @@ def preview(
     return PreviewReport(rows, ledger)
 
 
-def _shown(document: Rendered, tokenizer: Any) -> ShownDocument:
+def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:
     tokens = tokenizer.convert_ids_to_tokens(document.input_ids)
     supervised = [weight > 0 for weight in document.weights]
     return ShownDocument(document.source, document.input_ids, tokens, supervised, document.weights)

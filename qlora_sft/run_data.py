@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -41,7 +44,7 @@ class RunData:
     backend: Backend
     base: str
     """Folder or Hub id of the base model."""
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """As the adapter will carry it."""
     chat_format: ChatFormat
     train: Prepared
@@ -89,9 +92,9 @@ def render_data(
 class SavedText:
     """How a finished run, or a model folder, writes text."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """As it was saved."""
-    training_tokenizer: Any
+    training_tokenizer: PreTrainedTokenizerBase
     """The same with the eos token that it had while the training data was rendered."""
     stops: frozenset[int]
     """Token ids at which the model stops."""
@@ -122,7 +125,7 @@ def saved_text(path: Path) -> SavedText:
     from transformers import AutoTokenizer
 
     if not is_run(path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
         return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
@@ -130,7 +133,7 @@ def saved_text(path: Path) -> SavedText:
     return SavedText(tokenizer, own, stops, run.model.chat_template, kept_day(path))
 
 
-def _before_end_turns(tokenizer: Any, base: str) -> Any:
+def _before_end_turns(tokenizer: PreTrainedTokenizerBase, base: str) -> PreTrainedTokenizerBase:
     """A copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced at the end."""
     from transformers import AutoTokenizer
 

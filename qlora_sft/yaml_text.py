@@ -8,7 +8,6 @@ an override of one changes both.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, ScalarNode
@@ -34,7 +33,7 @@ class YamlFault(ValueError):
     """What is wrong with a YAML text: ``faults`` are (line or 0, what); ``tree`` is what it says if all that is wrong
     with it are keys that stand twice, with the last of each."""
 
-    def __init__(self, faults: list[tuple[int, str]], tree: Any = None):
+    def __init__(self, faults: list[tuple[int, str]], tree: object = None):
         super().__init__("; ".join(text for _, text in faults))
         self.faults, self.tree = faults, tree
 
@@ -51,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         self.open: list[str | None] = []
         """The anchors of what is being composed."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuses an alias inside of what it stands for."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.open:
@@ -63,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         self.open.pop()
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+    def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> MappingNode:
         """Notes keys that stand twice. Later, when merged keys (``<<``) are among them, nobody could tell."""
         node: MappingNode = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
@@ -89,7 +88,7 @@ for _name, (_pattern, _first) in _PLAIN.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> object:
     """Returns what the text says. Raises `YamlFault` with all keys that stand twice, or the first other fault."""
     try:
         loader = _Loader(text)
@@ -113,7 +112,7 @@ def read_yaml(text: str) -> Any:
     return separate
 
 
-def write_yaml(tree: Any) -> str:
+def write_yaml(tree: object) -> str:
     """Returns the text that `read_yaml` reads back to the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -122,11 +121,11 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     return ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
 
 
-def _separate(tree: Any) -> Any:
+def _separate(tree: object) -> object:
     """Returns a copy in which every use of an anchor is an object of its own."""
     count = 0
 
-    def copied(value: Any) -> Any:
+    def copied(value: object) -> object:
         nonlocal count
         count += 1
         if count > _MOST_VALUES:

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.chat.speaker import Messages, Said, Speaker, check_model
 from qlora_sft.errors import ConfigError, ContextFull, RunError
 from qlora_sft.run.folder import is_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of a model that could take more: its cache is memory, and a chat on the terminal is short.
 LARGEST_CONTEXT = 8192
@@ -57,7 +61,7 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
 
     from qlora_sft.model.load import load_for_inference
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
     model = load_for_inference(path)
     stops = _stop_ids(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -82,7 +86,7 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     return speak
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """A run's own have been put into the generation config by what loaded it."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
@@ -98,14 +102,14 @@ def _room(prompt: int, limit: int) -> int:
 class _Streamer:
     """Shows text as tokens come, control tokens of calls and thoughts included, but not the one that ends the turn."""
 
-    def __init__(self, tokenizer: Any, stops: set[int], show: Callable[[str], None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], show: Callable[[str], None]):
         self.tokenizer, self.stops, self.show = tokenizer, stops, show
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
         self._prompt = True
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Tensor) -> None:
         """``value``: first the ids of the prompt [1, n], then one id at a time [1]."""
         if self._prompt:
             self._prompt = False

@@ -5,15 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.chat.models import gguf_facts
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.run_gguf import running
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say, tell
 
 
-def serve(gguf: Path, port: int, say: Say = tell, until: threading.Event | None = None) -> dict[str, Any]:
+def serve(gguf: Path, port: int, say: Say = tell, until: threading.Event | None = None) -> JsonObject:
     """Serves until Ctrl-C, SIGTERM or ``until``. ``port`` 0: any that is free.
 
     Raises `ConfigError` for anything but a GGUF, `RunError` if the port is taken or the file cannot be loaded.

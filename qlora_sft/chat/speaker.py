@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.folder import is_run
 
-Messages = list[dict[str, Any]]
+Messages = list[JsonObject]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.chat.speaker import Messages, Speaker
 from qlora_sft.errors import ContextFull
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say, tell
 
 HELP = """/system TEXT   answer under this system text (without TEXT: under none)
@@ -44,7 +44,7 @@ def chat(
     max_new_tokens: int = 512,
     *,
     show: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """One answer to ``message``, or a conversation until the end of input or ``/exit``. Answers are greedy.
 
     ``show`` gets the answers piece by piece (default: stdout). Returns the whole conversation.
@@ -103,7 +103,7 @@ def answer(
     raising: bool = False,
 ) -> None:
     """Adds the question and its answer to the conversation; neither, if the question does not fit any more."""
-    question = {"role": "user", "content": text}
+    question: JsonObject = {"role": "user", "content": text}
     try:
         with interruptible() as stopped:
             said = speaker([*talk.messages, question], talk.think, show, stopped)
@@ -148,7 +148,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield flag.is_set
         return
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -92,5 +92,5 @@ class BinCollator:
     def __init__(self, documents: Sequence[Rendered]):
         self.documents = documents
 
-    def __call__(self, bins: list[dict[str, Any]]) -> Batch:
+    def __call__(self, bins: list[dict[str, list[int]]]) -> Batch:
         return flatten([self.documents[index] for each in bins for index in each["documents"]])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from qlora_sft.data.conversation import FunctionCall, ToolCall
 from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, joined, kind, only, short, without
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _CALL_KEYS = {"id", "call_id", "tool_call_id", "type", "index", "function", "name", *_ARGUMENTS}
@@ -14,7 +14,7 @@ _SCHEMA = ("parameters", "input_schema", "inputSchema")
 _FUNCTION_KEYS = {"name", "description", *_SCHEMA}
 
 
-def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
+def read_calls(calls: object, unused: set[str]) -> list[ToolCall]:
     """Tool calls, given as a list (or JSON text of one) of OpenAI calls or of bare ``{name, arguments}``."""
     calls = anything(calls, "'tool_calls'")
     if calls is None:
@@ -24,7 +24,7 @@ def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
     return [read_call(call, unused) for call in calls]
 
 
-def read_call(call: Any, unused: set[str]) -> dict[str, Any]:
+def read_call(call: object, unused: set[str]) -> ToolCall:
     """One call, with its arguments as an object; no arguments are an empty one. Its id becomes a text."""
     call = from_json_text(call, "a tool call")
     fields = _flat(call) if isinstance(call, dict) else {}
@@ -40,21 +40,19 @@ def read_call(call: Any, unused: set[str]) -> dict[str, Any]:
     # Of the two ids of OpenAI's newer form, results name the call_id.
     given = only(fields, "call_id", "tool_call_id")
     identity = read_id(fields.get("id") if given is None else given, "the id of a tool call")
-    return {
-        **({"id": identity} if identity else {}),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    function: FunctionCall = {"name": name, "arguments": arguments}
+    call_read: ToolCall = {"type": "function", "function": function}
+    return {"id": identity, **call_read} if identity else call_read
 
 
-def read_id(value: Any, what: str) -> str | None:
+def read_id(value: object, what: str) -> str | None:
     """An id as a text: some files have numbers."""
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise DataError(f"{what} has the wrong type: {value!r}; it must be a text or a whole number")
     return None if value in EMPTY else str(value)
 
 
-def _flat(call: dict[str, Any]) -> dict[str, Any]:
+def _flat(call: JsonObject) -> JsonObject:
     """The call's fields and those of its ``function`` in one; that may be its name alone, or JSON text."""
     function = call.get("function")
     if isinstance(function, str):
@@ -64,7 +62,7 @@ def _flat(call: dict[str, Any]) -> dict[str, Any]:
     return joined(function, without(call, {"function", "type"}))
 
 
-def _arguments(fields: dict[str, Any], name: str) -> dict[str, Any]:
+def _arguments(fields: JsonObject, name: str) -> JsonObject:
     """OpenAI sends an empty text for a function without parameters; others null, or an empty list."""
     what = f"the arguments of {name!r}"
     given = {key: anything(fields[key], f"{what}: the text") for key in _ARGUMENTS if key in fields}
@@ -79,7 +77,7 @@ def _arguments(fields: dict[str, Any], name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ descriptions
 
 
-def read_tools(tools: Any) -> list[dict[str, Any]]:
+def read_tools(tools: object) -> list[JsonObject]:
     """Tool descriptions, given as a list or as JSON text; bare functions get OpenAI's ``{type, function}`` around them,
     because that is how they arrive at inference. The schema stands under ``parameters``, where templates look."""
     tools = anything(tools, "'tools'")
@@ -90,19 +88,20 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
     return [_tool(from_json_text(tool, "one of 'tools'")) for tool in tools]
 
 
-def _tool(tool: Any) -> dict[str, Any]:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
+def _tool(tool: object) -> JsonObject:
+    fields: JsonObject = tool if isinstance(tool, dict) else {}
+    function = fields.get("function", fields)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"each of 'tools' needs a function with a 'name', got {short(tool)}")
-    if function is tool:
+    if function is fields:
         # OpenAI's flat form and Anthropic's say the type beside the name.
-        plain = tool.get("type") in (None, "function", "custom")
-        return {"type": "function", "function": _with_schema(without(tool, {"type"} if plain else set()))}
-    outside = {key: value for key, value in tool.items() if key in _FUNCTION_KEYS}
-    return {**without(tool, _FUNCTION_KEYS), "function": _with_schema(joined(function, outside))}
+        plain = fields.get("type") in (None, "function", "custom")
+        return {"type": "function", "function": _with_schema(without(fields, {"type"} if plain else set()))}
+    outside = {key: value for key, value in fields.items() if key in _FUNCTION_KEYS}
+    return {**without(fields, _FUNCTION_KEYS), "function": _with_schema(joined(function, outside))}
 
 
-def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
+def _with_schema(function: JsonObject) -> JsonObject:
     """The function with its schema as an object under ``parameters``, whatever it was called, and without one that is
     null or an empty list, as without every other key that is null."""
     function = {key: value for key, value in function.items() if value is not None or key in _SCHEMA}
@@ -118,7 +117,7 @@ def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
     return {("parameters" if key == place else key): schema if key == place else kept[key] for key in kept}
 
 
-def _schema(value: Any, what: str) -> dict[str, Any] | None:
+def _schema(value: object, what: str) -> JsonObject | None:
     value = None if value == "" else from_json_text(value, what)
     if value is None or value == []:
         return None

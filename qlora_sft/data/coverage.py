@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Lost = dict[str, int]
 """Character -> how often it is lost."""
 
 
-def lost_characters(texts: Iterable[str], tokenizer: Any) -> Lost:
+def lost_characters(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Lost:
     """Which characters of the texts no token can spell, and how often they stand there; usually none.
 
     Each character is tried once per tokenizer; afterwards a text costs one pass over it.
@@ -34,12 +37,12 @@ def describe_lost(lost: Lost) -> str:
 
 
 @lru_cache(maxsize=8)
-def _known(tokenizer: Any) -> dict[str, bool]:
+def _known(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Character -> whether the vocabulary holds it; filled as they come."""
     return {}
 
 
-def _holds(character: str, tokenizer: Any) -> bool:
+def _holds(character: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether something of it is left between two letters. That it comes back changed (another form of a space) is the
     tokenizer's normalisation, and no loss; half of its bytes is one."""
     if character.isascii() and character.isalnum():

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.sources import Source, open_evaluation, place
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say
 
 SIMILARITY = 0.8
@@ -193,12 +194,12 @@ def _drop(
     return left, removed
 
 
-def _content(row: Conversation) -> dict[str, Any]:
+def _content(row: Conversation) -> JsonObject:
     """What is learned from: not where it stood, nor how much it counts."""
     if "text" in row:
         return {"text": row["text"]}
     keys = ("role", "content", "reasoning", "tool_calls", "name")
-    messages = [{key: message[key] for key in keys if key in message} for message in row["messages"]]
+    messages = [{key: value for key, value in message.items() if key in keys} for message in row["messages"]]
     return {"messages": messages, **{key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}}
 
 
@@ -213,7 +214,7 @@ def _spoken(row: Conversation) -> Iterator[str]:
             yield from _texts([message["content"], message.get("reasoning", ""), calls])
 
 
-def _normalised(value: Any) -> Any:
+def _normalised(value: object) -> object:
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFC", value).split())
     if isinstance(value, list):
@@ -221,7 +222,7 @@ def _normalised(value: Any) -> Any:
     return {key: _normalised(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):

@@ -12,13 +12,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import IO, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_sft.cache import scratch_file
 from qlora_sft.data.render import Rendered
 
+Number = TypeVar("Number", bound=np.generic)
 # Documents whose weights are looked at together.
 _AT_ONCE = 4096
 
@@ -44,7 +46,7 @@ class Documents(_Numbered):
     """The documents of one source: ``ids`` int32 [T] and ``weights`` float64 [T] of all of them behind one another
     (usually memory-mapped), ``bounds`` int64 [D + 1]."""
 
-    def __init__(self, source: str, ids: Any, weights: Any, bounds: Any):
+    def __init__(self, source: str, ids: NDArray[np.int32], weights: NDArray[np.float64], bounds: NDArray[np.int64]):
         self.source = source
         self.ids, self.weights, self.bounds = ids, weights, bounds
 
@@ -137,7 +139,7 @@ def _add_mapped(part: Documents, result: Sizes) -> None:
             column.extend(np.diff(running[bounds - bounds[0]]).tolist())
 
 
-def _mapped(file: Any, dtype: Any) -> Any:
+def _mapped(file: IO[bytes], dtype: np.dtype[Number]) -> NDArray[Number]:
     """The numbers in the file, mapped; it has no name, so it goes when nobody refers to them any more."""
     file.flush()
     # Nothing can be mapped of an empty file.

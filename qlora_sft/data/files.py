@@ -30,6 +30,7 @@ from qlora_sft.data.misread import (
     wrong_separator,
 )
 from qlora_sft.errors import DataError, first_line
+from qlora_sft.json_types import JsonObject
 
 Rows = Iterator[tuple[int, Any, str | None]]
 """Line (or number) of a row, the row, and None; or the line, None, and what is wrong with it."""
@@ -97,7 +98,7 @@ def _jsonl(path: Path) -> Rows:
                 yield line, row, fault
 
 
-def _parsed(text: str) -> tuple[Any, str | None]:
+def _parsed(text: str) -> tuple[object, str | None]:
     """(the row, None), or (None, what is wrong with it)."""
     try:
         row = json.loads(text, object_pairs_hook=_each_key_once)
@@ -112,7 +113,7 @@ def _parsed(text: str) -> tuple[Any, str | None]:
     return (None, broken) if broken else (row, None)
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
     """JSON's parser would keep the last of two keys of one name and lose the first without a word."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -121,7 +122,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _check_first_line(path: Path, row: Any, fault: str | None) -> None:
+def _check_first_line(path: Path, row: object, fault: str | None) -> None:
     """Raises `DataError` if the first line shows that the file as a whole is no JSON Lines."""
     why = list_in_a_line(row)
     if fault is not None:
@@ -239,7 +240,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """The value without its null fields: Arrow cannot tell them from absent ones, and has filled most of them in."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qlora_sft.config_data import Overlong
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import DataError
 

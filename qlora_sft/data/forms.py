@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from qlora_sft.config_data import FORMS
 from qlora_sft.data.values import from_json_text
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 # Column names that leave no doubt about which is the question and which the answer.
 _PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"), ("problem", "solution"))
@@ -48,7 +48,7 @@ class Form:
         return f"{self.name} ({mapping[self.name]})"
 
 
-def detect(row: dict[str, Any], columns: dict[str, str] | None = None) -> Form | None:
+def detect(row: JsonObject, columns: dict[str, str] | None = None) -> Form | None:
     """The form of a row, from its columns (renamed by ``columns``) and what they hold; None if it has none.
 
     The order decides: a row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
@@ -69,7 +69,7 @@ def detect(row: dict[str, Any], columns: dict[str, str] | None = None) -> Form |
     return form if _has(row, form := Form("text", columns)) else None
 
 
-def _turn_form(turns: Any, default: str) -> str:
+def _turn_form(turns: object, default: str) -> str:
     """``messages`` or ``sharegpt`` for a list of turns (or JSON text of one), by the keys of its first turn;
     ``default`` for an empty list, and "" for what is no list."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
@@ -84,7 +84,7 @@ def _turn_form(turns: Any, default: str) -> str:
     return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] and "role" not in turns[0] else "messages"
 
 
-def _has(row: dict[str, Any], form: Form) -> bool:
+def _has(row: JsonObject, form: Form) -> bool:
     return all(row.get(column) is not None for column in form.needs())
 
 

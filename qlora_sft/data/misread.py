@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 # Enough to hold the first object of a file.
 HEAD = 2**20
@@ -69,7 +69,7 @@ def rows_in_a_text(line: str) -> str | None:
     return "it holds JSON Lines, which would be trained on as text; name it .jsonl" if known & row.keys() else None
 
 
-def list_in_a_line(row: Any) -> str | None:
+def list_in_a_line(row: object) -> str | None:
     """Says what a row that is a list should have been; None if it is none."""
     if not isinstance(row, list):
         return None
@@ -108,7 +108,7 @@ def pythons_quotes(text: str) -> str | None:
     return None
 
 
-def half_character(row: Any) -> str | None:
+def half_character(row: object) -> str | None:
     """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -118,7 +118,7 @@ def half_character(row: Any) -> str | None:
     return None
 
 
-def broken_cell(row: dict[str, Any], columns: dict[str, str] | None) -> str | None:
+def broken_cell(row: JsonObject, columns: dict[str, str] | None) -> str | None:
     """Says why a column that should hold messages is not read as such: it is a text that is no JSON. None if all is
     well with it."""
     for ours in ("messages", "conversations"):

@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate, islice, pairwise
-from typing import Any
 
 from qlora_sft.config_data import DataConfig, source_name
 
@@ -108,7 +107,7 @@ def plan_order(rows: dict[str, int], config: DataConfig, epochs: int, seed: int)
     ]
 
 
-def order_digest(order: Any) -> str:
+def order_digest(order: object) -> str:
     """sha256 of an order (nested lists of numbers and texts), for the manifest: equal if and only if the order is."""
     return hashlib.sha256(json.dumps(order, separators=(",", ":")).encode()).hexdigest()
 

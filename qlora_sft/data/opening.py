@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+
+from qlora_sft.data.conversation import Message
 
 Before = Callable[[bool], str]
 """The conversation before the turn as the template writes it, with the generation prompt (True) or without."""
@@ -17,7 +18,7 @@ _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _OPENER = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
-def turn_start(text: str, start: int, end: int, message: dict[str, Any], before: Before) -> int:
+def turn_start(text: str, start: int, end: int, message: Message, before: Before) -> int:
     """The first character of ``text[start:end]``, the marked turn, that the model has to write.
 
     Some marks take in the header (DeepSeek's), or a part of it (Qwen2.5's its newline), or the opening ``<think>`` that

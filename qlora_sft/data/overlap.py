@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -37,12 +36,13 @@ def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[
     return "\n".join(lines)
 
 
-def _of_lengths(documents: Sequence[Any], lengths: set[int]) -> Any:
+def _of_lengths(documents: Sequence[Rendered], lengths: set[int]) -> list[int]:
     """Numbers of the documents of one of these lengths; the others need not be read."""
     bounds = getattr(documents, "bounds", None)
     if bounds is None:
         return [number for number, document in enumerate(documents) if len(document.input_ids) in lengths]
-    return np.flatnonzero(np.isin(np.diff(bounds), list(lengths))).tolist()
+    found: list[int] = np.flatnonzero(np.isin(np.diff(bounds), list(lengths))).tolist()
+    return found
 
 
 def _digest(document: Rendered) -> bytes:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.data.complete import is_silent, unwritten_keys
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.prerendered import refuse_rendered_chat
 from qlora_sft.data.shield import any_of, control_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Supervise = Literal["assistant", "last", "all"]
 
@@ -37,7 +41,11 @@ class Plan:
 
 
 def plan_row(
-    row: dict[str, Any], tokenizer: Any, style: ChatFormat | None, supervise: Supervise, allow_special: bool
+    row: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    style: ChatFormat | None,
+    supervise: Supervise,
+    allow_special: bool,
 ) -> Plan:
     """The pieces of a conversation, or of a plain text. Raises `DataError`."""
     if style is None or "text" in row:
@@ -49,7 +57,7 @@ def plan_row(
     return Plan(plan.pieces, {**dict.fromkeys(sorted(notes), 1), **plan.notes})
 
 
-def _of_text(text: str, tokenizer: Any, supervise: Supervise) -> Plan:
+def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, supervise: Supervise) -> Plan:
     if supervise != "all":
         refuse_rendered_chat(text)
     begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
@@ -59,7 +67,11 @@ def _of_text(text: str, tokenizer: Any, supervise: Supervise) -> Plan:
 
 
 def _of_conversation(
-    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise, allow_special: bool
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    style: ChatFormat,
+    supervise: Supervise,
+    allow_special: bool,
 ) -> Plan:
     """Disguised control tokens are still in the text, cut in their turn by `shield.parts`."""
     shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
@@ -88,7 +100,9 @@ def _of_conversation(
     return Plan(pieces, notes)
 
 
-def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: ChatFormat) -> dict[str, int]:
+def _unread(
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> dict[str, int]:
     """What the row says to the template and the template does not hear."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
@@ -105,16 +119,19 @@ def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: Chat
         notes["reasonings of earlier turns that the chat template leaves out, as it does at inference"] = forgotten
     # Of a tool's result the name is used: it says whose result it is.
     if any(message.get("name") and message["role"] != "tool" for message in messages):
-        nameless = [
-            {key: value for key, value in message.items() if key != "name" or message["role"] == "tool"}
-            for message in messages
-        ]
+        nameless = [message if message["role"] == "tool" else _without_name(message) for message in messages]
         if apply({**conversation, "messages": nameless}, tokenizer, style.template)[0] == text:
             notes["rows with the key 'name' in messages, which the chat template does not write"] = 1
     return notes
 
 
-def _refuse_untrained_others(conversation: dict[str, Any]) -> None:
+def _without_name(message: Message) -> Message:
+    changed: Message = {**message}
+    changed.pop("name", None)
+    return changed
+
+
+def _refuse_untrained_others(conversation: Conversation) -> None:
     for number, message in enumerate(conversation["messages"]):
         if message["role"] != "assistant" and message.get("train") is False:
             raise DataError(
@@ -135,7 +152,7 @@ def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | N
         yield position, len(text), None
 
 
-def _weight(message: dict[str, Any]) -> float:
+def _weight(message: Message) -> float:
     if message.get("train") is False:
         return 0.0
     return float(1.0 if message.get("weight") is None else message["weight"])

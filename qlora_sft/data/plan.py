@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.data import store
@@ -14,12 +14,15 @@ from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def plan_data(
     config: Config,
     train_sources: list[Source],
     held_out_sources: list[Source],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     style: ChatFormat,
     say: Say,
 ) -> tuple[Prepared, Prepared, list[list[int]]]:

@@ -9,21 +9,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config_data import DataConfig
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
 from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
-from qlora_sft.data.formats import Conversation, with_thinking
+from qlora_sft.data.formats import with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
-from qlora_sft.data.render import Rendered, render_conversation, render_many
+from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.data.unroll import UNROLLED, unrolled
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Prepared:
 
 
 def render_sources(
-    sources: list[Source], config: DataConfig, tokenizer: Any, style: ChatFormat | None = None
+    sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None = None
 ) -> Prepared:
     """Renders every conversation and accounts for it.
 
@@ -70,7 +74,11 @@ def render_sources(
 
 
 def _render_source(
-    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None, ledger: SourceLedger
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    style: ChatFormat | None,
+    ledger: SourceLedger,
 ) -> tuple[Documents, bool]:
     """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
     settings = source.settings
@@ -97,7 +105,9 @@ def _render_source(
     return documents.finish(), whole
 
 
-def render_rows(source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None) -> Iterator[Rendered]:
+def render_rows(
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None
+) -> Iterator[Rendered]:
     """The documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty row."""
     for conversation, _, fitting in _fitted(source, config, tokenizer, style):
         if isinstance(fitting, DataError):
@@ -112,11 +122,11 @@ Fitting = list[list[Rendered] | str]
 
 
 def _fitted(
-    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
     """Every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
     settings = source.settings
-    options: dict[str, Any] = {
+    options: RenderOptions = {
         "source": source.name,
         "style": style,
         "supervise": settings.supervise,
@@ -170,7 +180,7 @@ def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Re
     ledger.note(dict(notes), place(conversation))
 
 
-def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:
+def _render_one(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, conversation: Conversation) -> Rendered:
     return render_conversation(conversation, tokenizer, **options)
 
 

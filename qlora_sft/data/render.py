@@ -11,14 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.pieces import Piece, Plan, Supervise, plan_row
 from qlora_sft.data.shield import parts, shield
 from qlora_sft.data.template import ChatFormat, apply, chat_format
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Consists of byte tokens, which merge with nothing.
 _ANCHOR = "\uf8ff"
@@ -43,13 +47,30 @@ class Rendered:
         return len(self.weights) - self.weights.count(0.0)  # weights are never negative
 
 
+class RenderOptions(TypedDict):
+    """Holds what `render_conversation` takes beside the conversation and the tokenizer."""
+
+    source: str
+    style: ChatFormat | None
+    supervise: Supervise
+    allow_special: bool
+
+
+class Encoded(TypedDict):
+    """Holds what a tokenizer returns for several texts."""
+
+    input_ids: list[list[int]]
+    offset_mapping: list[list[tuple[int, int]]]
+    """Characters [first, last) of each token; there only if they were asked for."""
+
+
 Ids = tuple[list[int], list[float], DataError | None]
 """Token ids, their weights, and what is wrong with the row, if anything is."""
 
 
 def render_conversation(
-    conversation: dict[str, Any],
-    tokenizer: Any,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
     style: ChatFormat | None = None,
@@ -75,8 +96,8 @@ def render_conversation(
 
 
 def render_many(
-    conversations: Iterable[dict[str, Any]],
-    tokenizer: Any,
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
     style: ChatFormat | None = None,
@@ -107,7 +128,7 @@ def render_many(
             yield from ahead.result()
 
 
-def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> list[int]:
+def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat) -> list[int]:
     """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
@@ -124,7 +145,7 @@ def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatForma
 
 
 def _encoded(
-    planned: list[Plan | DataError], tokenizer: Any, stops: frozenset[int], source: str
+    planned: list[Plan | DataError], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], source: str
 ) -> list[Rendered | DataError]:
     rows = [plan.pieces for plan in planned if isinstance(plan, Plan)]
     encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
@@ -146,7 +167,7 @@ def _encoded(
     return results
 
 
-def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
+def _piecewise(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> Iterator[Ids]:
     """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
     # What a template writes between the turns is the same in every row.
     texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
@@ -163,7 +184,7 @@ def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -
         yield ids, weights, fault
 
 
-def _whole_rows(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
+def _whole_rows(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> Iterator[Ids]:
     """The whole text at once; a token belongs to the piece that holds its last character (a control token, its first).
 
     For tokenizers that put a space before whatever they are given, or whose control tokens swallow white space:
@@ -198,7 +219,12 @@ def _groups(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def _assign(
-    group: list[Piece], ids: list[int], offsets: list[tuple[int, int]], skip: int, tokenizer: Any, stops: frozenset[int]
+    group: list[Piece],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    skip: int,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
 ) -> Ids:
     """Ids and weights of one text; its first ``skip`` characters are the anchor."""
     kept: list[int] = []
@@ -220,13 +246,13 @@ def _assign(
     return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
 
 
-def _unended(piece: Piece, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError | None:
+def _unended(piece: Piece, last: int, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> DataError | None:
     if piece.ends_turn is None or last in stops:
         return None
     return _endless(piece.ends_turn, last, tokenizer, stops)
 
 
-def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError:
+def _endless(message: int, last: int, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> DataError:
     ending = tokenizer.decode([last]) if last >= 0 else ""
     return DataError(
         f"message {message}: the turn would end in {ending!r}, which does not stop generation "
@@ -235,10 +261,10 @@ def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> 
     )
 
 
-def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
+def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> Encoded:
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(
+    encoded: Encoded = tokenizer(
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
@@ -246,10 +272,11 @@ def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
         return_offsets_mapping=offsets,
         verbose=False,  # it would warn of long texts, which are split or dropped later
     )
+    return encoded
 
 
 @lru_cache(maxsize=8)
-def _writes_spaces(tokenizer: Any) -> bool:
+def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around them."""
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return True

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # One private-use character per control token. Templates leave them alone: they are neither space nor markup.
 _BASE = 0xF0000
@@ -21,14 +25,14 @@ Disguises = dict[str, str]
 
 
 @lru_cache(maxsize=8)
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What the tokenizer encodes as structure: its special tokens, and added ones that look like tags (<think>)."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return tuple(sorted({t.content for t in tokens if t.special or _is_tag(t.content)}, key=len, reverse=True))
 
 
 @lru_cache(maxsize=8)
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Those that the tokenizer itself calls special."""
     tokens = tokenizer.added_tokens_decoder.values()
     return tuple(sorted({t.content for t in tokens if t.special and t.content.strip()}, key=len, reverse=True))
@@ -39,7 +43,7 @@ def _is_tag(text: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def turn_tokens(tokenizer: Any) -> tuple[str, ...]:
+def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The control tokens without paired tags such as <think>...</think>, which an assistant may write in plain text."""
     control = control_tokens(tokenizer)
     pairs = {token for token in control if token.startswith("</") and "<" + token[2:] in control}
@@ -52,7 +56,7 @@ def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Disguises]:
+def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, Disguises]:
     """The conversation with control tokens in its texts disguised, and what the disguises stand for.
 
     In an assistant's own text paired tags are left alone: a ``<tool_call>`` written out there is how many data sets
@@ -76,7 +80,7 @@ def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any]
     return {**conversation, "messages": messages, **({"tools": tools} if tools else {})}, disguises
 
 
-def _replaced(value: Any, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:
+def _replaced(value: object, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda match: by_token[match.group()], value)
     if isinstance(value, list):
@@ -86,7 +90,7 @@ def _replaced(value: Any, pattern: re.Pattern[str], by_token: dict[str, str]) ->
     return value
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):

@@ -6,10 +6,13 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.shield import control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREEN, DIM, CYAN, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[36m", "\x1b[1m", "\x1b[0m"
 
@@ -23,7 +26,7 @@ class Run:
     control: bool
 
 
-def runs(document: Rendered, tokenizer: Any) -> list[Run]:
+def runs(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
     """The document's tokens, in order, joined while weight and kind stay the same."""
     control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
     tokens = [(i, weight, i in control) for i, weight in zip(document.input_ids, document.weights, strict=True)]
@@ -37,7 +40,7 @@ def caption(document: Rendered) -> str:
     return f"{document.source}: {len(document.input_ids)} tokens, {document.n_supervised} supervised"
 
 
-def as_text(bins: Iterable[list[Rendered]], tokenizer: Any, colour: bool) -> str:
+def as_text(bins: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """For a terminal: supervised green, masked dim, control tokens cyan. Without colour: supervised in [[ ]]."""
     lines = []
     for number, documents in enumerate(bins):
@@ -84,7 +87,7 @@ sup {{ color: #b35900 }}
 """
 
 
-def as_page(bins: Iterable[list[Rendered]], tokenizer: Any, title: str, tables: str) -> str:
+def as_page(bins: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
     """A page of its own, without scripts or links, that reads well on a phone."""
     rows = []
     for number, documents in enumerate(bins):

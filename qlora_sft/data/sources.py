@@ -10,17 +10,17 @@ import glob
 import random
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.columns import wrong_columns
-from qlora_sft.data.formats import CURE, Conversation, Form, convert, convert_noting, detect
+from qlora_sft.data.conversation import Conversation
+from qlora_sft.data.formats import CURE, Form, convert, convert_noting, detect
 from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
@@ -89,7 +89,7 @@ def place(conversation: Conversation) -> str:
     return f"{conversation['file']}:{conversation['line']}"
 
 
-def read_sources(sources: list[Any], seed: int, say: Say = lambda _: None) -> list[Source]:
+def read_sources(sources: Sequence[SourceConfig], seed: int, say: Say = lambda _: None) -> list[Source]:
     """Every source's conversations, checked. Prints what was detected and what is not used.
 
     ``sources``: `SourceConfig`s. All faulty files are reported at once, in one `DataError`.
@@ -225,7 +225,7 @@ def _scan(
     return form, count, problems
 
 
-def _settle_form(row: Any, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
+def _settle_form(row: object, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
     """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
     if why := list_in_a_line(row):
         raise DataError(why)

@@ -7,9 +7,10 @@ import json
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
@@ -20,10 +21,23 @@ from qlora_sft.data.prepare import Prepared
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Bins = list[list[int]]
+IntArray = NDArray[np.int64]
 
 
-def fingerprint(config: Config, sources: list[Source], tokenizer: Any, style: ChatFormat) -> str | None:
+class SplitFacts(TypedDict):
+    """Holds what is kept of a split beside its documents."""
+
+    sources: list[str]
+    ledger: dict[str, dict[str, Any]]
+
+
+def fingerprint(
+    config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> str | None:
     """Hash of the files' contents, the data settings, the tokenizer, the template and this code; None if a source is
     not made of local files."""
     digest = hashlib.sha256()
@@ -67,13 +81,13 @@ def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[s
                 "sources": list(split.documents),
                 "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
             }
-        values, bounds = _flat(bins, np.int64)
+        values, bounds = _flat(bins)
         np.savez(beside / "bins.npz", values=values, bounds=bounds)
         (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     return folder
 
 
-def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
+def _split(prefix: Path, facts: SplitFacts) -> Prepared:
     """Mapped, not read: a document is in memory while somebody looks at it."""
     documents = {}
     for number, source in enumerate(facts["sources"]):
@@ -89,12 +103,12 @@ def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
     return Prepared(documents, ledger)
 
 
-def _flat(rows: list[list[Any]], dtype: Any) -> tuple[Any, Any]:
+def _flat(rows: list[list[int]]) -> tuple[IntArray, IntArray]:
     """(all values behind one another, bounds of the rows)."""
     bounds = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.array([value for row in rows for value in row], dtype=dtype), bounds
+    return np.array([value for row in rows for value in row], dtype=np.int64), bounds
 
 
-def _unflat(values: Any, bounds: Any) -> list[list[Any]]:
+def _unflat(values: IntArray, bounds: IntArray) -> list[list[int]]:
     flat, edges = values.tolist(), bounds.tolist()
     return [flat[a:b] for a, b in pairwise(edges)]

@@ -7,11 +7,11 @@ a turn is what follows its own generation prompt, provided that both renderings 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 import jinja2.ext
@@ -19,11 +19,15 @@ import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.complete import check_nothing_lost
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.opening import Before, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _THINK = re.compile(r"</?think>")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -54,7 +58,7 @@ def has_marks(template: str) -> bool:
 
 
 def chat_format(
-    tokenizer: Any, stops: Iterable[int] = (), name: str | None = None, day: date | None = None
+    tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = (), name: str | None = None, day: date | None = None
 ) -> ChatFormat:
     """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token; ``name``:
     the template that is configured in place of the tokenizer's own; ``day``: what a template writes as today's date.
@@ -114,7 +118,7 @@ def variables(template: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
-def _trl_training_template(tokenizer: Any) -> str | None:
+def _trl_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
@@ -125,8 +129,8 @@ def _trl_training_template(tokenizer: Any) -> str | None:
 
 
 def render_whole(
-    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
-) -> tuple[dict[str, Any], str, list[Span]]:
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> tuple[Conversation, str, list[Span]]:
     """`render_text` with nothing of the conversation left out, and the conversation as it was rendered.
 
     Where a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning stands in the
@@ -145,13 +149,15 @@ def render_whole(
         raise
 
 
-def _checked(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
+def _checked(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> tuple[str, list[Span]]:
     text, spans = render_text(conversation, tokenizer, style)
     check_nothing_lost(conversation, text, spans)
     return text, spans
 
 
-def _with_inline_reasoning(conversation: dict[str, Any]) -> dict[str, Any]:
+def _with_inline_reasoning(conversation: Conversation) -> Conversation:
     """The conversation with every reasoning in its turn's text; itself if it has none."""
     if not any(message.get("reasoning") for message in conversation["messages"]):
         return conversation
@@ -159,12 +165,15 @@ def _with_inline_reasoning(conversation: dict[str, Any]) -> dict[str, Any]:
     for message in conversation["messages"]:
         thought = message.get("reasoning")
         text = f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}"
-        rest = {key: value for key, value in message.items() if key != "reasoning"}
-        messages.append({**rest, "content": text} if thought else message)
+        changed: Message = {**message, "content": text}
+        changed.pop("reasoning", None)
+        messages.append(changed if thought else message)
     return {**conversation, "messages": messages}
 
 
-def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
+def render_text(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> tuple[str, list[Span]]:
     """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
     messages that are ``past`` (see `unroll`) there may be none.
 
@@ -192,7 +201,7 @@ def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat)
 
 
 def _as_prompted(
-    text: str, span: Span, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
+    text: str, span: Span, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
 ) -> tuple[str, list[Span]]:
     """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
     call that it shows the model while there is no answer yet."""
@@ -206,7 +215,12 @@ def _as_prompted(
 
 
 def apply(
-    conversation: dict[str, Any], tokenizer: Any, template: str, *, marks: bool = False, prompt: bool = False
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    marks: bool = False,
+    prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """(text, bounds of what stands between marks); ``prompt``: with the generation prompt at the end."""
     try:
@@ -232,14 +246,16 @@ def apply(
     return texts[0], bounds[0] if marks else []
 
 
-def _with_aliases(message: dict[str, Any]) -> dict[str, Any]:
+def _with_aliases(message: Message) -> Mapping[str, object]:
     """Families call the reasoning by different names; a template reads the one it knows."""
     if not message.get("reasoning"):
         return message
     return {**message, "reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
 
 
-def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: Any, template: str) -> tuple[int, int]:
+def _by_prefix(
+    conversation: Conversation, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[int, int]:
     """What the turn adds to its generation prompt. A template that rewrites history breaks the premise."""
     messages = conversation["messages"]
     prompt, _ = apply({**conversation, "messages": messages[:turn]}, tokenizer, template, prompt=True)
@@ -254,7 +270,9 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
     return len(prompt), len(until)
 
 
-def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
+def _exact(
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> Span:
     """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
     the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
     none at all the renderer raises."""
@@ -272,12 +290,14 @@ def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, 
     return Span(start, end, span.message)
 
 
-def _before(conversation: dict[str, Any], turn: int, tokenizer: Any, template: str) -> Before:
-    earlier = {**conversation, "messages": conversation["messages"][:turn]}
+def _before(conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, template: str) -> Before:
+    earlier: Conversation = {**conversation, "messages": conversation["messages"][:turn]}
     return lambda prompt: apply(earlier, tokenizer, template, prompt=prompt)[0]
 
 
-def gap_before(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> str:
+def gap_before(
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+) -> str:
     """What the generation prompt of a turn ends in and its training text lacks, tried once for turns of one shape."""
     messages, turn = conversation["messages"], span.message
     message = messages[turn]
@@ -300,6 +320,6 @@ def gap_before(span: Span, text: str, conversation: dict[str, Any], tokenizer: A
 
 
 @lru_cache(maxsize=8)
-def _gaps(template: str) -> dict[tuple[Any, ...], str]:
+def _gaps(template: str) -> dict[tuple[object, ...], str]:
     """Shape of a turn -> its gap; filled as they come."""
     return {}

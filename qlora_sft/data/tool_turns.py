@@ -7,11 +7,10 @@ they get here, by id, else by name, else as they stand. What cannot be told apar
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from qlora_sft.data.conversation import Message, ToolCall, function_of
 from qlora_sft.errors import DataError
-
-Message = dict[str, Any]
+from qlora_sft.json_types import JsonObject
 
 REORDERED = "rows whose tool results were put into the order of their calls"
 JOINED = "rows whose neighbouring turns with tool calls were joined into one"
@@ -55,9 +54,9 @@ def paired(messages: list[Message], notes: set[str], together: bool = False) -> 
     return result
 
 
-def undeclared(messages: list[Message], tools: list[dict[str, Any]]) -> bool:
+def undeclared(messages: list[Message], tools: list[JsonObject]) -> bool:
     """Whether a tool is called that is not among ``tools``."""
-    names = {tool.get("function", tool).get("name") for tool in tools}
+    names = {function_of(tool).get("name") for tool in tools}
     return any(_name(call) not in names for message in messages for call in message.get("tool_calls") or [])
 
 
@@ -68,7 +67,7 @@ def _joined(messages: list[Message], notes: set[str]) -> list[Message]:
     calling = [message["role"] == "assistant" and bool(message.get("tool_calls")) for message in messages]
     result: list[Message] = []
     for number, message in enumerate(messages):
-        before = result[-1] if result else {}
+        before: Message = result[-1] if result else {"role": "", "content": ""}
         next_other = next((n for n in range(number, len(messages)) if not calling[n]), len(messages))
         answered = next_other < len(messages) and messages[next_other]["role"] == "tool"
         if not (calling[number] and before.get("tool_calls") and answered):
@@ -98,7 +97,7 @@ def _without_call(message: Message, results: list[Message], notes: set[str]) -> 
 
 
 def _in_order(
-    calls: list[dict[str, Any]], results: list[Message], last: bool, together: bool, notes: set[str]
+    calls: list[ToolCall], results: list[Message], last: bool, together: bool, notes: set[str]
 ) -> list[Message]:
     """The results in the order of the calls; ``last``: nothing comes behind them."""
     if not results:
@@ -125,10 +124,10 @@ def _in_order(
     order = [places[number] for number in sorted(places)]
     if order != sorted(order):
         notes.add(REORDERED)
-    return [{**results[places[n]], **_id_of(calls[n])} for n in sorted(places)]
+    return [_with_id(results[places[n]], calls[n]) for n in sorted(places)]
 
 
-def _place(result: Message, calls: list[dict[str, Any]], places: dict[int, int]) -> int:
+def _place(result: Message, calls: list[ToolCall], places: dict[int, int]) -> int:
     """The number of the call that the result belongs to."""
     identity, name = result.get("tool_call_id"), result.get("name")
     fits = [n for n, call in enumerate(calls) if not identity or call.get("id") == identity]
@@ -157,10 +156,9 @@ def _says_whose(result: Message) -> int:
     return 2 if result.get("tool_call_id") else 1 if result.get("name") else 0
 
 
-def _id_of(call: dict[str, Any]) -> dict[str, str]:
-    return {"tool_call_id": call["id"]} if call.get("id") else {}
+def _with_id(result: Message, call: ToolCall) -> Message:
+    return {**result, "tool_call_id": call["id"]} if call.get("id") else result
 
 
-def _name(call: dict[str, Any]) -> str:
-    name: str = call.get("function", call).get("name", "")
-    return name
+def _name(call: ToolCall) -> str:
+    return str(function_of(call).get("name", ""))

@@ -7,7 +7,7 @@ model before the turn, and the turn.
 
 from __future__ import annotations
 
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation, Message
 
 UNROLLED = "rows rendered once per turn, because the chat template writes earlier turns differently"
 
@@ -26,5 +26,5 @@ def unrolled(conversation: Conversation, supervise: str) -> list[Conversation]:
     ]
 
 
-def _past(message: dict[str, object]) -> dict[str, object]:
+def _past(message: Message) -> Message:
     return {**message, "train": False, "past": True} if message["role"] == "assistant" else message

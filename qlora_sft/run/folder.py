@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qlora_sft.config import Config, ModelConfig, RopeScaling, load_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
 
 
@@ -37,7 +38,7 @@ class Run:
     """The folder of a finished run. Reads what it is asked for; raises `ConfigError` naming what an old one lacks."""
 
     path: Path
-    manifest: dict[str, Any] = field(repr=False)
+    manifest: JsonObject = field(repr=False)
     """The content of ``manifest.json``; whatever else reads it belongs in this class."""
 
     @classmethod
@@ -94,9 +95,10 @@ class Run:
     @cached_property
     def model(self) -> ModelConfig:
         """The section ``model`` of its configuration, as far as this version knows it."""
-        given: dict[str, Any] = self._of("config").get("model") or {}
+        given = self._of("config").get("model") or {}
+        assert isinstance(given, dict)
         known = {each.name for each in dataclasses.fields(ModelConfig)}
-        values = {name: value for name, value in given.items() if name in known and value is not None}
+        values: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
         if isinstance(rope := values.get("rope_scaling"), dict):
             values["rope_scaling"] = RopeScaling(**rope)
         return ModelConfig(**{"path": self.base, **values})
@@ -111,12 +113,13 @@ class Run:
     @property
     def base_sha256(self) -> str | None:
         """Fingerprint of the base's weights; None in runs from before there was one."""
-        return self._of("report").get("base_sha256")
+        found = self._of("report").get("base_sha256")
+        return None if found is None else str(found)
 
     @property
     def dtype(self) -> str:
         """The type that it computed in, which ``auto`` need not mean on this machine."""
-        return self._of("report").get("dtype") or self.model.dtype
+        return str(self._of("report").get("dtype") or self.model.dtype)
 
     @property
     def quantized_modules(self) -> list[str]:
@@ -134,17 +137,17 @@ class Run:
     @property
     def data(self) -> dict[str, dict[str, Any]]:
         """The ledger of every source, with the sha256 of its files."""
-        return self._of("data")
+        return cast(dict[str, dict[str, Any]], self._of("data"))
 
     @property
     def versions(self) -> dict[str, str]:
         """Versions of the packages that it was made with."""
-        return self._of("versions")
+        return {name: str(version) for name, version in self._of("versions").items()}
 
-    def _of(self, section: str) -> dict[str, Any]:
-        if section not in self.manifest:
+    def _of(self, section: str) -> JsonObject:
+        found = self.manifest.get(section)
+        if not isinstance(found, dict):
             raise self._lacks(f"its manifest.json has no {section!r}")
-        found: dict[str, Any] = self.manifest[section]
         return found
 
     def _reported(self, name: str) -> Any:

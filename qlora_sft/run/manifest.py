@@ -7,11 +7,11 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.atomic import write_json
 from qlora_sft.config import Config
 from qlora_sft.data.ledger import SourceLedger
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
 
 PACKAGES = (
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_data(ledger: dict[str, SourceLedger]) -> dict[str, Any]:
+def describe_data(ledger: dict[str, SourceLedger]) -> JsonObject:
     """The ledger of every source, with the sha256 of its files behind one another (None for a data set of the Hub)."""
     return {name: {**asdict(row), "share": row.share, "sha256": _sha256(row.files)} for name, row in ledger.items()}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Self
 
+from qlora_sft.json_types import JsonObject
+
 LEFT_OUT: dict[str, bool] = {"left_out": True}
 """Metadata of a field that is not in the JSON where it is None."""
 
@@ -15,7 +17,7 @@ LEFT_OUT: dict[str, bool] = {"left_out": True}
 class Report:
     """Base of all results. ``report["name"]`` is what stands under that name in its JSON."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns the fields as JSON has them, in their order."""
         values = [(each, getattr(self, each.name)) for each in fields(self)]
         return {
@@ -25,10 +27,10 @@ class Report:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
+    def from_json(cls, content: Mapping[str, object]) -> Self:
         """Reads what `to_json` wrote. Keys that are not known are left out; raises KeyError for one that is missing."""
         hints = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
+        values: JsonObject = {}
         for each in fields(cls):
             key = each.metadata.get("key", each.name)
             if key in content or (each.default is MISSING and each.default_factory is MISSING):
@@ -39,7 +41,7 @@ class Report:
         return self.to_json()[name]
 
 
-def _typed(hint: Any, value: Any) -> Any:
+def _typed(hint: object, value: object) -> object:
     """``value`` as ``hint`` names it: a report, or a section of reports; all else is plain already."""
     for option in (hint, *typing.get_args(hint)):
         if isinstance(option, type) and issubclass(option, Report) and isinstance(value, Mapping):
@@ -49,7 +51,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Report):
         return value.to_json()
     if isinstance(value, Mapping):
