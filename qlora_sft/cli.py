@@ -1,7 +1,7 @@
-"""The command line: verbs, their arguments, their exit codes. What they do stands elsewhere.
+"""Parse the command line: verbs, their arguments, their exit codes. The verbs' work is done in other modules.
 
-Exit codes: 0 done, 2 the configuration or the data is wrong, 1 the run failed, 130 interrupted.
-Imports nothing heavy, so that --help and wrong arguments answer at once.
+Exit codes: 0 done, 2 the configuration or the data is wrong, 1 the run failed, 130 interrupted. This module imports
+nothing heavy, so that --help and wrong arguments are answered at once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
     arguments = _arguments(argv)
     return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
 
 
 def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
-    """Runs ``action`` and turns what comes of it into an exit code; its result goes to stdout as JSON if asked for."""
+    """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
+
+    An error of this package, a full disk or a faulty path is printed to stderr; any other exception is raised.
+    """
     quiet_libraries()
     try:
         result = action()
@@ -55,7 +59,10 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes positional arguments in one stretch; ``key.sub=value`` may stand behind an option, too."""
+    """Parses ``argv`` and also takes a ``key.sub=value`` that stands behind an option.
+
+    argparse itself takes positional arguments in one stretch only.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments:
@@ -244,7 +251,7 @@ def _export(arguments: argparse.Namespace) -> CommandResult:
 
 
 def _check_push(arguments: argparse.Namespace) -> None:
-    """Before an hour of work, not after it."""
+    """Raises `ConfigError` for a repository name that cannot be pushed to, before an hour of work and not after it."""
     if arguments.push:
         from qlora_sft.export.hub import check_name
 
@@ -295,7 +302,7 @@ def _on_stderr(piece: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences notices of other libraries that say nothing a user could act on."""
+    """Silences notices of other libraries that no user could act on."""
     import logging
     import os
 

@@ -1,11 +1,11 @@
-"""The whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. No GPU needed.
+"""Take the whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. It needs no GPU.
 
 Run as::
 
     python -m qlora_sft.demo [--output runs/demo] [key.sub=value ...]
 
-It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the
-run's other files.
+It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the run's
+other files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Record = TypeVar("Record")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo with the command line ``argv`` and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_sft.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default="runs/demo", help="run folder; an earlier demo in it is replaced")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -68,7 +69,7 @@ def demo(output: str, overrides: Sequence[str]) -> JsonObject:
 
 
 def ask(gguf: Path, run: Path) -> tuple[float, JsonObject]:
-    """(share of held-out prompts on which the GGUF gives the adapter's answer, one of the questions)."""
+    """Returns the share of held-out prompts on which the GGUF gives the adapter's answer, and one of the records."""
     from qlora_sft.export.run_gguf import complete, running
 
     lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
@@ -84,6 +85,6 @@ def ask(gguf: Path, run: Path) -> tuple[float, JsonObject]:
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:
-    """``count`` of the records at equal distances, so that every source is among them."""
+    """Returns ``count`` of the records at equal distances, so that every source is among them."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]

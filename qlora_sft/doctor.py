@@ -1,4 +1,4 @@
-"""``qlora-sft doctor``: what works here, what does not, and how to get it. Looks only; changes and fetches nothing."""
+"""Tell what works on this machine, what does not, and how to get it. It only looks; it changes and fetches nothing."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Facts(TypedDict):
 
 
 def examine() -> Facts:
-    """{"packages": {name: version}, "checks": [{"name", "ok", "found", "cure"}]}."""
+    """Examines this machine and returns the packages and the checks."""
     packages = {**versions(), **{name: package_version(name) for name in EXPORT_PACKAGES}}
     checks = [_device(), _unsloth(packages), _converter(), _quantizer(), _logits(packages), _ollama()]
     return {"packages": {name: found for name, found in packages.items() if found}, "checks": checks}
 
 
 def table(facts: Facts) -> str:
-    """The same as text."""
+    """Returns the facts as text for a terminal."""
     lines = [f"{'ok' if check['ok'] else '--':<4}{check['name']:<26}{check['found']}" for check in facts["checks"]]
     for check in facts["checks"]:
         if not check["ok"]:
@@ -65,13 +65,13 @@ def _device() -> Check:
 
 
 def _unsloth(packages: dict[str, str | None]) -> Check:
-    """By version only: importing it patches other libraries, and that belongs to training."""
+    """Looks for Unsloth by its version only, because importing it patches other libraries."""
     cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
     return _check("backend unsloth", packages.get("unsloth"), cure)
 
 
 def _converter() -> Check:
-    """f32, f16, bf16, q8_0 and LoRA."""
+    """Looks for the converter, which writes f32, f16, bf16, q8_0 and LoRA."""
     if configured().parts:
         there = (configured() / "convert_hf_to_gguf.py").is_file()
         cure = f"LLAMA_CPP_DIR={configured()} has no convert_hf_to_gguf.py; point it at a checkout or unset it"
@@ -82,7 +82,7 @@ def _converter() -> Check:
 
 
 def _quantizer() -> Check:
-    """K-quants and IQ types."""
+    """Looks for the quantizer, which writes K-quants and IQ types."""
     tool = find_quantizer()
     if tool:
         return _check("quantizer (K, IQ types)", f"{tool.path} ({tool.found}, {tool.version})", "")

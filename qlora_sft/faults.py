@@ -1,7 +1,7 @@
-"""Everything that is wrong with one command, in one report.
+"""Report everything that is wrong with one command at once.
 
-A command stops at its first fault: a wrong key, a missing file, a base that is not there. Whoever mends that one would
-meet the next at the next try, so what can be checked without the faulty part is checked before the report is made.
+A command stops at its first fault: a wrong key, a missing file, a missing base. A user who corrected that one would
+meet the next at the next try. So whatever can be checked without the faulty part is checked before the report is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _READ_AT_MOST = 2**28
 
 
 def load_checked(name: str, overrides: Sequence[str]) -> Config:
-    """Returns `load_config`'s configuration, or raises its faults together with those of what it names."""
+    """Returns the configuration of `load_config`, or raises its faults together with those of what it names."""
     try:
         return load_config(name, overrides)
     except ConfigError as error:
@@ -30,7 +30,7 @@ def load_checked(name: str, overrides: Sequence[str]) -> Config:
 
 @contextmanager
 def every_fault(config: Config) -> Iterator[None]:
-    """Within it a `ConfigError` or `DataError` is raised together with what else is wrong with ``config``."""
+    """Raises a `ConfigError` or `DataError` of its body together with all else that is wrong with ``config``."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -39,7 +39,7 @@ def every_fault(config: Config) -> Iterator[None]:
 
 
 def _raise_all(error: ConfigError | DataError, parts: Mapping[str, object]) -> None:
-    """``parts``: the sections of the configuration that are to be had, as `ConfigError.rest` has them."""
+    """Raises ``error`` together with the faults of ``parts``, the sections that could be read (see `ConfigError`)."""
 
     def first() -> None:
         raise error

@@ -1,7 +1,7 @@
-"""Text into dataclasses, strictly: YAML and ``key.sub=value``; unknown keys, wrong types, numbers out of range, missing
-values.
+"""Build dataclasses strictly from YAML and ``key.sub=value``.
 
-Every problem is noted, none raised, each with its file, its key and the nearest valid name.
+Unknown keys, wrong types, numbers out of range and missing values are noted, each with its file, its key and the
+nearest valid name. None of them is raised here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_sft.yaml_text import YamlFault, read_yaml
 
 
 def apply_override(tree: JsonObject, override: str, origin: dict[str, str], problems: list[str]) -> None:
-    """``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
+    """Writes ``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
     key, equals, text = override.lstrip("-").partition("=")
     source = f"override {override!r}"
     if not equals or not key:
@@ -57,7 +57,7 @@ def apply_override(tree: JsonObject, override: str, origin: dict[str, str], prob
 
 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
-    """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
+    """Returns the dataclass ``kind`` made from ``tree``; None, with the problems noted, if anything in it is wrong."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind, include_extras=True)
     before = len(problems)
@@ -75,7 +75,8 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
 
 
 def build_rest(kind: Any, tree: Any) -> Any:
-    """Returns a dataclass ``kind`` of what is right in ``tree``; None if a key that it needs is wrong or missing."""
+    """Returns the dataclass ``kind`` made from what is right in ``tree``; None if a key that it needs is wrong or
+    missing."""
     values: JsonObject = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for key, value in tree.items() if isinstance(tree, dict) else ():
@@ -97,6 +98,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
 
 
 def _convert(hint: object, value: object, where: str, file: str, origin: dict[str, str], problems: list[str]) -> object:
+    """Returns ``value`` as the type ``hint`` has it; None, with the problem noted, if it is of no such type."""
     source = origin.get(where, file)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     lists = [option for option in options if typing.get_origin(option) is list]
@@ -140,7 +142,7 @@ def ranges(kind: type) -> Iterator[tuple[str, object, Range | None]]:
 
 
 def range_faults(section: object) -> Iterator[tuple[str, str]]:
-    """Yields name and fault of every number in ``section``, a dataclass, that is out of its range."""
+    """Yields name and fault of every number of the dataclass ``section`` that is out of its range."""
     for name, _, limits in ranges(type(section)):
         value = getattr(section, name)
         fault = limits.fault(value) if limits and value is not None else ""
@@ -163,6 +165,7 @@ def _matches(option: object, value: object) -> bool:
 
 
 def did_you_mean(name: str, names: typing.Iterable[object]) -> str:
+    """Returns a hint at the name that is closest to ``name``, or an empty text if none is close."""
     close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -187,7 +190,7 @@ def _describe(option: object) -> str:
 
 
 def _number_hint(value: object, options: Sequence[object]) -> str:
-    """A text that looks like a number, where one is wanted: why YAML did not take it for one."""
+    """Returns why YAML took a text that looks like a number for a text, where a number is wanted."""
     if not isinstance(value, str) or not {int, float} & set(options):
         return ""
     if re.fullmatch(r"[-+]?0[0-9_]+", value):

@@ -1,8 +1,8 @@
-"""YAML as people mean it -> nested dicts and lists, in which nothing is replaced, shared or reinterpreted.
+"""Read YAML as people mean it, into nested dicts and lists in which nothing is replaced, shared or reinterpreted.
 
-YAML 1.1, which PyYAML reads, has surprises that cost a run: of two keys of one name the first is gone without a word,
-``2e-4`` is a text, ``on`` is true, ``0512`` is 330, ``1:30`` is 90, and two uses of an anchor are one object, so that
-an override of one changes both.
+YAML 1.1, which PyYAML reads, has surprises that cost a run. Of two equal keys the first is lost in silence; ``2e-4`` is
+a text, ``on`` is true, ``0512`` is 330 and ``1:30`` is 90. Two uses of an anchor are one object, so that an override of
+one changes both.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ _REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_PLAIN, "timestamp", "val
 
 
 class YamlFault(ValueError):
-    """What is wrong with a YAML text: ``faults`` are (line or 0, what); ``tree`` is what it says if all that is wrong
-    with it are keys that stand twice, with the last of each."""
+    """Says what is wrong with a YAML text.
+
+    ``faults`` holds pairs of a line (or 0) and what is wrong there. ``tree`` is the content if the only faults are keys
+    that stand twice; the last of each counts.
+    """
 
     def __init__(self, faults: list[tuple[int, str]], tree: object = None):
         super().__init__("; ".join(text for _, text in faults))
@@ -51,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         """The anchors of what is being composed."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuses an alias inside of what it stands for."""
+        """Composes a node and refuses an alias inside of what it stands for."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.open:
             text = f"the anchor &{event.anchor} contains its own alias *{event.anchor}; write out what is meant"
@@ -63,7 +66,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> MappingNode:
-        """Notes keys that stand twice. Later, when merged keys (``<<``) are among them, nobody could tell."""
+        """Composes a mapping and notes keys that stand twice.
+
+        Later, when merged keys (``<<``) are among them, they could not be told apart.
+        """
         node: MappingNode = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key, _ in node.value:
@@ -89,7 +95,7 @@ for _name, (_pattern, _first) in _PLAIN.items():
 
 
 def read_yaml(text: str) -> object:
-    """Returns what the text says. Raises `YamlFault` with all keys that stand twice, or the first other fault."""
+    """Returns the content of ``text``. Raises `YamlFault` with all keys that stand twice, or the first other fault."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -113,7 +119,7 @@ def read_yaml(text: str) -> object:
 
 
 def write_yaml(tree: object) -> str:
-    """Returns the text that `read_yaml` reads back to the same tree."""
+    """Returns a text that `read_yaml` reads back to the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -18,7 +18,7 @@ MOST_ANY = 252
 MOST_LINES = 80
 MOST_PARAMETERS = 7
 WIDE = {"document_attention", "_one_by_one", "plain_documents", "flex_documents", "export_run", "push"}
-"""Functions that may take more: those with the parameters of transformers' attention, and two verbs with their options."""
+"""Functions that may take more: those with the parameters of transformers' attention, and two verbs."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -1,4 +1,4 @@
-"""``qlora-sft chat FILE.gguf --serve``: llama.cpp's server, which speaks OpenAI's protocol, on this machine only."""
+"""Serve a GGUF with llama.cpp's server, which speaks OpenAI's protocol, on this machine only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_sft.say import Say, tell
 
 
 def serve(gguf: Path, port: int, say: Say = tell, until: threading.Event | None = None) -> JsonObject:
-    """Serves until Ctrl-C, SIGTERM or ``until``. ``port`` 0: any that is free.
+    """Serves ``gguf`` until Ctrl-C, SIGTERM or ``until``. With ``port`` 0 any free port is taken.
 
     Raises `ConfigError` for anything but a GGUF, `RunError` if the port is taken or the file cannot be loaded.
     """

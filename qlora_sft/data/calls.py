@@ -1,4 +1,5 @@
-"""Tool calls and descriptions of tools, as people write them -> OpenAI's ``{type: function, function: {...}}``."""
+"""Convert tool calls and descriptions of tools, as people write them, to OpenAI's ``{type: function, function:
+{...}}``."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ _FUNCTION_KEYS = {"name", "description", *_SCHEMA}
 
 
 def read_calls(calls: object, unused: set[str]) -> list[ToolCall]:
-    """Tool calls, given as a list (or JSON text of one) of OpenAI calls or of bare ``{name, arguments}``."""
+    """Reads tool calls from a list, or the JSON text of one, of OpenAI calls or of bare ``{name, arguments}``.
+
+    Keys that hold something and are not used are added to ``unused``. Raises `DataError`.
+    """
     calls = anything(calls, "'tool_calls'")
     if calls is None:
         return []
@@ -25,7 +29,10 @@ def read_calls(calls: object, unused: set[str]) -> list[ToolCall]:
 
 
 def read_call(call: object, unused: set[str]) -> ToolCall:
-    """One call, with its arguments as an object; no arguments are an empty one. Its id becomes a text."""
+    """Reads one call. Its arguments become an object, which is empty if there are none; its id becomes a text.
+
+    Raises `DataError`.
+    """
     call = from_json_text(call, "a tool call")
     fields = _flat(call) if isinstance(call, dict) else {}
     name = fields.get("name")
@@ -46,14 +53,14 @@ def read_call(call: object, unused: set[str]) -> ToolCall:
 
 
 def read_id(value: object, what: str) -> str | None:
-    """An id as a text: some files have numbers."""
+    """Returns an id as a text, because some files have numbers; None if it is empty. Raises `DataError`."""
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise DataError(f"{what} has the wrong type: {value!r}; it must be a text or a whole number")
     return None if value in EMPTY else str(value)
 
 
 def _flat(call: JsonObject) -> JsonObject:
-    """The call's fields and those of its ``function`` in one; that may be its name alone, or JSON text."""
+    """Returns the call's fields and those of its ``function`` in one; the latter may be a name alone, or JSON text."""
     function = call.get("function")
     if isinstance(function, str):
         function = from_json_text(function, "a tool call") if function.lstrip().startswith("{") else {"name": function}
@@ -63,7 +70,10 @@ def _flat(call: JsonObject) -> JsonObject:
 
 
 def _arguments(fields: JsonObject, name: str) -> JsonObject:
-    """OpenAI sends an empty text for a function without parameters; others null, or an empty list."""
+    """Returns the arguments as an object.
+
+    OpenAI sends an empty text for a function without parameters; others send null or an empty list.
+    """
     what = f"the arguments of {name!r}"
     given = {key: anything(fields[key], f"{what}: the text") for key in _ARGUMENTS if key in fields}
     arguments = only(given, *_ARGUMENTS)
@@ -78,8 +88,11 @@ def _arguments(fields: JsonObject, name: str) -> JsonObject:
 
 
 def read_tools(tools: object) -> list[JsonObject]:
-    """Tool descriptions, given as a list or as JSON text; bare functions get OpenAI's ``{type, function}`` around them,
-    because that is how they arrive at inference. The schema stands under ``parameters``, where templates look."""
+    """Reads tool descriptions from a list or from JSON text.
+
+    Bare functions get OpenAI's ``{type, function}`` around them, because that is how they arrive at inference. The
+    schema stands under ``parameters``, where templates look for it. Raises `DataError`.
+    """
     tools = anything(tools, "'tools'")
     if tools is None:
         return []
@@ -102,8 +115,10 @@ def _tool(tool: object) -> JsonObject:
 
 
 def _with_schema(function: JsonObject) -> JsonObject:
-    """The function with its schema as an object under ``parameters``, whatever it was called, and without one that is
-    null or an empty list, as without every other key that is null."""
+    """Returns the function with its schema as an object under ``parameters``, whatever it was called.
+
+    A schema that is null or an empty list is removed, and so is every other key that is null.
+    """
     function = {key: value for key, value in function.items() if value is not None or key in _SCHEMA}
     what = f"the schema of the tool {function['name']!r}"
     given = {key: _schema(function[key], what) for key in _SCHEMA if key in function}

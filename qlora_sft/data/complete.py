@@ -1,7 +1,7 @@
-"""Whether everything that a conversation says is in its rendering, each part where it belongs.
+"""Check that everything that a conversation says is in its rendering, each part where it belongs.
 
-A template that knows no tools or no reasoning leaves them out without a word, and the model would learn to answer
-without them.
+A template that knows no tools or no reasoning leaves them out in silence, and the model would learn to answer without
+them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ _CURE = "use one that knows it, e.g. model.chat_template=chatml-think"
 
 
 def check_nothing_lost(conversation: Conversation, text: str, spans: list[Span]) -> None:
-    """Every message's text is in the rendering, every assistant turn's in its own span, with all of its calls and their
-    arguments, and so is what the tools are called and take; else `DataError`."""
+    """Raises `DataError` if something of the conversation is missing in its rendered ``text``.
+
+    Every message must be in the text. An assistant turn must be in its own span, with all of its calls and their
+    arguments. Names, descriptions and parameters of the tools must be there, too.
+    """
     # A reasoning inside the content may begin in the prompt.
     of_message = {span.message: _opener(text, span.start) + text[span.start : span.end] for span in spans}
     silent = is_silent(conversation)
@@ -49,12 +52,12 @@ def _opener(text: str, start: int) -> str:
 
 
 def is_silent(conversation: Conversation) -> bool:
-    """Whether the conversation asks for answers without reasoning, so that the template leaves it out."""
+    """Says whether the conversation asks for answers without reasoning, so that the template leaves it out."""
     return (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether the text has it, as it is or as a JSON text: some templates write a tool's result so."""
+    """Says whether the text contains ``value`` as it is or as JSON, as some templates write a tool's result."""
     value = value.strip()
     return value in text or any(spelling in text for spelling in _as_json(value))
 
@@ -67,7 +70,7 @@ def _as_json(value: str) -> Iterator[str]:
 
 
 def _holds_calls(text: str, calls: list[ToolCall]) -> bool:
-    """Whether all names are there, one behind the other, and all arguments."""
+    """Says whether the text contains the names of all calls, in their order, and all arguments."""
     position = 0
     for call in calls:
         function = function_of(call)
@@ -83,7 +86,7 @@ def _holds_calls(text: str, calls: list[ToolCall]) -> bool:
 
 
 def _leaves(value: object) -> Iterator[str]:
-    """Keys and values at any depth, as texts; what is spelled in several ways (true, None) is left out."""
+    """Yields keys and values at any depth, as texts, without those that have several spellings (true, None)."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
@@ -117,7 +120,7 @@ def _words(description: object) -> list[str]:
 
 
 def _parameters(schema: object) -> list[str]:
-    """The names of the parameters; some files have them without a schema around them."""
+    """Returns the names of the parameters; some files have them without a schema around them."""
     if not isinstance(schema, dict):
         return []
     properties = schema.get("properties")
@@ -127,7 +130,7 @@ def _parameters(schema: object) -> list[str]:
 
 
 def unwritten_keys(tools: list[JsonObject], text: str) -> set[str]:
-    """What the tools say beside names, descriptions and parameters, and the text has not."""
+    """Returns the keys of the tools, beside names, descriptions and parameters, that are not in the text."""
     return {
         key
         for tool in tools

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_sft.config_data import FORMS
 from qlora_sft.data.calls import read_tools
 from qlora_sft.data.conversation import Conversation, Message
-from qlora_sft.data.forms import Form as Form
+from qlora_sft.data.forms import RowForm as RowForm
 from qlora_sft.data.forms import detect as detect
 from qlora_sft.data.messages import MESSAGE_KEYS, read_message
 from qlora_sft.data.parts import text_of_blocks
@@ -25,7 +25,7 @@ _SHAREGPT_ROLES = {
 _SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 
 
-def convert(row: JsonObject, form: Form, unused: set[str], notes: set[str] | None = None) -> Conversation:
+def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | None = None) -> Conversation:
     """The row as a conversation (without file and line).
 
     What holds something and is not used (columns, keys of messages) is added to ``unused``, what is remarkable and no
@@ -75,7 +75,7 @@ def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
         )
 
 
-def convert_noting(row: JsonObject, form: Form) -> Conversation:
+def convert_noting(row: JsonObject, form: RowForm) -> Conversation:
     """`convert` with what is remarkable about the row, keys that are not used among it, under ``notes``."""
     unused: set[str] = set()
     notes: set[str] = set()
@@ -96,7 +96,7 @@ def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
 
 
 def _conversation(
-    messages: list[Message], values: JsonObject, form: Form, unused: set[str], notes: set[str]
+    messages: list[Message], values: JsonObject, form: RowForm, unused: set[str], notes: set[str]
 ) -> Conversation:
     system = _system(values.get("system"), unused)
     if system:
@@ -140,11 +140,11 @@ def _system(system: object, unused: set[str]) -> str:
 # ------------------------------------------------------------------ one reader per form
 
 
-def _from_messages(values: JsonObject, form: Form, unused: set[str]) -> list[Message]:
+def _from_messages(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     return _messages(values["messages"], form.column("messages"), form, unused)
 
 
-def _messages(turns: object, column: str, form: Form, unused: set[str]) -> list[Message]:
+def _messages(turns: object, column: str, form: RowForm, unused: set[str]) -> list[Message]:
     result = []
     for index, turn in enumerate(_list_of_turns(turns, column)):
         try:
@@ -154,7 +154,7 @@ def _messages(turns: object, column: str, form: Form, unused: set[str]) -> list[
     return result
 
 
-def _from_sharegpt(values: JsonObject, form: Form, unused: set[str]) -> list[Message]:
+def _from_sharegpt(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     result: list[Message] = []
     for index, turn in enumerate(_list_of_turns(values["conversations"], form.column("conversations"))):
         try:
@@ -193,7 +193,7 @@ def _sharegpt_turn(turn: object, unused: set[str]) -> JsonObject:
     return {"role": "assistant", "content": "", **kept, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-def _from_alpaca(values: JsonObject, form: Form, unused: set[str]) -> list[Message]:
+def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     """The question: instruction, blank line, input. ``history`` holds earlier [question, answer] pairs."""
     messages = []
     history = anything(values.get("history"), "'history'") or []
@@ -216,7 +216,7 @@ def _from_alpaca(values: JsonObject, form: Form, unused: set[str]) -> list[Messa
     return _messages(messages, form.column("output"), form, unused)
 
 
-def _from_pair(values: JsonObject, form: Form, unused: set[str]) -> list[Message]:
+def _from_pair(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     """Only the completion is supervised: assistant turns of the prompt get ``train: false`` if they have none."""
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and not prompt.strip():
@@ -236,7 +236,7 @@ def _from_pair(values: JsonObject, form: Form, unused: set[str]) -> list[Message
     return earlier + after
 
 
-def _side(value: object, role: str, column: str, form: Form, unused: set[str]) -> list[Message]:
+def _side(value: object, role: str, column: str, form: RowForm, unused: set[str]) -> list[Message]:
     turns = value if isinstance(value, list) else [{"role": role, "content": value}]
     try:
         return _messages(turns, column, form, unused)

@@ -21,7 +21,7 @@ _PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"),
 
 
 @dataclass(frozen=True)
-class Form:
+class RowForm:
     """How rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
 
     name: str
@@ -48,7 +48,7 @@ class Form:
         return f"{self.name} ({mapping[self.name]})"
 
 
-def detect(row: JsonObject, columns: dict[str, str] | None = None) -> Form | None:
+def detect(row: JsonObject, columns: dict[str, str] | None = None) -> RowForm | None:
     """The form of a row, from its columns (renamed by ``columns``) and what they hold; None if it has none.
 
     The order decides: a row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
@@ -59,14 +59,14 @@ def detect(row: JsonObject, columns: dict[str, str] | None = None) -> Form | Non
         # Either name is in use with either kind of turn; the keys of the turn decide.
         for column in dict.fromkeys((columns.get(ours, ours), columns.get(theirs, theirs))):
             if _turn_form(row.get(column), default=name if column == ours else "") == name:
-                return Form(name, {**_without(columns, theirs), **({ours: column} if column != ours else {})})
+                return RowForm(name, {**_without(columns, theirs), **({ours: column} if column != ours else {})})
     for name in ("alpaca", "prompt_completion"):
-        if _has(row, form := Form(name, columns)):
+        if _has(row, form := RowForm(name, columns)):
             return form
     for prompt, completion in _PAIRS if not columns else ():
-        if _has(row, form := Form("prompt_completion", {"prompt": prompt, "completion": completion})):
+        if _has(row, form := RowForm("prompt_completion", {"prompt": prompt, "completion": completion})):
             return form
-    return form if _has(row, form := Form("text", columns)) else None
+    return form if _has(row, form := RowForm("text", columns)) else None
 
 
 def _turn_form(turns: object, default: str) -> str:
@@ -84,7 +84,7 @@ def _turn_form(turns: object, default: str) -> str:
     return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] and "role" not in turns[0] else "messages"
 
 
-def _has(row: JsonObject, form: Form) -> bool:
+def _has(row: JsonObject, form: RowForm) -> bool:
     return all(row.get(column) is not None for column in form.needs())
 
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 from qlora_sft.data.calls import read_calls, read_id
 from qlora_sft.data.conversation import Message, ToolCall, checked_message
-from qlora_sft.data.parts import Parts
+from qlora_sft.data.parts import ContentParts
 from qlora_sft.data.thinking import has_lone_close, split_thinking
 from qlora_sft.data.values import EMPTY, anything, idle_keys, joined, kind, only
 from qlora_sft.errors import DataError
@@ -45,7 +45,7 @@ def read_message(message: object, unused: set[str], think_tags: bool = True) -> 
         return [{"role": message["role"], "content": message["content"]}]
     role = _role(message.get("role"))
     unused |= idle_keys(message, MESSAGE_KEYS, "message key") | _without_effect(message, role)
-    parts = Parts(message.get("content"), role, unused)
+    parts = ContentParts(message.get("content"), role, unused)
     calls = [*read_calls(message.get("tool_calls"), unused), *parts.calls]
     older = anything(message.get("function_call"), "'function_call'")
     if older is not None:
@@ -91,7 +91,9 @@ def _without_effect(message: JsonObject, role: str) -> set[str]:
     return {f"message key {key!r} of a {role} message" for key in idle}
 
 
-def _reasoning(message: JsonObject, parts: Parts, role: str, think_tags: bool) -> tuple[str | None, dict[str, str]]:
+def _reasoning(
+    message: JsonObject, parts: ContentParts, role: str, think_tags: bool
+) -> tuple[str | None, dict[str, str]]:
     """Content without its reasoning, and the reasoning, wherever it was written."""
     found: dict[str, str] = {}
     for key in _REASONING_KEYS:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from qlora_sft.data.conversation import Message
 
-Before = Callable[[bool], str]
+PromptBefore = Callable[[bool], str]
 """The conversation before the turn as the template writes it, with the generation prompt (True) or without."""
 
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
@@ -18,7 +18,7 @@ _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _OPENER = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
-def turn_start(text: str, start: int, end: int, message: Message, before: Before) -> int:
+def turn_start(text: str, start: int, end: int, message: Message, before: PromptBefore) -> int:
     """The first character of ``text[start:end]``, the marked turn, that the model has to write.
 
     Some marks take in the header (DeepSeek's), or a part of it (Qwen2.5's its newline), or the opening ``<think>`` that
@@ -39,7 +39,7 @@ def turn_start(text: str, start: int, end: int, message: Message, before: Before
     return start if message.get("reasoning") else _behind_empty_thinking(text, start, end)
 
 
-def prompt_gap(text: str, start: int, before: Before) -> str:
+def prompt_gap(text: str, start: int, before: PromptBefore) -> str:
     """What the generation prompt ends in and the text before the turn (``text[:start]``) lacks; usually nothing."""
     prompt = before(True)
     return prompt[start:] if prompt.startswith(text[:start]) else ""

@@ -34,7 +34,7 @@ def _best_fit(groups: Iterable[tuple[int, list[int]]], capacity: int) -> list[li
     The best fit for the first of them stays the best fit for the next ones until it is full, because what is left
     in it is less than any other fitting room; so a bin with room r takes r // length of them at once.
     """
-    bins: list[list[int]] = []
+    sequences: list[list[int]] = []
     by_room: dict[int, list[int]] = {capacity: []}
     # Bit r is set iff some bin has room for exactly r tokens: the best fit is the lowest bit from `length` on.
     rooms = 0
@@ -46,29 +46,29 @@ def _best_fit(groups: Iterable[tuple[int, list[int]]], capacity: int) -> list[li
                 room = length + (fitting & -fitting).bit_length() - 1
                 candidates = by_room[room]
             else:
-                room, candidates = capacity, [len(bins)]
-                bins.append([])
+                room, candidates = capacity, [len(sequences)]
+                sequences.append([])
             each = room // length
             while candidates and placed < len(documents):
                 chosen = candidates.pop()
                 some = documents[placed : placed + each]
                 placed += len(some)
-                bins[chosen].extend(some)
+                sequences[chosen].extend(some)
                 left = room - len(some) * length
                 if left:
                     by_room.setdefault(left, []).append(chosen)
                     rooms |= 1 << left
             if fitting and not candidates:
                 rooms ^= 1 << room
-    return bins
+    return sequences
 
 
 def _first_fit(groups: Iterable[tuple[int, list[int]]], capacity: int, n_documents: int) -> list[list[int]]:
-    """A tree over the bins, in their order, whose nodes hold the largest room below them: the first fit is the
-    leftmost path along which that is enough. No more bins than documents are needed, so all start empty."""
+    """A tree over the sequences, in their order, whose nodes hold the largest room below them: the first fit is the
+    leftmost path along which that is enough. No more sequences than documents are needed, so all start empty."""
     leaves = 1 << max(n_documents - 1, 1).bit_length()
     room = [capacity] * (2 * leaves)
-    bins: list[list[int]] = []
+    sequences: list[list[int]] = []
     for length, documents in groups:
         for document in documents:
             node = 1
@@ -76,11 +76,11 @@ def _first_fit(groups: Iterable[tuple[int, list[int]]], capacity: int, n_documen
                 node *= 2
                 if room[node] < length:
                     node += 1
-            if node - leaves == len(bins):
-                bins.append([])
-            bins[node - leaves].append(document)
+            if node - leaves == len(sequences):
+                sequences.append([])
+            sequences[node - leaves].append(document)
             room[node] -= length
             while node > 1:
                 node //= 2
                 room[node] = max(room[2 * node], room[2 * node + 1])
-    return bins
+    return sequences

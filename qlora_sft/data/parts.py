@@ -16,7 +16,7 @@ _RESULT = ("value", "content", "text")
 _CALL = ("value", "tool_call", "tool_use")
 
 
-class Parts:
+class ContentParts:
     """Content, taken apart: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``
     ({content, tool_call_id?, name?}).
 
@@ -66,7 +66,7 @@ class Parts:
 
 def text_of_blocks(content: object, what: str, unused: set[str]) -> str:
     """A text, or the texts of a list of text parts, joined. Raises `DataError` for parts of another kind."""
-    parts = Parts(content, "user", unused)
+    parts = ContentParts(content, "user", unused)
     if parts.reasoning or parts.calls or parts.results:
         raise DataError(f"{what} may hold texts only, got {short(content)}")
     return parts.text or ""

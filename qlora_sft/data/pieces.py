@@ -33,49 +33,49 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPieces:
     """What is encoded of a row, and what is remarkable about it: note -> how often."""
 
     pieces: list[Piece]
     notes: dict[str, int] = field(default_factory=dict)
 
 
-def plan_row(
+def cut_row(
     row: Conversation,
     tokenizer: PreTrainedTokenizerBase,
-    style: ChatFormat | None,
+    chat_format: ChatFormat | None,
     supervise: Supervise,
     allow_special: bool,
-) -> Plan:
+) -> RowPieces:
     """The pieces of a conversation, or of a plain text. Raises `DataError`."""
-    if style is None or "text" in row:
+    if chat_format is None or "text" in row:
         return _of_text(row["text"], tokenizer, supervise)
     notes: set[str] = set()
     if not row.get("paired"):
         row = {**row, "messages": paired(row["messages"], notes)}
-    plan = _of_conversation(row, tokenizer, style, supervise, allow_special)
-    return Plan(plan.pieces, {**dict.fromkeys(sorted(notes), 1), **plan.notes})
+    plan = _of_conversation(row, tokenizer, chat_format, supervise, allow_special)
+    return RowPieces(plan.pieces, {**dict.fromkeys(sorted(notes), 1), **plan.notes})
 
 
-def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, supervise: Supervise) -> Plan:
+def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, supervise: Supervise) -> RowPieces:
     if supervise != "all":
         refuse_rendered_chat(text)
     begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
     control = len(any_of(control_tokens(tokenizer)).findall(text))
     notes = {"control tokens in plain texts, which act as such": control} if control else {}
-    return Plan([Piece(begin + text + tokenizer.eos_token, 1.0)], notes)
+    return RowPieces([Piece(begin + text + tokenizer.eos_token, 1.0)], notes)
 
 
 def _of_conversation(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
-    style: ChatFormat,
+    chat_format: ChatFormat,
     supervise: Supervise,
     allow_special: bool,
-) -> Plan:
+) -> RowPieces:
     """Disguised control tokens are still in the text, cut in their turn by `shield.parts`."""
     shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
-    shielded, text, spans = render_whole(shielded, tokenizer, style)
+    shielded, text, spans = render_whole(shielded, tokenizer, chat_format)
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
     if supervise == "last":
         weights = {message: weight if message == spans[-1].message else 0.0 for message, weight in weights.items()}
@@ -89,24 +89,24 @@ def _of_conversation(
         for number, part in enumerate(cut):
             last = span is not None and weight > 0 and number == len(cut) - 1
             pieces.append(Piece(part, weight, span.message if span and last else None, apart=number > 0))
-    notes = _unread(shielded, text, tokenizer, style)
+    notes = _unread(shielded, text, tokenizer, chat_format)
     kept_as_text = sum(text.count(character) for character in disguises)
     if kept_as_text:
         notes["control tokens in messages kept as text (allow_special: true lets them act)"] = kept_as_text
     for span in spans:
-        if weights[span.message] > 0 and (gap := gap_before(span, text, shielded, tokenizer, style)):
+        if weights[span.message] > 0 and (gap := gap_before(span, text, shielded, tokenizer, chat_format)):
             what = f"turns trained without {gap!r}, in which the generation prompt ends"
             notes[what] = notes.get(what, 0) + 1
-    return Plan(pieces, notes)
+    return RowPieces(pieces, notes)
 
 
 def _unread(
-    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> dict[str, int]:
     """What the row says to the template and the template does not hear."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
-        if key not in variables(style.template):
+        if key not in variables(chat_format.template):
             notes[f"rows with {key!r} in chat_template_kwargs, which the chat template does not read"] = 1
     for key in sorted(unwritten_keys(conversation.get("tools") or [], text)):
         notes[f"rows with the key {key!r} in tools, which the chat template does not write"] = 1
@@ -120,7 +120,7 @@ def _unread(
     # Of a tool's result the name is used: it says whose result it is.
     if any(message.get("name") and message["role"] != "tool" for message in messages):
         nameless = [message if message["role"] == "tool" else _without_name(message) for message in messages]
-        if apply({**conversation, "messages": nameless}, tokenizer, style.template)[0] == text:
+        if apply({**conversation, "messages": nameless}, tokenizer, chat_format.template)[0] == text:
             notes["rows with the key 'name' in messages, which the chat template does not write"] = 1
     return notes
 

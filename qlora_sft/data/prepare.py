@@ -1,4 +1,4 @@
-"""Sources -> rendered documents -> bins, with a ledger of what became of every row."""
+"""Sources -> rendered documents -> sequences, with a ledger of what became of every row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Prepared:
 
 
 def render_sources(
-    sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None = None
+    sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None
 ) -> Prepared:
     """Renders every conversation and accounts for it.
 
@@ -60,7 +60,7 @@ def render_sources(
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
         try:
-            documents, whole = _render_source(source, config, tokenizer, style, ledger)
+            documents, whole = _render_source(source, config, tokenizer, chat_format, ledger)
             _count(ledger, documents)
             _check_mask(source, ledger, config, whole)
         except DataError as error:
@@ -77,13 +77,13 @@ def _render_source(
     source: Source,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    style: ChatFormat | None,
+    chat_format: ChatFormat | None,
     ledger: SourceLedger,
 ) -> tuple[Documents, bool]:
     """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
     settings = source.settings
     documents, whole, problems = Writer(source.name), True, []
-    for conversation, rendered, fitting in _fitted(source, config, tokenizer, style):
+    for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
         whole = whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
             problems.append(f"{place(conversation)}: {fitting}")
@@ -106,10 +106,10 @@ def _render_source(
 
 
 def render_rows(
-    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[Rendered]:
     """The documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty row."""
-    for conversation, _, fitting in _fitted(source, config, tokenizer, style):
+    for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
         for part in fitting:
@@ -122,13 +122,13 @@ Fitting = list[list[Rendered] | str]
 
 
 def _fitted(
-    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, style: ChatFormat | None
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
     """Every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
     settings = source.settings
     options: RenderOptions = {
         "source": source.name,
-        "style": style,
+        "chat_format": chat_format,
         "supervise": settings.supervise,
         "allow_special": settings.allow_special,
     }
@@ -216,14 +216,14 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
         )
 
 
-def plan_bins(
+def plan_sequences(
     documents: Sequence[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
 ) -> list[list[int]]:
-    """Bins of document indices in training order, the whole run.
+    """PackedSequences of document indices in training order, the whole run.
 
-    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several bins. Each
+    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences. Each
     stretch of its order (an epoch, a part of a curriculum, ``packing_window`` documents of those) is packed alone and
-    its bins are shuffled, so that bins hold what the mixture has at that time. The same seed gives the same order on
+    its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the same order on
     every machine.
     """
     of_each = sizes(documents)
@@ -238,9 +238,9 @@ def plan_bins(
         shuffled = Random(f"bins {seed} {number}")
         for window in _windows(indices, config.packing_window):
             packed = pack([of_each.tokens[index] for index in window], config.max_length, strategy=config.packing)
-            bins = [[window[i] for i in each] for each in packed]
-            shuffled.shuffle(bins)
-            planned += bins
+            sequences = [[window[i] for i in each] for each in packed]
+            shuffled.shuffle(sequences)
+            planned += sequences
     if config.packing != "none":
         say(describe_packing(planned, of_each.tokens, config))
     return planned
@@ -265,11 +265,11 @@ def describe_order(
     return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
 
 
-def describe_packing(bins: list[list[int]], tokens: list[int], config: DataConfig) -> str:
-    lengths = [tokens[index] for each in bins for index in each]
-    filled = sum(lengths) / (len(bins) * config.max_length)
+def describe_packing(sequences: list[list[int]], tokens: list[int], config: DataConfig) -> str:
+    lengths = [tokens[index] for each in sequences for index in each]
+    filled = sum(lengths) / (len(sequences) * config.max_length)
     padded = sum(lengths) / (len(lengths) * max(lengths))
     return (
-        f"packing ({config.packing}): {len(lengths):,} documents in {len(bins):,} rows of {config.max_length:,} "
+        f"packing ({config.packing}): {len(lengths):,} documents in {len(sequences):,} rows of {config.max_length:,} "
         f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
     )

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
-from qlora_sft.data.pieces import Piece, Plan, Supervise, plan_row
+from qlora_sft.data.pieces import Piece, RowPieces, Supervise, cut_row
 from qlora_sft.data.shield import parts, shield
-from qlora_sft.data.template import ChatFormat, apply, chat_format
+from qlora_sft.data.template import ChatFormat, apply, choose_chat_format
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
 
@@ -51,7 +51,7 @@ class RenderOptions(TypedDict):
     """Holds what `render_conversation` takes beside the conversation and the tokenizer."""
 
     source: str
-    style: ChatFormat | None
+    chat_format: ChatFormat | None
     supervise: Supervise
     allow_special: bool
 
@@ -64,7 +64,7 @@ class Encoded(TypedDict):
     """Characters [first, last) of each token; there only if they were asked for."""
 
 
-Ids = tuple[list[int], list[float], DataError | None]
+EncodedRow = tuple[list[int], list[float], DataError | None]
 """Token ids, their weights, and what is wrong with the row, if anything is."""
 
 
@@ -73,7 +73,7 @@ def render_conversation(
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
-    style: ChatFormat | None = None,
+    chat_format: ChatFormat | None = None,
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Rendered:
@@ -88,7 +88,12 @@ def render_conversation(
     belongs to which turn, or leaves out something the conversation contains.
     """
     (result,) = render_many(
-        [conversation], tokenizer, source=source, style=style, supervise=supervise, allow_special=allow_special
+        [conversation],
+        tokenizer,
+        source=source,
+        chat_format=chat_format,
+        supervise=supervise,
+        allow_special=allow_special,
     )
     if isinstance(result, DataError):
         raise result
@@ -100,7 +105,7 @@ def render_many(
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
-    style: ChatFormat | None = None,
+    chat_format: ChatFormat | None = None,
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Iterator[Rendered | DataError]:
@@ -112,15 +117,15 @@ def render_many(
     with ThreadPoolExecutor(1) as worker:  # the tokenizer works without the interpreter's lock
         ahead: Future[list[Rendered | DataError]] | None = None
         while batch := list(islice(rows, _BATCH)):
-            planned: list[Plan | DataError] = []
+            planned: list[RowPieces | DataError] = []
             for row in batch:
                 try:
-                    style = style or (None if "text" in row else chat_format(tokenizer))
-                    planned.append(plan_row(row, tokenizer, style, supervise, allow_special))
+                    chat_format = chat_format or (None if "text" in row else choose_chat_format(tokenizer))
+                    planned.append(cut_row(row, tokenizer, chat_format, supervise, allow_special))
                 except DataError as error:
                     planned.append(error)
-            stops = style.stops if style else frozenset[int]()
-            encoding = worker.submit(_encoded, planned, tokenizer, stops, source)
+            stop_token_ids = chat_format.stop_token_ids if chat_format else frozenset[int]()
+            encoding = worker.submit(_encoded, planned, tokenizer, stop_token_ids, source)
             if ahead:
                 yield from ahead.result()
             ahead = encoding
@@ -128,14 +133,14 @@ def render_many(
             yield from ahead.result()
 
 
-def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat) -> list[int]:
+def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
     """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
     shielded, disguises = shield(conversation, tokenizer)
-    text, _ = apply(shielded, tokenizer, style.template, prompt=True)
+    text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
     pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
-    (result,) = _encoded([Plan(pieces)], tokenizer, style.stops, "")
+    (result,) = _encoded([RowPieces(pieces)], tokenizer, chat_format.stop_token_ids, "")
     if isinstance(result, DataError):
         raise result
     return result.input_ids
@@ -145,11 +150,14 @@ def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 
 
 def _encoded(
-    planned: list[Plan | DataError], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], source: str
+    planned: list[RowPieces | DataError],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+    source: str,
 ) -> list[Rendered | DataError]:
-    rows = [plan.pieces for plan in planned if isinstance(plan, Plan)]
+    rows = [plan.pieces for plan in planned if isinstance(plan, RowPieces)]
     encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
-    encoded = iter(encode(rows, tokenizer, stops))
+    encoded = iter(encode(rows, tokenizer, stop_token_ids))
     results: list[Rendered | DataError] = []
     for plan in planned:
         if isinstance(plan, DataError):
@@ -167,7 +175,9 @@ def _encoded(
     return results
 
 
-def _piecewise(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> Iterator[Ids]:
+def _piecewise(
+    rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[EncodedRow]:
     """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
     # What a template writes between the turns is the same in every row.
     texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
@@ -180,11 +190,13 @@ def _piecewise(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop
             new = encoded[piece.text]
             ids += new
             weights += [piece.weight] * len(new)
-            fault = fault or _unended(piece, new[-1] if new else -1, tokenizer, stops)
+            fault = fault or _unended(piece, new[-1] if new else -1, tokenizer, stop_token_ids)
         yield ids, weights, fault
 
 
-def _whole_rows(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> Iterator[Ids]:
+def _whole_rows(
+    rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[EncodedRow]:
     """The whole text at once; a token belongs to the piece that holds its last character (a control token, its first).
 
     For tokenizers that put a space before whatever they are given, or whose control tokens swallow white space:
@@ -204,7 +216,9 @@ def _whole_rows(rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, sto
         weights: list[float] = []
         fault = None
         for number, group in enumerate(row):
-            new, new_weights, new_fault = _assign(group, *next(each), len(_ANCHOR) if number else 0, tokenizer, stops)
+            new, new_weights, new_fault = _assign(
+                group, *next(each), len(_ANCHOR) if number else 0, tokenizer, stop_token_ids
+            )
             ids, weights, fault = ids + new, weights + new_weights, fault or new_fault
         yield ids, weights, fault
 
@@ -224,9 +238,9 @@ def _assign(
     offsets: list[tuple[int, int]],
     skip: int,
     tokenizer: PreTrainedTokenizerBase,
-    stops: frozenset[int],
-) -> Ids:
-    """Ids and weights of one text; its first ``skip`` characters are the anchor."""
+    stop_token_ids: frozenset[int],
+) -> EncodedRow:
+    """EncodedRow and weights of one text; its first ``skip`` characters are the anchor."""
     kept: list[int] = []
     weights: list[float] = []
     fault = None
@@ -238,26 +252,28 @@ def _assign(
         # A control token begins where it is written and may swallow what follows; a word may begin with a space
         # that still belongs to the header.
         while (first + 1 if token in control else last) > end:
-            fault = fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+            fault = fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stop_token_ids)
             number += 1
             end += len(group[number].text)
         kept.append(token)
         weights.append(group[number].weight)
-    return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+    return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stop_token_ids)
 
 
-def _unended(piece: Piece, last: int, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> DataError | None:
-    if piece.ends_turn is None or last in stops:
+def _unended(
+    piece: Piece, last: int, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> DataError | None:
+    if piece.ends_turn is None or last in stop_token_ids:
         return None
-    return _endless(piece.ends_turn, last, tokenizer, stops)
+    return _endless(piece.ends_turn, last, tokenizer, stop_token_ids)
 
 
-def _endless(message: int, last: int, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> DataError:
+def _endless(message: int, last: int, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]) -> DataError:
     ending = tokenizer.decode([last]) if last >= 0 else ""
     return DataError(
         f"message {message}: the turn would end in {ending!r}, which does not stop generation "
-        f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stops))}). Name the token in model.stop_tokens "
-        "if it ends turns, else use another chat template"
+        f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stop_token_ids))}). Name the token in "
+        "model.stop_tokens if it ends turns, else use another chat template"
     )
 
 

@@ -18,7 +18,7 @@ GREEN, DIM, CYAN, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[36m", "\x1b[1m", "\
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens of one kind."""
 
     text: str
@@ -26,12 +26,12 @@ class Run:
     control: bool
 
 
-def runs(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
+def token_runs(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[TokenRun]:
     """The document's tokens, in order, joined while weight and kind stay the same."""
     control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
     tokens = [(i, weight, i in control) for i, weight in zip(document.input_ids, document.weights, strict=True)]
     return [
-        Run(tokenizer.decode([i for i, _, _ in group]), weight, is_control)
+        TokenRun(tokenizer.decode([i for i, _, _ in group]), weight, is_control)
         for (weight, is_control), group in groupby(tokens, key=lambda token: token[1:])
     ]
 
@@ -40,24 +40,26 @@ def caption(document: Rendered) -> str:
     return f"{document.source}: {len(document.input_ids)} tokens, {document.n_supervised} supervised"
 
 
-def as_text(bins: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def as_text(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """For a terminal: supervised green, masked dim, control tokens cyan. Without colour: supervised in [[ ]]."""
     lines = []
-    for number, documents in enumerate(bins):
+    for number, documents in enumerate(sequences):
         total = sum(len(document.input_ids) for document in documents)
         lines.append(_paint(f"━━ packed row {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
         for document in documents:
             lines.append(_paint(f"── {caption(document)}", BOLD, colour))
-            lines.append("".join(_run_as_text(run, colour) for run in runs(document, tokenizer)))
+            lines.append("".join(_run_as_text(tokens_run, colour) for tokens_run in token_runs(document, tokenizer)))
     return "\n".join(lines)
 
 
-def _run_as_text(run: Run, colour: bool) -> str:
-    weight = f"×{run.weight:g} " if run.weight not in (0.0, 1.0) else ""
+def _run_as_text(tokens_run: TokenRun, colour: bool) -> str:
+    weight = f"×{tokens_run.weight:g} " if tokens_run.weight not in (0.0, 1.0) else ""
     if not colour:
-        return f"[[{weight}{run.text}]]" if run.weight else run.text
-    tone = GREEN if run.weight else DIM
-    return weight + _paint(run.text, tone + CYAN if run.control and not run.weight else tone, colour)
+        return f"[[{weight}{tokens_run.text}]]" if tokens_run.weight else tokens_run.text
+    tone = GREEN if tokens_run.weight else DIM
+    return weight + _paint(
+        tokens_run.text, tone + CYAN if tokens_run.control and not tokens_run.weight else tone, colour
+    )
 
 
 def _paint(text: str, tone: str, colour: bool) -> str:
@@ -87,13 +89,13 @@ sup {{ color: #b35900 }}
 """
 
 
-def as_page(bins: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
+def as_page(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
     """A page of its own, without scripts or links, that reads well on a phone."""
     rows = []
-    for number, documents in enumerate(bins):
+    for number, documents in enumerate(sequences):
         shown = "".join(
             f'<div class="doc"><small>{html.escape(caption(document))}</small>'
-            + "".join(_run_as_html(run) for run in runs(document, tokenizer))
+            + "".join(_run_as_html(tokens_run) for tokens_run in token_runs(document, tokenizer))
             + "</div>"
             for document in documents
         )
@@ -101,8 +103,8 @@ def as_page(bins: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, 
     return _PAGE.format(title=html.escape(title), tables=html.escape(tables), rows="\n".join(rows))
 
 
-def _run_as_html(run: Run) -> str:
-    classes = " ".join(name for name, on in (("s", run.weight > 0), ("c", run.control)) if on)
-    weight = f"<sup>×{run.weight:g}</sup>" if run.weight not in (0.0, 1.0) else ""
-    text = html.escape(run.text)
+def _run_as_html(tokens_run: TokenRun) -> str:
+    classes = " ".join(name for name, on in (("s", tokens_run.weight > 0), ("c", tokens_run.control)) if on)
+    weight = f"<sup>×{tokens_run.weight:g}</sup>" if tokens_run.weight not in (0.0, 1.0) else ""
+    text = html.escape(tokens_run.text)
     return weight + (f'<span class="{classes}">{text}</span>' if classes else text)

@@ -20,7 +20,7 @@ from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.columns import wrong_columns
 from qlora_sft.data.conversation import Conversation
-from qlora_sft.data.formats import CURE, Form, convert, convert_noting, detect
+from qlora_sft.data.formats import CURE, RowForm, convert, convert_noting, detect
 from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
@@ -31,19 +31,19 @@ MAX_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """One file (or data set) of a source: its label in messages, how to read its rows, and what they look like."""
 
     label: str
     read: Callable[[], files.Rows]
-    form: Form
+    form: RowForm
 
 
 @dataclass(frozen=True)
 class Conversations:
     """The conversations of a source, read anew in every iteration; ``chosen`` has the numbers of the rows in use."""
 
-    parts: list[Part]
+    parts: list[SourcePart]
     chosen: array[int]
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ def _is_hub_name(path: str) -> bool:
 def _read(source: SourceConfig, seed: int, say: Say) -> Source:
     name = source_name(source)
     opened = open_parts(source, say)
-    parts: list[Part] = []
+    parts: list[SourcePart] = []
     problems: list[str] = []
     found: dict[str, list[str]] = {}
     unused: dict[str, str] = {}
@@ -177,7 +177,7 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
             form, count, faults = None, 0, [str(error)]
         problems += faults
         if form is not None:
-            parts.append(Part(label, read, form))
+            parts.append(SourcePart(label, read, form))
             found.setdefault(_description(form, source, file), []).append(label)
             total += count
     problems = wrong_columns(source, [part.form for part in parts], seen) + problems
@@ -201,10 +201,10 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
 
 def _scan(
     label: str, read: Callable[[], files.Rows], source: SourceConfig, unused: dict[str, str], seen: set[str]
-) -> tuple[Form | None, int, list[str]]:
-    """Form, number of rows and faults of one file; ``unused`` is filled with what first went unused where, ``seen``
+) -> tuple[RowForm | None, int, list[str]]:
+    """RowForm, number of rows and faults of one file; ``unused`` is filled with what first went unused where, ``seen``
     with the columns of all rows."""
-    form = None if source.format == "auto" else Form(source.format, source.columns or {}, _tags(source))
+    form = None if source.format == "auto" else RowForm(source.format, source.columns or {}, _tags(source))
     first, count, problems = 0, 0, []
     for line, row, fault in read():
         count += 1
@@ -225,7 +225,7 @@ def _scan(
     return form, count, problems
 
 
-def _settle_form(row: object, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
+def _settle_form(row: object, line: int, form: RowForm | None, first: int, source: SourceConfig) -> tuple[RowForm, int]:
     """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
     if why := list_in_a_line(row):
         raise DataError(why)
@@ -253,7 +253,7 @@ def _tags(source: SourceConfig) -> bool:
     return source.think_tags == "reasoning"
 
 
-def _description(form: Form, source: SourceConfig, file: Path | None) -> str:
+def _description(form: RowForm, source: SourceConfig, file: Path | None) -> str:
     verb = "detected" if source.format == "auto" else "configured"
     layout = ""
     if file is not None and files.kind_of(file) == ".txt":

@@ -24,7 +24,7 @@ from qlora_sft.data.template import ChatFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Bins = list[list[int]]
+PackedSequences = list[list[int]]
 IntArray = NDArray[np.int64]
 
 
@@ -36,12 +36,18 @@ class SplitFacts(TypedDict):
 
 
 def fingerprint(
-    config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> str | None:
     """Hash of the files' contents, the data settings, the tokenizer, the template and this code; None if a source is
     not made of local files."""
     digest = hashlib.sha256()
-    settings = (asdict(config.data), config.training.epochs, config.seed, style.template, sorted(style.stops))
+    settings = (
+        asdict(config.data),
+        config.training.epochs,
+        config.seed,
+        chat_format.template,
+        sorted(chat_format.stop_token_ids),
+    )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
@@ -57,18 +63,18 @@ def fingerprint(
     return digest.hexdigest()[:32]
 
 
-def load(key: str) -> tuple[Prepared, Prepared, Bins, list[str]] | None:
-    """(training split, held-out split, bins, what was said while they were made), or None if they are not kept."""
+def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | None:
+    """(training split, held-out split, sequences, what was said while they were made), or None if they are not kept."""
     folder = cache_dir("prepared") / key
     if not folder.is_dir():
         return None
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     splits = [_split(folder / name, facts[name]) for name in ("train", "held_out")]
-    bins = np.load(folder / "bins.npz")
-    return splits[0], splits[1], _unflat(bins["values"], bins["bounds"]), facts["said"]
+    sequences = np.load(folder / "sequences.npz")
+    return splits[0], splits[1], _unflat(sequences["values"], sequences["bounds"]), facts["said"]
 
 
-def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[str]) -> Path:
+def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequences, said: list[str]) -> Path:
     """Keeps them for `load`; returns the folder."""
     folder = cache_dir("prepared") / key
     with written_folder(folder) as beside:
@@ -81,8 +87,8 @@ def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[s
                 "sources": list(split.documents),
                 "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
             }
-        values, bounds = _flat(bins)
-        np.savez(beside / "bins.npz", values=values, bounds=bounds)
+        values, bounds = _flat(sequences)
+        np.savez(beside / "sequences.npz", values=values, bounds=bounds)
         (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     return folder
 

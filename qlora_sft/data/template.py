@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.complete import check_nothing_lost
 from qlora_sft.data.conversation import Conversation, Message
-from qlora_sft.data.opening import Before, prompt_gap, turn_start
+from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
@@ -44,11 +44,11 @@ class Span:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a run writes conversations: the template, why this one, and the tokens at which generation stops."""
+    """How a run writes conversations: the template, why this one, and the tokens at which generation stop_token_ids."""
 
     template: str
     reason: str
-    stops: frozenset[int]
+    stop_token_ids: frozenset[int]
     day: date | None = None
     """The date that the template writes into every conversation, if it writes today's."""
 
@@ -57,10 +57,13 @@ def has_marks(template: str) -> bool:
     return _MARK.search(template) is not None
 
 
-def chat_format(
-    tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = (), name: str | None = None, day: date | None = None
+def choose_chat_format(
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Iterable[int] = (),
+    name: str | None = None,
+    day: date | None = None,
 ) -> ChatFormat:
-    """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token; ``name``:
+    """The format to train with. ``stop_token_ids``: what the model's generation config stop_token_ids at, beside the eos token; ``name``:
     the template that is configured in place of the tokenizer's own; ``day``: what a template writes as today's date.
 
     The template is the tokenizer's own, unless it has no marks and TRL ships a training version of exactly this
@@ -74,7 +77,7 @@ def chat_format(
         raise DataError(
             f"the tokenizer has no chat template; name one, e.g. model.chat_template={suitable(tokenizer.get_vocab())}"
         )
-    all_stops = frozenset({tokenizer.eos_token_id, *stops})
+    all_stops = frozenset({tokenizer.eos_token_id, *stop_token_ids})
     called = name or "the tokenizer's own"
     if has_marks(own):
         return _dated(own, f"{called}; its {{% generation %}} marks say what is supervised", all_stops, day)
@@ -85,14 +88,14 @@ def chat_format(
     return _dated(own, f"{called}; what is supervised follows from its generation prompt", all_stops, day)
 
 
-def _dated(template: str, reason: str, stops: frozenset[int], day: date | None) -> ChatFormat:
+def _dated(template: str, reason: str, stop_token_ids: frozenset[int], day: date | None) -> ChatFormat:
     """The format, with the date held still if the template writes one. Raises `DataError` if it is not valid Jinja."""
     _check_syntax(template)
     if not writes_date(template):
-        return ChatFormat(template, reason, stops)
+        return ChatFormat(template, reason, stop_token_ids)
     day = day or today()
     reason += f"; it writes today's date into every conversation: {day}, kept with the run"
-    return ChatFormat(with_date(template, day), reason, stops, day)
+    return ChatFormat(with_date(template, day), reason, stop_token_ids, day)
 
 
 @lru_cache(maxsize=8)
@@ -129,7 +132,7 @@ def _trl_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def render_whole(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[Conversation, str, list[Span]]:
     """`render_text` with nothing of the conversation left out, and the conversation as it was rendered.
 
@@ -137,22 +140,22 @@ def render_whole(
     text. Raises `DataError`.
     """
     try:
-        return conversation, *_checked(conversation, tokenizer, style)
+        return conversation, *_checked(conversation, tokenizer, chat_format)
     except DataError:
-        inline = _with_inline_reasoning(conversation) if _THINK.search(style.template) else conversation
+        inline = _with_inline_reasoning(conversation) if _THINK.search(chat_format.template) else conversation
         if inline is conversation:
             raise
         try:
-            return inline, *_checked(inline, tokenizer, style)
+            return inline, *_checked(inline, tokenizer, chat_format)
         except DataError:
             pass  # the first fault is that of the row as it was written
         raise
 
 
 def _checked(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
-    text, spans = render_text(conversation, tokenizer, style)
+    text, spans = render_text(conversation, tokenizer, chat_format)
     check_nothing_lost(conversation, text, spans)
     return text, spans
 
@@ -172,7 +175,7 @@ def _with_inline_reasoning(conversation: Conversation) -> Conversation:
 
 
 def render_text(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
     """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
     messages that are ``past`` (see `unroll`) there may be none.
@@ -181,8 +184,8 @@ def render_text(
     """
     messages = conversation["messages"]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if has_marks(style.template):
-        text, bounds = apply(conversation, tokenizer, style.template, marks=True)
+    if has_marks(chat_format.template):
+        text, bounds = apply(conversation, tokenizer, chat_format.template, marks=True)
         if len(bounds) > len(turns):
             # Phi-3's marks another eos after the last turn, long after generation has stopped.
             only_control = any_of(special_tokens(tokenizer))
@@ -190,22 +193,22 @@ def render_text(
         if len(bounds) != len(turns):
             raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
     else:
-        text, _ = apply(conversation, tokenizer, style.template)
+        text, _ = apply(conversation, tokenizer, chat_format.template)
         turns = [turn for turn in turns if not messages[turn].get("past")]
-        bounds = [_by_prefix(conversation, turn, text, tokenizer, style.template) for turn in turns]
+        bounds = [_by_prefix(conversation, turn, text, tokenizer, chat_format.template) for turn in turns]
     spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    exact = [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    exact = [_exact(span, text, conversation, tokenizer, chat_format) for span in spans]
     if any(message.get("past") for message in messages):
-        return _as_prompted(text, exact[-1], conversation, tokenizer, style)
+        return _as_prompted(text, exact[-1], conversation, tokenizer, chat_format)
     return text, exact
 
 
 def _as_prompted(
-    text: str, span: Span, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    text: str, span: Span, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
     """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
     call that it shows the model while there is no answer yet."""
-    before = _before(conversation, span.message, tokenizer, style.template)
+    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     prompt, without = before(True), before(False)
     header = prompt[len(without) :] if prompt.startswith(without) else ""
     if text.startswith(prompt) or not header or not text.endswith(header, 0, span.start):
@@ -271,32 +274,34 @@ def _by_prefix(
 
 
 def _exact(
-    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> Span:
     """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
     the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
     none at all the renderer raises."""
     message = conversation["messages"][span.message]
-    before = _before(conversation, span.message, tokenizer, style.template)
+    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     start, end = turn_start(text, span.start, span.end, message, before), span.end
-    # Gemma's <end_of_turn> is no special token, but it is where generation stops.
-    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(style.stops)))
-    ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stops)).finditer(text, start, end)]
+    # Gemma's <end_of_turn> is no special token, but it is where generation stop_token_ids.
+    stop_token_ids = tuple(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids)))
+    ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stop_token_ids)).finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
         end = ends[-1]
-    if not text.endswith(stops, start, end):
-        behind = any_of(stops).match(text, end)
+    if not text.endswith(stop_token_ids, start, end):
+        behind = any_of(stop_token_ids).match(text, end)
         end = behind.end() if behind else end
     return Span(start, end, span.message)
 
 
-def _before(conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, template: str) -> Before:
+def _prompt_before(
+    conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, template: str
+) -> PromptBefore:
     earlier: Conversation = {**conversation, "messages": conversation["messages"][:turn]}
     return lambda prompt: apply(earlier, tokenizer, template, prompt=prompt)[0]
 
 
 def gap_before(
-    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, style: ChatFormat
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> str:
     """What the generation prompt of a turn ends in and its training text lacks, tried once for turns of one shape."""
     messages, turn = conversation["messages"], span.message
@@ -310,10 +315,12 @@ def gap_before(
         bool(message.get("tool_calls")),
         (message.get("content") or "").startswith("<think>"),
     )
-    known = _gaps(style.template)
+    known = _gaps(chat_format.template)
     if shape not in known:
         try:
-            known[shape] = prompt_gap(text, span.start, _before(conversation, turn, tokenizer, style.template))
+            known[shape] = prompt_gap(
+                text, span.start, _prompt_before(conversation, turn, tokenizer, chat_format.template)
+            )
         except DataError:  # some templates refuse a conversation that nobody has begun
             known[shape] = ""
     return known[shape]

