@@ -84,7 +84,7 @@ def path_error(error: BaseException) -> RunError | None:
     """
     if not isinstance(error, OSError) or not error.filename or not error.strerror:
         return None
-    # Of a renaming, the second is the name that was asked for.
+    # The second name of a failed renaming is the one that was asked for.
     return RunError(f"{error.filename2 or error.filename}: {error.strerror}; check the path and its permissions")
 
 

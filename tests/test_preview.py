@@ -34,7 +34,7 @@ def test_json_says_token_by_token_what_is_supervised(recipe: Path, capsys: pytes
 
 
 def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first packed row of the preview is the first row of the run."""
+    """The first packed sequence of the preview is the first one of the run."""
     from tests_support import documents_of
 
     from qlora_sft.data.prepare import plan_sequences

@@ -173,7 +173,7 @@ def gguf_facts(path: Path) -> GgufFacts:
         reader: Any = GGUFReader(str(path))
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise RunError(f"{path}: not a whole GGUF file ({error})") from None
-    # Not the merges and scores, which take seconds and are not needed.
+    # Merges and scores are left out: reading them takes seconds, and nothing here needs them.
     fields = {
         name: field.contents()
         for name, field in reader.fields.items()

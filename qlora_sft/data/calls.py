@@ -44,7 +44,7 @@ def read_call(call: object, unused: set[str]) -> ToolCall:
         what = ", ".join(sorted(idle))
         raise DataError(f"the call of {name!r} has no 'arguments', but the {what}; rename or remove it")
     unused |= idle
-    # Of the two ids of OpenAI's newer form, results name the call_id.
+    # OpenAI's newer form has two ids; results name the call_id.
     given = only(fields, "call_id", "tool_call_id")
     identity = read_id(fields.get("id") if given is None else given, "the id of a tool call")
     function: FunctionCall = {"name": name, "arguments": arguments}

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from qlora_sft.config_data import FORMS, SourceConfig
 from qlora_sft.data.formats import RowForm
 
-# Either may hold either kind of turn, so a mapping of one is as good as one of the other.
+# Both names may hold both kinds of turns, so either of them may be mapped.
 _TURNS = {"messages", "conversations"}
 
 

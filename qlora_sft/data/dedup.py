@@ -47,9 +47,9 @@ def clean_sources(
     """
     removed: list[Removed] = []
     if config.decontaminate:
-        known = evaluation_runs(config.decontaminate, config.decontaminate_words, say)
+        known = evaluation_ngrams(config.decontaminate, config.decontaminate_words, say)
         sources, found = _drop(
-            sources, lambda row, _: shared_run(row, known, config.decontaminate_words), "contaminated"
+            sources, lambda row, _: shared_ngram(row, known, config.decontaminate_words), "contaminated"
         )
         say(
             report(
@@ -134,7 +134,7 @@ def near_finder() -> Callable[[Conversation, str], str | None]:
 # ------------------------------------------------------------------ contamination
 
 
-def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) -> dict[int, str]:
+def evaluation_ngrams(paths: list[str], length: int, say: Say = lambda _: None) -> dict[int, str]:
     """Returns the hash of every n-gram of ``length`` words in the evaluation files, with file:line of its first
     occurrence.
 
@@ -147,25 +147,25 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
         for line, row, fault in read():
             if fault is not None:
                 raise DataError(f"{label}:{line}: {fault}")
-            for runs in (set(_runs(text, length)) for text in _texts(row)):
+            for ngrams in (set(_ngrams(text, length)) for text in _texts(row)):
                 texts += 1
-                short += not runs
-                for run in runs:
-                    known.setdefault(run, f"{label}:{line}")
+                short += not ngrams
+                for ngram in ngrams:
+                    known.setdefault(ngram, f"{label}:{line}")
         say(f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared")
     return known
 
 
-def shared_run(row: Conversation, known: dict[int, str], length: int) -> str | None:
+def shared_ngram(row: Conversation, known: dict[int, str], length: int) -> str | None:
     """Returns file:line of the evaluation row that the first shared n-gram comes from; system prompts do not count."""
     for text in _spoken(row):
-        for run in _runs(text, length):
-            if run in known:
-                return known[run]
+        for ngram in _ngrams(text, length):
+            if ngram in known:
+                return known[ngram]
     return None
 
 
-def _runs(text: str, length: int) -> Iterator[int]:
+def _ngrams(text: str, length: int) -> Iterator[int]:
     words = list(_words(text))
     for start in range(len(words) - length + 1):
         # Python's own hash of texts differs from process to process, which is no matter within one.

@@ -145,5 +145,5 @@ def _add_mapped(part: Documents, result: Sizes) -> None:
 def _mapped(file: IO[bytes], dtype: np.dtype[Number]) -> NDArray[Number]:
     """Returns the numbers in a nameless file, mapped; the file is deleted when nothing refers to them any more."""
     file.flush()
-    # Nothing can be mapped of an empty file.
+    # An empty file cannot be mapped.
     return np.memmap(file, dtype, mode="r") if file.tell() else np.empty(0, dtype)

@@ -1,4 +1,4 @@
-"""Rows in any of the usual forms (see `forms`) -> conversations."""
+"""Convert rows in any of the usual forms (see `forms`) to conversations."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 
 
 def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | None = None) -> Conversation:
-    """The row as a conversation (without file and line).
+    """Returns the row as a conversation, without file and line.
 
-    What holds something and is not used (columns, keys of messages) is added to ``unused``, what is remarkable and no
-    fault to ``notes``. Raises `DataError` naming the fault and its cure.
+    Columns and message keys that hold something and are not used are added to ``unused``; remarkable facts that are not
+    faults are added to ``notes``. Raises `DataError` naming the fault and its cure.
     """
     needed, optional = FORMS[form.name]
     missing = [column for column in form.needs() if row.get(column) is None]
@@ -52,7 +52,7 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
 
 
 def _tools(row: JsonObject, column: str, used: set[str]) -> object:
-    """What the tools column holds, or else the functions, as OpenAI called them once, if that is what they are."""
+    """Returns the content of the tools column, or of OpenAI's older column of functions if it describes some."""
     tools = anything(row.get(column), "'tools'")
     try:
         functions = anything(row.get("functions"), "'functions'")
@@ -76,7 +76,8 @@ def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
 
 
 def convert_noting(row: JsonObject, form: RowForm) -> Conversation:
-    """`convert` with what is remarkable about the row, keys that are not used among it, under ``notes``."""
+    """Converts the row as `convert` does and keeps what is remarkable about it, unused keys included, under
+    ``notes``."""
     unused: set[str] = set()
     notes: set[str] = set()
     conversation = convert(row, form, unused, notes)
@@ -88,7 +89,7 @@ CURE = "set format: and columns: of the source"
 
 
 def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
-    """A row's own ``enable_thinking`` is stronger than its source's."""
+    """Returns the conversation with its source's ``enable_thinking``, unless the row has its own."""
     if thinking == "auto" or "messages" not in conversation:
         return conversation
     kwargs = {"enable_thinking": thinking == "on", **(conversation.get("chat_template_kwargs") or {})}
@@ -129,7 +130,7 @@ def _conversation(
 
 
 def _system(system: object, unused: set[str]) -> str:
-    """The system column: a text, or Anthropic's list of text blocks."""
+    """Returns the text of the system column: a text, or Anthropic's list of text blocks."""
     if system in EMPTY:
         return ""
     if not isinstance(system, str | list):
@@ -170,7 +171,10 @@ def _from_sharegpt(values: JsonObject, form: RowForm, unused: set[str]) -> list[
 
 
 def _words_before_a_call(words: Message, call: Message) -> bool:
-    """Whether both are one turn of the assistant: what its call adds is the call, and its loss is as theirs."""
+    """Says whether a text and the tool call after it are one turn of the assistant.
+
+    They are if the second has nothing but its call and both have the same weight in the loss.
+    """
     if not (words["role"] == call["role"] == "assistant" and "tool_calls" in call and "tool_calls" not in words):
         return False
     alike = all(words.get(key) == call.get(key) for key in ("train", "weight", "name"))
@@ -194,7 +198,8 @@ def _sharegpt_turn(turn: object, unused: set[str]) -> JsonObject:
 
 
 def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
-    """The question: instruction, blank line, input. ``history`` holds earlier [question, answer] pairs."""
+    """Reads an Alpaca row. The question is instruction, blank line, input; ``history`` holds earlier [question, answer]
+    pairs."""
     messages = []
     history = anything(values.get("history"), "'history'") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -217,7 +222,10 @@ def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Me
 
 
 def _from_pair(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
-    """Only the completion is supervised: assistant turns of the prompt get ``train: false`` if they have none."""
+    """Reads a prompt and its completion.
+
+    Only the completion is supervised: assistant turns of the prompt get ``train: false`` if they do not say otherwise.
+    """
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"{form.column('prompt')!r} is empty; use format: text to train on texts without a question")

@@ -1,4 +1,4 @@
-"""The forms that rows have, and how one is recognised.
+"""Recognise the form of a row.
 
 - ``messages``: ``{messages: [{role, content, ...}], tools?, system?, chat_template_kwargs?}``
 - ``sharegpt``: ``{conversations: [{from, value}], tools?, system?}``
@@ -22,7 +22,7 @@ _PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"),
 
 @dataclass(frozen=True)
 class RowForm:
-    """How rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
+    """Says how rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
 
     name: str
     columns: dict[str, str] = field(default_factory=dict)
@@ -30,13 +30,15 @@ class RowForm:
     """Whether ``<think>`` in an answer is its reasoning, and not a text like any other."""
 
     def column(self, ours: str) -> str:
+        """Returns the column of the rows that holds what we call ``ours``."""
         return self.columns.get(ours, ours)
 
     def needs(self) -> list[str]:
+        """Returns the columns that every row must have."""
         return [self.column(ours) for ours in FORMS[self.name][0]]
 
     def describe(self) -> str:
-        """``sharegpt (conversations: from/value)``: the form and its mapping, for people."""
+        """Returns the form and its mapping for people: ``sharegpt (conversations: from/value)``."""
         column = self.column
         mapping = {
             "messages": f"{column('messages')}: role/content",
@@ -49,10 +51,11 @@ class RowForm:
 
 
 def detect(row: JsonObject, columns: dict[str, str] | None = None) -> RowForm | None:
-    """The form of a row, from its columns (renamed by ``columns``) and what they hold; None if it has none.
+    """Returns the form of a row, judged by its columns (renamed by ``columns``) and what they hold; None if it has
+    none.
 
-    The order decides: a row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
-    many published sets have it, is taken for the first of the two, and the other column is reported as unused.
+    The order decides. A row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
+    many published sets have it, has the first of the two forms, and the other column is reported as unused.
     """
     columns = dict(columns or {})
     for name, ours, theirs in (("messages", "messages", "conversations"), ("sharegpt", "conversations", "messages")):
@@ -70,8 +73,11 @@ def detect(row: JsonObject, columns: dict[str, str] | None = None) -> RowForm | 
 
 
 def _turn_form(turns: object, default: str) -> str:
-    """``messages`` or ``sharegpt`` for a list of turns (or JSON text of one), by the keys of its first turn;
-    ``default`` for an empty list, and "" for what is no list."""
+    """Returns ``messages`` or ``sharegpt`` for a list of turns (or its JSON text), judged by the keys of its first
+    turn.
+
+    An empty list gives ``default``; anything but a list gives an empty text.
+    """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             turns = from_json_text(turns, "")

@@ -1,5 +1,8 @@
-"""Hugging Face data sets -> rows: from the Arrow files that `datasets` keeps in its cache and memory-maps, of a stream
-from a file of our own."""
+"""Read Hugging Face data sets as rows.
+
+They are read from the Arrow files that `datasets` keeps in its cache and memory-maps; a stream is read from a file of
+our own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Loaded = TypeVar("Loaded")
 
 
 def open_dataset(source: SourceConfig, folder: Path | None) -> tuple[str, DatasetRows]:
-    """Label and rows (iterable) of ``owner/name[:configuration]`` on the Hub, or of a local folder laid out like one.
+    """Returns label and rows of ``owner/name[:configuration]`` on the Hub, or of a local folder laid out like one.
 
     The first ``max_rows`` rows of a stream are written to disk as they come. Raises `DataError`.
     """
@@ -43,20 +46,21 @@ def open_dataset(source: SourceConfig, folder: Path | None) -> tuple[str, Datase
 
 
 def open_splits(source: SourceConfig) -> list[tuple[str, DatasetRows]]:
-    """(label, rows) of every split of a data set of the Hub but ``train``; of that if there is no other."""
+    """Returns label and rows of every split of a data set of the Hub but ``train``, or of that if there is no other."""
     splits = _reached(lambda: _load(source, None, None), source.path, source)
     chosen = [name for name in splits if name != "train"] or list(splits)
     return [(f"{source.path}[{name}]", splits[name]) for name in chosen]
 
 
 def dataset_rows(dataset: DatasetRows) -> Rows:
-    """Rows of a loaded data set, counted from 1."""
+    """Yields the rows of a loaded data set, counted from 1."""
     for number, row in enumerate(dataset, start=1):
         yield number, without_nulls(row), None
 
 
 class _Stored:
-    """Rows that come once, to be iterated over as often as wanted, from a file and not from memory."""
+    """Stores rows that come only once, so that they can be iterated over repeatedly, from a file and not from
+    memory."""
 
     def __init__(self, rows: DatasetRows):
         self._file = scratch_file()
@@ -93,7 +97,7 @@ def _reached(load: Callable[[], Loaded], label: str, source: SourceConfig) -> Lo
 
 
 def _reason(error: Exception, source: SourceConfig) -> str:
-    """What went wrong and what to do, by what `datasets` 4 says; its own words stand in brackets."""
+    """Returns what went wrong and what to do, judged by the message of `datasets` 4, which is quoted in brackets."""
     said = " ".join(str(error).split())[:300]
     name, _, configuration = source.path.partition(":")
     if "onfig name is missing" in said:

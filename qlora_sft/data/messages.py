@@ -1,8 +1,6 @@
-"""One message of a chat, as people write it -> the one shape the rest of the package knows.
+"""Convert one message of a chat, as people write it, to the one shape that the rest of the package knows (`Message`).
 
-``{role, content: str, reasoning?, tool_calls?, name?, tool_call_id?, train?, weight?}``, with ``role`` one of `ROLES`
-and every call ``{type: function, function: {name, arguments: dict}, id?}``. Every fault is a `DataError` that names
-cause and cure but not file and line: the caller knows them.
+Every fault is a `DataError` that names cause and cure but not file and line, which the caller knows.
 """
 
 from __future__ import annotations
@@ -29,15 +27,16 @@ MESSAGE_KEYS = {
     *("role", "content", "tool_calls", "function_call", "name"),
     *(*_REASONING_KEYS, *_TRAIN_KEYS, *_WEIGHT_KEYS, *_RESULT_KEYS),
 }
-# What float32 can tell from zero and from infinity when it is multiplied and added up.
+# The weights that float32 still tells from zero and from infinity when they are multiplied and added up.
 WEIGHTS = (1e-6, 1e6)
 
 
 def read_message(message: object, unused: set[str], think_tags: bool = True) -> list[Message]:
-    """The message in our shape; several if it carries tool results beside its text.
+    """Returns the message in our shape, or several if it carries tool results beside its text.
 
-    Keys that mean nothing here and hold something are added to ``unused``. ``think_tags``: whether ``<think>`` in an
-    answer is markup, and not a text like any other. Raises `DataError`.
+    think_tags: whether ``<think>`` in an answer is markup, and not a text like any other.
+
+    Keys that hold something and mean nothing here are added to ``unused``. Raises `DataError`.
     """
     if not isinstance(message, dict):
         raise DataError(f"expected an object with 'role' and 'content', got {kind(message)}")
@@ -67,7 +66,7 @@ def read_message(message: object, unused: set[str], think_tags: bool = True) -> 
 
 
 def _is_plain(message: JsonObject) -> bool:
-    """Nothing to do: most messages of most files, at a fifth of the time."""
+    """Says whether nothing needs converting. That holds for most messages of most files, at a fifth of the time."""
     content = message.get("content")
     plain = len(message) == 2 and message.get("role") in ROLES
     return plain and isinstance(content, str) and bool(content) and "think>" not in content
@@ -83,7 +82,7 @@ def _role(role: object) -> str:
 
 
 def _without_effect(message: JsonObject, role: str) -> set[str]:
-    """Keys that we know and that do nothing for a message of this role."""
+    """Returns the known keys that have no effect on a message of this role."""
     idle = set() if role == "tool" else {key for key in _RESULT_KEYS if message.get(key) not in EMPTY}
     if role != "assistant":
         idle |= {key for key in _TRAIN_KEYS if message.get(key) is True}
@@ -94,7 +93,7 @@ def _without_effect(message: JsonObject, role: str) -> set[str]:
 def _reasoning(
     message: JsonObject, parts: ContentParts, role: str, think_tags: bool
 ) -> tuple[str | None, dict[str, str]]:
-    """Content without its reasoning, and the reasoning, wherever it was written."""
+    """Returns the content without its reasoning, and the reasoning, wherever it was written."""
     found: dict[str, str] = {}
     for key in _REASONING_KEYS:
         value = message.get(key)
@@ -106,7 +105,7 @@ def _reasoning(
     content = parts.text
     if parts.reasoning:
         found["content parts"] = parts.reasoning
-    # Where the reasoning is given apart, a closing tag alone is a slip of the text, and no end of a reasoning.
+    # If the reasoning is given apart, a closing tag alone is a slip of the text and ends no reasoning.
     if role == "assistant" and content and think_tags and not (found and has_lone_close(content)):
         thought, content = split_thinking(content)
         if thought:
@@ -128,7 +127,7 @@ def _check_content(content: str | None, role: str, calls: list[ToolCall]) -> Non
 
 
 def _identity(message: JsonObject) -> JsonObject:
-    """Of a result: the call it belongs to, by id and by name."""
+    """Returns id and name of the call that a tool result belongs to."""
     identity = read_id(only(message, "tool_call_id", "tool_use_id", "call_id"), "'tool_call_id'")
     return {**_name({"name": only(message, "name", "tool_name")}), **({"tool_call_id": identity} if identity else {})}
 
@@ -143,7 +142,7 @@ def _name(message: JsonObject) -> JsonObject:
 
 
 def _settings(message: JsonObject) -> JsonObject:
-    """``train`` and ``weight``, checked, under whatever name they were given."""
+    """Returns ``train`` and ``weight``, checked, under whatever name they were given."""
     result: JsonObject = {}
     for ours, keys, kinds, wanted in (
         ("train", _TRAIN_KEYS, bool, "true or false"),

@@ -1,4 +1,4 @@
-"""Held-out documents that are trained on: what is measured with them is memory, not ability."""
+"""Find held-out documents that are trained on: what is measured with them is memory, not ability."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from qlora_sft.data.render import Rendered
 
 
 def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[str, Sequence[Rendered]]) -> str:
-    """Text: of which held-out source how many documents are, token by token, training documents too; "" if none is."""
+    """Returns a text that says how many documents of which held-out source are training documents, token by token.
+
+    It is empty if there is none.
+    """
     wanted = {name: Counter(_digest(document) for document in documents) for name, documents in held_out.items()}
     of_any = {digest for digests in wanted.values() for digest in digests}
     lengths = {len(document.input_ids) for documents in held_out.values() for document in documents}
@@ -37,7 +40,7 @@ def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[
 
 
 def _of_lengths(documents: Sequence[Rendered], lengths: set[int]) -> list[int]:
-    """Numbers of the documents of one of these lengths; the others need not be read."""
+    """Returns the numbers of the documents that have one of these lengths; the others need not be read."""
     bounds = getattr(documents, "bounds", None)
     if bounds is None:
         return [number for number, document in enumerate(documents) if len(document.input_ids) in lengths]

@@ -1,4 +1,4 @@
-"""Content that is a list of typed parts, in the dialects of OpenAI and Anthropic, taken apart."""
+"""Take apart content that is a list of typed parts, in the dialects of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CALL = ("value", "tool_call", "tool_use")
 
 
 class ContentParts:
-    """Content, taken apart: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``
-    ({content, tool_call_id?, name?}).
+    """Holds the parts of a content: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``.
 
-    Typed parts carry their text under ``value`` or under their type's own name, as the various formats have it.
+    A result is ``{content, tool_call_id?, name?}``. Typed parts carry their text under ``value`` or under their type's
+    own name, as the various formats have it.
     """
 
     def __init__(self, content: object, role: str, unused: set[str]):
@@ -65,7 +65,7 @@ class ContentParts:
 
 
 def text_of_blocks(content: object, what: str, unused: set[str]) -> str:
-    """A text, or the texts of a list of text parts, joined. Raises `DataError` for parts of another kind."""
+    """Returns a text, or the joined texts of a list of text parts. Raises `DataError` for parts of another kind."""
     parts = ContentParts(content, "user", unused)
     if parts.reasoning or parts.calls or parts.results:
         raise DataError(f"{what} may hold texts only, got {short(content)}")
@@ -73,7 +73,7 @@ def text_of_blocks(content: object, what: str, unused: set[str]) -> str:
 
 
 def _call(part: JsonObject, unused: set[str]) -> ToolCall:
-    """The call may be the part itself, or stand in it under a key; its id may stand at either place."""
+    """Reads a call that is the part itself or stands in it under a key; its id may stand at either place."""
     inner = only(part, *_CALL)
     if inner is None:
         return read_call(without(part, {"type"}), unused)
@@ -89,7 +89,7 @@ def _call(part: JsonObject, unused: set[str]) -> ToolCall:
 
 
 def _result(part: JsonObject, unused: set[str]) -> JsonObject:
-    """Anthropic's result is a text or a list of text blocks; any other value is shown as its JSON."""
+    """Reads a result. Anthropic's is a text or a list of text blocks; any other value is shown as its JSON."""
     known = {"type", "tool_use_id", "tool_call_id", "name", *_RESULT}
     unused |= idle_keys(part, known, "content part key")
     given = next((part[key] for key in _RESULT if part.get(key) is not None), None)

@@ -1,4 +1,4 @@
-"""A conversation -> the pieces of its rendered text that are encoded one by one, each with its weight."""
+"""Cut a conversation's rendered text into the pieces that are encoded one by one, each with its weight."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Supervise = Literal["assistant", "last", "all"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the rendered text that is encoded by itself; its tokens all have the same weight."""
+    """Holds a part of the rendered text that is encoded by itself; its tokens all have the same weight."""
 
     text: str
     weight: float
     ends_turn: int | None = None
     """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
     apart: bool = False
-    """Whether it must not be encoded in one with the piece before: together they spell a control token."""
+    """Whether the piece must not be encoded together with the one before it, because together they spell a control
+    token."""
 
 
 @dataclass(frozen=True)
 class RowPieces:
-    """What is encoded of a row, and what is remarkable about it: note -> how often."""
+    """Holds what is encoded of a row, and how often each remarkable thing occurs in it."""
 
     pieces: list[Piece]
     notes: dict[str, int] = field(default_factory=dict)
@@ -47,7 +48,7 @@ def cut_row(
     supervise: Supervise,
     allow_special: bool,
 ) -> RowPieces:
-    """The pieces of a conversation, or of a plain text. Raises `DataError`."""
+    """Returns the pieces of a conversation, or of a plain text. Raises `DataError`."""
     if chat_format is None or "text" in row:
         return _of_text(row["text"], tokenizer, supervise)
     notes: set[str] = set()
@@ -73,7 +74,10 @@ def _of_conversation(
     supervise: Supervise,
     allow_special: bool,
 ) -> RowPieces:
-    """Disguised control tokens are still in the text, cut in their turn by `shield.parts`."""
+    """Returns the pieces of a conversation.
+
+    Disguised control tokens are still in the text; `shield.parts` cuts them.
+    """
     shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
     shielded, text, spans = render_whole(shielded, tokenizer, chat_format)
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
@@ -103,7 +107,7 @@ def _of_conversation(
 def _unread(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> dict[str, int]:
-    """What the row says to the template and the template does not hear."""
+    """Returns notes on what the row says to the template and the template does not use."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
         if key not in variables(chat_format.template):
@@ -117,7 +121,7 @@ def _unread(
     forgotten = sum(1 for m in messages if m.get("past") and m.get("reasoning") and m["reasoning"].strip() not in text)
     if forgotten:
         notes["reasonings of earlier turns that the chat template leaves out, as it does at inference"] = forgotten
-    # Of a tool's result the name is used: it says whose result it is.
+    # The name of a tool's result is used to find its call; other names may go unused.
     if any(message.get("name") and message["role"] != "tool" for message in messages):
         nameless = [message if message["role"] == "tool" else _without_name(message) for message in messages]
         if apply({**conversation, "messages": nameless}, tokenizer, chat_format.template)[0] == text:
@@ -141,7 +145,7 @@ def _refuse_untrained_others(conversation: Conversation) -> None:
 
 
 def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | None]]:
-    """The text from end to end: what lies between the spans (None) and the spans, without empty parts."""
+    """Yields the text from end to end, without empty parts: the spans, and what lies between them (None)."""
     position = 0
     for span in spans:
         if position < span.start:

@@ -1,4 +1,4 @@
-"""Conversations -> labelled documents -> packed rows in training order, or the same from the cache."""
+"""Make labelled documents and packed sequences of conversations, or take them from the cache."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def plan_data(
     chat_format: ChatFormat,
     say: Say,
 ) -> tuple[Prepared, Prepared, list[list[int]]]:
-    """(training split, held-out split, sequences of training documents in order); says what became of every row.
+    """Returns the training split, the held-out split, and the packed sequences of training documents in order.
 
-    Kept in the user's cache, so that a second start with the same files, settings, template and tokenizer takes no
-    time. Data sets of the Hub are prepared anew each time. Raises one `DataError` for the faults of both splits.
+    It says what became of every row. The result is kept in the user's cache, so that a second start with the same
+    files, settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
+    `DataError` for the faults of both splits.
     """
     key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format)
     kept = store.load(key) if key else None

@@ -1,4 +1,4 @@
-"""Sources -> rendered documents -> sequences, with a ledger of what became of every row."""
+"""Render sources to documents and pack them, with a ledger of what became of every row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prepared:
-    """Documents of one split, by source, and the ledger that accounts for every row."""
+    """Holds the documents of one split, by source, and the ledger that accounts for every row."""
 
     documents: dict[str, Documents]
     ledger: dict[str, SourceLedger]
@@ -47,9 +47,9 @@ def render_sources(
 ) -> Prepared:
     """Renders every conversation and accounts for it.
 
-    Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source), also
-    when a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without complaint.
-    (Plain text is supervised whole, and may be.)
+    Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source). It is
+    also raised if a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without
+    complaint. Plain text is supervised whole, and may be.
     """
     prepared = Prepared({}, {})
     problems: list[str] = []
@@ -80,7 +80,8 @@ def _render_source(
     chat_format: ChatFormat | None,
     ledger: SourceLedger,
 ) -> tuple[Documents, bool]:
-    """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
+    """Returns the documents that fit, and whether all of them may be supervised whole; the rest goes into the
+    ledger."""
     settings = source.settings
     documents, whole, problems = Writer(source.name), True, []
     for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
@@ -108,7 +109,8 @@ def _render_source(
 def render_rows(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[Rendered]:
-    """The documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty row."""
+    """Yields the documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty
+    row."""
     for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
@@ -118,13 +120,13 @@ def render_rows(
 
 
 Fitting = list[list[Rendered] | str]
-"""Per document that a row was rendered to: the documents of it that fit, or why it is dropped."""
+"""Holds, for each document that a row was rendered to, the documents of it that fit, or why it is dropped."""
 
 
 def _fitted(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
-    """Every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
+    """Yields every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
     settings = source.settings
     options: RenderOptions = {
         "source": source.name,
@@ -155,7 +157,7 @@ def _fitted(
 def _per_turn(
     conversation: Conversation, fault: DataError, render: Callable[[Conversation], Rendered], supervise: str
 ) -> list[tuple[Conversation, Rendered]]:
-    """A row that cannot be one document, as one per turn. Raises ``fault`` if that is no way out either."""
+    """Renders a row that cannot be one document as one per turn. Raises ``fault`` if that fails, too."""
     parts = unrolled(conversation, supervise)
     try:
         rendered = [(part, render(part)) for part in parts]
@@ -167,7 +169,7 @@ def _per_turn(
 
 
 def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered]) -> None:
-    """Notes what is remarkable about a kept row and what it loses, once, in however many documents it is."""
+    """Notes what is remarkable about a kept row and what it loses, once, however many documents it has."""
     notes = Counter[str]()
     lost = Counter[str]()
     for document in documents:
@@ -219,12 +221,12 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
 def plan_sequences(
     documents: Sequence[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
 ) -> list[list[int]]:
-    """PackedSequences of document indices in training order, the whole run.
+    """Returns the packed sequences of the whole run in training order, as indices of documents.
 
-    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences. Each
-    stretch of its order (an epoch, a part of a curriculum, ``packing_window`` documents of those) is packed alone and
-    its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the same order on
-    every machine.
+    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences.
+    Each stretch of its order is packed alone: an epoch, a part of a curriculum, or ``packing_window`` documents of
+    those. Its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the
+    same order on every machine.
     """
     of_each = sizes(documents)
     numbers: dict[str, list[int]] = {}
@@ -253,7 +255,7 @@ def _windows(indices: list[int], size: int | None) -> list[list[int]]:
 def describe_order(
     order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: int
 ) -> str:
-    """The mixture as text: the strategy, and a table of what the run will really train on."""
+    """Returns the mixture as text: the strategy, and a table of what the run will really train on."""
     facts = {
         name: [(of_each.tokens[i], of_each.supervised[i], of_each.weight[i]) for i in indices]
         for name, indices in numbers.items()
@@ -270,6 +272,6 @@ def describe_packing(sequences: list[list[int]], tokens: list[int], config: Data
     filled = sum(lengths) / (len(sequences) * config.max_length)
     padded = sum(lengths) / (len(lengths) * max(lengths))
     return (
-        f"packing ({config.packing}): {len(lengths):,} documents in {len(sequences):,} rows of {config.max_length:,} "
-        f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
+        f"packing ({config.packing}): {len(lengths):,} documents in {len(sequences):,} packed sequences "
+        f"of {config.max_length:,} tokens, {filled:.1%} filled (one padded sequence per document: {padded:.1%})"
     )

@@ -1,7 +1,7 @@
-"""A conversation -> token ids and labels, together, so that they cannot drift apart.
+"""Render a conversation to token ids and labels together, so that they cannot drift apart.
 
-The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own, as it is
-at inference, where the prompt ends where the answer begins.
+The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own. So it is at
+inference, where the prompt ends where the answer begins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_sft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Consists of byte tokens, which merge with nothing.
+# This character is encoded as byte tokens, which merge with nothing.
 _ANCHOR = "\uf8ff"
 # Rows encoded in one call: enough to keep the tokenizer's threads busy, little enough to stay in memory.
 _BATCH = 512
@@ -32,15 +32,17 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Rendered:
-    """``input_ids[i]`` is a training target iff ``weights[i] > 0``; the first token never is (nothing predicts it)."""
+    """Holds one document. ``input_ids[i]`` is a label iff ``weights[i] > 0``; the first token never is, as nothing
+    predicts it."""
 
     input_ids: list[int]
     weights: list[float]
     source: str
     lost: Lost = field(default_factory=dict, compare=False)
-    """Characters that the vocabulary cannot hold and that are therefore not in ``input_ids``, and how many of each."""
+    """Characters that the vocabulary cannot represent and that are therefore not in ``input_ids``, and how many of
+    each."""
     notes: dict[str, int] = field(default_factory=dict, compare=False)
-    """What is remarkable and no fault, and how often it occurs."""
+    """Remarkable facts that are not faults, and how often each occurs."""
 
     @property
     def n_supervised(self) -> int:
@@ -65,7 +67,7 @@ class Encoded(TypedDict):
 
 
 EncodedRow = tuple[list[int], list[float], DataError | None]
-"""Token ids, their weights, and what is wrong with the row, if anything is."""
+"""Holds token ids, their weights, and what is wrong with the row, if anything is."""
 
 
 def render_conversation(
@@ -77,15 +79,15 @@ def render_conversation(
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Rendered:
-    """Token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
+    """Returns token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
 
-    Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token
-    that ends the turn (``supervise``: of all of them, of the ``last`` one, or ``all`` tokens of the conversation).
-    A message with ``train: false`` is not, one with ``weight: w`` counts w-fold. A plain text is supervised whole; one
-    that is a rendered chat is refused unless ``supervise`` is ``all``.
+    Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token that
+    ends the turn. ``supervise`` says whether that applies to all turns, to the ``last`` one, or to ``all`` tokens of
+    the conversation. A message with ``train: false`` is not supervised; one with ``weight: w`` counts w-fold. A plain
+    text is supervised whole. One that is a rendered chat is refused unless ``supervise`` is ``all``.
 
-    Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
-    belongs to which turn, or leaves out something the conversation contains.
+    Raises `DataError` (without file and line, which the caller knows) if the template does not say which text belongs
+    to which turn, or leaves out something that the conversation contains.
     """
     (result,) = render_many(
         [conversation],
@@ -109,7 +111,7 @@ def render_many(
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Iterator[Rendered | DataError]:
-    """`render_conversation` for many, in order, an error in place of each row that has one.
+    """Yields what `render_conversation` returns for each of many rows, in order, or the error of a faulty row.
 
     Many rows are encoded in one call, which is several times faster, while the next ones are rendered.
     """
@@ -134,7 +136,8 @@ def render_many(
 
 
 def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
-    """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
+    """Returns the token ids of the conversation and the generation prompt behind it: what a model is given to
+    answer."""
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
     shielded, disguises = shield(conversation, tokenizer)
@@ -178,8 +181,8 @@ def _encoded(
 def _piecewise(
     rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> Iterator[EncodedRow]:
-    """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
-    # What a template writes between the turns is the same in every row.
+    """Encodes each piece by itself, as at inference, where the prompt ends where the answer begins."""
+    # The text between the turns is the same in every row, so each text is encoded once.
     texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
     encoded = dict(zip(texts, _batch(texts, tokenizer)["input_ids"], strict=True))
     for pieces in rows:
@@ -197,11 +200,12 @@ def _piecewise(
 def _whole_rows(
     rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> Iterator[EncodedRow]:
-    """The whole text at once; a token belongs to the piece that holds its last character (a control token, its first).
+    """Encodes the whole text at once; a token belongs to the piece that holds its last character.
 
-    For tokenizers that put a space before whatever they are given, or whose control tokens swallow white space:
-    their pieces come out differently alone. Only where a message spells a control token is the text cut, and what
-    follows is encoded behind a private-use character, so that it is not taken for the beginning of a text.
+    A control token belongs to the piece that holds its first character. This is for tokenizers that put a space before
+    whatever they are given, or whose control tokens swallow white space: their pieces come out differently alone. Only
+    where a message spells a control token is the text cut. What follows is encoded behind a private-use character, so
+    that it is not taken for the beginning of a text.
     """
     groups = [_groups(pieces) for pieces in rows]
     texts = [
@@ -240,7 +244,7 @@ def _assign(
     tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: frozenset[int],
 ) -> EncodedRow:
-    """EncodedRow and weights of one text; its first ``skip`` characters are the anchor."""
+    """Returns ids and weights of one text; its first ``skip`` characters are the anchor."""
     kept: list[int] = []
     weights: list[float] = []
     fault = None
@@ -263,6 +267,7 @@ def _assign(
 def _unended(
     piece: Piece, last: int, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> DataError | None:
+    """Returns a fault if ``piece`` must end its turn and ``last`` is not a token at which generation stops."""
     if piece.ends_turn is None or last in stop_token_ids:
         return None
     return _endless(piece.ends_turn, last, tokenizer, stop_token_ids)
@@ -293,7 +298,8 @@ def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool =
 
 @lru_cache(maxsize=8)
 def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around them."""
+    """Says whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around
+    them."""
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return True
     alone, behind = _batch(["x", tokenizer.eos_token + "x"], tokenizer)["input_ids"]

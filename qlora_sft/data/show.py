@@ -1,4 +1,4 @@
-"""What is trained, made visible: supervised tokens, masked ones, control tokens, weights, document bounds."""
+"""Show what is trained: supervised tokens, masked ones, control tokens, weights, document bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREEN, DIM, CYAN, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[36m", "\x1b[1m", "\
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Neighbouring tokens of one kind."""
+    """Holds neighbouring tokens of one kind."""
 
     text: str
     weight: float
@@ -27,7 +27,7 @@ class TokenRun:
 
 
 def token_runs(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[TokenRun]:
-    """The document's tokens, in order, joined while weight and kind stay the same."""
+    """Returns the document's tokens, in order, joined while weight and kind stay the same."""
     control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
     tokens = [(i, weight, i in control) for i, weight in zip(document.input_ids, document.weights, strict=True)]
     return [
@@ -41,25 +41,26 @@ def caption(document: Rendered) -> str:
 
 
 def as_text(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """For a terminal: supervised green, masked dim, control tokens cyan. Without colour: supervised in [[ ]]."""
+    """Returns the packed documents for a terminal: supervised green, masked dim, control tokens cyan.
+
+    Without colour, supervised tokens stand in [[ ]].
+    """
     lines = []
     for number, documents in enumerate(sequences):
         total = sum(len(document.input_ids) for document in documents)
-        lines.append(_paint(f"━━ packed row {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
+        lines.append(_paint(f"━━ packed sequence {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
         for document in documents:
             lines.append(_paint(f"── {caption(document)}", BOLD, colour))
-            lines.append("".join(_run_as_text(tokens_run, colour) for tokens_run in token_runs(document, tokenizer)))
+            lines.append("".join(_run_as_text(run, colour) for run in token_runs(document, tokenizer)))
     return "\n".join(lines)
 
 
-def _run_as_text(tokens_run: TokenRun, colour: bool) -> str:
-    weight = f"×{tokens_run.weight:g} " if tokens_run.weight not in (0.0, 1.0) else ""
+def _run_as_text(run: TokenRun, colour: bool) -> str:
+    weight = f"×{run.weight:g} " if run.weight not in (0.0, 1.0) else ""
     if not colour:
-        return f"[[{weight}{tokens_run.text}]]" if tokens_run.weight else tokens_run.text
-    tone = GREEN if tokens_run.weight else DIM
-    return weight + _paint(
-        tokens_run.text, tone + CYAN if tokens_run.control and not tokens_run.weight else tone, colour
-    )
+        return f"[[{weight}{run.text}]]" if run.weight else run.text
+    tone = GREEN if run.weight else DIM
+    return weight + _paint(run.text, tone + CYAN if run.control and not run.weight else tone, colour)
 
 
 def _paint(text: str, tone: str, colour: bool) -> str:
@@ -82,7 +83,7 @@ pre {{ overflow-x: auto; font-size: .8rem }}
 sup {{ color: #b35900 }}
 </style></head><body><h1>{title}</h1>
 <p><span class="s">supervised</span>, <span style="color:#777">masked</span>, <span class="c">control token</span>,
-<sup>×0.5</sup> weight of what follows. A box is a packed row; documents in it do not see each other.</p>
+<sup>×0.5</sup> weight of what follows. A box is a packed sequence; its documents do not see each other.</p>
 <pre>{tables}</pre>
 {rows}
 </body></html>
@@ -90,21 +91,21 @@ sup {{ color: #b35900 }}
 
 
 def as_page(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
-    """A page of its own, without scripts or links, that reads well on a phone."""
+    """Returns a web page of its own, without scripts or links, that reads well on a phone."""
     rows = []
     for number, documents in enumerate(sequences):
         shown = "".join(
             f'<div class="doc"><small>{html.escape(caption(document))}</small>'
-            + "".join(_run_as_html(tokens_run) for tokens_run in token_runs(document, tokenizer))
+            + "".join(_run_as_html(run) for run in token_runs(document, tokenizer))
             + "</div>"
             for document in documents
         )
-        rows.append(f'<div class="row"><h2>packed row {number}</h2>{shown}</div>')
+        rows.append(f'<div class="row"><h2>packed sequence {number}</h2>{shown}</div>')
     return _PAGE.format(title=html.escape(title), tables=html.escape(tables), rows="\n".join(rows))
 
 
-def _run_as_html(tokens_run: TokenRun) -> str:
-    classes = " ".join(name for name, on in (("s", tokens_run.weight > 0), ("c", tokens_run.control)) if on)
-    weight = f"<sup>×{tokens_run.weight:g}</sup>" if tokens_run.weight not in (0.0, 1.0) else ""
-    text = html.escape(tokens_run.text)
+def _run_as_html(run: TokenRun) -> str:
+    classes = " ".join(name for name, on in (("s", run.weight > 0), ("c", run.control)) if on)
+    weight = f"<sup>×{run.weight:g}</sup>" if run.weight not in (0.0, 1.0) else ""
+    text = html.escape(run.text)
     return weight + (f'<span class="{classes}">{text}</span>' if classes else text)

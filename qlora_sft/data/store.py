@@ -1,4 +1,4 @@
-"""Rendered and packed data, kept in the user's cache under a hash of everything that it depends on."""
+"""Keep rendered and packed data in the user's cache, under a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ class SplitFacts(TypedDict):
 def fingerprint(
     config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> str | None:
-    """Hash of the files' contents, the data settings, the tokenizer, the template and this code; None if a source is
-    not made of local files."""
+    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code.
+
+    None if a source is not made of local files.
+    """
     digest = hashlib.sha256()
     settings = (
         asdict(config.data),
@@ -64,7 +66,8 @@ def fingerprint(
 
 
 def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | None:
-    """(training split, held-out split, sequences, what was said while they were made), or None if they are not kept."""
+    """Returns the training split, the held-out split, the packed sequences, and what was said; None if they are not
+    kept."""
     folder = cache_dir("prepared") / key
     if not folder.is_dir():
         return None
@@ -75,7 +78,7 @@ def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | No
 
 
 def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequences, said: list[str]) -> Path:
-    """Keeps them for `load`; returns the folder."""
+    """Keeps them for `load` and returns the folder."""
     folder = cache_dir("prepared") / key
     with written_folder(folder) as beside:
         facts: dict[str, Any] = {"said": said}
@@ -94,7 +97,7 @@ def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequenc
 
 
 def _split(prefix: Path, facts: SplitFacts) -> Prepared:
-    """Mapped, not read: a document is in memory while somebody looks at it."""
+    """Returns a split whose arrays are mapped and not read: a document is in memory only while it is used."""
     documents = {}
     for number, source in enumerate(facts["sources"]):
         ids, weights, bounds = (
@@ -110,7 +113,7 @@ def _split(prefix: Path, facts: SplitFacts) -> Prepared:
 
 
 def _flat(rows: list[list[int]]) -> tuple[IntArray, IntArray]:
-    """(all values behind one another, bounds of the rows)."""
+    """Returns all values one after the other, and the bounds of the lists."""
     bounds = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     return np.array([value for row in rows for value in row], dtype=np.int64), bounds
 

@@ -1,7 +1,8 @@
-"""What the chat template writes, and which characters of it the model has to write itself.
+"""Render a chat template and find the characters that the model has to write itself.
 
-The text is never searched for marker strings. A template with ``{% generation %}`` marks says it; for one without,
-a turn is what follows its own generation prompt, provided that both renderings are beginnings of the whole text.
+The text is never searched for marker strings. A template with ``{% generation %}`` marks says which characters they
+are. Without marks, a turn is what follows its own generation prompt, provided that both renderings are beginnings of
+the whole text.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of the rendered text, to be written by the model in message number ``message``."""
+    """Marks characters [start, end) of the rendered text, which the model writes in message number ``message``."""
 
     start: int
     end: int
@@ -44,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a run writes conversations: the template, why this one, and the tokens at which generation stop_token_ids."""
+    """Says how a run writes conversations: the template, why this one, and the tokens at which generation stops."""
 
     template: str
     reason: str
@@ -63,11 +64,16 @@ def choose_chat_format(
     name: str | None = None,
     day: date | None = None,
 ) -> ChatFormat:
-    """The format to train with. ``stop_token_ids``: what the model's generation config stop_token_ids at, beside the eos token; ``name``:
-    the template that is configured in place of the tokenizer's own; ``day``: what a template writes as today's date.
+    """Returns the format to train with.
+
+    stop_token_ids: tokens at which the model's generation config stops, beside the eos token.
+
+    name: the template that is configured in place of the tokenizer's own.
+
+    day: what a template writes as today's date.
 
     The template is the tokenizer's own, unless it has no marks and TRL ships a training version of exactly this
-    template, which writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
+    template. That version writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
     Raises `DataError` if there is no template at all.
     """
     own = tokenizer.chat_template
@@ -89,7 +95,8 @@ def choose_chat_format(
 
 
 def _dated(template: str, reason: str, stop_token_ids: frozenset[int], day: date | None) -> ChatFormat:
-    """The format, with the date held still if the template writes one. Raises `DataError` if it is not valid Jinja."""
+    """Returns the format, with the date fixed if the template writes one. Raises `DataError` if it is not valid
+    Jinja."""
     _check_syntax(template)
     if not writes_date(template):
         return ChatFormat(template, reason, stop_token_ids)
@@ -100,7 +107,7 @@ def _dated(template: str, reason: str, stop_token_ids: frozenset[int], day: date
 
 @lru_cache(maxsize=8)
 def _check_syntax(template: str) -> None:
-    """Raises `DataError` for a template that cannot be compiled: once, and not for every row."""
+    """Raises `DataError` for a template that cannot be compiled, once and not for every row."""
     # The marks are transformers' own; blocks of Jinja stand in for them.
     plain = re.sub(r"\bendgeneration\b", "endif", _MARK.sub("{% if true %}", template))
     try:
@@ -115,7 +122,7 @@ def _no_jinja(error: jinja2.TemplateSyntaxError) -> DataError:
 
 @lru_cache(maxsize=8)
 def variables(template: str) -> frozenset[str]:
-    """What the template reads beside its own variables."""
+    """Returns the variables that the template reads beside its own."""
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
     parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(plain)
     return frozenset(jinja2.meta.find_undeclared_variables(parsed))
@@ -134,10 +141,10 @@ def _trl_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def render_whole(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[Conversation, str, list[Span]]:
-    """`render_text` with nothing of the conversation left out, and the conversation as it was rendered.
+    """Returns the conversation as it was rendered, its text and its spans, with nothing left out.
 
-    Where a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning stands in the
-    text. Raises `DataError`.
+    If a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning is put into the
+    content. Raises `DataError`.
     """
     try:
         return conversation, *_checked(conversation, tokenizer, chat_format)
@@ -161,7 +168,7 @@ def _checked(
 
 
 def _with_inline_reasoning(conversation: Conversation) -> Conversation:
-    """The conversation with every reasoning in its turn's text; itself if it has none."""
+    """Returns the conversation with every reasoning in its turn's content; itself if it has none."""
     if not any(message.get("reasoning") for message in conversation["messages"]):
         return conversation
     messages = []
@@ -177,9 +184,9 @@ def _with_inline_reasoning(conversation: Conversation) -> Conversation:
 def render_text(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
-    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
-    messages that are ``past`` (see `unroll`) there may be none.
+    """Returns the template's text and one span per assistant message, in order.
 
+    A span includes the end-of-turn token, but no header. Messages that are ``past`` (see `unroll`) may have none.
     Raises `DataError` if the spans cannot be derived without guessing.
     """
     messages = conversation["messages"]
@@ -206,8 +213,11 @@ def render_text(
 def _as_prompted(
     text: str, span: Span, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
-    """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
-    call that it shows the model while there is no answer yet."""
+    """Returns the last turn behind its own prompt.
+
+    In a finished conversation gpt-oss' template leaves out the reasoning before a tool call, which it shows the model
+    while there is no answer yet.
+    """
     before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     prompt, without = before(True), before(False)
     header = prompt[len(without) :] if prompt.startswith(without) else ""
@@ -225,7 +235,10 @@ def apply(
     marks: bool = False,
     prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text, bounds of what stands between marks); ``prompt``: with the generation prompt at the end."""
+    """Returns the rendered text, and the bounds of what stands between marks if ``marks`` is true.
+
+    prompt: adds the generation prompt at the end. Raises `DataError` if the template refuses the conversation.
+    """
     try:
         texts, bounds = render_jinja_template(
             [[_with_aliases(message) for message in conversation["messages"]]],
@@ -250,7 +263,7 @@ def apply(
 
 
 def _with_aliases(message: Message) -> Mapping[str, object]:
-    """Families call the reasoning by different names; a template reads the one it knows."""
+    """Returns the message with its reasoning under all names that families use; a template reads the one it knows."""
     if not message.get("reasoning"):
         return message
     return {**message, "reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
@@ -259,7 +272,10 @@ def _with_aliases(message: Message) -> Mapping[str, object]:
 def _by_prefix(
     conversation: Conversation, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
-    """What the turn adds to its generation prompt. A template that rewrites history breaks the premise."""
+    """Returns the bounds of what the turn adds to its generation prompt.
+
+    Raises `DataError` for a template that rewrites history, which breaks the premise.
+    """
     messages = conversation["messages"]
     prompt, _ = apply({**conversation, "messages": messages[:turn]}, tokenizer, template, prompt=True)
     until, _ = apply({**conversation, "messages": messages[: turn + 1]}, tokenizer, template)
@@ -276,9 +292,12 @@ def _by_prefix(
 def _exact(
     span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> Span:
-    """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
-    the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
-    none at all the renderer raises."""
+    """Returns the span of exactly what the model has to write.
+
+    What the template adds is taken out: a header, an empty think block, what follows the end of turn. The end of turn
+    is taken in where the marks stop right before it, because the model has to write it. If there is none at all, the
+    renderer raises.
+    """
     message = conversation["messages"][span.message]
     before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     start, end = turn_start(text, span.start, span.end, message, before), span.end
@@ -303,7 +322,7 @@ def _prompt_before(
 def gap_before(
     span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> str:
-    """What the generation prompt of a turn ends in and its training text lacks, tried once for turns of one shape."""
+    """Returns the end of a turn's generation prompt that its training text lacks, tried once for turns of one shape."""
     messages, turn = conversation["messages"], span.message
     message = messages[turn]
     shape = (
@@ -328,5 +347,5 @@ def gap_before(
 
 @lru_cache(maxsize=8)
 def _gaps(template: str) -> dict[tuple[object, ...], str]:
-    """Shape of a turn -> its gap; filled as they come."""
+    """Returns the map from the shape of a turn to its gap, which is filled as shapes come."""
     return {}

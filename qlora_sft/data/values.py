@@ -1,4 +1,4 @@
-"""What stands in a cell or under a key: whether it is anything, and what its JSON says."""
+"""Read what stands in a cell or under a key: whether it holds anything, and what its JSON says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def from_json_text(value: object, what: str) -> object:
-    """What the JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is."""
+    """Returns what a JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is.
+
+    Raises `DataError`.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -31,7 +34,8 @@ def from_json_text(value: object, what: str) -> object:
 
 
 def anything(value: object, what: str) -> object:
-    """The value, or what its JSON text says; None for all that means nothing, also as a text (``[]``, ``null``)."""
+    """Returns the value, or what its JSON text says; None for all that means nothing, also as a text (``[]``,
+    ``null``)."""
     if isinstance(value, str) and not value.strip():
         return None
     value = from_json_text(value, what)
@@ -39,8 +43,10 @@ def anything(value: object, what: str) -> object:
 
 
 def only(fields: Mapping[str, object], *keys: str) -> object:
-    """What stands under the one of these keys that holds something, None if none does. Raises `DataError` if two hold
-    different things: one of them would be lost."""
+    """Returns the value of the one key that holds something; None if none does.
+
+    Raises `DataError` if two hold different things, since one of them would be lost.
+    """
     found = {key: fields[key] for key in keys if fields.get(key) not in EMPTY}
     values = list(found.values())
     if any(value != values[0] for value in values[1:]):
@@ -49,7 +55,8 @@ def only(fields: Mapping[str, object], *keys: str) -> object:
 
 
 def joined(inner: Mapping[str, object], outer: Mapping[str, object]) -> JsonObject:
-    """Both in one; an empty field is filled from the other. Raises `DataError` where both hold different things."""
+    """Returns both in one; an empty field is filled from the other. Raises `DataError` where both hold different
+    things."""
     result = dict(inner)
     for key, value in outer.items():
         if result.get(key) in EMPTY:
@@ -60,18 +67,21 @@ def joined(inner: Mapping[str, object], outer: Mapping[str, object]) -> JsonObje
 
 
 def idle_keys(fields: Mapping[str, object], known: set[str], what: str) -> set[str]:
-    """``what 'key'`` for every key that holds something and is none of the known ones."""
+    """Returns ``what 'key'`` for every key that holds something and is none of the known ones."""
     return {f"{what} {key!r}" for key in fields.keys() - known if fields[key] not in EMPTY}
 
 
 def without(fields: Mapping[str, object], keys: set[str]) -> JsonObject:
+    """Returns the fields without ``keys``."""
     return {key: value for key, value in fields.items() if key not in keys}
 
 
 def kind(value: object) -> str:
+    """Returns what kind of value it is, for messages."""
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def short(value: object) -> str:
+    """Returns the value as a text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -108,7 +108,7 @@ def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
         bos_token="<|im_start|>",
         eos_token=end_of_turn,
         unk_token=end_of_text,
-        # Not the end-of-turn token: padding must never look like an ending.
+        # This is not the end-of-turn token, because padding must never look like an ending.
         pad_token=end_of_text,
         additional_special_tokens=[token for token in special if token not in (end_of_turn, end_of_text)],
         clean_up_tokenization_spaces=False,

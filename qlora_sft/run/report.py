@@ -84,6 +84,7 @@ class Course(Report):
     first_steps: int = 1
     """How many steps ``first`` is the mean of."""
     last_steps: int = 1
+    """How many steps ``last`` is the mean of."""
     base: float | None = None
     """The loss of the first step, before any update; None in runs of earlier versions."""
     rose: bool = False
