@@ -68,8 +68,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _replace_folder(beside: Path, target: Path) -> None:
-    """Moves the old folder away before the new one takes its place, because os.replace cannot overwrite a full
-    folder."""
+    """Moves the old folder away before the new one takes its place, because os.replace
+    cannot overwrite a full folder."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         os.replace(target, old)

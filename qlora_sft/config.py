@@ -54,14 +54,14 @@ class ModelConfig:
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     head_in_4bit: bool = False
-    """Quantises the output head as well. This saves three quarters of a GiB for a vocabulary of 128k and changes the
-    loss a little. It works only for a model whose head is not tied to the input embedding, and with a frozen
-    vocabulary."""
+    """Quantises the output head as well. This saves three quarters of a GiB for a
+    vocabulary of 128k and changes the loss a little. It works only for a model whose head
+    is not tied to the input embedding, and with a frozen vocabulary."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
-    """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a .jinja file, in place of the
-    tokenizer's own."""
+    """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
+    .jinja file, in place of the tokenizer's own."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"

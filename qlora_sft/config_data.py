@@ -37,8 +37,8 @@ class SourceConfig:
     max_rows: Count | None = None
     """Uses only so many rows, drawn at random with the run's seed; a stream gives its first rows."""
     fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Uses only this share of the source's own rows, drawn at random with the run's seed. It is not a share of the
-    mixture."""
+    """Uses only this share of the source's own rows, drawn at random with the run's seed.
+    It is not a share of the mixture."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """The form of the rows. ``auto`` decides by the columns and prints what it found."""
     columns: dict[str, str] | None = None
@@ -60,8 +60,8 @@ class SourceConfig:
     """What ``<think>...</think>`` at the beginning of an answer means. ``reasoning``: it is the reasoning, which the
     template writes in its own way. ``text``: it is text like any other."""
     allow_special: bool = False
-    """Lets control tokens inside messages act as such, instead of being text. Use it only for data that you wrote
-    yourself."""
+    """Lets control tokens inside messages act as such, instead of being text. Use it only
+    for data that you wrote yourself."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ class DataConfig:
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
     its last tokens, or ends the run. Every case is counted and shown. Plain text is split into pieces that fit."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
-    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the speed
-    and nothing else."""
+    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit
+    decreasing. Packing changes the speed and nothing else."""
     packing_window: Count | None = None
     """Packs so many documents at a time instead of the whole data set. The sequences then keep about the order of the
     data, as those of a stream do, and are filled a little less."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
-    """Share p of each source in the documents of an epoch, from its number of rows N (times ``repeat``):
-    ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight. An epoch
-    has sum(N) documents."""
+    """Share p of each source in the documents of an epoch, from its number of rows N
+    (times ``repeat``): ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p
+    ~ N * quality, ``explicit`` p ~ weight. An epoch has sum(N) documents."""
     temperature: Annotated[float, Range(0.1, 1e6)] | None = None
     """T of ``mixture: temperature``; 1 is proportional, larger is more even."""
     replay: ReplayConfig | None = None
@@ -116,9 +116,9 @@ class DataConfig:
     """Drops conversations that occurred before in any training source. ``near`` also drops those that differ in little
     (MinHash over 5-word shingles, Jaccard similarity from 0.8 on; needs ``pip install qlora-sft[dedup]``)."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation files, of any kind that a source can be. Training rows that share an n-gram of words with them are
-    dropped. A data set of the Hub is read in all splits but ``train``, or in the one in brackets:
-    ``owner/name[test]``."""
+    """Evaluation files, of any kind that a source can be. Training rows that share an
+    n-gram of words with them are dropped. A data set of the Hub is read in all splits but
+    ``train``, or in the one in brackets: ``owner/name[test]``."""
     decontaminate_words: Annotated[int, Range(2, 1000)] = 13
     """Length of that n-gram in words."""
 

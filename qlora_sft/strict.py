@@ -75,8 +75,8 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
 
 
 def build_rest(kind: Any, tree: Any) -> Any:
-    """Returns the dataclass ``kind`` made from what is right in ``tree``; None if a key that it needs is wrong or
-    missing."""
+    """Returns the dataclass ``kind`` made from what is right in ``tree``; None if a key
+    that it needs is wrong or missing."""
     values: JsonObject = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for key, value in tree.items() if isinstance(tree, dict) else ():

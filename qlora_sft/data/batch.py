@@ -39,8 +39,8 @@ class Batch(TypedDict):
     longest: int
     """Tokens of the longest document"""
     lengths: tuple[int, ...]
-    """Tokens of each document, as ``cu_seqlens`` says as well; on the host they can be read without waiting for the
-    device"""
+    """Tokens of each document, as ``cu_seqlens`` says as well; on the host they can be
+    read without waiting for the device"""
 
 
 def flatten(documents: list[Rendered]) -> Batch:

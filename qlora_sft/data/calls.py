@@ -1,5 +1,5 @@
-"""Convert tool calls and descriptions of tools, as people write them, to OpenAI's ``{type: function, function:
-{...}}``."""
+"""Convert tool calls and descriptions of tools, as people write them, to OpenAI's
+``{type: function, function: {...}}``."""
 
 from __future__ import annotations
 

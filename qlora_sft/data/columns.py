@@ -1,5 +1,5 @@
-"""Compare ``columns:`` of a source with the columns that its rows have, because a mapping without effect is a
-mistake."""
+"""Compare ``columns:`` of a source with the columns that its rows have, because a mapping
+without effect is a mistake."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def _parsed(text: str) -> tuple[object, str | None]:
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
-    """Returns the pairs as a dict. Raises ValueError for two equal keys, of which JSON's parser would keep the last in
-    silence."""
+    """Returns the pairs as a dict. Raises ValueError for two equal keys, of which JSON's
+    parser would keep the last in silence."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]

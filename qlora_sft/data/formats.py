@@ -76,8 +76,8 @@ def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
 
 
 def convert_noting(row: JsonObject, form: RowForm) -> Conversation:
-    """Converts the row as `convert` does and keeps what is remarkable about it, unused keys included, under
-    ``notes``."""
+    """Converts the row as `convert` does and keeps what is remarkable about it, unused
+    keys included, under ``notes``."""
     unused: set[str] = set()
     notes: set[str] = set()
     conversation = convert(row, form, unused, notes)
@@ -198,8 +198,8 @@ def _sharegpt_turn(turn: object, unused: set[str]) -> JsonObject:
 
 
 def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
-    """Reads an Alpaca row. The question is instruction, blank line, input; ``history`` holds earlier [question, answer]
-    pairs."""
+    """Reads an Alpaca row. The question is instruction, blank line, input; ``history``
+    holds earlier [question, answer] pairs."""
     messages = []
     history = anything(values.get("history"), "'history'") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):

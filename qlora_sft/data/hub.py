@@ -59,8 +59,8 @@ def dataset_rows(dataset: DatasetRows) -> Rows:
 
 
 class _Stored:
-    """Stores rows that come only once, so that they can be iterated over repeatedly, from a file and not from
-    memory."""
+    """Stores rows that come only once, so that they can be iterated over repeatedly, from
+    a file and not from memory."""
 
     def __init__(self, rows: DatasetRows):
         self._file = scratch_file()

@@ -40,8 +40,8 @@ def turn_start(text: str, start: int, end: int, message: Message, before: Prompt
 
 
 def prompt_gap(text: str, start: int, before: PromptBefore) -> str:
-    """Returns the end of the generation prompt that the text before the turn (``text[:start]``) lacks; usually
-    nothing."""
+    """Returns the end of the generation prompt that the text before the turn
+    (``text[:start]``) lacks; usually nothing."""
     prompt = before(True)
     return prompt[start:] if prompt.startswith(text[:start]) else ""
 

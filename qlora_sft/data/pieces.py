@@ -29,8 +29,8 @@ class Piece:
     ends_turn: int | None = None
     """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
     apart: bool = False
-    """Whether the piece must not be encoded together with the one before it, because together they spell a control
-    token."""
+    """Whether the piece must not be encoded together with the one before it, because
+    together they spell a control token."""
 
 
 @dataclass(frozen=True)

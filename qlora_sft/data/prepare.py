@@ -80,8 +80,8 @@ def _render_source(
     chat_format: ChatFormat | None,
     ledger: SourceLedger,
 ) -> tuple[Documents, bool]:
-    """Returns the documents that fit, and whether all of them may be supervised whole; the rest goes into the
-    ledger."""
+    """Returns the documents that fit, and whether all of them may be supervised whole;
+    the rest goes into the ledger."""
     settings = source.settings
     documents, whole, problems = Writer(source.name), True, []
     for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
@@ -109,8 +109,8 @@ def _render_source(
 def render_rows(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[Rendered]:
-    """Yields the documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty
-    row."""
+    """Yields the documents of ``source`` that fit, rendered as they are taken. Raises
+    `DataError` at the first faulty row."""
     for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")

@@ -58,8 +58,8 @@ def refuse_rendered_chat(text: str) -> None:
 
 
 def refuse_rendered_prompt(text: str, column: str) -> None:
-    """Raises `DataError` for a prompt that contains its turns already, since the template would write a turn around
-    them."""
+    """Raises `DataError` for a prompt that contains its turns already, since the template
+    would write a turn around them."""
     if _BEGINS.match(text):
         raise DataError(
             f"{column!r} is a prompt that a template has written already ({text.strip()[:30]!r}...), and another would "

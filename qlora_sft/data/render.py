@@ -32,15 +32,15 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Rendered:
-    """Holds one document. ``input_ids[i]`` is a label iff ``weights[i] > 0``; the first token never is, as nothing
-    predicts it."""
+    """Holds one document. ``input_ids[i]`` is a label iff ``weights[i] > 0``; the first
+    token never is, as nothing predicts it."""
 
     input_ids: list[int]
     weights: list[float]
     source: str
     lost: Lost = field(default_factory=dict, compare=False)
-    """Characters that the vocabulary cannot represent and that are therefore not in ``input_ids``, and how many of
-    each."""
+    """Characters that the vocabulary cannot represent and that are therefore not in
+    ``input_ids``, and how many of each."""
     notes: dict[str, int] = field(default_factory=dict, compare=False)
     """Remarkable facts that are not faults, and how often each occurs."""
 
@@ -136,8 +136,8 @@ def render_many(
 
 
 def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
-    """Returns the token ids of the conversation and the generation prompt behind it: what a model is given to
-    answer."""
+    """Returns the token ids of the conversation and the generation prompt behind it: what
+    a model is given to answer."""
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
     shielded, disguises = shield(conversation, tokenizer)
@@ -298,8 +298,8 @@ def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool =
 
 @lru_cache(maxsize=8)
 def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Says whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around
-    them."""
+    """Says whether a text's ids depend on its standing at the beginning, or control
+    tokens swallow what is around them."""
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return True
     alone, behind = _batch(["x", tokenizer.eos_token + "x"], tokenizer)["input_ids"]

@@ -26,8 +26,8 @@ Disguises = dict[str, str]
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Returns what the tokenizer encodes as structure: its special tokens, and added ones that look like tags
-    (<think>)."""
+    """Returns what the tokenizer encodes as structure: its special tokens, and added ones
+    that look like tags (<think>)."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return tuple(sorted({t.content for t in tokens if t.special or _is_tag(t.content)}, key=len, reverse=True))
 
@@ -45,8 +45,8 @@ def _is_tag(text: str) -> bool:
 
 @lru_cache(maxsize=8)
 def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Returns the control tokens without paired tags such as <think>...</think>, which an assistant may write as
-    text."""
+    """Returns the control tokens without paired tags such as <think>...</think>, which an
+    assistant may write as text."""
     control = control_tokens(tokenizer)
     pairs = {token for token in control if token.startswith("</") and "<" + token[2:] in control}
     paired = pairs | {"<" + token[2:] for token in pairs}
@@ -104,8 +104,8 @@ def _texts(value: object) -> list[str]:
 
 
 def parts(text: str, disguises: Disguises) -> list[str]:
-    """Returns ``text`` without disguises, in parts to encode one by one; a control token is cut after its first
-    letter."""
+    """Returns ``text`` without disguises, in parts to encode one by one; a control token
+    is cut after its first letter."""
     if not any(character in text for character in disguises):
         return [text]
     for character, token in disguises.items():

@@ -41,8 +41,8 @@ SHIPPED = {
 
 
 def suitable(vocabulary: Container[str]) -> str:
-    """Returns the shipped template for the family of the vocabulary; ChatML, which every base can learn, if there is
-    none."""
+    """Returns the shipped template for the family of the vocabulary; ChatML, which every
+    base can learn, if there is none."""
     return next((name for name, each in SHIPPED.items() if all(t in vocabulary for t in each.known_by)), "chatml-think")
 
 

@@ -66,8 +66,8 @@ def fingerprint(
 
 
 def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | None:
-    """Returns the training split, the held-out split, the packed sequences, and what was said; None if they are not
-    kept."""
+    """Returns the training split, the held-out split, the packed sequences, and what was
+    said; None if they are not kept."""
     folder = cache_dir("prepared") / key
     if not folder.is_dir():
         return None

@@ -95,8 +95,8 @@ def choose_chat_format(
 
 
 def _dated(template: str, reason: str, stop_token_ids: frozenset[int], day: date | None) -> ChatFormat:
-    """Returns the format, with the date fixed if the template writes one. Raises `DataError` if it is not valid
-    Jinja."""
+    """Returns the format, with the date fixed if the template writes one. Raises
+    `DataError` if it is not valid Jinja."""
     _check_syntax(template)
     if not writes_date(template):
         return ChatFormat(template, reason, stop_token_ids)

@@ -34,8 +34,8 @@ def from_json_text(value: object, what: str) -> object:
 
 
 def anything(value: object, what: str) -> object:
-    """Returns the value, or what its JSON text says; None for all that means nothing, also as a text (``[]``,
-    ``null``)."""
+    """Returns the value, or what its JSON text says; None for all that means nothing,
+    also as a text (``[]``, ``null``)."""
     if isinstance(value, str) and not value.strip():
         return None
     value = from_json_text(value, what)
@@ -55,8 +55,8 @@ def only(fields: Mapping[str, object], *keys: str) -> object:
 
 
 def joined(inner: Mapping[str, object], outer: Mapping[str, object]) -> JsonObject:
-    """Returns both in one; an empty field is filled from the other. Raises `DataError` where both hold different
-    things."""
+    """Returns both in one; an empty field is filled from the other. Raises `DataError`
+    where both hold different things."""
     result = dict(inner)
     for key, value in outer.items():
         if result.get(key) in EMPTY:

@@ -31,8 +31,8 @@ def versions() -> dict[str, str]:
 
 
 def describe_data(ledger: dict[str, SourceLedger]) -> JsonObject:
-    """Returns the ledger of every source with the sha256 of its files, one after the other (None for a data set of the
-    Hub)."""
+    """Returns the ledger of every source with the sha256 of its files, one after the
+    other (None for a data set of the Hub)."""
     return {name: {**asdict(row), "share": row.share, "sha256": _sha256(row.files)} for name, row in ledger.items()}
 
 
