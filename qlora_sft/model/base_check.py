@@ -141,10 +141,10 @@ def _rows_of(base: str, settings: dict[str, Any]) -> int | None:
 
 def check_chat(model: ModelConfig, base: str) -> None:
     """Raises `ConfigError` or `DataError` if tokenizer, chat template and stop tokens cannot write a conversation."""
-    from qlora_sft.data.template import chat_format
+    from qlora_sft.data.template import choose_chat_format
 
     tokenizer = load_tokenizer(model, base)
-    chat_format(tokenizer, stop_ids(model, base, tokenizer))
+    choose_chat_format(tokenizer, stop_ids(model, base, tokenizer))
 
 
 def _headers(base: str) -> dict[str, Header]:

@@ -103,7 +103,7 @@ def _documents(model: Any, tokens: int) -> Batch:
         input_ids=(torch.arange(tokens) % vocabulary).to(model.device)[None],
         position_ids=positions[None],
         cu_seqlens=edges,
-        rows=none, targets=none, row_weights=none.float(), row_documents=none,
+        positions=none, targets=none, position_weights=none.float(), position_documents=none,
         n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
     )  # fmt: skip
 

@@ -66,14 +66,14 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     base = base_of(model)
     hidden = last_hidden_states(model, batch)
     n_documents = batch["cu_seqlens"].numel() - 1
-    targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
+    targets = Targets.from_host(batch["positions"], batch["targets"], batch["position_documents"], n_documents)
     head = base.get_output_embeddings()
     return packed_linear_cross_entropy(
         hidden.squeeze(0),
         loss_weight(head),
         targets,
         n_items=n_items,
-        row_weights=batch["row_weights"],
+        row_weights=batch["position_weights"],
         bias=getattr(head, "bias", None),
         path=path_of(base) or "auto",
         **logit_transform(base.config),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_row
+from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
@@ -32,8 +32,8 @@ def workload_of(data: RunData, config: Config) -> Workload:
     of_each = sizes(data.documents)
     lengths = of_each.tokens
     t = config.training
-    steps = count_steps(len(data.bins), config)
-    trained = data.bins[: steps * t.batch_size * t.gradient_accumulation]
+    steps = count_steps(len(data.sequences), config)
+    trained = data.sequences[: steps * t.batch_size * t.gradient_accumulation]
     rows = [sum(lengths[index] for index in each) for each in trained]
     typical = sorted(range(len(trained)), key=rows.__getitem__)[len(trained) // 2]
     return Workload(
@@ -41,7 +41,7 @@ def workload_of(data: RunData, config: Config) -> Workload:
         rows=len(trained),
         tokens=sum(rows),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
-        longest_row=longest_row(lengths, trained, t.batch_size),
+        longest_row=longest_micro_batch(lengths, trained, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )

@@ -126,5 +126,5 @@ def data_digest(documents: Iterable[Documents], bins: list[list[int]]) -> str:
     digest = hashlib.sha256(order_digest(bins).encode())
     for each in documents:
         for values in (each.ids, each.weights, each.bounds):
-            digest.update(values)
+            digest.update(values.data)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import BinCollator
+from qlora_sft.data.batch import PackedCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
@@ -79,7 +79,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._loaded: Loaded | None = remember(model)
         super().__init__(
             model=model,
-            data_collator=BinCollator(documents),
+            data_collator=PackedCollator(documents),
             train_dataset=Dataset.from_dict({"documents": bins}),
             **kwargs,
         )
@@ -195,7 +195,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         # A group without a single supervised token has loss 0, not 0 / 0.
         output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         totals = self.totals
-        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["row_weights"]).sum()
+        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["position_weights"]).sum()
         totals.hits = totals.hits + output.hit.sum()
         totals.weight += inputs["weight_sum"]
         totals.supervised += inputs["n_supervised"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests_support import documents_of
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_row
+from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
@@ -31,7 +31,7 @@ def run_bins(
     use_document_attention(model)
     run = Path(config.output)
     begin_run(run, config, Beginning("", None, "float32", "transformers"))
-    tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
+    tokens = longest_micro_batch([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
         tokenizer = load_tokenizer(config.model, base)
         training = Training(config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins)
