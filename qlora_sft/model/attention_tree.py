@@ -104,7 +104,7 @@ class _TreeAttention(torch.autograd.Function):
         own, lse = flash.forward(q, k, v, tree.bounds, tree.bounds, True, scale)
         out = own
         if tree.levels:
-            out, lse = own.to(_sum_type(q)), lse.clone()
+            out, lse = own.to(_sum_type(q), copy=True), lse.clone()
             for level in tree.levels:
                 some, seen = _index(level.queries, q.device), _index(level.keys, q.device)
                 part, part_lse = flash.forward(
