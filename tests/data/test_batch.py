@@ -26,10 +26,10 @@ def expected_pairs(document: Rendered) -> list[tuple[int, int, float]]:
 
 @given(documents)
 def test_labels_survive_packing(docs: list[Rendered]) -> None:
-    bins = pack([len(d.input_ids) for d in docs], 16)
+    sequences = pack([len(d.input_ids) for d in docs], 16)
     collate = PackedCollator(docs)
     found = []
-    for each in bins:
+    for each in sequences:
         batch = collate([{"documents": each}])
         ids = batch["input_ids"][0]
         for row, target, w in zip(batch["positions"].long(), batch["targets"], batch["position_weights"], strict=True):
