@@ -37,11 +37,11 @@ def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pyte
     """The first packed sequence of the preview is the first one of the run."""
     from tests_support import documents_of
 
-    from qlora_sft.data.prepare import plan_sequences
+    from qlora_sft.data.sequences import plan_sequences
 
     config = make_config()
     documents = documents_of(config)
-    first = plan_sequences(documents, config.data, config.training.epochs, config.seed)[0]
+    first = plan_sequences(documents, config.data, config.training.epochs, config.seed).sequences[0]
     assert main(["preview", str(recipe), "--count", str(len(first)), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["ids"] for row in rows] == [documents[i].input_ids for i in first]

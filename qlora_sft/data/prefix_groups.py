@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_sft.data.prefix_tree import Tokens, shared_length, sort_key
+from qlora_sft.data.prefix_tree import Tokens, order_key, shared_length
 
 # A group takes at most this share of a packed sequence, so that the rest holds what else the mixture has at that time;
 # or, where the prefix itself is that long, so much that the prefix is no more than this share of the group.
 SHARE = 0.25
-# Tokens by which rows are sorted. Rows that agree for longer than that are neighbours all the same, in any order.
-SORTED_BY = 4096
 
 
 @dataclass
@@ -27,10 +25,10 @@ class Group:
 def group_by_prefix(rows: Sequence[Tokens], capacity: int) -> list[Group]:
     """Returns groups of the indices of ``rows``, none of whose trees is larger than ``capacity``.
 
-    Rows are taken in the order of their tokens, in which those that begin alike are neighbours; every row joins the
+    Rows are taken in an order in which those that begin alike are neighbours; every row joins the
     group of the one before it, if they share a prefix and the group has room.
     """
-    order = sorted(range(len(rows)), key=lambda index: sort_key(rows[index][:SORTED_BY]))
+    order = sorted(range(len(rows)), key=lambda index: order_key(rows[index]))
     groups: list[Group] = []
     for number, index in enumerate(order):
         length = len(rows[index])

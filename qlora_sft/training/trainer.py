@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import PackedCollator
+from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss

@@ -3,9 +3,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_sft.config_data import DataConfig, TrainSourceConfig
-from qlora_sft.data.batch import PackedCollator, flatten
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.packing import pack
-from qlora_sft.data.prepare import plan_sequences
+from qlora_sft.data.sequences import plan_sequences
 from qlora_sft.data.render import Rendered
 
 weight = st.sampled_from([0.0, 0.5, 1.0])
