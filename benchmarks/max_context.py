@@ -39,9 +39,9 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
+from qlora_sft.model.memory_budget import HOST_SHARE, available_ram
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
-from qlora_sft.model.room import HOST_SHARE, available_ram
 from qlora_sft.plan.activations import Row, row_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model

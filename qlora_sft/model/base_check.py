@@ -17,8 +17,8 @@ from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
 from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
+from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.skeleton import check_layers, read_settings, skeleton
 from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
 from qlora_sft.model.vocabulary import new_rows
 
@@ -79,7 +79,7 @@ def check_weights(config: Config, base: str, settings: dict[str, Any]) -> None:
             )
     if not headers or settings.get("quantization_config"):
         return
-    wanted = skeleton(read_settings(config, base)).num_parameters()
+    wanted = meta_model(read_settings(config, base)).num_parameters()
     held = sum(_count(header) for header in headers.values())
     if held < wanted:
         raise ConfigError(

@@ -28,9 +28,9 @@ from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss import path_of
 from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
+from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budget
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
-from qlora_sft.model.room import Room, device_room, host_room
 from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
@@ -80,9 +80,9 @@ class Memory:
             measured=self.measured,
         )
 
-    def make_room(self, why: str) -> bool:
+    def keep_less(self, why: str) -> bool:
         """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
-        host = host_room(self.config).nbytes if self.model.device.type == "cuda" else 0
+        host = host_budget(self.config).nbytes if self.model.device.type == "cuda" else 0
         choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
         if self.choice is not None and choice.tiers == self.choice.tiers:
             return False
@@ -136,21 +136,23 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
     if has_unsloths_forward(base_of(model)):
         between += layer.input
-    choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
+    choice = choose(config, len(layers), layer, between, device_budget(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)
     return memory
 
 
-def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say) -> Choice:
+def choose(
+    config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
+) -> Choice:
     """The tier of every layer, by ``memory.policy``. loss: bytes between forward and backward."""
     policy = config.memory.policy
     if policy == "auto":
-        return _choose_by_room(config, n_layers, layer, loss, room, on_gpu, say)
+        return _choose_by_budget(config, n_layers, layer, loss, budget, on_gpu, say)
     tiers = _times("keep" if policy == "none" else "checkpoint", n_layers)
     reason = f"memory.policy={policy}"
     if policy == "offload":
-        host = host_room(config)
+        host = host_budget(config)
         offloaded = min(n_layers, host.nbytes // layer.input)
         # The first layers wait longest for their backward.
         tiers[:offloaded] = _times("offload", offloaded)
@@ -159,25 +161,28 @@ def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Ro
     return _choice(tiers, layer, loss, reason)
 
 
-def _choose_by_room(
-    config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say
+def _choose_by_budget(
+    config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
 ) -> Choice:
     if config.memory.gpu_budget_gib is not None and not on_gpu:
         say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
     # On a CPU host and device are the same memory: to copy an input there would only cost time.
-    host = host_room(config).nbytes if on_gpu else 0
+    host = host_budget(config).nbytes if on_gpu else 0
     try:
-        choice = choose_tiers(n_layers, layer, room.nbytes, host, loss=loss)
+        choice = choose_tiers(n_layers, layer, budget.nbytes, host, loss=loss)
     except ValueError as error:
         if on_gpu and (config.memory.gpu_budget_gib is not None or config.memory.host_budget_gib is not None):
             raise ConfigError(
-                f"memory: {error} ({room.reason}). Shorten data.max_length, lower training.batch_size, or raise "
+                f"memory: {error} ({budget.reason}). Shorten data.max_length, lower training.batch_size, or raise "
                 "memory.gpu_budget_gib or memory.host_budget_gib"
             ) from None
         # What is free is known only roughly; what was not forbidden is tried.
-        say(f"memory: {error} ({room.reason}); trying the least that is possible. If it fails, shorten data.max_length")
+        say(
+            f"memory: {error} ({budget.reason}); trying the least that is possible. If it fails, shorten "
+            "data.max_length"
+        )
         return _least(n_layers, layer, loss, host, "the least memory that is possible")
-    return _choice(choice.tiers, layer, loss, f"{choice.reason}: {room.reason}")
+    return _choice(choice.tiers, layer, loss, f"{choice.reason}: {budget.reason}")
 
 
 def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> Choice:

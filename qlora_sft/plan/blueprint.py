@@ -16,7 +16,7 @@ from qlora_kernels.packed_ce import HeadShape
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.skeleton import read_settings, skeleton, why_mlp_stays
+from qlora_sft.model.meta_model import meta_model, read_settings, why_mlp_stays
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 
@@ -120,7 +120,7 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
 
-    model = skeleton(settings)
+    model = meta_model(settings)
     try:
         blocks = model.get_decoder().layers
         targets = target_modules(model, config.lora)

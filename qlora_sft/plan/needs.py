@@ -19,7 +19,7 @@ from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.memory import choose
-from qlora_sft.model.room import available_ram, host_room, room_on
+from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
 from qlora_sft.plan.activations import row_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
@@ -111,10 +111,10 @@ def _this_run(
     joined = choose_way(config.model.attention, device, documents).way == "sdpa"
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
-    room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
+    budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
         layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
-        choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
+        choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
     context = CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else 0
@@ -130,7 +130,7 @@ def _this_run(
         offloaded=choice.host_bytes,
         context=context,
         peak=held.total + choice.gpu_bytes + context,
-        fits=choice.gpu_bytes <= room.nbytes,
+        fits=choice.gpu_bytes <= budget.nbytes,
     )
     return plan, choice
 
@@ -141,7 +141,7 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
     row = row_bytes(blueprint, config.lora, dtype, on_gpu=True)
-    host, reason = host_room(config)
+    host, reason = host_budget(config)
     try:
         row(1)
     except ConfigError as error:

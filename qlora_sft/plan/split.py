@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_kernels.offload.tiers import Choice, Tier, choose_tiers, peak_bytes
 
-from qlora_sft.model.room import CARD_RESERVE
+from qlora_sft.model.memory_budget import CARD_RESERVE
 from qlora_sft.plan.activations import Row
 
 CARDS = (8, 12, 16, 24, 48, 80)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.model.room import optimizer_bytes
+from qlora_sft.model.memory_budget import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, Linear
 
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.

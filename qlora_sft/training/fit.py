@@ -55,10 +55,10 @@ class Fitted:
     optimizer: str
 
 
-def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
+def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
     """Trains, from ``checkpoint`` on if there is one.
 
-    make_room: called with the reason when the GPU is full; False if there is none to be had. Raises `RunError` when
+    keep_less: called with the reason when the GPU is full; False if there is none to be had. Raises `RunError` when
     the run fails and `Interrupted` after Ctrl-C.
     """
     config, run, say = training.config, training.run, training.say
@@ -77,7 +77,7 @@ def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path |
             lambda step: sources_of(step, config, training.documents, bins), lambda: what_is_left(run), say
         )
         trainer = PackedSFTTrainer(
-            training.model, training.documents, bins, run, make_room, say,
+            training.model, training.documents, bins, run, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
         )  # fmt: skip
         progress.trainer = trainer

@@ -66,7 +66,7 @@ def run_recipe(
         keep_before(run, before, asked)
     order = record_data(run, data.bins, data.removed)
     with watch("train"), memory:
-        fitted = fit(training, memory.make_room, checkpoint)
+        fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):

@@ -15,7 +15,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.room import optimizer_bytes
+from qlora_sft.model.memory_budget import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, residents
 

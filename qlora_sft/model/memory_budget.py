@@ -20,42 +20,45 @@ HOST_SHARE = 0.5
 SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 
 
-class Room(NamedTuple):
+class MemoryBudget(NamedTuple):
     nbytes: int
     reason: str
 
 
-def device_room(model: Any, config: Config) -> Room:
+def device_budget(model: Any, config: Config) -> MemoryBudget:
     """For activations, on the device that the model is on; gradients and optimizer states are taken off."""
-    return room_on(model.device, config, training_states(model, config))
+    return budget_on(model.device, config, training_states(model, config))
 
 
-def room_on(device: torch.device, config: Config, states: int, weights: int = 0) -> Room:
+def budget_on(device: torch.device, config: Config, states: int, weights: int = 0) -> MemoryBudget:
     """For activations on ``device``. weights: bytes of a model that is not loaded yet."""
     if device.type != "cuda":
         available = available_ram() - weights
-        return Room(
+        return MemoryBudget(
             int(available * RAM_SHARE) - states, f"{RAM_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM"
         )
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    budget = config.memory.gpu_budget_gib
-    if budget is not None:
-        return Room(
-            int(budget * GIB) - allocated - weights - states, f"memory.gpu_budget_gib={budget:g}, less the model"
+    configured = config.memory.gpu_budget_gib
+    if configured is not None:
+        return MemoryBudget(
+            int(configured * GIB) - allocated - weights - states,
+            f"memory.gpu_budget_gib={configured:g}, less the model",
         )
     free += torch.cuda.memory_reserved(device) - allocated - weights  # torch's own, unused
     reserve = int(total * CARD_RESERVE)
-    return Room(free - reserve - states, f"{free / GIB:.1f} GiB are free, less {reserve / GIB:.1f} GiB in reserve")
+    return MemoryBudget(
+        free - reserve - states, f"{free / GIB:.1f} GiB are free, less {reserve / GIB:.1f} GiB in reserve"
+    )
 
 
-def host_room(config: Config) -> Room:
+def host_budget(config: Config) -> MemoryBudget:
     """For inputs of layers in host memory."""
-    budget = config.memory.host_budget_gib
-    if budget is not None:
-        return Room(int(budget * GIB), f"memory.host_budget_gib={budget:g}")
+    configured = config.memory.host_budget_gib
+    if configured is not None:
+        return MemoryBudget(int(configured * GIB), f"memory.host_budget_gib={configured:g}")
     available = available_ram()
-    return Room(int(available * HOST_SHARE), f"{HOST_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM")
+    return MemoryBudget(int(available * HOST_SHARE), f"{HOST_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM")
 
 
 def training_states(model: Any, config: Config) -> int:

@@ -10,7 +10,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 
 
-def skeleton(settings: Any) -> Any:
+def meta_model(settings: Any) -> Any:
     """``settings``: transformers' configuration object. Raises `ConfigError` for a model that is not known."""
     from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def check_layers(config: Config, base: str) -> None:
     demanded = config.memory.tiled_mlp == "on"
     if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit and not demanded:
         return
-    model = skeleton(read_settings(config, base))
+    model = meta_model(read_settings(config, base))
     targets = target_modules(model, config.lora)
     if config.model.head_in_4bit:
         check_frozen_head(config.model, new_rows(config.model, base))
