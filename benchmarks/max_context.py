@@ -27,7 +27,7 @@ import torch
 from measuring import measured_on
 from peak_parts import recorded
 from qlora_kernels.offload import drop_failed_graphs
-from qlora_kernels.offload.tiers import Choice, choose_tiers, describe, peak_bytes
+from qlora_kernels.offload.tiers import TierChoice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
 from qlora_sft.config import load_config
@@ -85,7 +85,7 @@ def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps
 
 
 def attempt(
-    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], Choice], row: Row, steps: int
+    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], TierChoice], row: Row, steps: int
 ) -> dict[str, Any] | None:
     """What was measured, or None if the row does not fit."""
     on_gpu = model.device.type == "cuda"
@@ -159,7 +159,7 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
     budget = activation_budget(gib * 2**30, held.total)
 
-    def split(tokens: int) -> Choice:
+    def split(tokens: int) -> TierChoice:
         layer, loss = row(tokens)
         # Beyond the prediction everything is offloaded that host memory holds: what does not fit will show.
         least = _least(n_layers, row, tokens, int(host * share))

@@ -74,30 +74,36 @@ def document_attention(
     return plain_documents(query, key, value, cu_seq_lens_q, scaling, dropout, window, softcap, s_aux), None
 
 
-class Path(NamedTuple):
+class AttentionPath(NamedTuple):
     name: Literal["varlen", "sdpa", "flex", "plain"]
     reason: str
 
 
 @cache
-def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> Path:
+def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> AttentionPath:
     """How documents are attended to; ``capped``: the model caps its logits or has sinks, which FlashAttention lacks."""
     if device.type != "cuda":
         if capped:
-            return Path("plain", "document by document in plain products, because the model caps logits or has sinks")
-        return Path("sdpa", f"document by document, on a {device.type}")
+            return AttentionPath(
+                "plain", "document by document in plain products, because the model caps logits or has sinks"
+            )
+        return AttentionPath("sdpa", f"document by document, on a {device.type}")
     if capped:
-        return Path("flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks")
+        return AttentionPath(
+            "flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks"
+        )
     slower = "document by document, slower with many short ones: FlashAttention"
     if dtype not in (torch.bfloat16, torch.float16):
-        return Path("sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}")
+        return AttentionPath(
+            "sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}"
+        )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return Path("sdpa", f"{slower} needs compute capability 8.0")
+        return AttentionPath("sdpa", f"{slower} needs compute capability 8.0")
     if head_size > 256:
-        return Path("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+        return AttentionPath("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
     if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
-        return Path("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
-    return Path("varlen", "FlashAttention over all documents at once")
+        return AttentionPath("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
+    return AttentionPath("varlen", "FlashAttention over all documents at once")
 
 
 def _one_by_one(

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError
 
-Name = Literal["unsloth", "transformers"]
+BackendName = Literal["unsloth", "transformers"]
 
 
 class Backend(NamedTuple):
-    name: Name
+    name: BackendName
     reason: str
 
 

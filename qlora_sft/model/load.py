@@ -12,7 +12,7 @@ from qlora_kernels.cpu import bfloat16_products
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.model.backend import Name, fast_language_model
+from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
@@ -34,7 +34,7 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
     return torch.bfloat16 if faster else torch.float32, reason
 
 
-def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> Any:
+def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendName) -> Any:
     """A PeftModel in training mode: NF4 (or ``dtype``) base, frozen; LoRA in float32, initialised with the seed.
 
     Raises `ConfigError` if the base cannot be loaded.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
-from qlora_kernels.packed_ce.backend import Path
-from torch import Tensor
+from qlora_kernels.packed_ce import (
+    CEOutput,
+    PathChoice,
+    PathName,
+    Targets,
+    choose_path,
+    packed_linear_cross_entropy,
+)  # fmt: skip
+from torch import Tensor, nn
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
@@ -15,9 +22,8 @@ from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
-PathName = Literal["torch", "triton"]
-# Where the choice is kept: on the model, like its attention.
-PATH = "_packed_ce_path"
+# The implementation that `use_loss` has chosen for a model, for as long as there is that model.
+_chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
 
 
 def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
@@ -27,11 +33,11 @@ def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
     """
     base = base_of(model)
     path = choose_loss(requested, base.device)
-    setattr(base, PATH, path.name)
+    _chosen[base] = path.name
     return f"{path.name} ({path.reason})"
 
 
-def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> Path:
+def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> PathChoice:
     """Names the implementation for a model on ``device``. Raises `ConfigError` for one that cannot run there."""
     try:
         return choose_path(requested, device)
@@ -41,8 +47,7 @@ def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.dev
 
 def path_of(model: Any) -> PathName | None:
     """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
-    path: PathName | None = getattr(base_of(model), PATH, None)
-    return path
+    return _chosen.get(base_of(model))
 
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
@@ -73,7 +78,7 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
         loss_weight(head),
         targets,
         n_items=n_items,
-        row_weights=batch["row_weights"],
+        token_weights=batch["row_weights"],
         bias=getattr(head, "bias", None),
         path=path_of(base) or "auto",
         **logit_transform(base.config),

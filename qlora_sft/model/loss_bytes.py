@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from qlora_kernels.offload import LayerBytes
-from qlora_kernels.packed_ce import HeadShape, backward_bytes, workspace_bytes
+from qlora_kernels.packed_ce import HeadShape, PathName, backward_bytes, workspace_bytes
 
-from qlora_sft.model.loss import PathName, logit_transform
+from qlora_sft.model.loss import logit_transform
 
 BATCH_BYTES = 2 * 8 + 4 * 4
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from qlora_kernels.offload import (
-    Choice,
     HostSlab,
     LayerBytes,
     Schedule,
     Tier,
+    TierChoice,
     choose_tiers,
     describe,
     engine_for,
@@ -42,7 +42,7 @@ class Memory:
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
-        self.choice: Choice | None = None
+        self.choice: TierChoice | None = None
         """What is in force."""
         self.slab: HostSlab | None = None
         self.resident: dict[str, int] = {}
@@ -50,7 +50,7 @@ class Memory:
         self.measured: dict[str, int] | None = None
         """Most that torch had allocated and reserved during the training, on a GPU."""
 
-    def use(self, choice: Choice) -> None:
+    def use(self, choice: TierChoice) -> None:
         """Installs the tiers, and says so."""
         if self.slab is not None:
             self.slab.close()
@@ -144,7 +144,7 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
 
 def choose(
     config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
-) -> Choice:
+) -> TierChoice:
     """The tier of every layer, by ``memory.policy``. loss: bytes between forward and backward."""
     policy = config.memory.policy
     if policy == "auto":
@@ -163,7 +163,7 @@ def choose(
 
 def _choose_by_budget(
     config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
-) -> Choice:
+) -> TierChoice:
     if config.memory.gpu_budget_gib is not None and not on_gpu:
         say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
     # On a CPU host and device are the same memory: to copy an input there would only cost time.
@@ -185,7 +185,7 @@ def _choose_by_budget(
     return _choice(choice.tiers, layer, loss, f"{choice.reason}: {budget.reason}")
 
 
-def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> Choice:
+def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> TierChoice:
     """The inputs of as many layers as ``host`` bytes hold in host memory, of the others on the device."""
     offloaded = min(n_layers, host // layer.input)
     tiers = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
@@ -196,8 +196,8 @@ def _times(tier: Tier, count: int) -> list[Tier]:
     return [tier] * count
 
 
-def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> Choice:
-    return Choice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
+def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> TierChoice:
+    return TierChoice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
 
 
 def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> HostSlab | None:

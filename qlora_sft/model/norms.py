@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qlora_kernels.rms_norm import Form, rms_norm
+from qlora_kernels.rms_norm import NormFormula, rms_norm
 from torch import Tensor
 
 from qlora_sft.model.base import base_of
 
 # Modules whose forward is known, by their class's name.
-FORMS: dict[str, Form] = {
+FORMS: dict[str, NormFormula] = {
     "LlamaRMSNorm": "llama", "Qwen2RMSNorm": "llama", "Qwen3RMSNorm": "llama", "MistralRMSNorm": "llama",
     "SmolLM3RMSNorm": "llama", "Phi3RMSNorm": "llama",
     "GemmaRMSNorm": "gemma", "Gemma2RMSNorm": "gemma", "Gemma3RMSNorm": "gemma",
@@ -27,13 +27,13 @@ PROBE_ROWS = 32
 class LeanRMSNorm(torch.nn.Module):
     """Takes the place of a transformers RMSNorm, and has its attributes (``variance_epsilon`` or ``eps``)."""
 
-    def __init__(self, norm: Any, form: Form):
+    def __init__(self, norm: Any, form: NormFormula):
         super().__init__()
         for name, value in vars(norm).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
         self.weight = norm.weight
-        self.form: Form = form
+        self.form: NormFormula = form
         self.epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
         self.train(norm.training)
 

@@ -10,7 +10,7 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
-from qlora_sft.model.backend import Name
+from qlora_sft.model.backend import BackendName
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
@@ -21,7 +21,13 @@ from qlora_sft.say import Say
 
 
 def prepare_model(
-    config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say, lengths: Sequence[int] = ()
+    config: Config,
+    base: str,
+    dtype: torch.dtype,
+    backend: BackendName,
+    tokens: int,
+    say: Say,
+    lengths: Sequence[int] = (),
 ) -> Any:
     """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only.
 

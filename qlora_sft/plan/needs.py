@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from qlora_kernels.offload.tiers import Choice as Split
+from qlora_kernels.offload.tiers import TierChoice
 from qlora_kernels.offload.tiers import describe as describe_tiers
 
 from qlora_sft.config import Config
@@ -104,7 +104,7 @@ def _this_run(
     tokens: int,
     held: Residents,
     say: Say,
-) -> tuple[DevicePlan, Split | None]:
+) -> tuple[DevicePlan, TierChoice | None]:
     """Activations of the longest row on the device that is here. documents: tokens of those in a typical row."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -174,7 +174,7 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(choice: Split | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
+def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.peak or 0
     return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
@@ -201,7 +201,7 @@ def _disk(
 
 
 def _time(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: Split, say: Say
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: TierChoice, say: Say
 ) -> TimePlan:
     say(f"measuring one layer for {SECONDS:.0f} s")
     documents = workload.documents if workload else [config.data.max_length]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_kernels.offload.tiers import Choice, Tier, choose_tiers, peak_bytes
+from qlora_kernels.offload.tiers import Tier, TierChoice, choose_tiers, peak_bytes
 
 from qlora_sft.model.memory_budget import CARD_RESERVE
 from qlora_sft.plan.activations import Row
@@ -26,7 +26,7 @@ class Fit:
     card: int
     """Bytes."""
     tokens: int
-    choice: Choice | None
+    choice: TierChoice | None
     """The split for that row."""
     limit: str
 

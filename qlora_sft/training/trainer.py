@@ -41,7 +41,7 @@ class StepTotals:
     """What one optimizer step saw so far; tensors stay on the device until somebody asks."""
 
     weighted_nll: Tensor | float = 0.0
-    hits: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
     weight: float = 0.0
     supervised: int = 0
     tokens: int = 0
@@ -54,7 +54,7 @@ class StepTotals:
     @property
     def accuracy(self) -> float:
         """Share of the supervised tokens that the model ranked first; NaN if none was supervised."""
-        return float(self.hits) / self.supervised if self.supervised else math.nan
+        return float(self.correct) / self.supervised if self.supervised else math.nan
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -70,12 +70,12 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         documents: Sequence[Rendered],
         bins: list[list[int]],
         run: Path,
-        make_room: Callable[[str], bool],
+        keep_less: Callable[[str], bool],
         say: Say,
         **kwargs: Any,
     ):
-        """make_room: given why, lets the layers keep less; False if they keep the least already."""
-        self.run, self.make_room, self.say = run, make_room, say
+        """keep_less: given why, lets the layers keep less; False if they keep the least already."""
+        self.run, self.keep_less, self.say = run, keep_less, say
         self._loaded: Loaded | None = remember(model)
         super().__init__(
             model=model,
@@ -151,7 +151,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
             self._forget_group(model)
-            if self.make_room(obstacle):
+            if self.keep_less(obstacle):
                 loss, obstacle = self._tried(model, so_far, num_items_in_batch)
             if obstacle is not None:
                 self._forget_group(model)
@@ -196,7 +196,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         totals = self.totals
         totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["row_weights"]).sum()
-        totals.hits = totals.hits + output.hit.sum()
+        totals.correct = totals.correct + output.correct.sum()
         totals.weight += inputs["weight_sum"]
         totals.supervised += inputs["n_supervised"]
         totals.tokens += inputs["input_ids"].numel()

@@ -6,9 +6,9 @@ from qlora_kernels.offload.engine import engine_for as engine_for
 from qlora_kernels.offload.schedule import Schedule as Schedule
 from qlora_kernels.offload.schedule import drop_failed_graphs as drop_failed_graphs
 from qlora_kernels.offload.slab import HostSlab as HostSlab
-from qlora_kernels.offload.tiers import Choice as Choice
 from qlora_kernels.offload.tiers import LayerBytes as LayerBytes
 from qlora_kernels.offload.tiers import Tier as Tier
+from qlora_kernels.offload.tiers import TierChoice as TierChoice
 from qlora_kernels.offload.tiers import choose_tiers as choose_tiers
 from qlora_kernels.offload.tiers import describe as describe
 from qlora_kernels.offload.tiers import gib as gib

@@ -61,7 +61,7 @@ class LayerBytes:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TierChoice:
     tiers: tuple[Tier, ...]
     """One per layer, in the order of the forward."""
     gpu_bytes: int
@@ -108,7 +108,7 @@ def choose_tiers(
     *,
     loss: int = 0,
     attention_share: float = ATTENTION_SHARE,
-) -> Choice:
+) -> TierChoice:
     """The split with the least recomputation whose peak fits ``budget`` and whose host part fits ``host_budget``.
 
     ``attention_share``: share of a layer's forward that attention takes (it grows with the length of the documents).
@@ -130,7 +130,7 @@ def choose_tiers(
     if best is None:
         raise ValueError(_too_small(n_layers, layer, budget, host_budget, loss))
     tiers = best[2]
-    return Choice(
+    return TierChoice(
         tiers,
         gpu_bytes=peak_bytes(tiers, layer, loss),
         host_bytes=tiers.count("offload") * layer.input,

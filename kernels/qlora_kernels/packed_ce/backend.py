@@ -9,14 +9,15 @@ from typing import Literal, NamedTuple
 import torch
 
 Requested = Literal["auto", "triton", "torch"]
+PathName = Literal["triton", "torch"]
 
 
-class Path(NamedTuple):
-    name: Literal["triton", "torch"]
+class PathChoice(NamedTuple):
+    name: PathName
     reason: str
 
 
-def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> Path:
+def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> PathChoice:
     """``auto``: Triton on an NVIDIA GPU where it is installed, plain torch elsewhere.
 
     Raises ValueError for an unknown name, and for ``triton`` where it cannot run.
@@ -24,13 +25,13 @@ def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.
     if requested not in ("auto", "triton", "torch"):
         raise ValueError(f"path: expected auto, triton or torch, got {requested!r}")
     if requested == "torch":
-        return Path("torch", "requested")
+        return PathChoice("torch", "requested")
     obstacle = _triton_obstacle(device, dtypes)
     if obstacle is None:
-        return Path("triton", "requested" if requested == "triton" else f"{device.type} device")
+        return PathChoice("triton", "requested" if requested == "triton" else f"{device.type} device")
     if requested == "triton":
         raise ValueError(f"path: triton cannot run here: {obstacle}")
-    return Path("torch", obstacle)
+    return PathChoice("torch", obstacle)
 
 
 def _triton_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qlora_kernels.packed_ce.autograd import Plan, cross_entropy, document_sums
+from qlora_kernels.packed_ce.autograd import LossSettings, cross_entropy, document_sums
 from qlora_kernels.packed_ce.backend import Requested, choose_path
 from qlora_kernels.packed_ce.checks import check_arguments
 from qlora_kernels.packed_ce.head import Head, PatchedHead
@@ -20,13 +20,13 @@ from qlora_kernels.packed_ce.targets import Targets
 class CEOutput:
     """loss: scalar, or [M] with ``reduction="none"``; differentiable. The rest is detached and free:
 
-    nll: float32 [M] in nats, without smoothing or z-loss; hit: bool [M], no logit is larger than the target's;
-    per_document: float32 [n_documents, 3], sum of nll, rows, hits. All are the same, bit for bit, in every run.
+    nll: float32 [M] in nats, without smoothing or z-loss; correct: bool [M], no logit is larger than the target's;
+    per_document: float32 [n_documents, 3], sum of nll, rows, correct. All are the same, bit for bit, in every run.
     """
 
     loss: Tensor
     nll: Tensor
-    hit: Tensor
+    correct: Tensor
     per_document: Tensor
 
     def per_source(self, source_of_document: Tensor, n_sources: int) -> Tensor:
@@ -42,7 +42,7 @@ def packed_linear_cross_entropy(
     targets: Targets,
     *,
     n_items: float | None = None,
-    row_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -66,7 +66,7 @@ def packed_linear_cross_entropy(
         targets: the supervised rows, see `Targets`.
         n_items: the divisor, e.g. the supervised tokens of a whole accumulation group; default: the sum of the
             row weights (the number of rows without any). With ``reduction="none"`` the default is 1.
-        row_weights: float [M], default 1.
+        token_weights: float [M], default 1.
         bias: [V] of the head.
         softcap, logit_scale: as the model's configuration has them.
         reduction: ``none`` returns ``w_i * l_i / n_items`` per row, each differentiable. (With a trainable head its
@@ -85,23 +85,23 @@ def packed_linear_cross_entropy(
         raise ValueError(f"reduction: expected mean or none, got {reduction!r}")
     chosen = choose_path(path, hidden.device, (hidden.dtype, head.dtype)).name
     may_wait = chosen == "torch" or hidden.device.type == "cpu"
-    check_arguments(hidden, head, targets, row_weights, bias, may_wait)
+    check_arguments(hidden, head, targets, token_weights, bias, may_wait)
     if len(targets) == 0:
         return _nothing_supervised(hidden, head, bias, targets, reduction)
-    weights = None if row_weights is None else row_weights.float()
-    plan = Plan(chosen, options, tile, workspace_bytes, reduction == "mean")
+    weights = None if token_weights is None else token_weights.float()
+    settings = LossSettings(chosen, options, tile, workspace_bytes, reduction == "mean")
     # Autocast would run the products of this function in half precision, behind the back of its float32 sums.
     with torch.autocast(hidden.device.type, enabled=False):
-        total, objective, nll, hit = cross_entropy(hidden, head, bias, targets, weights, plan)
-    nll, hit = nll.detach(), hit.detach()
+        total, token_loss, nll, correct = cross_entropy(hidden, head, bias, targets, weights, settings)
+    nll, correct = nll.detach(), correct.detach()
     if reduction == "none":
-        loss = objective if weights is None else objective * weights
+        loss = token_loss if weights is None else token_loss * weights
         loss = loss if n_items is None else loss / n_items
     elif n_items is None:
         loss = total / (float(len(targets)) if weights is None else weights.sum().clamp(min=1e-30))
     else:
         loss = total / n_items
-    return CEOutput(loss, nll, hit, document_sums(nll, hit, targets, chosen))
+    return CEOutput(loss, nll, correct, document_sums(nll, correct, targets, chosen))
 
 
 def _nothing_supervised(hidden: Tensor, head: Head, bias: Tensor | None, targets: Targets, reduction: str) -> CEOutput:

@@ -30,13 +30,13 @@ class NF4Head(NF4Weight):
 
 @dataclass(frozen=True)
 class PatchedHead:
-    """A frozen head [V, D] in which ``values`` [k, D], which are trained, stand in the place of the rows ``ids``.
+    """A frozen head [V, D] in which ``values`` [k, D], which are trained, stand in the place of the rows ``token_ids``.
 
     Added tokens are trained like this. To train the whole head for them would take its gradient, [V, D] in float32.
     """
 
     base: Tensor | NF4Head
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     values: Tensor
     requires_grad = False
 
@@ -58,11 +58,13 @@ class PatchedHead:
         # Rounded to the head's type first, as they are wherever else the model is computed.
         rows, values = head_rows(self.base, which, dtype), self.values.detach().to(self.dtype).to(dtype)
         if isinstance(which, Tensor):
-            for word, value in zip(self.ids, values, strict=True):
-                rows = torch.where((which == word)[:, None], value, rows)
+            for token, value in zip(self.token_ids, values, strict=True):
+                rows = torch.where((which == token)[:, None], value, rows)
             return rows
         first = which.start or 0
-        inside = [(place, word - first) for place, word in enumerate(self.ids) if 0 <= word - first < len(rows)]
+        inside = [
+            (place, token - first) for place, token in enumerate(self.token_ids) if 0 <= token - first < len(rows)
+        ]
         if inside and isinstance(self.base, Tensor) and self.base.dtype == dtype:
             rows = rows.clone()  # a view of the head itself; else it is a copy already
         for place, row in inside:

@@ -6,12 +6,12 @@ Whoever plans memory asks here (`workspace_bytes`, `backward_bytes`); the paths 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from qlora_kernels.packed_ce.backend import PathName
 from qlora_kernels.packed_ce.head import Head, NF4Head, PatchedHead
-from qlora_kernels.packed_ce.problem import compute_dtype
+from qlora_kernels.packed_ce.inputs import compute_dtype
 
 # ------------------------------------------------------------------ on a GPU
 
@@ -47,7 +47,7 @@ class HeadShape:
     @classmethod
     def of(cls, head: Head) -> HeadShape:
         base = head.base if isinstance(head, PatchedHead) else head
-        rows = len(head.ids) if isinstance(head, PatchedHead) else 0
+        rows = len(head.token_ids) if isinstance(head, PatchedHead) else 0
         return cls(head.shape[0], head.shape[1], head.dtype, isinstance(base, NF4Head), rows)
 
     @property
@@ -117,7 +117,7 @@ def workspace_bytes(
     head: HeadShape,
     count: int,
     dtype: torch.dtype,
-    path: Literal["torch", "triton"],
+    path: PathName,
     device: torch.device,
     capped: bool = False,
 ) -> int:

@@ -13,27 +13,30 @@ from qlora_kernels.packed_ce.options import Options
 
 
 @dataclass
-class Result:
-    """objective, nll, hit: [M]; unscaled: d objective / d hidden row [M, D]; head, bias: gradients of
-    ``sum_i weights_i * objective_i`` in at least float32; None where nobody asked."""
+class LossResult:
+    """Holds what a path returns for the M supervised positions.
 
-    objective: Tensor
+    token_loss, nll, correct: [M]; grad_hidden: d token_loss / d hidden state, [M, D]; grad_head, grad_bias: gradients
+    of ``sum_i weights_i * token_loss_i`` in at least float32. A gradient that nobody asked for is None.
+    """
+
+    token_loss: Tensor
     nll: Tensor
-    hit: Tensor
-    unscaled: Tensor | None = None
-    head: Tensor | None = None
-    bias: Tensor | None = None
+    correct: Tensor
+    grad_hidden: Tensor | None = None
+    grad_head: Tensor | None = None
+    grad_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What every path is given. rows, ids: int [M]; weights: float [M], read only for the head's gradient."""
+class LossInputs:
+    """Holds what every path is given. positions, labels: int [M]; weights: float [M], read for the head's gradient."""
 
     hidden: Tensor
     head: Head
     bias: Tensor | None
-    rows: Tensor
-    ids: Tensor
+    positions: Tensor
+    labels: Tensor
     weights: Tensor | None
     options: Options
     need_hidden: bool
