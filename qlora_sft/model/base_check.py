@@ -19,7 +19,7 @@ from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
 from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
 
 # Names of the input embedding and the output head in the files of the families there are.
@@ -144,7 +144,7 @@ def check_chat(model: ModelConfig, base: str) -> None:
     from qlora_sft.data.template import chat_format
 
     tokenizer = load_tokenizer(model, base)
-    chat_format(tokenizer, stop_ids(model, base, tokenizer))
+    chat_format(tokenizer, stop_token_ids(model, base, tokenizer))
 
 
 def _headers(base: str) -> dict[str, Header]:

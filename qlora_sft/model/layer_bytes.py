@@ -31,20 +31,20 @@ def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, TiledMLP):
-        return _at(layer, model, tokens, dtype, SHORT)
+        return _extrapolate(layer, model, tokens, dtype, SHORT)
     before = mlp.recompute
     try:
         # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _at(layer, model, tokens, dtype, mlp.tile)
+        kept = _extrapolate(layer, model, tokens, dtype, mlp.tile)
         set_recompute(layer, True, tokens)
-        again = _at(layer, model, tokens, dtype, mlp.tile)
+        again = _extrapolate(layer, model, tokens, dtype, mlp.tile)
     finally:
         mlp.recompute = before
     return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))
 
 
-def _at(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
+def _extrapolate(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
     """On the line through two measured rows, ``short`` tokens and twice as many; a shorter row is measured itself."""
     long = 2 * short
     if model.device.type == "cuda":

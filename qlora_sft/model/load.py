@@ -17,7 +17,7 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
-from qlora_sft.model.tokenizer import stop_ids
+from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
 
@@ -152,16 +152,18 @@ def load_for_inference(path: Path) -> Any:
 
     base = load_trained_base(path)
     # The base's own list does not have the end of turn that a template brought.
-    base.generation_config.eos_token_id = sorted(saved_stops(path, AutoTokenizer.from_pretrained(path / "adapter")))
+    base.generation_config.eos_token_id = sorted(
+        saved_stop_token_ids(path, AutoTokenizer.from_pretrained(path / "adapter"))
+    )
     return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
 
 
-def saved_stops(path: Path, tokenizer: Any) -> set[int]:
+def saved_stop_token_ids(path: Path, tokenizer: Any) -> set[int]:
     """Tokens at which the model of a run, or in a folder, stops."""
     if not is_run(path):
-        return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
+        return stop_token_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
-    return stop_ids(run.model, run.base, tokenizer)
+    return stop_token_ids(run.model, run.base, tokenizer)
 
 
 def quantized_modules(model: Any) -> list[str]:

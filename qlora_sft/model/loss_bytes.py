@@ -29,10 +29,10 @@ def between_bytes(
     default: Triton on a GPU.
     """
     loss = loss_bytes(config, tokens, dtype, on_gpu, lean_norms, head, path)
-    return loss + standing_bytes(config, tokens, dtype)
+    return loss + persistent_bytes(config, tokens, dtype)
 
 
-def standing_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def persistent_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """Returns the bytes that are there during the whole step: the batch, and the cosines and sines of all layers.
 
     Of a batch: ids and positions in int64, and of every supervised position its number, label, weight and document.
@@ -40,9 +40,9 @@ def standing_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     return tokens * BATCH_BYTES + rotation_bytes(config, tokens, dtype)
 
 
-def with_standing(layer: LayerBytes, standing: int) -> LayerBytes:
+def with_persistent(layer: LayerBytes, persistent: int) -> LayerBytes:
     """Returns ``layer`` with what is there during the whole step counted to its backward."""
-    return replace(layer, backward=layer.backward + standing)
+    return replace(layer, backward=layer.backward + persistent)
 
 
 def loss_bytes(

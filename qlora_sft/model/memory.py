@@ -27,7 +27,7 @@ from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss import path_of
-from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
+from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budget
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
@@ -129,10 +129,10 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
-    standing = standing_bytes(settings, tokens, dtype)
+    persistent = persistent_bytes(settings, tokens, dtype)
     if has_unsloths_forward(base_of(model)):
-        standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
-    layer = with_standing(layer, standing)
+        persistent += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
+    layer = with_persistent(layer, persistent)
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
     if has_unsloths_forward(base_of(model)):
         between += layer.input
@@ -149,13 +149,13 @@ def choose(
     policy = config.memory.policy
     if policy == "auto":
         return _choose_by_budget(config, n_layers, layer, loss, budget, on_gpu, say)
-    tiers = _times("keep" if policy == "none" else "checkpoint", n_layers)
+    tiers = _repeat("keep" if policy == "none" else "checkpoint", n_layers)
     reason = f"memory.policy={policy}"
     if policy == "offload":
         host = host_budget(config)
         offloaded = min(n_layers, host.nbytes // layer.input)
         # The first layers wait longest for their backward.
-        tiers[:offloaded] = _times("offload", offloaded)
+        tiers[:offloaded] = _repeat("offload", offloaded)
         if offloaded < n_layers:
             reason += f"; host memory holds the inputs of {offloaded} layers ({host.reason})"
     return _choice(tiers, layer, loss, reason)
@@ -188,11 +188,11 @@ def _choose_by_budget(
 def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> TierChoice:
     """The inputs of as many layers as ``host`` bytes hold in host memory, of the others on the device."""
     offloaded = min(n_layers, host // layer.input)
-    tiers = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
+    tiers = _repeat("offload", offloaded) + _repeat("checkpoint", n_layers - offloaded)
     return _choice(tiers, layer, loss, reason)
 
 
-def _times(tier: Tier, count: int) -> list[Tier]:
+def _repeat(tier: Tier, count: int) -> list[Tier]:
     return [tier] * count
 
 

@@ -32,13 +32,13 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     return tokenizer
 
 
-def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
+def stop_token_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
     """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
     and ``model.stop_tokens``.
 
     Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
     """
-    ids = _generation_stops(base)
+    ids = _generation_stop_token_ids(base)
     if unknown := sorted(id for id in ids if tokenizer.convert_ids_to_tokens(id) is None):
         raise ConfigError(
             f"model.path: generation_config.json of {base} stops at token {unknown[0]}, which its tokenizer does not "
@@ -62,7 +62,7 @@ def end_turns(tokenizer: Any, model: ModelConfig, base: str, say: Say) -> None:
     To be called when all is rendered, because a plain text ends in the base's own eos token.
     """
     end = _end_of_turn(model)
-    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stops(base)}:
+    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stop_token_ids(base)}:
         say(f"eos token of the adapter's tokenizer: {end}, which ends turns, instead of {tokenizer.eos_token}")
         tokenizer.eos_token = end
 
@@ -72,7 +72,7 @@ def _end_of_turn(model: ModelConfig) -> str:
     return shipped.end if shipped else ""
 
 
-def _generation_stops(base: str) -> set[int]:
+def _generation_stop_token_ids(base: str) -> set[int]:
     from transformers import GenerationConfig
 
     try:

@@ -34,7 +34,7 @@ from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
+from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
 
@@ -52,7 +52,9 @@ def layer_bytes(
     joined: on a GPU, documents are attended to one by one, and their results are joined into a copy.
     """
     heads, _, size = blueprint.heads
-    each = [_Layer(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)]
+    each = [
+        _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)
+    ]
     for layer in each:
         layer.require_known()
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
@@ -66,21 +68,23 @@ def layer_bytes(
     )
 
 
-Row = Callable[[int], tuple[LayerBytes, int]]
+SequenceBytes = Callable[[int], tuple[LayerBytes, int]]
 """Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
 
 
-def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False) -> Row:
-    def row(tokens: int) -> tuple[LayerBytes, int]:
+def sequence_bytes(
+    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
+) -> SequenceBytes:
+    def bytes_for(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
         between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
-        return with_standing(layer, standing_bytes(blueprint.config, tokens, dtype)), between
+        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype)), between
 
-    return row
+    return bytes_for
 
 
-class Part(NamedTuple):
+class LayerPart(NamedTuple):
     """Of a layer, in the order of its forward. Bytes."""
 
     saved: int
@@ -89,16 +93,16 @@ class Part(NamedTuple):
     """What its backward takes beside that."""
 
 
-def _saved(parts: list[Part]) -> int:
+def _saved(parts: list[LayerPart]) -> int:
     return sum(part.saved for part in parts)
 
 
-def _peak(parts: list[Part]) -> int:
+def _peak(parts: list[LayerPart]) -> int:
     """A part's backward finds all that was saved before it, and its own."""
     return max(saved + part.backward for saved, part in zip(accumulate(p.saved for p in parts), parts, strict=True))
 
 
-class _Layer:
+class _LayerFormula:
     """One decoder layer: the terms of the formula above."""
 
     def __init__(
@@ -112,9 +116,9 @@ class _Layer:
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
         self.recast = self.size == 2 and not (on_gpu and all(x.quantized for x in self.linears if x.adapted))
 
-    def parts(self, again: bool) -> list[Part]:
+    def parts(self, again: bool) -> list[LayerPart]:
         """again: of a layer that is computed again in the backward, the recomputation included."""
-        places: dict[str, list[Part]] = {place: [] for place in ("first", "heads", "middle", "last")}
+        places: dict[str, list[LayerPart]] = {place: [] for place in ("first", "heads", "middle", "last")}
         for norm in self.norms:
             places[_place(norm)].append(self.norm(norm))
         mlp = self.tiled_mlp(again) if self.tiled else self.mlp()
@@ -133,12 +137,12 @@ class _Layer:
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
             )
 
-    def input(self) -> Part:
+    def input(self) -> LayerPart:
         # It is kept by whoever computes the layer again; in float32 it is what the first norm keeps.
         counted = self.size == 2 or self.blueprint.lean_norms
-        return Part(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
+        return LayerPart(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
 
-    def norm(self, norm: Norm) -> Part:
+    def norm(self, norm: Norm) -> LayerPart:
         """Backward: the gradient of the residual; float32 copies or, if it is lean, gradients of its result and input;
         in a norm of the heads also the gradients of its result and of what has come from k and v."""
         heads, groups, size = self.blueprint.heads
@@ -151,17 +155,17 @@ class _Layer:
             # Its backward takes no more in float32 than a block of tokens.
             values = self.tokens * width
             blocks = 12 * min(values, GPU_BLOCK if self.on_gpu else CPU_BLOCK)
-            return Part(self.tokens * (own + roots), self.tokens * (beside + 2 * self.size * width) + blocks)
+            return LayerPart(self.tokens * (own + roots), self.tokens * (beside + 2 * self.size * width) + blocks)
         shifted = 4 * norm.width if norm.kind.startswith("Gemma") else 0  # 1 + weight
         wide = (20 if self.size == 2 else 16) * width
-        return Part(self.tokens * (4 * width + roots) + shifted, self.tokens * (beside + wide))
+        return LayerPart(self.tokens * (4 * width + roots) + shifted, self.tokens * (beside + wide))
 
-    def linear(self, group: set[str]) -> Part:
+    def linear(self, group: set[str]) -> LayerPart:
         """Backward: the gradients of the residual, of its result and of its input (from LoRA, from the frozen weight,
         and the sum), and the weight dequantised."""
         inputs = max(x.inputs for x in self.linears if x.short in group)
         taken = self.size * self.tokens * (2 * self.blueprint.hidden + 3 * inputs) + self.weight(group)
-        return Part(self.lora_saved(group), taken)
+        return LayerPart(self.lora_saved(group), taken)
 
     def lora_saved(self, group: set[str]) -> int:
         """Inputs, what A makes of them, and LoRA's weights in 16 bits."""
@@ -179,7 +183,7 @@ class _Layer:
         cast = sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
         return self.tokens * per_token + cast
 
-    def attention(self) -> Part:
+    def attention(self) -> LayerPart:
         """Backward: gradients of its result, of q, k and v and of the residual; on a GPU FlashAttention's workspace."""
         heads, groups, size = self.blueprint.heads
         qkv = [linear.outputs for linear in self.linears if linear.short == "qkv_proj"]
@@ -189,9 +193,9 @@ class _Layer:
         saved = self.size * (heads * size + groups * size + values + results * heads * size) + 4 * heads
         taken = self.size * (2 * heads * size + 2 * groups * size + self.blueprint.hidden)
         workspace = flash_workspace(self.blueprint, self.size) if self.on_gpu else 0
-        return Part(self.tokens * saved, self.tokens * (taken + workspace))
+        return LayerPart(self.tokens * saved, self.tokens * (taken + workspace))
 
-    def mlp(self) -> Part:
+    def mlp(self) -> LayerPart:
         """transformers' own. Backward, in down_proj: the gradient of the layer's result, which is the residual's, those
         of its input from LoRA and from the frozen weight [T, F], and that weight dequantised.
 
@@ -201,9 +205,9 @@ class _Layer:
         saved = self.lora_saved(GATE_UP) + self.lora_saved(DOWN) + self.tokens * 3 * self.size * wide
         backward = self.size * self.tokens * (self.incoming() + 2 * wide) + self.weight(GATE_UP | DOWN)
         again = self.tokens * (wide * (4 + self.size) + 2 * hidden * self.size) if self.recast else 0
-        return Part(saved, max(backward, again))
+        return LayerPart(saved, max(backward, again))
 
-    def tiled_mlp(self, again: bool) -> Part:
+    def tiled_mlp(self, again: bool) -> LayerPart:
         """Backward: the gradients of result and input, three weights dequantised, three values per column and the
         gradient of the input for a tile, and LoRA's gradients.
 
@@ -217,7 +221,7 @@ class _Layer:
         adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
         gradients = self.tokens * (self.incoming() + hidden)
         taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
-        return Part(self.size * self.tokens * (hidden + kept), taken)
+        return LayerPart(self.size * self.tokens * (hidden + kept), taken)
 
     def incoming(self) -> int:
         """Per token: the gradient of the MLP's result; the residual's is the same, unless a norm stands between."""

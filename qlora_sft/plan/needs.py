@@ -20,7 +20,7 @@ from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
-from qlora_sft.plan.activations import row_bytes
+from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
     CardPlan,
@@ -59,7 +59,7 @@ def needs_of(
     dtype, dtype_reason = compute_dtype(config.model.dtype)
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
-    tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
+    tokens = workload.longest_sequence if workload else config.data.max_length * config.training.batch_size
     documents = workload.documents if workload else [config.data.max_length]
     memory, choice = _this_run(blueprint, config, dtype, documents, tokens, held, say)
     return PlanReport(
@@ -113,7 +113,7 @@ def _this_run(
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
     budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
-        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
+        layer, loss = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
@@ -140,16 +140,16 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
-    row = row_bytes(blueprint, config.lora, dtype, on_gpu=True)
+    bytes_for = sequence_bytes(blueprint, config.lora, dtype, on_gpu=True)
     host, reason = host_budget(config)
     try:
-        row(1)
+        bytes_for(1)
     except ConfigError as error:
         return CardsPlan(note=str(error), rows=[])
     rows = []
     for gib in CARDS:
-        here = fit_card(gib, blueprint.n_layers, row, held.total, host)
-        most = fit_card(gib, blueprint.n_layers, row, held.total, 2**50)
+        here = fit_card(gib, blueprint.n_layers, bytes_for, held.total, host)
+        most = fit_card(gib, blueprint.n_layers, bytes_for, held.total, 2**50)
         rows.append(
             CardPlan(
                 gib=gib,
@@ -207,7 +207,7 @@ def _time(
     documents = workload.documents if workload else [config.data.max_length]
     share = workload.supervised / workload.tokens if workload else 1.0
     speed = measure(blueprint, config, dtype, documents, share)
-    seconds = speed.row(choice.tiers)
+    seconds = speed.seconds_for(choice.tiers)
     return TimePlan(
         measured=MeasuredPlan(**asdict(speed)),
         tokens_per_second=speed.tokens / seconds,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qlora_kernels.offload.tiers import Tier, TierChoice, choose_tiers, peak_bytes
 
 from qlora_sft.model.memory_budget import CARD_RESERVE
-from qlora_sft.plan.activations import Row
+from qlora_sft.plan.activations import SequenceBytes
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """GiB."""
@@ -20,7 +20,7 @@ LONGEST = 2**24
 
 
 @dataclass(frozen=True)
-class Fit:
+class CardFit:
     """The longest row on a card, or why there is none."""
 
     card: int
@@ -36,11 +36,11 @@ def activation_budget(card: int, residents: int) -> int:
     return int(card * (1 - CARD_RESERVE)) - CONTEXT_BYTES - WORKSPACE_BYTES - residents
 
 
-def longest_row(n_layers: int, row: Row, budget: int, host_budget: int) -> int:
+def longest_sequence(n_layers: int, bytes_for: SequenceBytes, budget: int, host_budget: int) -> int:
     """Most tokens whose activations fit, with the split that needs least; 0 if none do. Found by bisection."""
 
     def fits(tokens: int) -> bool:
-        layer, loss = row(tokens)
+        layer, loss = bytes_for(tokens)
         most = min(n_layers, host_budget // layer.input)
         # Each layer offloaded saves its input, but two inputs travel: not always the more the better.
         return any(peak_bytes(_first_offloaded(count, n_layers), layer, loss) <= budget for count in {0, most})
@@ -62,15 +62,15 @@ def _first_offloaded(count: int, n_layers: int, rest: Tier = "checkpoint") -> tu
     return (offloaded,) * count + (rest,) * (n_layers - count)
 
 
-def fit_card(gib: int, n_layers: int, row: Row, residents: int, host_budget: int) -> Fit:
+def fit_card(gib: int, n_layers: int, bytes_for: SequenceBytes, residents: int, host_budget: int) -> CardFit:
     card = gib * 2**30
     budget = activation_budget(card, residents)
     if budget <= 0:
-        return Fit(card, 0, None, f"weights and optimizer leave nothing of {gib} GiB")
-    tokens = longest_row(n_layers, row, budget, host_budget)
+        return CardFit(card, 0, None, f"weights and optimizer leave nothing of {gib} GiB")
+    tokens = longest_sequence(n_layers, bytes_for, budget, host_budget)
     if not tokens:
-        return Fit(card, 0, None, f"no row at all fits beside weights and optimizer in {gib} GiB")
-    layer, loss = row(tokens)
+        return CardFit(card, 0, None, f"no row at all fits beside weights and optimizer in {gib} GiB")
+    layer, loss = bytes_for(tokens)
     choice = choose_tiers(n_layers, layer, budget, host_budget, loss=loss)
     full = choice.tiers.count("offload") == n_layers
-    return Fit(card, tokens, choice, "GPU memory" if full else "GPU memory and host memory")
+    return CardFit(card, tokens, choice, "GPU memory" if full else "GPU memory and host memory")

@@ -44,7 +44,7 @@ class Speed:
     """The output head and the loss, with their gradient."""
     repeats: int
 
-    def row(self, tiers: tuple[Tier, ...]) -> float:
+    def seconds_for(self, tiers: tuple[Tier, ...]) -> float:
         """Forward, what is computed again, and backward of all layers, and the loss."""
         again = {"keep": 0.0, "attention": 1 - ATTENTION_SHARE, "checkpoint": 1.0, "offload": 1.0}
         layers = sum(self.forward * (1 + again[tier]) + self.backward for tier in tiers)

@@ -15,11 +15,11 @@ from qlora_sft.training.steps import count_steps
 @dataclass(frozen=True)
 class Workload:
     steps: int
-    rows: int
+    sequences: int
     """Packed rows that are trained on; fewer than there are if ``max_steps`` ends the run before."""
     tokens: int
     supervised: int
-    longest_row: int
+    longest_sequence: int
     """Tokens of the longest micro-batch, which is one row."""
     documents: list[int]
     """Lengths of the documents of a typical row, for the measurement."""
@@ -34,18 +34,18 @@ def workload_of(data: RunData, config: Config) -> Workload:
     t = config.training
     steps = count_steps(len(data.bins), config)
     trained = data.bins[: steps * t.batch_size * t.gradient_accumulation]
-    rows = [sum(lengths[index] for index in each) for each in trained]
-    typical = sorted(range(len(trained)), key=rows.__getitem__)[len(trained) // 2]
+    tokens_of_each = [sum(lengths[index] for index in each) for each in trained]
+    typical = sorted(range(len(trained)), key=tokens_of_each.__getitem__)[len(trained) // 2]
     return Workload(
         steps=steps,
-        rows=len(trained),
-        tokens=sum(rows),
+        sequences=len(trained),
+        tokens=sum(tokens_of_each),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
-        longest_row=longest_row(lengths, trained, t.batch_size),
+        longest_sequence=longest_row(lengths, trained, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )
 
 
 def describe(workload: Workload) -> DataPlan:
-    return DataPlan(workload.steps, workload.rows, workload.tokens, workload.supervised, workload.longest_row)
+    return DataPlan(workload.steps, workload.sequences, workload.tokens, workload.supervised, workload.longest_sequence)

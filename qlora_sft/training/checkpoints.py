@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_sft.training.run_folder import Beginning
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
-FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
+FREE_KEYS = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
 # Beside the configuration, what "auto" and the files have come to.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
@@ -44,12 +44,12 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoints/step-*") if (path / "trainer_state.json").is_file())
 
 
-def newest(run: Path) -> Path | None:
+def latest_checkpoint(run: Path) -> Path | None:
     return next(reversed(all_checkpoints(run)), None)
 
 
 def what_is_left(run: Path) -> str:
-    checkpoint = newest(run)
+    checkpoint = latest_checkpoint(run)
     return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
 
 
@@ -84,7 +84,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     or the run is finished."""
     if (run / "manifest.json").exists():
         raise ConfigError(f"--resume: {run} holds a finished run; choose another output=... or add --overwrite")
-    checkpoint = newest(run)
+    checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         say(f"resume: {run} has no checkpoint yet, so it begins at step 0")
         return None
@@ -101,7 +101,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
 
 def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
     """(dotted key, old, new) wherever two configurations would not train the same."""
-    if key in FREE:
+    if key in FREE_KEYS:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in {**old, **new}:
@@ -119,11 +119,11 @@ def check_same(run: Path, beginning: Beginning) -> None:
         raise ConfigError([f"--resume: {problem}" for problem in problems])
 
 
-def data_digest(documents: Iterable[Documents], bins: list[list[int]]) -> str:
+def data_digest(documents: Iterable[Documents], sequences: list[list[int]]) -> str:
     """sha256 of every token, every weight and the order of the rows: of all that is trained on."""
     from qlora_sft.data.mixture import order_digest
 
-    digest = hashlib.sha256(order_digest(bins).encode())
+    digest = hashlib.sha256(order_digest(sequences).encode())
     for each in documents:
         for values in (each.ids, each.weights, each.bounds):
             digest.update(values)

@@ -37,7 +37,7 @@ class Training:
     tokenizer: Any
     dtype: torch.dtype
     documents: Sequence[Rendered]
-    bins: list[list[int]]
+    sequences: list[list[int]]
     """Packed sequences in training order, as indices into ``documents``."""
 
 
@@ -62,10 +62,10 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     the run fails and `Interrupted` after Ctrl-C.
     """
     config, run, say = training.config, training.run, training.say
-    steps = count_steps(len(training.bins), config)
+    steps = count_steps(len(training.sequences), config)
     t = config.training
     # What would not be trained on would still be skipped, one by one, by a run that goes on.
-    bins = training.bins[: steps * t.batch_size * t.gradient_accumulation]
+    sequences = training.sequences[: steps * t.batch_size * t.gradient_accumulation]
     clear_unfinished(run)
     # On the same disk as the run, so that what is complete there needs no copying.
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
@@ -74,10 +74,10 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
         finite = FiniteSteps(
-            lambda step: sources_of(step, config, training.documents, bins), lambda: what_is_left(run), say
+            lambda step: sources_of(step, config, training.documents, sequences), lambda: what_is_left(run), say
         )
         trainer = PackedSFTTrainer(
-            training.model, training.documents, bins, run, keep_less, say,
+            training.model, training.documents, sequences, run, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
         )  # fmt: skip
         progress.trainer = trainer
@@ -111,9 +111,9 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     )
 
 
-def sources_of(step: int, config: Config, documents: Sequence[Rendered], bins: list[list[int]]) -> str:
+def sources_of(step: int, config: Config, documents: Sequence[Rendered], sequences: list[list[int]]) -> str:
     """Where to look for what the step of this number, from 0, learns from."""
     size = config.training.batch_size * config.training.gradient_accumulation
-    rows = bins[step * size : (step + 1) * size]
-    names = sorted({documents[index].source for row in rows for index in row})
-    return f"rows {step * size} to {step * size + len(rows) - 1} of order.json, from {', '.join(names)}"
+    group = sequences[step * size : (step + 1) * size]
+    names = sorted({documents[index].source for sequence in group for index in sequence})
+    return f"rows {step * size} to {step * size + len(group) - 1} of order.json, from {', '.join(names)}"

@@ -66,7 +66,7 @@ def all_finite(model: Any) -> bool:
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(trained, norm_type=torch.inf)))
 
 
-class RandomStates:
+class RngState:
     """Where torch's random numbers stand, to draw the same ones again."""
 
     def __init__(self) -> None:

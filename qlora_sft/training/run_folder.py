@@ -78,14 +78,14 @@ def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
     write_json(run / "begun.json", beginning.to_json())
 
 
-def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> OrderReport:
+def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -> OrderReport:
     """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
     says of them."""
     from qlora_sft.data.mixture import order_digest
 
-    order = OrderReport(order_digest(bins), len(bins), len(removed))
+    order = OrderReport(order_digest(sequences), len(sequences), len(removed))
     with written_file(run / "order.json") as beside:
-        content = {"sha256": order.sha256, "rows": order.rows, "bins": bins}
+        content = {"sha256": order.sha256, "rows": order.rows, "bins": sequences}
         beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
     if removed:
         from qlora_sft.data.dedup import removed_lines

@@ -7,10 +7,10 @@ import math
 from qlora_sft.config import Config
 
 
-def count_steps(n_bins: int, config: Config) -> int:
+def count_steps(n_sequences: int, config: Config) -> int:
     """Optimizer steps of the run. The last group of an epoch may be smaller."""
     t = config.training
-    steps = math.ceil(math.ceil(n_bins / t.batch_size) / t.gradient_accumulation)
+    steps = math.ceil(math.ceil(n_sequences / t.batch_size) / t.gradient_accumulation)
     return min(steps, t.max_steps) if t.max_steps else steps
 
 

@@ -29,9 +29,9 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
-from qlora_sft.training.as_loaded import Loaded, remember, require_unchanged, restore
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
-from qlora_sft.training.guards import RandomStates, too_full
+from qlora_sft.training.guards import RngState, too_full
+from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
 
@@ -68,7 +68,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self,
         model: Any,
         documents: Sequence[Rendered],
-        bins: list[list[int]],
+        sequences: list[list[int]],
         run: Path,
         keep_less: Callable[[str], bool],
         say: Say,
@@ -76,21 +76,21 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     ):
         """keep_less: given why, lets the layers keep less; False if they keep the least already."""
         self.run, self.keep_less, self.say = run, keep_less, say
-        self._loaded: Loaded | None = remember(model)
+        self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
             data_collator=BinCollator(documents),
-            train_dataset=Dataset.from_dict({"documents": bins}),
+            train_dataset=Dataset.from_dict({"documents": sequences}),
             **kwargs,
         )
-        restore(model, self._loaded)
+        restore(model, self._snapshot)
         self.totals = StepTotals()
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        """The bins are in training order already, for all epochs."""
+        """The sequences are in training order already, for all epochs."""
         return SequentialSampler(self.train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -140,28 +140,28 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
         """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
         less kept by every layer, with the same random numbers: the step is the one it would have been."""
-        if self._loaded is not None:
+        if self._snapshot is not None:
             # What prepares a model for training, ours or not, has run by now.
-            require_unchanged(self.model, self._loaded)
-            self._loaded = None
+            require_unchanged(self.model, self._snapshot)
+            self._snapshot = None
         if self._done == 0:
             # Not before: a run that is resumed sets them when it has taken its first rows.
-            self._random = RandomStates()
-        loss, obstacle = self._tried(model, [inputs], num_items_in_batch)
+            self._rng_state = RngState()
+        loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
-            self._forget_group(model)
+            self._reset_group(model)
             if self.keep_less(obstacle):
-                loss, obstacle = self._tried(model, so_far, num_items_in_batch)
+                loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
             if obstacle is not None:
-                self._forget_group(model)
-                raise too_full(obstacle, self._saved())
+                self._reset_group(model)
+                raise too_full(obstacle, self._save_finished_steps())
             self._done = len(so_far) - 1
         self._done += 1
         assert loss is not None
         return loss
 
-    def _tried(
+    def _try_batches(
         self, model: Any, batches: list[Any], num_items_in_batch: float | None
     ) -> tuple[Tensor | None, str | None]:
         """(loss of the last one, None), or (None, why there was no room). By then what the error held is free."""
@@ -173,15 +173,15 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return None, first_line(error)
         return loss, None
 
-    def _forget_group(self, model: Any) -> None:
+    def _reset_group(self, model: Any) -> None:
         drop_failed_graphs()
         model.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._random.restore()
+        self._rng_state.restore()
         self._begin_group(self._group)
 
-    def _saved(self) -> str:
+    def _save_finished_steps(self) -> str:
         """A checkpoint of the steps that are done, where the run ends. Returns what to say of it."""
         if self.state.global_step:
             self._save_checkpoint(self.model, None)

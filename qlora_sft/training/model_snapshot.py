@@ -18,7 +18,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-class Loaded(NamedTuple):
+class ModelSnapshot(NamedTuple):
     """What a model was when it was handed to the trainer."""
 
     trained: dict[str, Tensor]
@@ -28,17 +28,17 @@ class Loaded(NamedTuple):
     checkpointing: list[Any]
     """Whether each layer calls its checkpointing function: a trainer that is told not to checkpoint switches it off."""
     facts: dict[str, Any]
-    """What `facts_of` says of it."""
+    """What `training_facts` says of it."""
 
 
-def remember(model: Any) -> Loaded:
+def take_snapshot(model: Any) -> ModelSnapshot:
     """Returns what `restore` and `require_unchanged` compare ``model`` with. Takes no memory worth mentioning."""
     trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     flags = [getattr(layer, "gradient_checkpointing", None) for layer in decoder_layers(model)]
-    return Loaded(trained, base_of(model).__dict__.get("forward"), flags, facts_of(model))
+    return ModelSnapshot(trained, base_of(model).__dict__.get("forward"), flags, training_facts(model))
 
 
-def facts_of(model: Any) -> dict[str, Any]:
+def training_facts(model: Any) -> dict[str, Any]:
     """Returns all that shapes training and that a trainer could change: types of parameters, which of them are trained,
     how layers are checkpointed, hooks inside the base model, and attention."""
     facts: dict[str, Any] = {}
@@ -56,39 +56,39 @@ def facts_of(model: Any) -> dict[str, Any]:
     return facts
 
 
-def restore(model: Any, loaded: Loaded) -> list[str]:
+def restore(model: Any, snapshot: ModelSnapshot) -> list[str]:
     """Undoes what the construction of a trainer did to ``model`` and returns the names of the parameters concerned.
 
     Raises `RunError` for a change that cannot be undone here.
     """
     changed = []
     for name, parameter in model.named_parameters():
-        values = loaded.trained.get(name)
+        values = snapshot.trained.get(name)
         if values is not None and parameter.dtype != values.dtype:
             parameter.data = values
             changed.append(name)
     base = base_of(model)
-    if loaded.forward is None:
+    if snapshot.forward is None:
         base.__dict__.pop("forward", None)
     else:
-        base.forward = loaded.forward
-    for layer, flag in zip(decoder_layers(model), loaded.checkpointing, strict=True):
+        base.forward = snapshot.forward
+    for layer, flag in zip(decoder_layers(model), snapshot.checkpointing, strict=True):
         if flag is not None:
             layer.gradient_checkpointing = flag
-    require_unchanged(model, loaded)
+    require_unchanged(model, snapshot)
     return changed
 
 
-def require_unchanged(model: Any, loaded: Loaded) -> None:
+def require_unchanged(model: Any, snapshot: ModelSnapshot) -> None:
     """Raises `RunError` if ``model`` would be trained in another way than it was loaded for."""
-    now = facts_of(model)
-    changed = [key for key in {**loaded.facts, **now} if loaded.facts.get(key) != now.get(key)]
+    now = training_facts(model)
+    changed = [key for key in {**snapshot.facts, **now} if snapshot.facts.get(key) != now.get(key)]
     if not changed:
         return
     first = changed[0]
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise RunError(
-        f"the trainer changed the model after it was loaded: {first} was {loaded.facts.get(first)} and is "
+        f"the trainer changed the model after it was loaded: {first} was {snapshot.facts.get(first)} and is "
         f"{now.get(first)}{more}. Versions of trl, transformers or unsloth that qlora_sft does not know may do so; "
         "install those of requirements.lock, or try model.backend=transformers"
     )
