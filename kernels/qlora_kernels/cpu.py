@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,12 +19,12 @@ def bfloat16_products() -> tuple[bool, str]:
         return True, "this CPU has AMX"
     if not can.get("avx512_bf16"):
         return False, "this CPU has no bfloat16 instructions"
-    if "Intel" in can.get("cpu_name", ""):
+    if "Intel" in str(can.get("cpu_name", "")):
         return False, "an Intel CPU without AMX multiplies float32 faster"
     return True, "this CPU computes in bfloat16"
 
 
-def capabilities_before_211() -> dict[str, Any]:
+def capabilities_before_211() -> dict[str, bool | str]:
     """Returns what is asked of ``torch.cpu.get_capabilities`` above, where torch (2.10) has no such function."""
     info = Path("/proc/cpuinfo")
     return {

@@ -11,10 +11,13 @@ Source: QLoRA (https://arxiv.org/abs/2305.14314), section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class NF4Weight:
         return self.packed.device
 
     @classmethod
-    def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> NF4Weight:
+    def from_bitsandbytes(cls, packed: Tensor, quant_state: QuantState) -> NF4Weight:
         """From a quantised weight and its ``quant_state``, as ``Linear4bit.weight`` carries them. Copies nothing.
 
         Raises ValueError for another 4-bit type, and for a weight repacked for bitsandbytes' CPU inference.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.rope import check_context
 from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Names of the input embedding and the output head in the files of the families there are.
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out)\.weight")
@@ -115,7 +118,9 @@ def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> 
         )
 
 
-def check_ids(documents: Iterable[Documents], model: ModelConfig, base: str, tokenizer: Any) -> None:
+def check_ids(
+    documents: Iterable[Documents], model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises `DataError` for a rendered token without a row in the embedding, as placeholders for images have none."""
     count = _rows_of(base, read_config(base))
     new = new_rows(model, base)

@@ -5,7 +5,7 @@ A vocabulary of 128,256 words 4,096 wide takes 0.98 GiB of a card in 16 bits; it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 class HostEmbedding(torch.nn.Module):
@@ -32,7 +35,7 @@ class HostEmbedding(torch.nn.Module):
         return F.embedding(ids.cpu(), self.weight).to(self.device, non_blocking=True)
 
 
-def use_host_embedding(model: Any) -> str:
+def use_host_embedding(model: CausalModel) -> str:
     """Moves the input embedding of ``model`` to host memory. Returns what was done, to print.
 
     Raises `ConfigError` where the rows are trained, scaled, or needed on the device as output head.

@@ -7,7 +7,7 @@ have it too. So the run says which layers went through NF4, and a merge onto the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from qlora_kernels.packed_ce import NF4Head, PatchedHead
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BLOCK = 64  # weights that share a scale in NF4
 
 
-def quantize_head(model: Any, dtype: torch.dtype) -> None:
+def quantize_head(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replaces the head of a base model that has no adapters yet. Raises `ConfigError` as `check_head` does."""
     check_head(model)
     head = model.get_output_embeddings()
@@ -35,7 +38,7 @@ def check_frozen_head(settings: ModelConfig, new_rows: Sequence[int]) -> None:
         )
 
 
-def check_head(model: Any) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Raises `ConfigError` where the head cannot be in NF4."""
     head = model.get_output_embeddings()
     if head is None or head.weight is model.get_input_embeddings().weight:
@@ -63,16 +66,17 @@ def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module
     return layer
 
 
-def loss_weight(head: Any) -> Tensor | NF4Head | PatchedHead:
+def loss_weight(head: nn.Module) -> Tensor | NF4Head | PatchedHead:
     """The head [V, D] as `packed_linear_cross_entropy` takes it."""
     patched = _patched(head)
     if patched is not None:
         return patched
-    state = getattr(head.weight, "quant_state", None)
-    return head.weight if state is None else NF4Head.from_bitsandbytes(head.weight.data, state)
+    weight = cast(Tensor, head.weight)
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else NF4Head.from_bitsandbytes(weight.data, state)
 
 
-def _patched(head: Any) -> PatchedHead | None:
+def _patched(head: nn.Module) -> PatchedHead | None:
     """If PEFT trains some rows of the head: those, and the rest as it is. Its own ``weight`` would be a whole copy, and
     its gradient another."""
     layer = getattr(head, "token_adapter", None)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes
@@ -21,12 +21,17 @@ from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+    from qlora_sft.model.base import CausalModel
+
 # Tokens of the shorter row that is run; the longer has twice as many. What a layer takes is a constant (dequantised
 # weights) plus a part proportional to the tokens, as attention keeps no matrix of scores: two points give the line.
 SHORT = 256
 
 
-def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
+def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
     """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
@@ -44,7 +49,7 @@ def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
     return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))
 
 
-def _extrapolate(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
+def _extrapolate(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
     """On the line through two measured rows, ``short`` tokens and twice as many; a shorter row is measured itself."""
     long = 2 * short
     if model.device.type == "cuda":
@@ -56,7 +61,7 @@ def _extrapolate(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, 
     return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
 
 
-def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
+def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
     device = model.device
     was_training = model.training
     model.train()
@@ -65,22 +70,28 @@ def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> 
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
-            args, kwargs = _call_of(layer, model, tokens)
-            return _run(layer, args, kwargs)
+            return _run(layer, _call_of(layer, model, tokens))
     finally:
         model.train(was_training)
 
 
 class _Captured(Exception):
-    pass
+    """Ends a forward as soon as it has called the layer in question."""
 
 
-def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class LayerCall(NamedTuple):
+    """Holds the arguments with which the model calls a decoder layer."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, object]
+
+
+def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
     """What the model gives to ``layer`` for two documents of ``tokens``: each family has keywords of its own."""
-    call: list[Any] = []
+    calls: list[LayerCall] = []
 
-    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.extend((args, kwargs))
+    def capture(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+        calls.append(LayerCall(args, kwargs))
         raise _Captured
 
     hook = layer.register_forward_pre_hook(capture, with_kwargs=True)
@@ -89,10 +100,10 @@ def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...]
             last_hidden_states(model, _documents(model, tokens))
     finally:
         hook.remove()
-    return call[0], call[1]
+    return calls[0]
 
 
-def _documents(model: Any, tokens: int) -> Batch:
+def _documents(model: CausalModel, tokens: int) -> Batch:
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
@@ -108,12 +119,12 @@ def _documents(model: Any, tokens: int) -> Batch:
     )  # fmt: skip
 
 
-def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBytes:
-    hidden = args[0].detach().requires_grad_()
+def _run(layer: nn.Module, call: LayerCall) -> LayerBytes:
+    hidden = call.args[0].detach().requires_grad_()
     with memory_use(hidden.device) as use, _AttentionBytes() as attention:
         with torch.enable_grad():
             # Not layer(...), which would run the checkpointing that the loader has switched on.
-            result = layer.forward(hidden, *args[1:], **kwargs)
+            result = layer.forward(hidden, *call.args[1:], **call.kwargs)
         output = _tensors(result)[0]
         # The output is the next layer's input, and gone when this layer's backward begins.
         kept = hidden.nbytes + use.live() - output.nbytes
@@ -124,7 +135,7 @@ def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lay
     return LayerBytes(hidden.nbytes, attention.nbytes, kept, max(0, hidden.nbytes + use.peak() - kept))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -135,7 +146,9 @@ class _AttentionBytes(TorchDispatchMode):
         super().__init__()
         self.nbytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func.name() in ATTENTION_OPERATORS:
             self.nbytes += sum(tensor.nbytes for tensor in _tensors(result))
@@ -192,7 +205,9 @@ class _CpuUse(TorchDispatchMode):
     def peak(self) -> int:
         return self._peak
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):

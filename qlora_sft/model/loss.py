@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,11 +22,16 @@ from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qlora_sft.model.base import CausalModel
+
 # The implementation that `use_loss` has chosen for a model, for as long as there is that model.
 _chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
 
 
-def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
+def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
     """Chooses the implementation for all losses of ``model``, once. Returns the choice with its reason, to print.
 
     Raises ConfigError when ``triton`` is demanded where it cannot run.
@@ -45,12 +50,12 @@ def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.dev
         raise ConfigError(f"model.loss: {error}") from None
 
 
-def path_of(model: Any) -> PathName | None:
+def path_of(model: CausalModel) -> PathName | None:
     """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
     return _chosen.get(base_of(model))
 
 
-def last_hidden_states(model: Any, batch: Batch) -> Tensor:
+def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
     base = base_of(model)
     remember_lengths(batch["cu_seqlens"], batch["lengths"])
@@ -66,7 +71,7 @@ def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     return cast(Tensor, output.last_hidden_state)
 
 
-def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
+def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
     """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
     base = base_of(model)
     hidden = last_hidden_states(model, batch)
@@ -85,10 +90,17 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     )
 
 
-def logit_transform(config: Any) -> dict[str, Any]:
+class LogitTransform(TypedDict, total=False):
+    """Names the options of `packed_linear_cross_entropy` that a model's configuration asks for."""
+
+    softcap: float
+    logit_scale: float
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model does to its logits after the head, under the names each family gives it."""
     text = config.get_text_config()
-    options: dict[str, Any] = {}
+    options: LogitTransform = {}
     softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
     if softcap:
         options["softcap"] = float(softcap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.offload import LayerBytes
@@ -11,11 +11,14 @@ from qlora_kernels.packed_ce import HeadShape, PathName, backward_bytes, workspa
 
 from qlora_sft.model.loss import logit_transform
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 BATCH_BYTES = 2 * 8 + 4 * 4
 
 
 def between_bytes(
-    config: Any,
+    config: PretrainedConfig,
     tokens: int,
     dtype: torch.dtype,
     on_gpu: bool,
@@ -32,7 +35,7 @@ def between_bytes(
     return loss + persistent_bytes(config, tokens, dtype)
 
 
-def persistent_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def persistent_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Returns the bytes that are there during the whole step: the batch, and the cosines and sines of all layers.
 
     Of a batch: ids and positions in int64, and of every supervised position its number, label, weight and document.
@@ -46,7 +49,7 @@ def with_persistent(layer: LayerBytes, persistent: int) -> LayerBytes:
 
 
 def loss_bytes(
-    config: Any,
+    config: PretrainedConfig,
     tokens: int,
     dtype: torch.dtype,
     on_gpu: bool,
@@ -67,7 +70,7 @@ def loss_bytes(
     return kept + max(tokens * hidden * size + backward_bytes(head, tokens), forward)
 
 
-def rotation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def rotation_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Cosines and sines, one pair for all layers."""
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return 2 * tokens * size * dtype.itemsize

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.offload import (
@@ -20,6 +21,7 @@ from qlora_kernels.offload import (
     peak_bytes,
 )  # fmt: skip
 from qlora_kernels.packed_ce import HeadShape
+from torch import nn
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
@@ -34,11 +36,14 @@ from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
+
 
 class Memory:
     """The tiers of a model, in force. As a context: frees the host memory at its end, however it ends."""
 
-    def __init__(self, model: Any, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
+    def __init__(self, model: CausalModel, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
@@ -118,7 +123,7 @@ def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
     }
 
 
-def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
+def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
     """Decides what every layer keeps for rows of up to ``tokens``, and installs it. Call before training.
 
     Raises `ConfigError` if the model cannot be checkpointed layer by layer, or if a configured budget is too small.
@@ -196,11 +201,11 @@ def _repeat(tier: Tier, count: int) -> list[Tier]:
     return [tier] * count
 
 
-def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> TierChoice:
+def _choice(tiers: Sequence[Tier], layer: LayerBytes, loss: int, reason: str) -> TierChoice:
     return TierChoice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
 
 
-def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
+def install(model: CausalModel, tiers: Sequence[Tier], tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
     """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
     base = base_of(model)
     slab = schedule = None
@@ -224,7 +229,7 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
     return slab
 
 
-def _require_checkpointing(layers: Any, config: Config) -> None:
+def _require_checkpointing(layers: Sequence[nn.Module], config: Config) -> None:
     lacking = sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "gradient_checkpointing")})
     if lacking:
         raise ConfigError(

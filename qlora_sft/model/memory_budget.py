@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 
 from qlora_sft.config import Config
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 GIB = 2**30
 # Of a card: for the allocator's fragments and what libraries allocate behind torch's back.
@@ -25,7 +28,7 @@ class MemoryBudget(NamedTuple):
     reason: str
 
 
-def device_budget(model: Any, config: Config) -> MemoryBudget:
+def device_budget(model: CausalModel, config: Config) -> MemoryBudget:
     """For activations, on the device that the model is on; gradients and optimizer states are taken off."""
     return budget_on(model.device, config, training_states(model, config))
 
@@ -61,7 +64,7 @@ def host_budget(config: Config) -> MemoryBudget:
     return MemoryBudget(int(available * HOST_SHARE), f"{HOST_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM")
 
 
-def training_states(model: Any, config: Config) -> int:
+def training_states(model: CausalModel, config: Config) -> int:
     """Bytes of gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     wanted = config.training.optimizer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def meta_model(settings: Any) -> Any:
+
+def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
     """``settings``: transformers' configuration object. Raises `ConfigError` for a model that is not known."""
     from transformers import AutoModelForCausalLM
 
@@ -23,7 +26,7 @@ def meta_model(settings: Any) -> Any:
         ) from None
 
 
-def read_settings(config: Config, base: str) -> Any:
+def read_settings(config: Config, base: str) -> PretrainedConfig:
     """transformers' configuration object of the base, scaled as configured. Raises `ConfigError`."""
     from qlora_sft.model.rope import scaled_config
 
@@ -54,7 +57,7 @@ def check_layers(config: Config, base: str) -> None:
         why_mlp_stays(model, targets, config)
 
 
-def why_mlp_stays(model: Any, targets: list[str], config: Config) -> str:
+def why_mlp_stays(model: PreTrainedModel, targets: list[str], config: Config) -> str:
     """Says why the MLPs of a model without weights would not be tiled; "" if they would be.
 
     Goes by the rule of the run, which looks at layers with their adapters: ``model`` is given some. Raises

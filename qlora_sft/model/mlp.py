@@ -6,7 +6,7 @@ names, PEFT and what is saved stay as they were.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from qlora_kernels.nf4_lora import Activation, Projection, default_tile, lora_mlp
@@ -15,6 +15,9 @@ from torch import Tensor
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.projection import base_dtype, projection_of
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 # Modules whose forward is known to be down_proj(act_fn(gate_proj(x)) * up_proj(x)), by their class's name.
@@ -74,7 +77,7 @@ def projections_of(mlp: Any, training: bool) -> tuple[Projection, Projection, Pr
     return gate, up, down
 
 
-def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
+def use_tiled_mlp(model: CausalModel, requested: Requested, tokens: int) -> str:
     """Replaces the MLPs of ``model`` as ``requested``; returns the choice with its reason, to print.
 
     tokens: longest row of the run. ``auto`` is on wherever it can be: measured on a CPU, a layer is 1.2 to 1.3 times as
@@ -104,7 +107,7 @@ def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
     return obstacle
 
 
-def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
+def set_recompute(block: torch.nn.Module, checkpointed: bool, tokens: int) -> None:
     """Whether the MLP of a decoder layer, if it is tiled, keeps gate and up for its backward.
 
     It does in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only if it
@@ -121,7 +124,7 @@ def recomputes(tokens: int, tile: int, norm_after: bool) -> bool:
     return tokens > tile or not norm_after
 
 
-def obstacle_of(block: Any) -> str | None:
+def obstacle_of(block: torch.nn.Module) -> str | None:
     """Why this decoder layer's MLP must stay as it is."""
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):

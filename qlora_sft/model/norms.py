@@ -6,13 +6,16 @@ PEFT and what is saved stay as they were. Results are the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from qlora_kernels.rms_norm import NormFormula, rms_norm
 from torch import Tensor
 
 from qlora_sft.model.base import base_of
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 # Modules whose forward is known, by their class's name.
 FORMS: dict[str, NormFormula] = {
@@ -44,7 +47,7 @@ class LeanRMSNorm(torch.nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 
-def use_lean_norms(model: Any) -> str:
+def use_lean_norms(model: CausalModel) -> str:
     """Replaces the RMSNorms of ``model``'s decoder: those of its layers and the last one. Returns the choice with its
     reason, to print.
 
@@ -77,7 +80,7 @@ def use_lean_norms(model: Any) -> str:
     return f"on for {replaced} norms (kept: their input as it is, no float32 copy{'; ' + as_is if as_is else ''})"
 
 
-def has_lean_norms(model: Any) -> bool:
+def has_lean_norms(model: CausalModel) -> bool:
     return any(isinstance(module, LeanRMSNorm) for module in model.modules())
 
 

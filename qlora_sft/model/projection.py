@@ -68,6 +68,6 @@ def active_factors(layer: Any, training: bool) -> tuple[torch.Tensor, torch.Tens
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
 
 
-def base_dtype(layer: Any) -> torch.dtype | None:
+def base_dtype(layer: object) -> torch.dtype | None:
     """The type in which bitsandbytes' layer multiplies whatever its input is; None for other layers."""
     return getattr(getattr(layer, "base_layer", layer), "compute_dtype", None)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config, RopeScaling
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import read_config, text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qlora_sft.model.base import CausalModel
 
 
 def check_context(config: Config, base: str) -> None:
@@ -78,7 +83,7 @@ def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, origin
     return new
 
 
-def scaled_config(base: str, rope: RopeScaling | None) -> Any:
+def scaled_config(base: str, rope: RopeScaling | None) -> PretrainedConfig:
     """transformers' configuration of ``base`` with the scaling."""
     from transformers import AutoConfig
 
@@ -88,7 +93,7 @@ def scaled_config(base: str, rope: RopeScaling | None) -> Any:
     return type(config).from_dict(with_rope_scaling(read_config(base), rope))
 
 
-def check_rope(model: Any, config: Any) -> None:
+def check_rope(model: CausalModel, config: PretrainedConfig) -> None:
     """Raises `RunError` unless the loaded ``model`` turns its positions as ``config`` (from `scaled_config`) says."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

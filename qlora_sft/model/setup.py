@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,9 @@ from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def prepare_model(
     config: Config,
@@ -28,7 +31,7 @@ def prepare_model(
     tokens: int,
     say: Say,
     lengths: Sequence[int] = (),
-) -> Any:
+) -> PeftModel:
     """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only.
 
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
@@ -10,8 +10,11 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> Any:
+
+def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
 
     Control tokens that a shipped template writes and the base lacks are added, and said. Raises `ConfigError`.
@@ -19,7 +22,7 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
     if model.chat_template:
@@ -32,7 +35,7 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     return tokenizer
 
 
-def stop_token_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
+def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
     and ``model.stop_tokens``.
 
@@ -55,7 +58,7 @@ def stop_token_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *ids}
 
 
-def end_turns(tokenizer: Any, model: ModelConfig, base: str, say: Say) -> None:
+def end_turns(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, base: str, say: Say) -> None:
     """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already:
     runtimes stop where the saved tokenizer says.
 

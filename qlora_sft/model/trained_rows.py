@@ -9,7 +9,7 @@ Import this module only after the backend is chosen: it imports peft.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 
 from qlora_sft.model.base import base_of
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 class RowsBesideEmbedding(TrainableTokensLayer):  # type: ignore[misc]
@@ -29,7 +32,7 @@ class RowsBesideEmbedding(TrainableTokensLayer):  # type: ignore[misc]
         self.trainable_tokens_original = layer.trainable_tokens_original
         self.token_indices = layer.token_indices
 
-    def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: object, **kwargs: object) -> Tensor:
         if self.disable_adapters or self.merged or len(active_adapters) != 1:
             result: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
             return result
@@ -45,7 +48,7 @@ class RowsBesideEmbedding(TrainableTokensLayer):  # type: ignore[misc]
         return torch.where(places.any(-1, keepdim=True), rows, frozen)
 
 
-def use_rows_beside_embedding(model: Any) -> bool:
+def use_rows_beside_embedding(model: CausalModel) -> bool:
     """Replaces PEFT's layer in the input embedding of ``model``. False if none of its rows are trained."""
     embedding = base_of(model).get_input_embeddings()
     layer: Any = getattr(embedding, "token_adapter", None)

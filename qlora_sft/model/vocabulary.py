@@ -13,22 +13,25 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def missing_tokens(template: str | None, tokenizer: Any) -> list[str]:
+
+def missing_tokens(template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Control tokens of the shipped template that ``tokenizer`` has not; none for any other template."""
     shipped = SHIPPED.get(template or "")
     vocabulary = tokenizer.get_vocab() if shipped else {}
     return [token for token in shipped.control if token not in vocabulary] if shipped else []
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Adds them behind the last token, as control tokens: never part of a word, swallowing nothing around them."""
     from tokenizers import AddedToken
 
@@ -60,7 +63,7 @@ def describe_new(tokens: Sequence[str], template: str) -> str:
 
 
 @torch.no_grad()
-def grow(model: Any, rows: Sequence[int], *, initialise: bool) -> None:
+def grow(model: PreTrainedModel, rows: Sequence[int], *, initialise: bool) -> None:
     """Gives embedding and head these rows, in place, where they have too few; tied ones stay tied.
 
     ``initialise``: the rows begin as the mean of all before them; else an adapter has to bring them.
@@ -75,7 +78,7 @@ def grow(model: Any, rows: Sequence[int], *, initialise: bool) -> None:
         weight[list(rows)] = torch.mean(weight[: min(rows)], 0, dtype=torch.float32).to(weight.dtype)
 
 
-def trainable_rows(model: Any, rows: Sequence[int]) -> dict[str, list[int]] | None:
+def trainable_rows(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]] | None:
     """PEFT's ``trainable_token_indices``: rows of the embedding, and of the head where that is a matrix of its own."""
     if not rows:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.packed_ce import HeadShape
@@ -18,6 +18,9 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.meta_model import meta_model, read_settings, why_mlp_stays
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Norm:
 class Blueprint:
     kind: str
     """Class of the model."""
-    config: Any
+    config: PretrainedConfig
     """transformers' configuration of the language model."""
     parameters: dict[str, torch.Size]
     """Tied ones once."""
@@ -114,7 +117,7 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
     return blueprint_of(settings, config, rows)
 
 
-def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
+def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int] = ()) -> Blueprint:
     """The same, from transformers' configuration object and the ids of tokens that are added."""
     from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
@@ -152,12 +155,12 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
     return replace(blueprint, why_not_tiled=why_mlp_stays(model, targets, config), lean_norms=lean)
 
 
-def _input_embedding(model: Any) -> int:
+def _input_embedding(model: PreTrainedModel) -> int:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
-def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:
+def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -182,15 +185,25 @@ def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> lis
     ]  # fmt: skip
 
 
-def _is_norm(module: Any) -> bool:
+def _is_norm(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
 
 
-def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
-    """What the files hold: {bytes, parameters, note}. The note says what does not fit the configuration.
+@dataclass(frozen=True)
+class WeightFiles:
+    """Holds what the headers of a model's files say of its weights."""
 
-    Also for a checkpoint in 4 bits, whose packed tensors count two parameters per byte.
+    nbytes: int
+    parameters: int
+    note: str
+    """What of the files does not fit the configuration; empty if all does."""
+
+
+def check_headers(blueprint: Blueprint, base: str) -> WeightFiles:
+    """Reads what the weights' files of ``base`` hold and compares it with its configuration.
+
+    A checkpoint in 4 bits counts too: its packed tensors hold two parameters per byte.
     """
     headers = read_headers(base)
     packed = any("quant_state" in name for name in headers)
@@ -206,7 +219,7 @@ def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
         note = (
             f"the files hold {spare:,} parameters that a language model does not use (images, sound, or a second head)"
         )
-    return {"bytes": sum(header.nbytes for header in headers.values()), "parameters": held, "note": note}
+    return WeightFiles(sum(header.nbytes for header in headers.values()), held, note)
 
 
 def _parameters(name: str, header: Header) -> int:

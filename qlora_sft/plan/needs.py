@@ -63,7 +63,7 @@ def needs_of(
     documents = workload.documents if workload else [config.data.max_length]
     memory, choice = _this_run(blueprint, config, dtype, documents, tokens, held, say)
     return PlanReport(
-        model=_model(blueprint, config, files["note"]),
+        model=_model(blueprint, config, files.note),
         choices={
             "backend": Choice(*backend),
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
@@ -76,7 +76,7 @@ def needs_of(
         this_run=memory,
         cards=_cards(blueprint, config),
         host=_host(choice, memory, on_gpu),
-        disk=_disk(blueprint, config, held, files["bytes"], workload, base),
+        disk=_disk(blueprint, config, held, files.nbytes, workload, base),
         data=describe(workload) if workload else None,
         time=_time(blueprint, config, dtype, workload, choice, say) if timing and choice else None,
     )

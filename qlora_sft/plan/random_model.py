@@ -5,15 +5,19 @@ For measurements that need no model. One tensor at a time, so that no more than 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig
 
-def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+
+def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
     """PeftModel in training mode, attending by document. ``settings``: transformers' configuration object."""
     from accelerate import init_empty_weights
     from peft import LoraConfig, get_peft_model
@@ -45,7 +49,7 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     return peft
 
 
-def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
     from qlora_sft.model.head import nf4_linear
 

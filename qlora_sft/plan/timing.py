@@ -12,11 +12,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_sft.config import Config
 from qlora_sft.model.head import loss_weight, nf4_linear
@@ -24,6 +24,8 @@ from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan.blueprint import Blueprint
 from qlora_sft.plan.random_model import random_model
+
+Result = TypeVar("Result")
 
 SECONDS = 10.0
 # Tokens of the row that is measured, at most, so that it ends in time. Of longer documents attention takes a larger
@@ -90,7 +92,7 @@ def shortened(documents: list[int], most: int) -> list[int]:
     return kept or [most]
 
 
-def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The decoder with its first layer only."""
     settings = deepcopy(blueprint.config)
     settings.num_hidden_layers, settings.vocab_size = 1, 8
@@ -100,7 +102,8 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
     model = random_model(settings, config, dtype, device)
     use_lean_norms(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
-    return model.get_base_model().get_decoder()
+    decoder: nn.Module = model.get_base_model().get_decoder()
+    return decoder
 
 
 def _loss(
@@ -126,7 +129,7 @@ def _loss(
     return lambda: _timed(device, once)[0]
 
 
-def _timed(device: torch.device, action: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(device: torch.device, action: Callable[[], Result]) -> tuple[float, Result]:
     _wait(device)
     start = time.perf_counter()
     result = action()

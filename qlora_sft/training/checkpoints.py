@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
@@ -99,7 +99,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     return checkpoint
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
+def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, object, object]]:
     """(dotted key, old, new) wherever two configurations would not train the same."""
     if key in FREE_KEYS:
         return

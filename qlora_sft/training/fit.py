@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +25,11 @@ from qlora_sft.training.progress import Progress
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.model.base import CausalModel
+
 
 @dataclass(frozen=True)
 class Training:
@@ -33,8 +38,8 @@ class Training:
     config: Config
     run: Path
     say: Say
-    model: Any
-    tokenizer: Any
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     documents: Sequence[Rendered]
     sequences: list[list[int]]

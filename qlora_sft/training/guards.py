@@ -4,7 +4,7 @@ again with less kept."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from transformers import TrainerCallback
 
 from qlora_sft.errors import RunError, first_line
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # So many left out one after the other are no accident.
 MOST_SKIPPED = 3
@@ -29,21 +34,33 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
         self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: object,
+    ) -> None:
         if all_finite(model):
             return
-        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        rate = optimizer.param_groups[0]["lr"]
         raise RunError(
             f"step {state.global_step + 1} made values of the adapter that are not finite (learning rate {rate:g}, "
             f"{self.describe(state.global_step)}); lower training.learning_rate, or look at these rows with `preview`; "
             f"{self.saved()}"
         )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+    ) -> None:
         if args.fp16:
             return
         trained = [p for p in model.parameters() if p.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in trained])):
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             self._in_a_row = 0
             return
         for parameter in trained:
@@ -59,7 +76,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def all_finite(model: Any) -> bool:
+def all_finite(model: nn.Module) -> bool:
     """Tells whether every trained value of ``model`` is a finite number."""
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     # The largest magnitude of all is finite exactly if each value is; asking for it waits for a GPU once.

@@ -6,11 +6,14 @@ import contextlib
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,6 +43,6 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
         with contextlib.suppress(RuntimeError):  # in the middle of other output
             self.say("stopping after this step, with a checkpoint (once more: at once, without one)")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.requested:
             control.should_save = control.should_training_stop = True

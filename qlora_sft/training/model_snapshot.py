@@ -7,12 +7,16 @@ smaller than 1/256 of a weight, and nothing in a run would show it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.model.base import base_of, decoder_layers
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -23,25 +27,25 @@ class ModelSnapshot(NamedTuple):
 
     trained: dict[str, Tensor]
     """The values of every trainable parameter, which share their memory with the model."""
-    forward: Any
+    forward: Callable[..., object] | None
     """What stands in place of the language model's own forward, or None."""
-    checkpointing: list[Any]
+    checkpointing: list[bool | None]
     """Whether each layer calls its checkpointing function: a trainer that is told not to checkpoint switches it off."""
-    facts: dict[str, Any]
+    facts: dict[str, object]
     """What `training_facts` says of it."""
 
 
-def take_snapshot(model: Any) -> ModelSnapshot:
+def take_snapshot(model: CausalModel) -> ModelSnapshot:
     """Returns what `restore` and `require_unchanged` compare ``model`` with. Takes no memory worth mentioning."""
     trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     flags = [getattr(layer, "gradient_checkpointing", None) for layer in decoder_layers(model)]
     return ModelSnapshot(trained, base_of(model).__dict__.get("forward"), flags, training_facts(model))
 
 
-def training_facts(model: Any) -> dict[str, Any]:
+def training_facts(model: CausalModel) -> dict[str, object]:
     """Returns all that shapes training and that a trainer could change: types of parameters, which of them are trained,
     how layers are checkpointed, hooks inside the base model, and attention."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     for name, parameter in model.named_parameters():
         facts[f"type of {name}"] = str(parameter.dtype).removeprefix("torch.")
         facts[f"requires_grad of {name}"] = parameter.requires_grad
@@ -56,7 +60,7 @@ def training_facts(model: Any) -> dict[str, Any]:
     return facts
 
 
-def restore(model: Any, snapshot: ModelSnapshot) -> list[str]:
+def restore(model: CausalModel, snapshot: ModelSnapshot) -> list[str]:
     """Undoes what the construction of a trainer did to ``model`` and returns the names of the parameters concerned.
 
     Raises `RunError` for a change that cannot be undone here.
@@ -74,12 +78,12 @@ def restore(model: Any, snapshot: ModelSnapshot) -> list[str]:
         base.forward = snapshot.forward
     for layer, flag in zip(decoder_layers(model), snapshot.checkpointing, strict=True):
         if flag is not None:
-            layer.gradient_checkpointing = flag
+            layer.gradient_checkpointing = flag  # type: ignore[assignment]
     require_unchanged(model, snapshot)
     return changed
 
 
-def require_unchanged(model: Any, snapshot: ModelSnapshot) -> None:
+def require_unchanged(model: CausalModel, snapshot: ModelSnapshot) -> None:
     """Raises `RunError` if ``model`` would be trained in another way than it was loaded for."""
     now = training_facts(model)
     changed = [key for key in {**snapshot.facts, **now} if snapshot.facts.get(key) != now.get(key)]

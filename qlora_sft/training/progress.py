@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -15,6 +15,12 @@ from transformers import TrainerCallback
 from qlora_sft.atomic import written_file
 from qlora_sft.training.losses import StepLoss
 from qlora_sft.training.trainer import PackedSFTTrainer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -38,7 +44,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file: IO[str] | None = None
         self._step_started = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         with written_file(self.metrics_file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         self._file = self.metrics_file.open("a", encoding="utf-8")
@@ -49,14 +57,29 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             mininterval=interval,
         )  # fmt: skip
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._step_started = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Optimizer,
+        **_: object,
+    ) -> None:
         # Read here: once the step is done the scheduler has moved on to the next one's rate.
-        self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.learning_rate = optimizer.param_groups[0]["lr"]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
         if self.trainer is None or not logs or "grad_norm" not in logs:
             return  # the summary at the end of training
         totals = self.trainer.totals

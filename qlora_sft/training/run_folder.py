@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
@@ -16,7 +16,12 @@ from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_sft.data.dedup import Removed
+    from qlora_sft.model.base import CausalModel
 
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
 RUN_FILES = (
@@ -95,13 +100,13 @@ def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -
     return order
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
     with written_folder(folder) as beside:
         write_adapter(model, tokenizer, beside)
 
 
-def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes adapter and tokenizer into ``folder``. Raises `RunError` if a value of the adapter is not finite."""
     from qlora_sft.training.guards import all_finite
 
@@ -114,7 +119,7 @@ def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_samples(run: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def write_samples(run: Path, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
     """``samples.jsonl``: the answers after training, each with the answer before."""
     with written_file(run / "samples.jsonl") as beside:
         rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]

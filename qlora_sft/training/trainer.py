@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import BinCollator
+from qlora_sft.data.batch import Batch, BinCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
@@ -34,6 +34,11 @@ from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from qlora_sft.model.base import CausalModel
 
 
 @dataclass
@@ -66,7 +71,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Any,
+        model: CausalModel,
         documents: Sequence[Rendered],
         sequences: list[list[int]],
         run: Path,
@@ -89,11 +94,11 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+    def _get_train_sampler(self, *_: object, **__: object) -> SequentialSampler:
         """The sequences are in training order already, for all epochs."""
         return SequentialSampler(self.train_dataset)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Rises over the warm-up, then falls linearly to zero; no step is spent at a rate of zero."""
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
@@ -101,7 +106,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         )
         return self.lr_scheduler
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
         """The trainer's own checkpoint, made beside the run's and given its name when it is complete."""
         folder = folder_of(self.run, self.state.global_step)
         unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -113,16 +118,16 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """The adapter as it is saved at the end of the run; no pickled arguments."""
         write_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """A checkpoint is for going on; what is published gets a card of ours."""
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], float]:
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], float]:
         """The micro-batches of one optimizer step, and the weight of all their supervised tokens (on the host)."""
         batches = []
         for _ in range(num_batches):
@@ -133,11 +138,11 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._begin_group(batches)
         return batches, sum(batch["weight_sum"] for batch in batches)
 
-    def _begin_group(self, batches: list[Any]) -> None:
+    def _begin_group(self, batches: list[Batch]) -> None:
         self.totals = StepTotals()
         self._group, self._done = batches, 0
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
+    def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
         """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
         less kept by every layer, with the same random numbers: the step is the one it would have been."""
         if self._snapshot is not None:
@@ -162,7 +167,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _try_batches(
-        self, model: Any, batches: list[Any], num_items_in_batch: float | None
+        self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
     ) -> tuple[Tensor | None, str | None]:
         """(loss of the last one, None), or (None, why there was no room). By then what the error held is free."""
         loss = None
@@ -173,7 +178,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return None, first_line(error)
         return loss, None
 
-    def _reset_group(self, model: Any) -> None:
+    def _reset_group(self, model: CausalModel) -> None:
         drop_failed_graphs()
         model.zero_grad()
         if torch.cuda.is_available():
@@ -188,7 +193,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return what_is_left(self.run)
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: float | None = None
+        self, model: CausalModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: float | None = None
     ) -> Tensor:
         if num_items_in_batch is None:
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qlora_kernels.offload.schedule import Schedule, TicketRef
 from qlora_kernels.offload.tiers import Tier
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.utils.checkpoint import SelectiveCheckpointContext
 
 LayerFunction = Callable[..., Any]
 
@@ -45,21 +49,21 @@ def layer_functions(tiers: Sequence[Tier], schedule: Schedule | None) -> list[La
     return [partial(_beginning, schedule, functions[0]), *functions[1:]]
 
 
-def run_kept(function: LayerFunction, *args: Any) -> Any:
+def run_kept(function: LayerFunction, *args: object) -> object:
     return function(*args)
 
 
-def run_checkpointed(function: LayerFunction, *args: Any) -> Any:
+def run_checkpointed(function: LayerFunction, *args: object) -> object:
     return checkpoint(function, *args, use_reentrant=False)
 
 
-def run_attention_kept(function: LayerFunction, *args: Any) -> Any:
+def run_attention_kept(function: LayerFunction, *args: object) -> object:
     """Checkpointed, but attention is not done again. torch allows one backward per forward of such a layer."""
     contexts = partial(create_selective_checkpoint_contexts, _attention_is_saved)
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-def run_offloaded(schedule: Schedule, function: LayerFunction, *args: Any) -> Any:
+def run_offloaded(schedule: Schedule, function: LayerFunction, *args: object) -> object:
     """Checkpointed, the hidden states in host memory. Non-reentrant checkpointing saves its tensor arguments through
     the hooks around it and hides what the layer itself saves, so the hooks see the hidden states and nothing else."""
     if not args or not isinstance(args[0], Tensor):
@@ -69,7 +73,7 @@ def run_offloaded(schedule: Schedule, function: LayerFunction, *args: Any) -> An
         return checkpoint(lambda x: function(x, *rest), hidden, use_reentrant=False)
 
 
-def _fetching(schedule: Schedule, run: LayerFunction, function: LayerFunction, *args: Any) -> Any:
+def _fetching(schedule: Schedule, run: LayerFunction, function: LayerFunction, *args: object) -> object:
     """A layer that stays on the device after offloaded ones: its backward starts their way back."""
     newest = schedule.newest
     result = run(function, *args)
@@ -83,18 +87,20 @@ def _fetch(schedule: Schedule, newest: TicketRef, gradient: Tensor) -> None:
     schedule.fetch_before(newest)
 
 
-def _beginning(schedule: Schedule, run: LayerFunction, function: LayerFunction, *args: Any) -> Any:
+def _beginning(schedule: Schedule, run: LayerFunction, function: LayerFunction, *args: object) -> object:
     schedule.begin()
     return run(function, *args)
 
 
-def _attention_is_saved(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _attention_is_saved(
+    context: SelectiveCheckpointContext, operator: OpOverload, *args: object, **kwargs: object
+) -> CheckpointPolicy:
     if operator.name() in ATTENTION_OPERATORS and not _dropout(operator, args, kwargs):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _dropout(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+def _dropout(operator: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
     """With dropout attention draws random numbers. Left out of the second forward, all later draws would differ."""
     for position, argument in enumerate(operator._schema.arguments):
         if argument.name == "dropout_p":

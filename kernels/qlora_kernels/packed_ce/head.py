@@ -4,12 +4,15 @@ with a few rows that are trained."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 
 class NF4Head(NF4Weight):
@@ -19,7 +22,7 @@ class NF4Head(NF4Weight):
     """
 
     @classmethod
-    def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> NF4Head:
+    def from_bitsandbytes(cls, packed: Tensor, quant_state: QuantState) -> NF4Head:
         """From a quantised weight and its ``quant_state``, as ``Linear4bit.weight`` carries them."""
         weight = NF4Weight.from_bitsandbytes(packed, quant_state)
         width = weight.shape[1]
