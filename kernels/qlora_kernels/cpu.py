@@ -1,4 +1,4 @@
-"""What a CPU is good at, from what it says of itself: the same answer in every run, so results repeat."""
+"""Tells what a CPU is good at from what it says of itself: the answer is the same in every run, so results repeat."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def bfloat16_products() -> tuple[bool, str]:
-    """(whether bfloat16 matrix products are faster than float32 here, reason).
+    """Returns (whether bfloat16 matrix products are faster than float32 here, reason).
 
-    Measured with oneDNN: an AMD Zen 4 multiplies bfloat16 at twice float32's rate; an Intel Xeon (Emerald Rapids)
-    whose AMX is switched off, as in many virtual machines, at half of it. Without an instruction bfloat16 is emulated,
-    which is slower than both.
+    Measured with oneDNN: an AMD Zen 4 multiplies bfloat16 at twice float32's rate; an Intel Xeon (Emerald Rapids) whose
+    AMX is switched off, as in many virtual machines, at half of it. Without an instruction bfloat16 is emulated, which
+    is slower than both.
     """
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else capabilities_before_211()
     if can.get("amx_bf16"):

@@ -1,4 +1,4 @@
-"""RMSNorm that keeps its input in the input's own type for its backward, and no copy of it in float32.
+"""Computes an RMSNorm that keeps its input in the input's own type for its backward, and no copy in float32.
 
 With w of D values, mean over a token's D values, everything in float32::
 
@@ -35,7 +35,7 @@ GPU_BLOCK = 2**24
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: NormFormula = "llama") -> Tensor:
-    """x [.., D], weight [D] -> [.., D], with gradients for x and, if it requires one, for the weight.
+    """Normalises x [.., D] with weight [D] -> [.., D], with gradients for x and, if it requires one, for the weight.
 
     The result is of x's type; in the llama form, as in transformers, of the wider one of x's and the weight's.
     Raises ValueError for an unknown form and for a weight that does not fit.
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: NormFormula = "llam
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, form: NormFormula = "llama") -> Tensor:
-    """The textbook, in x's own type throughout."""
+    """Computes the textbook norm in x's own type throughout."""
     n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return n * (weight if form == "llama" else 1 + weight)
 
@@ -84,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:
-    """(y [.., D], r [.., 1] in float32)"""
+    """Returns (y [.., D], r [.., 1] in float32)."""
     # The order in which a sum runs may depend on strides: only rows that lie one after another are cut into blocks.
     if x.numel() <= block_values(x) or not x.is_contiguous():
         return one_block(x, weight, eps, form)
@@ -97,7 +97,7 @@ def normalised(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tupl
 
 
 def one_block(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:
-    """transformers' operations in transformers' order."""
+    """Computes one block with transformers' operations, in transformers' order."""
     x32 = x.to(torch.float32)
     root = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     n = x32 * root
@@ -105,8 +105,11 @@ def one_block(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple
 
 
 def blocks(rows: Tensor) -> list[slice]:
-    """Of ``rows`` [t, D], parts of at most `block_values` (but a row at least), as equal as can be: a GPU sums a mere
-    handful of rows in another order, and a small rest would no longer give transformers' bits."""
+    """Cuts ``rows`` [t, D] into equal parts of at most `block_values` (but of one row at least).
+
+    They are as equal as can be, because a GPU sums a mere handful of rows in another order, and a small rest would no
+    longer give transformers' bits.
+    """
     count, width = rows.shape
     most = max(1, block_values(rows) // max(1, width))
     parts = -(-count // most)

@@ -1,4 +1,4 @@
-"""Which way a GPU attends inside documents, where it can do either: all in one call, or one call per document.
+"""Chooses how a GPU attends inside documents where it can do either: all in one call, or one call per document.
 
 Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 128) on an H200, torch 2.11, in ms::
 

@@ -1,4 +1,4 @@
-"""The model under its adapters, and its decoder layers."""
+"""Finds the model under its adapters, and its decoder layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def base_of(model: CausalModel) -> PreTrainedModel:
-    """``model`` itself, or the transformers model inside PEFT's."""
+    """Returns ``model`` itself, or the transformers model inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(model: CausalModel) -> list[nn.Module]:
+    """Returns the decoder layers of ``model``, in the order of the forward."""
     return list(base_of(model).get_decoder().layers)
 
 

@@ -1,4 +1,4 @@
-"""Whether a base can be trained at all: its weights, its tokenizer and the settings fit one another.
+"""Checks whether a base can be trained at all: whether its weights, its tokenizer and the settings fit one another.
 
 Everything is known from config.json, the headers of the weights and the tokenizer, so nothing is loaded for it. Without
 these checks a token that has no embedding ends a run in the middle (on a GPU with an assertion that names nothing), and
@@ -153,7 +153,7 @@ def check_chat(model: ModelConfig, base: str) -> None:
 
 
 def _headers(base: str) -> dict[str, Header]:
-    """Of all tensors; empty for a model whose weights are in other files."""
+    """Returns the headers of all tensors; none for a model whose weights are in files of another kind."""
     try:
         return read_headers(base)
     except ConfigError as error:
@@ -163,12 +163,13 @@ def _headers(base: str) -> dict[str, Header]:
 
 
 def _embedding_rows(name: str, header: Header) -> int:
-    """Rows of an embedding or output head that is not packed into bytes; 0 for any other tensor."""
+    """Returns the rows of an embedding or output head that is not packed into bytes; 0 for any other tensor."""
     fits = _EMBEDDINGS.fullmatch(name) and len(header.shape) == 2 and header.dtype != "U8"
     return header.shape[0] if fits else 0
 
 
 def _count(header: Header) -> int:
+    """Returns the values of a tensor."""
     count = 1
     for size in header.shape:
         count *= size

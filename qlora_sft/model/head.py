@@ -1,7 +1,8 @@
-"""The output head in NF4 (`model.head_in_4bit`): 128,256 words 4,096 wide take 0.98 GiB in 16 bits, 0.25 GiB so.
+"""Quantises the output head to NF4 (`model.head_in_4bit`).
 
-A choice about the model and not only about memory: the loss is that of the rounded head, and what is exported has to
-have it too. So the run says which layers went through NF4, and a merge onto the dequantised base takes the head along.
+A head of 128,256 tokens 4,096 wide takes 0.98 GiB in 16 bits and 0.25 GiB in NF4. This is a choice about the model and
+not only about memory: the loss is that of the rounded head, and what is exported has to have it too. So the run says
+which layers went through NF4, and a merge onto the dequantised base takes the head along.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A frozen layer of bitsandbytes with ``weight`` in NF4, doubly quantised, on the device of that tensor."""
+    """Returns a frozen layer of bitsandbytes with ``weight`` in NF4, doubly quantised, on the device of that tensor."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(
@@ -67,7 +68,7 @@ def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module
 
 
 def loss_weight(head: nn.Module) -> Tensor | NF4Head | PatchedHead:
-    """The head [V, D] as `packed_linear_cross_entropy` takes it."""
+    """Returns the head [V, D] as `packed_linear_cross_entropy` takes it."""
     patched = _patched(head)
     if patched is not None:
         return patched
@@ -77,8 +78,10 @@ def loss_weight(head: nn.Module) -> Tensor | NF4Head | PatchedHead:
 
 
 def _patched(head: nn.Module) -> PatchedHead | None:
-    """If PEFT trains some rows of the head: those, and the rest as it is. Its own ``weight`` would be a whole copy, and
-    its gradient another."""
+    """Returns the frozen head with its trained rows if PEFT trains some of them, else None.
+
+    PEFT's own ``weight`` would be a whole copy of the head, and its gradient another.
+    """
     layer = getattr(head, "token_adapter", None)
     if layer is None or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
         return None

@@ -1,4 +1,4 @@
-"""What one decoder layer of this model takes for a row of T tokens, measured on short rows."""
+"""Measures on short sequences what one decoder layer of this model takes for a sequence of T tokens."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
     from qlora_sft.model.base import CausalModel
 
-# Tokens of the shorter row that is run; the longer has twice as many. What a layer takes is a constant (dequantised
-# weights) plus a part proportional to the tokens, as attention keeps no matrix of scores: two points give the line.
+# Tokens of the shorter sequence that is run; the longer has twice as many. What a layer takes is a constant
+# (dequantised weights) plus a part proportional to the tokens, as attention keeps no matrix of scores. So two points
+# give the line.
 SHORT = 256
 
 
 def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
-    """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
+    """Returns the bytes of the largest decoder layer for a sequence of ``tokens``.
+
+    It changes neither the model nor the random numbers.
+    """
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, TiledMLP):
@@ -50,7 +54,10 @@ def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerB
 
 
 def _extrapolate(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
-    """On the line through two measured rows, ``short`` tokens and twice as many; a shorter row is measured itself."""
+    """Returns the bytes for ``tokens`` on the line through two measured lengths, ``short`` tokens and twice as many.
+
+    A shorter sequence is measured itself.
+    """
     long = 2 * short
     if model.device.type == "cuda":
         _measured(layer, model, min(short, tokens), dtype)  # cuBLAS and Triton take workspaces at their first call
@@ -62,6 +69,7 @@ def _extrapolate(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch
 
 
 def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
+    """Runs one layer forward and backward for ``tokens`` and returns what it took."""
     device = model.device
     was_training = model.training
     model.train()
@@ -87,7 +95,10 @@ class LayerCall(NamedTuple):
 
 
 def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
-    """What the model gives to ``layer`` for two documents of ``tokens``: each family has keywords of its own."""
+    """Returns the arguments that the model gives to ``layer`` for two documents of ``tokens``.
+
+    Each family of models has keywords of its own.
+    """
     calls: list[LayerCall] = []
 
     def capture(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
@@ -104,6 +115,7 @@ def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
 
 
 def _documents(model: CausalModel, tokens: int) -> Batch:
+    """Returns a batch of two documents without a supervised token."""
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
@@ -120,6 +132,7 @@ def _documents(model: CausalModel, tokens: int) -> Batch:
 
 
 def _run(layer: nn.Module, call: LayerCall) -> LayerBytes:
+    """Runs forward and backward of the layer and measures both."""
     hidden = call.args[0].detach().requires_grad_()
     with memory_use(hidden.device) as use, _AttentionBytes() as attention:
         with torch.enable_grad():
@@ -136,11 +149,12 @@ def _run(layer: nn.Module, call: LayerCall) -> LayerBytes:
 
 
 def _tensors(tree: object) -> list[Tensor]:
+    """Returns all tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _AttentionBytes(TorchDispatchMode):
-    """Bytes of the results of all attention operators."""
+    """Adds up the bytes of the results of all attention operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +170,7 @@ class _AttentionBytes(TorchDispatchMode):
 
 
 class MemoryUse(Protocol):
-    """Bytes allocated since it began."""
+    """Counts the bytes that were allocated since it began."""
 
     def live(self) -> int: ...
     def peak(self) -> int: ...
@@ -164,7 +178,10 @@ class MemoryUse(Protocol):
 
 @contextlib.contextmanager
 def memory_use(device: torch.device) -> Iterator[MemoryUse]:
-    """What is done inside takes: by torch's allocator on a GPU, by the results of all operators on a CPU."""
+    """Measures what is done inside.
+
+    On a GPU torch's allocator is asked, on a CPU the results of all operators are counted.
+    """
     if device.type == "cuda":
         yield _CudaUse(device)
     else:
@@ -174,7 +191,10 @@ def memory_use(device: torch.device) -> Iterator[MemoryUse]:
 
 
 class _CudaUse:
-    """Requested bytes: allocated ones include up to 1 MiB of rounding per tensor, which a long row has no more of."""
+    """Counts requested bytes.
+
+    Allocated ones include up to 1 MiB of rounding per tensor, of which a long sequence has no more than a short one.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -192,7 +212,10 @@ class _CudaUse:
 
 
 class _CpuUse(TorchDispatchMode):
-    """Follows the storage of every new tensor until it is freed; what an operator takes inside, it does not see."""
+    """Follows the storage of every new tensor until it is freed.
+
+    What an operator takes inside, it does not see.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A batch -> its loss, from the last hidden states: the logits of the whole row are never formed."""
+"""Computes the loss of a batch from the last hidden states; the logits of the whole sequence are never formed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from qlora_sft.model.base import CausalModel
 
-# The implementation that `use_loss` has chosen for a model, for as long as there is that model.
+# The implementation that `use_loss` has chosen for each model, kept for as long as the model lives.
 _chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
 
 
 def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
     """Chooses the implementation for all losses of ``model``, once. Returns the choice with its reason, to print.
 
-    Raises ConfigError when ``triton`` is demanded where it cannot run.
+    Raises `ConfigError` when ``triton`` is demanded where it cannot run.
     """
     base = base_of(model)
     path = choose_loss(requested, base.device)
@@ -51,12 +51,12 @@ def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.dev
 
 
 def path_of(model: CausalModel) -> PathName | None:
-    """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
+    """Returns the implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
     return _chosen.get(base_of(model))
 
 
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
-    """[1, T, D], behind the last norm, before the output head."""
+    """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
     base = base_of(model)
     remember_lengths(batch["cu_seqlens"], batch["lengths"])
     output = base.get_decoder()(
@@ -72,7 +72,10 @@ def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
 
 
 def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
-    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
+    """Computes the cross-entropy of the supervised positions of ``batch``, divided by ``n_items``.
+
+    By default the divisor is the batch's own weight.
+    """
     base = base_of(model)
     hidden = last_hidden_states(model, batch)
     n_documents = batch["cu_seqlens"].numel() - 1
@@ -98,7 +101,10 @@ class LogitTransform(TypedDict, total=False):
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """What the model does to its logits after the head, under the names each family gives it."""
+    """Returns what the model does to its logits after the head.
+
+    Each family has names of its own for it.
+    """
     text = config.get_text_config()
     options: LogitTransform = {}
     softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later

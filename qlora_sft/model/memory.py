@@ -1,4 +1,4 @@
-"""What each decoder layer keeps between its forward and its backward: measured, chosen, installed and printed."""
+"""Measures, chooses, installs and prints what each decoder layer keeps between its forward and its backward."""
 
 from __future__ import annotations
 
@@ -41,19 +41,22 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """The tiers of a model, in force. As a context: frees the host memory at its end, however it ends."""
+    """Holds the tiers that are in force for a model.
+
+    As a context it frees the host memory at its end, however that comes.
+    """
 
     def __init__(self, model: CausalModel, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
         self.choice: TierChoice | None = None
-        """What is in force."""
+        """The split that is in force."""
         self.slab: HostSlab | None = None
         self.resident: dict[str, int] = {}
-        """What the device held when training began; empty on a CPU."""
+        """The bytes that the device held when training began; empty on a CPU."""
         self.measured: dict[str, int] | None = None
-        """Most that torch had allocated and reserved during the training, on a GPU."""
+        """The most bytes that torch had allocated and reserved during the training, on a GPU."""
 
     def use(self, choice: TierChoice) -> None:
         """Installs the tiers, and says so."""
@@ -70,7 +73,7 @@ class Memory:
 
     @property
     def report(self) -> MemoryReport:
-        """What the manifest says of it."""
+        """Returns what the manifest says about the tiers."""
         choice = self.choice
         assert choice is not None, "no tiers are installed yet"
         return MemoryReport(
@@ -86,7 +89,10 @@ class Memory:
         )
 
     def keep_less(self, why: str) -> bool:
-        """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
+        """Installs the split that takes least, whatever was chosen before, because the GPU was full after all.
+
+        Returns False if that split is in force already. why: the reason, to be printed.
+        """
         host = host_budget(self.config).nbytes if self.model.device.type == "cuda" else 0
         choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
         if self.choice is not None and choice.tiers == self.choice.tiers:
@@ -110,8 +116,10 @@ class Memory:
 
 
 def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
-    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``, which
-    starts anew. Empty on a CPU."""
+    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``.
+
+    A call with ``begin`` starts the count anew. On a CPU the result is empty.
+    """
     if device.type != "cuda":
         return {}
     if begin:
@@ -124,7 +132,7 @@ def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
 
 
 def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
-    """Decides what every layer keeps for rows of up to ``tokens``, and installs it. Call before training.
+    """Decides what every layer keeps for sequences of up to ``tokens``, and installs it. Call it before training.
 
     Raises `ConfigError` if the model cannot be checkpointed layer by layer, or if a configured budget is too small.
     """
@@ -150,7 +158,10 @@ def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dty
 def choose(
     config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
 ) -> TierChoice:
-    """The tier of every layer, by ``memory.policy``. loss: bytes between forward and backward."""
+    """Chooses the tier of every layer by ``memory.policy``.
+
+    loss: the bytes between forward and backward.
+    """
     policy = config.memory.policy
     if policy == "auto":
         return _choose_by_budget(config, n_layers, layer, loss, budget, on_gpu, say)
@@ -169,6 +180,7 @@ def choose(
 def _choose_by_budget(
     config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
 ) -> TierChoice:
+    """Chooses the fastest tiers that fit the budget."""
     if config.memory.gpu_budget_gib is not None and not on_gpu:
         say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
     # On a CPU host and device are the same memory: to copy an input there would only cost time.
@@ -191,7 +203,7 @@ def _choose_by_budget(
 
 
 def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> TierChoice:
-    """The inputs of as many layers as ``host`` bytes hold in host memory, of the others on the device."""
+    """Returns the split with as many inputs in host memory as ``host`` bytes hold, and the others on the device."""
     offloaded = min(n_layers, host // layer.input)
     tiers = _repeat("offload", offloaded) + _repeat("checkpoint", n_layers - offloaded)
     return _choice(tiers, layer, loss, reason)
@@ -202,11 +214,12 @@ def _repeat(tier: Tier, count: int) -> list[Tier]:
 
 
 def _choice(tiers: Sequence[Tier], layer: LayerBytes, loss: int, reason: str) -> TierChoice:
+    """Returns a split with what it takes."""
     return TierChoice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
 
 
 def install(model: CausalModel, tiers: Sequence[Tier], tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
-    """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
+    """Sets how each layer of ``model`` is run. Takes the host memory that it needs, and returns it."""
     base = base_of(model)
     slab = schedule = None
     if "offload" in tiers:
@@ -230,6 +243,7 @@ def install(model: CausalModel, tiers: Sequence[Tier], tokens: int, input_bytes:
 
 
 def _require_checkpointing(layers: Sequence[nn.Module], config: Config) -> None:
+    """Raises `ConfigError` if a layer cannot be checkpointed."""
     lacking = sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "gradient_checkpointing")})
     if lacking:
         raise ConfigError(

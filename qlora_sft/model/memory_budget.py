@@ -1,4 +1,4 @@
-"""How much memory there is for activations, on the device and on the host, and how that is known."""
+"""Says how much memory there is for activations, on the device and on the host, and how that is known."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 GIB = 2**30
-# Of a card: for the allocator's fragments and what libraries allocate behind torch's back.
+# The share of a card that is left to the allocator's fragments and to what libraries allocate behind torch's back.
 CARD_RESERVE = 0.05
-# Of the memory that a CPU run finds: the rest is for the data loader, other programs and the system's file cache.
+# The share of the free memory that a CPU run may use. The rest is for the data loader, other programs and the system's
+# file cache.
 RAM_SHARE = 0.7
 HOST_SHARE = 0.5
 # bitsandbytes' 8-bit AdamW: states of smaller tensors stay in float32; one float32 maximum per 256 values and state.
@@ -24,17 +25,25 @@ SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 
 
 class MemoryBudget(NamedTuple):
+    """Holds a number of bytes, and the reason for it."""
+
     nbytes: int
     reason: str
 
 
 def device_budget(model: CausalModel, config: Config) -> MemoryBudget:
-    """For activations, on the device that the model is on; gradients and optimizer states are taken off."""
+    """Returns the memory for activations on the device that the model is on.
+
+    Gradients and optimizer states are taken off.
+    """
     return budget_on(model.device, config, training_states(model, config))
 
 
 def budget_on(device: torch.device, config: Config, states: int, weights: int = 0) -> MemoryBudget:
-    """For activations on ``device``. weights: bytes of a model that is not loaded yet."""
+    """Returns the memory for activations on ``device``.
+
+    states: the bytes of gradients and optimizer states. weights: the bytes of a model that is not loaded yet.
+    """
     if device.type != "cuda":
         available = available_ram() - weights
         return MemoryBudget(
@@ -56,7 +65,7 @@ def budget_on(device: torch.device, config: Config, states: int, weights: int = 
 
 
 def host_budget(config: Config) -> MemoryBudget:
-    """For inputs of layers in host memory."""
+    """Returns the host memory for inputs of layers."""
     configured = config.memory.host_budget_gib
     if configured is not None:
         return MemoryBudget(int(configured * GIB), f"memory.host_budget_gib={configured:g}")
@@ -65,7 +74,7 @@ def host_budget(config: Config) -> MemoryBudget:
 
 
 def training_states(model: CausalModel, config: Config) -> int:
-    """Bytes of gradients and optimizer states."""
+    """Returns the bytes of gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     wanted = config.training.optimizer
     eight_bit = "8bit" in wanted or (wanted == "auto" and model.device.type == "cuda")
@@ -74,10 +83,11 @@ def training_states(model: CausalModel, config: Config) -> int:
 
 
 def optimizer_bytes(tensors: list[int], eight_bit: bool) -> int:
-    """States of AdamW for trained float32 tensors of so many elements.
+    """Returns the bytes of AdamW's states for trained float32 tensors of so many elements.
 
-    float32: two values per parameter, and torch's own AdamW a float32 step per tensor. bitsandbytes' 8 bits: two bytes
-    per parameter, a maximum per block and state, and two tables of 256 values for all; small tensors in float32.
+    In float32 they are two values per parameter, and in torch's own AdamW a float32 step per tensor. In bitsandbytes' 8
+    bits they are two bytes per parameter, a maximum per block and state, and two tables of 256 values for all; small
+    tensors stay in float32.
     """
     if not eight_bit:
         return sum(8 * count + 4 for count in tensors)
@@ -88,7 +98,10 @@ def optimizer_bytes(tensors: list[int], eight_bit: bool) -> int:
 
 
 def available_ram() -> int:
-    """What new allocations can have without swapping, within the limit of the container if there is one."""
+    """Returns the bytes that new allocations can have without swapping.
+
+    The limit of the container counts if there is one.
+    """
     available = int(psutil.virtual_memory().available)
     root = Path("/sys/fs/cgroup")
     for limit, used in (

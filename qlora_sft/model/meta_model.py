@@ -1,4 +1,4 @@
-"""A model without its weights: built by transformers on the meta device, from config.json alone."""
+"""Builds a model without its weights: transformers makes it on the meta device, from config.json alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
-    """``settings``: transformers' configuration object. Raises `ConfigError` for a model that is not known."""
+    """Builds the model without its weights.
+
+    settings: transformers' configuration object. Raises `ConfigError` for a model that is not known.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -27,7 +30,10 @@ def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
 
 
 def read_settings(config: Config, base: str) -> PretrainedConfig:
-    """transformers' configuration object of the base, scaled as configured. Raises `ConfigError`."""
+    """Returns transformers' configuration object of the base, scaled as configured.
+
+    Raises `ConfigError` if it cannot be read.
+    """
     from qlora_sft.model.rope import scaled_config
 
     try:
@@ -60,7 +66,7 @@ def check_layers(config: Config, base: str) -> None:
 def why_mlp_stays(model: PreTrainedModel, targets: list[str], config: Config) -> str:
     """Says why the MLPs of a model without weights would not be tiled; "" if they would be.
 
-    Goes by the rule of the run, which looks at layers with their adapters: ``model`` is given some. Raises
+    The rule is that of the run, which looks at layers with their adapters, so ``model`` is given some. Raises
     `ConfigError` where tiles are demanded and cannot be.
     """
     from peft import LoraConfig, inject_adapter_in_model

@@ -59,14 +59,14 @@ class TiledMLP(torch.nn.Module):
         return lora_mlp(x, *layers, self.activation, tile=self.tile, recompute=self.recompute, dtype=dtype)
 
     def plain(self, x: Tensor) -> Tensor:
-        """What the module in whose place this one stands computes."""
+        """Computes what the module that was replaced would compute."""
         layers: Any = self  # its children are not known to the type checker
         hidden = layers.act_fn(layers.gate_proj(x)) * layers.up_proj(x)
         return cast(Tensor, layers.down_proj(hidden))
 
 
 def projections_of(mlp: Any, training: bool) -> tuple[Projection, Projection, Projection] | str:
-    """gate, up and down as they are now, or what keeps them from being computed here."""
+    """Returns gate, up and down as they are now, or what keeps them from being computed here."""
     found = [projection_of(getattr(mlp, name), training) for name in LAYERS]
     for reason in found:
         if isinstance(reason, str):
@@ -98,7 +98,10 @@ def use_tiled_mlp(model: CausalModel, requested: Requested, tokens: int) -> str:
 
 
 def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
-    """Of the decoder layers of a model with adapters; "" if their MLPs are to be tiled. `ConfigError` as above."""
+    """Says why the MLPs of these decoder layers, which have their adapters, are not tiled; "" if they are to be.
+
+    Raises `ConfigError` when ``on`` is demanded where it cannot be.
+    """
     if requested == "off":
         return "as configured"
     obstacle = next((reason for block in blocks if (reason := obstacle_of(block))), "")
@@ -108,11 +111,11 @@ def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
 
 
 def set_recompute(block: torch.nn.Module, checkpointed: bool, tokens: int) -> None:
-    """Whether the MLP of a decoder layer, if it is tiled, keeps gate and up for its backward.
+    """Sets whether the MLP of a decoder layer, if it is tiled, computes gate and up again in its backward.
 
-    It does in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only if it
-    ends with a norm it has to run its MLP in the recomputation anyway; there short rows keep gate and up from that, and
-    long ones save the memory.
+    It keeps them in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only
+    if it ends with a norm it has to run its MLP in the recomputation anyway; there short sequences keep gate and up
+    from that, and long ones save the memory.
     """
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):
@@ -120,12 +123,12 @@ def set_recompute(block: torch.nn.Module, checkpointed: bool, tokens: int) -> No
 
 
 def recomputes(tokens: int, tile: int, norm_after: bool) -> bool:
-    """Whether the MLP of a checkpointed layer computes gate and up by tiles in its backward."""
+    """Returns whether the MLP of a checkpointed layer computes gate and up by tiles in its backward."""
     return tokens > tile or not norm_after
 
 
 def obstacle_of(block: torch.nn.Module) -> str | None:
-    """Why this decoder layer's MLP must stay as it is."""
+    """Returns why this decoder layer's MLP must stay as it is; None if it can be tiled."""
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):
         return "its MLPs are tiled already"

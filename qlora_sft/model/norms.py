@@ -81,11 +81,12 @@ def use_lean_norms(model: CausalModel) -> str:
 
 
 def has_lean_norms(model: CausalModel) -> bool:
+    """Returns whether any norm of ``model`` was replaced."""
     return any(isinstance(module, LeanRMSNorm) for module in model.modules())
 
 
 def obstacle_of(norm: Any) -> str | None:
-    """Why this module must stay as it is."""
+    """Returns why this module must stay as it is; None if it can be replaced."""
     kind = type(norm).__name__
     if kind == LeanRMSNorm.__name__:
         return "replaced already"
@@ -98,7 +99,10 @@ def obstacle_of(norm: Any) -> str | None:
 
 @torch.no_grad()
 def same_bits(norm: Any, lean: LeanRMSNorm) -> bool:
-    """A later transformers, or a patched class, may have the name and another formula."""
+    """Returns whether both norms give the same bits for a probe.
+
+    A later transformers, or a patched class, may have the name and another formula.
+    """
     weight = norm.weight
     x = torch.linspace(-3, 3, PROBE_ROWS * len(weight), device=weight.device).sin().to(weight.dtype)
     x = x.view(PROBE_ROWS, -1)

@@ -1,4 +1,4 @@
-"""Rows longer than the positions a model was trained on: refused, or trained with the scaling that is configured."""
+"""Refuses sequences that are longer than the positions of a model, or scales its positions as configured."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ def check_context(config: Config, base: str) -> None:
 
 
 def _factor(wanted: int, positions: int) -> int:
+    """Returns the smallest whole factor that makes ``wanted`` positions."""
     return -(-wanted // positions)
 
 
 def context_length(settings: dict[str, Any], rope: RopeScaling) -> int:
-    """Positions of the scaled model; ``settings``: the text part of a config.json."""
+    """Returns the positions of the scaled model; ``settings``: the text part of a config.json."""
     return int(rope.factor * (rope.original_max_position_embeddings or settings["max_position_embeddings"]))
 
 
 def with_rope_scaling(config: dict[str, Any], rope: RopeScaling | None) -> dict[str, Any]:
-    """A config.json with the scaling, as transformers 5 spells it: everything about positions in ``rope_parameters``.
+    """Returns a config.json with the scaling, as transformers 5 spells it: all about positions in ``rope_parameters``.
 
     Models with a set of parameters per type of layer get it where attention is global; windows need no more positions.
     """
@@ -71,6 +72,7 @@ def with_rope_scaling(config: dict[str, Any], rope: RopeScaling | None) -> dict[
 
 
 def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, original: int) -> dict[str, Any]:
+    """Returns one set of parameters with the scaling."""
     kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if old.get(key) is not None}
     if "rope_theta" not in kept and text.get("rope_theta") is not None:
         kept["rope_theta"] = text["rope_theta"]
@@ -84,7 +86,7 @@ def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, origin
 
 
 def scaled_config(base: str, rope: RopeScaling | None) -> PretrainedConfig:
-    """transformers' configuration of ``base`` with the scaling."""
+    """Returns transformers' configuration of ``base`` with the scaling."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""A base model -> a model ready to be trained: NF4 and LoRA, attention by document, our norms, MLPs and loss."""
+"""Makes a base model ready to be trained: NF4 and LoRA, attention by document, our norms, MLPs and loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base's tokenizer as a run uses it: its chat template, new control tokens, and where answers end."""
+"""Loads the base's tokenizer as a run uses it: with its chat template, new control tokens, and where answers end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
+    """Loads the base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
 
-    Control tokens that a shipped template writes and the base lacks are added, and said. Raises `ConfigError`.
+    Control tokens that a shipped template writes and the base lacks are added, with a message. Raises `ConfigError` if
+    there is no tokenizer, or one without an eos token.
     """
     from transformers import AutoTokenizer
 
@@ -36,10 +37,10 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
 
 
 def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
-    and ``model.stop_tokens``.
+    """Returns the tokens at which the model stops.
 
-    Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
+    They are those of its generation config, the eos token, the end of turn of a shipped template, and
+    ``model.stop_tokens``. Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
     """
     ids = _generation_stop_token_ids(base)
     if unknown := sorted(id for id in ids if tokenizer.convert_ids_to_tokens(id) is None):
@@ -59,10 +60,10 @@ def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizer
 
 
 def end_turns(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, base: str, say: Say) -> None:
-    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already:
-    runtimes stop where the saved tokenizer says.
+    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already.
 
-    To be called when all is rendered, because a plain text ends in the base's own eos token.
+    Runtimes stop where the saved tokenizer says. Call it when all is rendered, because a plain text ends in the base's
+    own eos token.
     """
     end = _end_of_turn(model)
     if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stop_token_ids(base)}:
@@ -71,11 +72,13 @@ def end_turns(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, base: str,
 
 
 def _end_of_turn(model: ModelConfig) -> str:
+    """Returns the token that ends turns in a shipped template; an empty text for any other template."""
     shipped = SHIPPED.get(model.chat_template or "")
     return shipped.end if shipped else ""
 
 
 def _generation_stop_token_ids(base: str) -> set[int]:
+    """Returns the tokens at which the base's generation config stops."""
     from transformers import GenerationConfig
 
     try:

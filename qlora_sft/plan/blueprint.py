@@ -1,7 +1,7 @@
-"""A model without its weights: every tensor's shape and what becomes of it when the model is loaded for training.
+"""Reads the shape of a model without its weights: every tensor, and what becomes of it when it is loaded for training.
 
 transformers builds the model on the meta device, from config.json alone, so shapes, ties and names are those of the
-real one; which layers bitsandbytes quantises is asked of transformers' own rule.
+real model. Which layers bitsandbytes quantises is asked of transformers' own rule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """``inputs`` -> ``outputs``; ``block``: number of its decoder layer, None outside of them."""
+    """Describes a linear layer from ``inputs`` to ``outputs`` features.
+
+    block: the number of its decoder layer; None outside of them.
+    """
 
     name: str
     inputs: int
@@ -36,11 +39,14 @@ class Linear:
 
     @property
     def short(self) -> str:
+        """Returns the last part of the layer's name."""
         return self.name.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
 class Norm:
+    """Describes a normalisation layer."""
+
     name: str
     kind: str
     """Name of its class."""
@@ -49,16 +55,18 @@ class Norm:
 
 @dataclass(frozen=True)
 class Blueprint:
+    """Describes the tensors of a model and what becomes of them in training."""
+
     kind: str
-    """Class of the model."""
+    """The class of the model."""
     config: PretrainedConfig
     """transformers' configuration of the language model."""
     parameters: dict[str, torch.Size]
-    """Tied ones once."""
+    """The shape of every parameter; a tied one stands here once."""
     buffer_bytes: int
     linears: list[Linear]
     norms: list[list[Norm]]
-    """Per decoder layer."""
+    """The norms of every decoder layer."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
     input_embedding: int = 0
@@ -70,7 +78,7 @@ class Blueprint:
     trained_matrices: int = 0
     """The matrices with such rows: the embedding, and the head where it is another."""
     grown: int = 0
-    """Of the parameters, those that the files do not have: embedding and head may have to grow for added tokens."""
+    """Parameters that the files lack, because embedding and head have to grow for added tokens."""
 
     @property
     def n_layers(self) -> int:
@@ -90,7 +98,7 @@ class Blueprint:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """(query heads, key and value heads, size of a head)"""
+        """Returns (query heads, key and value heads, size of a head)."""
         count = int(self.config.num_attention_heads)
         groups = int(getattr(self.config, "num_key_value_heads", None) or count)
         return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
@@ -100,15 +108,19 @@ class Blueprint:
         return any(linear.quantized for linear in self.linears if linear.block is None)
 
     def head(self, dtype: torch.dtype) -> HeadShape:
-        """The output head as the loss meets it."""
+        """Returns the output head as the loss meets it."""
         return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
 
     def layer(self, number: int) -> list[Linear]:
+        """Returns the linear layers of the decoder layer of this number."""
         return [linear for linear in self.linears if linear.block == number]
 
 
 def read_blueprint(config: Config, base: str) -> Blueprint:
-    """Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer."""
+    """Reads the shape of the model ``base`` from its config.json and its tokenizer.
+
+    Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer.
+    """
     settings = read_settings(config, base)
     try:
         rows = new_rows(config.model, base)
@@ -118,7 +130,7 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
 
 
 def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int] = ()) -> Blueprint:
-    """The same, from transformers' configuration object and the ids of tokens that are added."""
+    """Describes a model by transformers' configuration object and the ids of the tokens that are added (``rows``)."""
     from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
@@ -156,11 +168,13 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
 
 
 def _input_embedding(model: PreTrainedModel) -> int:
+    """Returns the values of the input embedding; 0 if the output head is the same matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
 def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
+    """Describes all linear layers of a model."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -197,7 +211,7 @@ class WeightFiles:
     nbytes: int
     parameters: int
     note: str
-    """What of the files does not fit the configuration; empty if all does."""
+    """What does not fit the configuration; empty if all does."""
 
 
 def check_headers(blueprint: Blueprint, base: str) -> WeightFiles:
@@ -223,6 +237,7 @@ def check_headers(blueprint: Blueprint, base: str) -> WeightFiles:
 
 
 def _parameters(name: str, header: Header) -> int:
+    """Returns the parameters that one tensor of a file holds; 0 for the tensors that only undo a quantisation."""
     if any(mark in name for mark in (".absmax", ".quant_map", ".nested_", ".quant_state")):
         return 0
     count = 1

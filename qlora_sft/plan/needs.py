@@ -1,6 +1,6 @@
-"""What a run will need, from its base and its data: memory, disk, time, and the longest row on cards of common sizes.
+"""Adds up what a run will need of memory, disk and time, and finds the longest sequence on cards of common sizes.
 
-Import it only when the backend is chosen, as `make_plan` does.
+Import this module only when the backend is chosen, as `make_plan` does.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def needs_of(
 
 
 def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
+    """Describes the model for the report."""
     return ModelPlan(
         path=config.model.path,
         kind=blueprint.kind,
@@ -105,7 +106,10 @@ def _this_run(
     held: Residents,
     say: Say,
 ) -> tuple[DevicePlan, TierChoice | None]:
-    """Activations of the longest row on the device that is here. documents: tokens of those in a typical row."""
+    """Plans the activations of the longest sequence on the device that is here.
+
+    documents: the tokens of each document in a typical sequence.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     joined = choose_way(config.model.attention, device, documents).way == "sdpa"
@@ -136,7 +140,7 @@ def _this_run(
 
 
 def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
-    """The longest row on each card: with the host memory that is here, and with as much as it takes."""
+    """Finds the longest sequence on each card: with the host memory that is here, and with any amount of it."""
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
@@ -166,7 +170,7 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
 
 
 def _positions(blueprint: Blueprint, config: Config) -> int | None:
-    """Positions that the model has, scaled as configured."""
+    """Returns the positions that the model has, scaled as configured."""
     rope = config.model.rope_scaling
     positions: int | None = getattr(blueprint.config, "max_position_embeddings", None)
     if positions and rope and rope.rope_type == "dynamic":
@@ -175,6 +179,7 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
 
 
 def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
+    """Plans the host memory of the run."""
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.peak or 0
     return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
@@ -186,7 +191,10 @@ def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPl
 def _disk(
     blueprint: Blueprint, config: Config, held: Residents, weights: int, workload: Workload | None, base: str
 ) -> DiskPlan:
-    """Merged in 16 bits; a GGUF in q8_0 has 34 bytes for 32 weights."""
+    """Plans the disk space of the run.
+
+    A merged model has 2 bytes per weight, and a GGUF in q8_0 has 34 bytes for 32 weights.
+    """
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     return DiskPlan(
@@ -203,6 +211,7 @@ def _disk(
 def _time(
     blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: TierChoice, say: Say
 ) -> TimePlan:
+    """Measures one layer and extrapolates the time of the run from it."""
     say(f"measuring one layer for {SECONDS:.0f} s")
     documents = workload.documents if workload else [config.data.max_length]
     share = workload.supervised / workload.tokens if workload else 1.0

@@ -1,4 +1,4 @@
-"""The longest row that fits on cards of common sizes, and which tier each layer gets for it."""
+"""Finds the longest sequence that fits on cards of common sizes, and the tier that each layer gets for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_sft.model.memory_budget import CARD_RESERVE
 from qlora_sft.plan.activations import SequenceBytes
 
 CARDS = (8, 12, 16, 24, 48, 80)
-"""GiB."""
+"""The sizes of common cards in GiB."""
 # An assumption, not measured: the driver's context with cuBLAS and Triton kernels.
 CONTEXT_BYTES = 640 * 2**20
 # What cuBLAS and cuBLASLt keep of torch's memory once they have multiplied: 32 MiB each on an H200 (measured, torch
@@ -21,10 +21,10 @@ LONGEST = 2**24
 
 @dataclass(frozen=True)
 class CardFit:
-    """The longest row on a card, or why there is none."""
+    """Holds the longest sequence on a card, or why there is none."""
 
     card: int
-    """Bytes."""
+    """The memory of the card in bytes."""
     tokens: int
     choice: TierChoice | None
     """The split for that row."""
@@ -32,12 +32,15 @@ class CardFit:
 
 
 def activation_budget(card: int, residents: int) -> int:
-    """Bytes of ``card`` that activations may take beside ``residents``; negative if not even those fit."""
+    """Returns the bytes of ``card`` left for activations beside ``residents``; negative if not even those fit."""
     return int(card * (1 - CARD_RESERVE)) - CONTEXT_BYTES - WORKSPACE_BYTES - residents
 
 
 def longest_sequence(n_layers: int, bytes_for: SequenceBytes, budget: int, host_budget: int) -> int:
-    """Most tokens whose activations fit, with the split that needs least; 0 if none do. Found by bisection."""
+    """Returns the most tokens whose activations fit with the split that needs least; 0 if none do.
+
+    It is found by bisection.
+    """
 
     def fits(tokens: int) -> bool:
         layer, loss = bytes_for(tokens)
@@ -57,12 +60,13 @@ def longest_sequence(n_layers: int, bytes_for: SequenceBytes, budget: int, host_
 
 
 def _first_offloaded(count: int, n_layers: int, rest: Tier = "checkpoint") -> tuple[Tier, ...]:
-    """The first layers wait longest for their backward."""
+    """Returns a split that offloads the first ``count`` layers: they wait longest for their backward."""
     offloaded: Tier = "offload"
     return (offloaded,) * count + (rest,) * (n_layers - count)
 
 
 def fit_card(gib: int, n_layers: int, bytes_for: SequenceBytes, residents: int, host_budget: int) -> CardFit:
+    """Returns the longest sequence on a card of ``gib`` GiB whose weights and optimizer take ``residents`` bytes."""
     card = gib * 2**30
     budget = activation_budget(card, residents)
     if budget <= 0:

@@ -1,4 +1,4 @@
-"""How much a run will compute: steps, rows, tokens. From the data as training would read it, and its cache."""
+"""Counts how much a run will compute (steps, sequences, tokens), from its data and the cache of that data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from qlora_sft.training.steps import count_steps
 
 @dataclass(frozen=True)
 class Workload:
+    """Holds the counts of what a run will compute."""
+
     steps: int
     sequences: int
-    """Packed rows that are trained on; fewer than there are if ``max_steps`` ends the run before."""
+    """Packed sequences that are trained on; fewer than there are if ``max_steps`` ends the run before."""
     tokens: int
     supervised: int
     longest_sequence: int
-    """Tokens of the longest micro-batch, which is one row."""
+    """Tokens of the longest micro-batch, which is one flat sequence."""
     documents: list[int]
-    """Lengths of the documents of a typical row, for the measurement."""
+    """Lengths of the documents of a typical sequence, for the measurement."""
     prepared_tokens: int
-    """Of all documents, held-out ones included: what memory and the cache hold."""
+    """Tokens of all documents, held-out ones included: what memory and the cache hold."""
 
 
 def workload_of(data: RunData, config: Config) -> Workload:
@@ -48,4 +50,5 @@ def workload_of(data: RunData, config: Config) -> Workload:
 
 
 def describe(workload: Workload) -> DataPlan:
+    """Returns the counts as the report has them."""
     return DataPlan(workload.steps, workload.sequences, workload.tokens, workload.supervised, workload.longest_sequence)

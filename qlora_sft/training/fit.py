@@ -1,4 +1,4 @@
-"""The steps of a run, from the first or from a checkpoint to the last."""
+"""Runs the optimizer steps of a run, from the first one or from a checkpoint, to the last one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what, and where it is kept."""
+    """Holds what is trained, the data it is trained on, and where the results are kept."""
 
     config: Config
     run: Path
@@ -48,7 +48,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Steps, losses and speed of a run that has come to its end; `RunReport` has the same fields."""
+    """Holds the steps, losses and speed of a run that has come to its end. `RunReport` has the same fields."""
 
     steps: int
     steps_left_out: int
@@ -61,15 +61,17 @@ class Fitted:
 
 
 def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
-    """Trains, from ``checkpoint`` on if there is one.
+    """Trains from the beginning, or from ``checkpoint`` if there is one, and returns what was measured.
 
-    keep_less: called with the reason when the GPU is full; False if there is none to be had. Raises `RunError` when
-    the run fails and `Interrupted` after Ctrl-C.
+    keep_less: called with the reason when the GPU is full. It makes every layer keep less, and returns False if the
+    layers keep the least already.
+
+    Raises `RunError` when the run fails and `Interrupted` after Ctrl-C.
     """
     config, run, say = training.config, training.run, training.say
     steps = count_steps(len(training.sequences), config)
     t = config.training
-    # What would not be trained on would still be skipped, one by one, by a run that goes on.
+    # The trainer gets only the sequences that it will reach: a resumed run skips all others one by one.
     sequences = training.sequences[: steps * t.batch_size * t.gradient_accumulation]
     clear_unfinished(run)
     # On the same disk as the run, so that what is complete there needs no copying.
@@ -117,7 +119,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
 
 def sources_of(step: int, config: Config, documents: Sequence[Rendered], sequences: list[list[int]]) -> str:
-    """Where to look for what the step of this number, from 0, learns from."""
+    """Says where to look for the examples that the optimizer step of this number, counted from 0, learns from."""
     size = config.training.batch_size * config.training.gradient_accumulation
     group = sequences[step * size : (step + 1) * size]
     names = sorted({documents[index].source for sequence in group for index in sequence})

@@ -1,5 +1,8 @@
-"""What saves a run from a bad step: one whose gradient is not finite is left out, one that found the GPU full is done
-again with less kept."""
+"""Saves a run from a bad step.
+
+A step whose gradient is not finite is left out. A step that finds the GPU full is done again while the layers keep less
+(`PackedSFTTrainer.training_step`); what that needs is here.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,23 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# So many left out one after the other are no accident.
+# After this many steps in a row without a finite gradient the run ends: that is no accident any more.
 MOST_SKIPPED = 3
 
 
 class FiniteSteps(TrainerCallback):  # type: ignore[misc]
-    """Leaves out a step whose gradient is not finite: it would make every weight NaN, and all that was learned with it.
-    Ends the run after an update that was not finite all the same, before a checkpoint of it can be written.
+    """Leaves out every step whose gradient is not finite, because such a step would make all weights NaN.
 
-    In float16 gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
+    If an update is not finite all the same, it ends the run before a checkpoint of it can be written. In float16
+    gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
     """
 
     def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):
-        """``describe`` says what the step of a number was about to learn from, ``saved`` what a run can go on from."""
+        """Takes what the messages need.
+
+        ``describe`` says which examples the step of a given number was about to learn from, and ``saved`` says which
+        checkpoint a new run can go on from.
+        """
         self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
 
@@ -44,6 +51,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
         optimizer: Optimizer,
         **_: object,
     ) -> None:
+        """Raises `RunError` if the update has left a trained value that is not finite."""
         if all_finite(model):
             return
         rate = optimizer.param_groups[0]["lr"]
@@ -56,6 +64,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
+        """Drops the gradients before the optimizer sees them if one of them is not finite."""
         if args.fp16:
             return
         trained = [p for p in model.parameters() if p.grad is not None]
@@ -84,24 +93,29 @@ def all_finite(model: nn.Module) -> bool:
 
 
 class RngState:
-    """Where torch's random numbers stand, to draw the same ones again."""
+    """Holds the state of torch's random number generators, so that the same numbers can be drawn again."""
 
     def __init__(self) -> None:
         self.cpu: Tensor = torch.get_rng_state()
         self.gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     def restore(self) -> None:
+        """Sets the generators back to where they were."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu)
 
 
 def too_full(obstacle: str, saved: str) -> RunError:
+    """Returns the error for a step that does not fit the GPU even though every layer keeps as little as it can."""
     return _full(f"with as little kept as possible ({obstacle})", "a smaller training.batch_size", saved)
 
 
 def update_too_full(error: Exception, saved: str) -> RunError:
-    """Not done again: some weights may have been updated, others not."""
+    """Returns the error for an optimizer update that found the GPU full.
+
+    Such an update is not repeated, because some weights may have been updated already and others not.
+    """
     cure = "training.optimizer=paged_adamw_8bit, a smaller lora.r"
     return _full(f"where the optimizer makes its states and updates the weights ({first_line(error)})", cure, saved)
 

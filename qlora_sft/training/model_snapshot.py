@@ -1,8 +1,8 @@
 """Keeps the model as it was loaded while a trainer is built around it.
 
 TRL's SFTTrainer turns every trainable tensor of a quantised model into bfloat16 in its constructor and replaces the
-forward of the language model; Unsloth's patched trainer does the same on a CPU. Adapters in bfloat16 lose every update
-smaller than 1/256 of a weight, and nothing in a run would show it.
+forward of the language model. Unsloth's patched trainer does the same on a CPU. Adapters in bfloat16 lose every update
+that is smaller than 1/256 of a weight, and nothing in a run would show it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class ModelSnapshot(NamedTuple):
-    """What a model was when it was handed to the trainer."""
+    """Holds what a model was when it was handed to the trainer."""
 
     trained: dict[str, Tensor]
     """The values of every trainable parameter, which share their memory with the model."""
     forward: Callable[..., object] | None
-    """What stands in place of the language model's own forward, or None."""
+    """The function that replaces the language model's own forward; None if nothing does."""
     checkpointing: list[bool | None]
     """Whether each layer calls its checkpointing function: a trainer that is told not to checkpoint switches it off."""
     facts: dict[str, object]
-    """What `training_facts` says of it."""
+    """The model's `training_facts`."""
 
 
 def take_snapshot(model: CausalModel) -> ModelSnapshot:
-    """Returns what `restore` and `require_unchanged` compare ``model`` with. Takes no memory worth mentioning."""
+    """Returns what `restore` and `require_unchanged` compare ``model`` with. The snapshot takes hardly any memory."""
     trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     flags = [getattr(layer, "gradient_checkpointing", None) for layer in decoder_layers(model)]
     return ModelSnapshot(trained, base_of(model).__dict__.get("forward"), flags, training_facts(model))
 
 
 def training_facts(model: CausalModel) -> dict[str, object]:
-    """Returns all that shapes training and that a trainer could change: types of parameters, which of them are trained,
-    how layers are checkpointed, hooks inside the base model, and attention."""
+    """Returns everything that shapes training and that a trainer could change: the types of the parameters, which of
+    them are trained, how layers are checkpointed, the hooks inside the base model, and its attention.
+    """
     facts: dict[str, object] = {}
     for name, parameter in model.named_parameters():
         facts[f"type of {name}"] = str(parameter.dtype).removeprefix("torch.")
@@ -61,7 +62,7 @@ def training_facts(model: CausalModel) -> dict[str, object]:
 
 
 def restore(model: CausalModel, snapshot: ModelSnapshot) -> list[str]:
-    """Undoes what the construction of a trainer did to ``model`` and returns the names of the parameters concerned.
+    """Undoes what the construction of a trainer did to ``model``, and returns the names of the changed parameters.
 
     Raises `RunError` for a change that cannot be undone here.
     """

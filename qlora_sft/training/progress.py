@@ -1,4 +1,4 @@
-"""What the user sees while it trains, and what ``metrics.jsonl`` keeps of every step."""
+"""Shows the progress of training, and writes one line per step to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar (loss, learning rate, supervised tokens/s, time left) on stderr and one JSON line per step."""
+    """Draws a bar on stderr (loss, rate, supervised tokens per second, time left) and logs every step as JSON."""
 
     def __init__(self, metrics_file: Path, steps: int, begin: int = 0):
-        """``begin``: steps that an earlier part of the run has done; what it measured of them counts, the rest goes."""
+        """Reads what an earlier part of the run has measured.
+
+        ``begin``: the number of steps that are done already. Lines of ``metrics_file`` up to there are counted and
+        kept, later ones are dropped.
+        """
         self.metrics_file = metrics_file
         self.steps = steps
         self.trainer: PackedSFTTrainer | None = None
@@ -109,6 +113,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._bar.update(state.global_step - self._bar.n)
 
     def _count(self, row: dict[str, Any]) -> None:
+        """Adds one line of ``metrics.jsonl`` to the totals."""
         self.supervised += row["supervised_tokens"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
@@ -118,7 +123,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.losses.append(StepLoss(row["loss"], row["supervised_tokens"]))
 
     def close(self) -> None:
-        """Safe to call at any time, also after an error in the middle of a step."""
+        """Closes the bar and the file. It may be called at any time, also after an error in the middle of a step."""
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:

@@ -1,4 +1,7 @@
-"""The run folder: claimed before anything is done, cleared only when training begins, written file by file."""
+"""Claims, clears and fills the run folder.
+
+The folder is claimed before anything is done and cleared only when training begins; its files are written one by one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
     from qlora_sft.model.base import CausalModel
 
-# What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
+# The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
 RUN_FILES = (
     "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter "
     "checkpoints merged merged-evaluation gguf export.json evaluation demo.json"
@@ -31,7 +34,10 @@ RUN_FILES = (
 
 
 def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
-    """The run folder. Refuses to write over an earlier run unless told to, or to go on with it."""
+    """Returns the run folder of ``config``.
+
+    Raises `ConfigError` if the folder holds an earlier run and neither ``overwrite`` nor ``resume`` is given.
+    """
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = as_path(config.output)
@@ -47,7 +53,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
 
 
 def _check_writable(run: Path) -> None:
-    """Raises `ConfigError` if ``run`` cannot be made a folder: not only when a model has been loaded for it."""
+    """Raises `ConfigError` if ``run`` cannot be made a folder, so that this shows before a model is loaded."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: {existing} is a file; name a folder")
@@ -57,20 +63,25 @@ def _check_writable(run: Path) -> None:
 
 @dataclass(frozen=True)
 class Beginning(Report):
-    """What a run begins with, beside its configuration: what "auto" and the files have come to. ``begun.json``."""
+    """Holds the facts that a run begins with beside its configuration: what "auto" and the files have come to.
+
+    They are kept in ``begun.json``.
+    """
 
     data_sha256: str
     base_sha256: str | None
     dtype: str
     backend: str
     template_date: str | None = None
-    """What the chat template wrote as today's date, if it writes one."""
+    """The date that the chat template wrote as today; None if it writes none."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
-    """Only now, with everything checked, does an earlier run that may be overwritten go.
+    """Removes the earlier run that may be overwritten and writes ``config.yaml`` and ``begun.json``.
 
-    ``beginning``: what this one must find again when it is resumed.
+    It is called when everything has been checked, so that an error before does not cost the earlier run.
+
+    beginning: the facts that must be the same when this run is resumed.
     """
     for name in RUN_FILES:
         path = run / name
@@ -84,8 +95,10 @@ def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
 
 
 def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -> OrderReport:
-    """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
-    says of them."""
+    """Writes the order of the packed sequences (``order.json``) and the removed rows (``removed.jsonl``).
+
+    Returns what the manifest says about them.
+    """
     from qlora_sft.data.mixture import order_digest
 
     order = OrderReport(order_digest(sequences), len(sequences), len(removed))
@@ -101,7 +114,7 @@ def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -
 
 
 def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
+    """Saves a PEFT adapter that plain peft loads, with the tokenizer and the chat template that it was trained with."""
     with written_folder(folder) as beside:
         write_adapter(model, tokenizer, beside)
 
@@ -120,7 +133,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def write_samples(run: Path, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
-    """``samples.jsonl``: the answers after training, each with the answer before."""
+    """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
         rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

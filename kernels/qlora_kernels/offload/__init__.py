@@ -1,4 +1,4 @@
-"""What each decoder layer keeps between its forward and its backward, and where."""
+"""Decides what each decoder layer keeps between its forward and its backward, and where, and moves it."""
 
 from qlora_kernels.offload.checkpoint import ATTENTION_OPERATORS as ATTENTION_OPERATORS
 from qlora_kernels.offload.checkpoint import layer_functions as layer_functions

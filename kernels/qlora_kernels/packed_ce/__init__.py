@@ -1,4 +1,4 @@
-"""Cross-entropy over the supervised rows of a packed sequence, straight from the hidden states."""
+"""Computes the cross-entropy of the supervised positions of a packed sequence, straight from the hidden states."""
 
 from qlora_kernels.packed_ce.backend import PathChoice, PathName, choose_path
 from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entropy

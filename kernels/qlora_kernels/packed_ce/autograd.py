@@ -1,8 +1,8 @@
-"""The loss as a differentiable function: what is kept for the backward pass, and what it costs.
+"""Makes the loss a differentiable function, and decides what is kept for the backward pass.
 
-Forward computes ``U[M, D] = d l_i / d hidden_i`` next to the losses; backward only scatters it, each row times its
-own float32 factor. So row weights, ``reduction="none"`` and any scaling by the trainer cost nothing, and 1/n is
-applied after the products, where float16 cannot underflow.
+The forward computes ``U[M, D] = d l_i / d hidden_i`` next to the losses. The backward only scatters it, each position
+times its own float32 factor. So token weights, ``reduction="none"`` and any scaling by the trainer cost nothing, and
+1/n is applied after the products, where float16 cannot underflow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from qlora_kernels.packed_ce.targets import Targets
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the caller asked for. weighed_in_forward: the gradient of a trainable head is computed in the forward
-    pass, with the row weights as the only factors; else in the backward pass, with whatever arrives there."""
+    """Holds what the caller asked for.
+
+    weighed_in_forward: whether the gradient of a trainable head is computed in the forward pass, with the token weights
+    as the only factors. Otherwise it is computed in the backward pass, with whatever arrives there.
+    """
 
     path: PathName
     options: Options
@@ -38,7 +41,7 @@ class LossSettings:
 def cross_entropy(
     hidden: Tensor, head: Head, bias: Tensor | None, targets: Targets, weights: Tensor | None, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total = sum_i w_i * l_i, l [M], nll [M], correct [M]); total and l are differentiable."""
+    """Returns (total = sum_i w_i * l_i, l [M], nll [M], correct [M]); total and l are differentiable."""
     dense = head if isinstance(head, Tensor) else None
     values = head.values if isinstance(head, PatchedHead) else None
     output: tuple[Tensor, Tensor, Tensor, Tensor] = _CrossEntropy.apply(
@@ -48,6 +51,8 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Connects `solve` to autograd."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor | None, bias: Tensor | None, weights: Tensor | None,
                 values: Tensor | None, head: Head, targets: Targets, settings: LossSettings) -> Any:  # fmt: skip
@@ -110,6 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def solve(inputs: LossInputs, settings: LossSettings) -> LossResult:
+    """Computes the losses and gradients on the path that the settings name."""
     if settings.path == "torch":
         return torch_path.run(inputs, settings.tile)
     from qlora_kernels.packed_ce import triton_path
@@ -135,7 +141,10 @@ def scatter(grad_supervised: Tensor, positions: Tensor, factors: Tensor, shape: 
 
 
 def document_sums(nll: Tensor, correct: Tensor, targets: Targets, path: str) -> Tensor:
-    """[n_documents, 3]: sum of nll, rows, correct of each document, added in the order of the rows."""
+    """Returns the sums of nll, positions and correct of each document, [n_documents, 3].
+
+    They are added in the order of the positions.
+    """
     if path == "triton":
         from qlora_kernels.packed_ce.gather_scatter import sum_documents
 

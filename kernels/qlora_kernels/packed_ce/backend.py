@@ -1,4 +1,4 @@
-"""Which of the two implementations runs, and why."""
+"""Chooses which of the two implementations runs, and says why."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ PathName = Literal["triton", "torch"]
 
 
 class PathChoice(NamedTuple):
+    """Names the implementation that runs, with the reason."""
+
     name: PathName
     reason: str
 
 
 def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> PathChoice:
-    """``auto``: Triton on an NVIDIA GPU where it is installed, plain torch elsewhere.
+    """Chooses the implementation for tensors on ``device``.
 
-    Raises ValueError for an unknown name, and for ``triton`` where it cannot run.
+    ``auto`` takes Triton on an NVIDIA GPU where it is installed, and plain torch elsewhere. Raises ValueError for an
+    unknown name, and for ``triton`` where it cannot run.
     """
     if requested not in ("auto", "triton", "torch"):
         raise ValueError(f"path: expected auto, triton or torch, got {requested!r}")
@@ -35,6 +38,7 @@ def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.
 
 
 def _triton_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Returns why Triton cannot run on ``device``; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     # Triton's own switch: its kernels then run on the CPU, slowly, which is how they are tested without a GPU.

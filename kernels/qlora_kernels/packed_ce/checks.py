@@ -1,4 +1,4 @@
-"""Wrong arguments are refused with the argument's name and its value, before anything is computed."""
+"""Refuses wrong arguments with the argument's name and its value, before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_arguments(
     hidden: Tensor, head: Head, targets: Targets, token_weights: Tensor | None, bias: Tensor | None, may_wait: bool
 ) -> None:
-    """``may_wait``: values on the device may be looked at even if that makes the host wait for it."""
+    """Raises ValueError for wrong shapes, types, devices and values.
+
+    may_wait: whether values on the device may be looked at even if that makes the host wait for it.
+    """
     if hidden.dim() != 2 or hidden.dtype not in FLOATING:
         raise ValueError(f"hidden: expected floating [T, D], got {hidden.dtype} {list(hidden.shape)}")
     if isinstance(head, Tensor) and (head.dim() != 2 or head.dtype not in FLOATING):

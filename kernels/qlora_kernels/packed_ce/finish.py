@@ -1,4 +1,4 @@
-"""From the sum over the other classes to the loss of a row and the factors of its gradient.
+"""Computes the loss of a row and the factors of its gradient from the sum over the other classes.
 
 With the shift ``m`` of a row (in units of log 2), ``s = sum_{j != y} 2^(z_j - m)`` and ``r = 2^(z_y - m)``::
 
@@ -34,10 +34,12 @@ class OnlineSoftmax:
 
     @classmethod
     def begin(cls, target: Tensor, shift: Tensor) -> OnlineSoftmax:
+        """Returns the state before the first tile: no other class has been seen yet."""
         zeros = torch.zeros_like(shift)
         return cls(target, shift, zeros, torch.full_like(shift, -torch.inf), zeros.clone())
 
     def part(self, rows: slice) -> OnlineSoftmax:
+        """Returns the state of some rows, as views."""
         return OnlineSoftmax(*(t[rows] for t in (self.target, self.shift, self.sum_exp, self.max_logit, self.z_sum)))
 
 
@@ -57,6 +59,7 @@ class Finished:
 
 
 def finish(state: OnlineSoftmax, options: Options, vocabulary: int) -> Finished:
+    """Turns the running values of all rows into their losses and the factors of their gradient."""
     gap = state.shift - state.target
     ratio = torch.exp2(-gap)
     denominator = state.sum_exp + ratio

@@ -1,4 +1,4 @@
-"""Triton kernels that move rows of hidden states: gather the supervised ones, scatter their gradient, add up documents.
+"""Moves rows of hidden states in Triton kernels: gather the supervised ones, scatter their gradient, add up documents.
 
 Plain references: ``hidden[positions]``, ``out[positions] = grad_hidden * factors[:, None]``, and ``index_add_`` by
 document.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def gather_kernel(X, stride_row, stride_column, positions, out, T, D, BLOCK: tl.constexpr):
-    """out[i] = X[positions[i]], any strides; a row outside of X becomes NaN instead of a wild read."""
+    """Computes out[i] = X[positions[i]] for any strides. A position outside of X becomes NaN, not a wild read."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(positions + i).to(tl.int64)
     inside = (row >= 0) & (row < T)
@@ -27,7 +27,7 @@ def gather_kernel(X, stride_row, stride_column, positions, out, T, D, BLOCK: tl.
 
 @triton.jit
 def scatter_kernel(U, positions, factors, out, T, D, BLOCK: tl.constexpr):
-    """out[positions[i]] = U[i] * factors[i], multiplied in float32 and rounded once.
+    """Computes out[positions[i]] = U[i] * factors[i], multiplied in float32 and rounded once.
 
     The positions are distinct, so no atomics are needed.
     """
@@ -43,7 +43,7 @@ def scatter_kernel(U, positions, factors, out, T, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def document_kernel(nll, correct, bounds, out, BLOCK: tl.constexpr):
-    """out[d] = (sum of nll, positions, correct) over the supervised positions bounds[d] .. bounds[d + 1].
+    """Computes out[d] = (sum of nll, positions, correct) over the supervised positions bounds[d] .. bounds[d + 1].
 
     They are always added in the same order.
     """
@@ -62,11 +62,12 @@ def document_kernel(nll, correct, bounds, out, BLOCK: tl.constexpr):
 
 
 def block_for(columns: int, largest: int = 1024) -> int:
+    """Returns the block size for that many columns: the next power of two, at most ``largest``."""
     return min(largest, 1 << (columns - 1).bit_length())
 
 
 def gather_rows(source: Tensor, positions: Tensor) -> Tensor:
-    """source [T, D] of any strides, positions int [M] -> contiguous [M, D]."""
+    """Gathers rows: source [T, D] of any strides, positions int [M] -> contiguous [M, D]."""
     out = source.new_empty(len(positions), source.shape[1])
     T, D = source.shape
     gather_kernel[(len(positions),)](source, *source.stride(), positions, out, T, D, BLOCK=block_for(D))
@@ -74,7 +75,7 @@ def gather_rows(source: Tensor, positions: Tensor) -> Tensor:
 
 
 def scatter_rows(grad_hidden: Tensor, positions: Tensor, factors: Tensor, shape: torch.Size) -> Tensor:
-    """grad_hidden [M, D], factors float32 [M] -> [T, D], zero where no row is."""
+    """Scatters rows: grad_hidden [M, D], factors float32 [M] -> [T, D], zero where there is no position."""
     out = grad_hidden.new_zeros(shape)
     D = shape[1]
     scatter_kernel[(len(positions),)](
@@ -84,7 +85,10 @@ def scatter_rows(grad_hidden: Tensor, positions: Tensor, factors: Tensor, shape:
 
 
 def sum_documents(nll: Tensor, correct: Tensor, documents: Tensor, n_documents: int) -> Tensor:
-    """Rows are in ascending order of document, so a document is a range of positions."""
+    """Returns [n_documents, 3]: the sum of nll, positions and correct of every document.
+
+    Positions ascend by document, so each document is a range of them.
+    """
     out = nll.new_empty(n_documents, 3)
     bounds = torch.searchsorted(
         documents.contiguous(), torch.arange(n_documents + 1, device=documents.device, dtype=documents.dtype)

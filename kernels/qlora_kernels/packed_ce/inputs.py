@@ -1,4 +1,4 @@
-"""What the two paths are given, and what they return."""
+"""Defines what both paths are given, and what they return."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ class LossInputs:
 
 
 def compute_dtype(hidden: torch.dtype, head: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the products of the path in plain torch run in: bfloat16 only if both factors are and the device is faster
-    with it."""
+    """Returns the type in which the path in plain torch multiplies.
+
+    It is bfloat16 only if both factors are and the device is faster with it.
+    """
     if torch.float64 in (hidden, head):
         return torch.float64
     if hidden != torch.bfloat16 or head != torch.bfloat16:

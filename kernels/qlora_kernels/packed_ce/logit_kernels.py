@@ -1,4 +1,4 @@
-"""The Triton kernels over rows of logits: one for whole rows, one for a tile of the vocabulary.
+"""Computes losses and gradients from rows of logits in Triton, with one kernel for whole rows and one for a tile.
 
 Plain reference: `reference.reference_linear_cross_entropy` and its autograd.
 
@@ -27,7 +27,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def transform(x, scale, cap, HAS_CAP: tl.constexpr):
-    """``z`` and ``dz / dx``. tanh by way of the sigmoid: libdevice is not available to the interpreter."""
+    """Returns ``z`` and ``dz / dx``. tanh goes by way of the sigmoid: the interpreter has no libdevice."""
     z = x * scale
     slope = scale
     if HAS_CAP:
@@ -39,6 +39,7 @@ def transform(x, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def load_logits(X, bias, columns, inside, HAS_BIAS: tl.constexpr):
+    """Loads a block of logits of one row in float32, with the bias added."""
     x = tl.load(X + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +48,7 @@ def load_logits(X, bias, columns, inside, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def softplus_and_sigmoid(q):
-    """``log(1 + e^q)`` and ``1 / (1 + e^-q)`` and its complement; none of them loses digits in a tail."""
+    """Returns ``log(1 + e^q)``, ``1 / (1 + e^-q)`` and its complement; none of them loses digits in a tail."""
     e = tl.exp2(-tl.abs(q) * LOG2E)
     u = 1.0 + e
     # log1p(e) = log(u) * e / (u - 1): the rounding of u cancels (Kahan). For e below half an ulp of 1 it is e itself.
@@ -63,7 +64,7 @@ def row_kernel(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: logits X float32 [n, V] -> token_loss, nll, correct [n], and d token_loss / d x into G."""
+    """Turns each row of logits X float32 [n, V] into token_loss, nll, correct [n], and d token_loss / d x in G."""
     # int64: row * stride passes 2^31 from 16,744 rows of 128,256 columns on.
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
@@ -123,7 +124,7 @@ def tile_kernel(
     X, stride_x, G, stride_g, bias, labels, first, width, shift, sum_exp, max_logit, z_sum, factor, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of a tile of columns ``first .. first + width``: logits X float32 [n, width] -> in place
+    """Updates each row of a tile of columns ``first .. first + width``: logits X float32 [n, width] -> in place
     ``G = 2^(z - shift) * dz/dx`` (0 for the target). Logits in units of log 2.
 
     shift, sum_exp, max_logit, z_sum: float32 [n], the running values of `finish.OnlineSoftmax`, updated; factor: [n],

@@ -1,12 +1,12 @@
-"""The gradient of a head's few trained rows, from the losses of the supervised rows.
+"""Computes the gradient of a head's few trained rows from the losses of the supervised positions.
 
-Per supervised row i and trained token j, with ``lse_i = nll_i + z_iy`` (nothing of the forward is kept but nll)::
+Per supervised position i and trained token j, with ``lse_i = nll_i + z_iy`` (nothing of the forward is kept but nll)::
 
     p_ij = exp(z_ij - lse_i)        of the target itself  p - 1 = expm1(-nll), exact where p is near 1
     dl_i / dz_ij = p_ij (1 + 2 z_loss lse_i) - [j = y_i] + label_smoothing ([j = y_i] - 1 / V)
     d values_j = sum_i factor_i (dl_i / dz_ij) (dz_ij / dx_ij) h_i
 
-Plain torch on every device: M x k logits and one gathered row of the head per supervised row.
+It is plain torch on every device. It forms M x k logits and gathers one row of the head per supervised position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_kernels.packed_ce.workspace import PATCHED_ROWS
 
 
 def values_gradient(inputs: LossInputs, nll: Tensor, factors: Tensor) -> Tensor:
-    """nll, factors: [M] -> [k, D] in at least float32."""
+    """Returns the gradient of the trained rows, [k, D] in at least float32. nll, factors: [M]."""
     head, o = inputs.head, inputs.options
     assert isinstance(head, PatchedHead)
     hidden, dtype = inputs.hidden.detach(), torch.promote_types(inputs.hidden.dtype, torch.float32)
@@ -48,7 +48,7 @@ def values_gradient(inputs: LossInputs, nll: Tensor, factors: Tensor) -> Tensor:
 
 
 def _transform(x: Tensor, o: Options) -> tuple[Tensor, Tensor | float]:
-    """``z`` and ``dz / dx``"""
+    """Returns ``z`` and ``dz / dx``."""
     z = x * o.logit_scale
     if o.softcap is None:
         return z, o.logit_scale

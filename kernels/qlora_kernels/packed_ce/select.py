@@ -1,7 +1,7 @@
-"""Triton kernels that find the supervised positions on the device: count, prefix sum, ordered compaction. No atomics,
-so the positions come out in order and always the same.
+"""Finds the supervised positions on the device, in Triton: count, prefix sum, ordered compaction.
 
-Plain reference: `targets._select_in_torch`.
+There are no atomics, so the positions come out in order and always the same. Plain reference:
+`targets._select_in_torch`.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def keep(labels, documents, t, T, ignore):
-    """Position t is supervised iff token t + 1 exists, is labelled and belongs to the same document."""
+    """Loads a block of positions and returns which are supervised, their labels and their documents."""
     follows = t + 1 < T
     y = tl.load(labels + t + 1, mask=follows, other=0)
     here = tl.load(documents + t, mask=t < T, other=-1)
@@ -25,6 +25,7 @@ def keep(labels, documents, t, T, ignore):
 
 @triton.jit
 def count_kernel(labels, documents, counts, T, ignore, BLOCK: tl.constexpr):
+    """Counts the supervised positions of a block."""
     block = tl.program_id(0)
     kept, _, _ = keep(labels, documents, block * BLOCK + tl.arange(0, BLOCK), T, ignore)
     tl.store(counts + block, tl.sum(kept.to(tl.int32), 0))
@@ -32,7 +33,10 @@ def count_kernel(labels, documents, counts, T, ignore, BLOCK: tl.constexpr):
 
 @triton.jit
 def compact_kernel(labels, documents, ends, positions, kept_labels, kept_documents, T, ignore, BLOCK: tl.constexpr):
-    """ends: inclusive prefix sum of the counts. A block writes from where the blocks before it end."""
+    """Writes the supervised positions of a block behind those of the blocks before it.
+
+    ends: the inclusive prefix sum of the counts.
+    """
     block = tl.program_id(0)
     t = block * BLOCK + tl.arange(0, BLOCK)
     kept, y, document = keep(labels, documents, t, T, ignore)

@@ -1,4 +1,4 @@
-"""Which positions of the hidden states are scored, against which token, and in which document."""
+"""Says which positions of the hidden states are scored, against which token, and in which document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_kernels.packed_ce.backend import Requested, choose_path
 
 @dataclass(frozen=True)
 class Targets:
-    """The supervised positions of one packed sequence of T tokens, in ascending order.
+    """Holds the supervised positions of one packed sequence of T tokens, in ascending order.
 
     Position ``t`` predicts token ``t + 1``. It is supervised iff token ``t + 1`` exists, is labelled and belongs to
     the same document, so the shift, the mask and the document boundary are resolved here, once::
@@ -46,10 +46,10 @@ class Targets:
         position_range: tuple[int, int] | None = None,
         label_range: tuple[int, int] | None = None,
     ) -> Targets:
-        """From tensors that a data loader prepared; asks the device nothing. Shapes are checked.
+        """Makes targets of tensors that a data loader prepared. It checks shapes and asks the device nothing.
 
         position_range, label_range: (lowest, highest) as the host knows them, so that wrong ones can be refused without
-        asking; found here if the tensors are still on the CPU.
+        asking the device. They are found here if the tensors are still on the CPU.
         """
         for name, tensor in (("positions", positions), ("labels", labels), ("documents", documents)):
             if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
@@ -62,7 +62,7 @@ class Targets:
         return cls(positions, labels, documents, n_documents, position_range, label_range)
 
     def to(self, device: torch.device | str) -> Targets:
-        """The same targets on ``device``; what the host knows about them is kept."""
+        """Returns the same targets on ``device``, with what the host knows about them."""
         positions, labels, documents = (
             t.to(device, non_blocking=True) for t in (self.positions, self.labels, self.documents)
         )
@@ -79,7 +79,7 @@ class Targets:
         n_supervised: int | None = None,
         path: Requested = "auto",
     ) -> Targets:
-        """From labels int [T] aligned with the tokens (not shifted), and the documents.
+        """Makes targets of labels int [T], which are aligned with the tokens (not shifted), and of the documents.
 
         cu_seqlens: bounds int [D + 1], from 0 to T; or position_ids: int [T], 0 where a document starts.
         n_supervised: the number of supervised positions, if the host knows it: with it and cu_seqlens a GPU is asked
@@ -102,13 +102,14 @@ class Targets:
 
 
 def _select_in_torch(labels: Tensor, documents: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (positions, labels, documents) of the supervised positions."""
     kept = (labels[1:] != ignore_index) & (documents[1:] == documents[:-1])
     positions = kept.nonzero().squeeze(1)
     return positions.int(), labels[positions + 1].int(), documents[positions]
 
 
 def _documents(labels: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, int]:
-    """(document of each token int32 [T], number of documents)."""
+    """Returns (document of each token int32 [T], number of documents)."""
     if (cu_seqlens is None) == (position_ids is None):
         raise ValueError("expected one of cu_seqlens and position_ids")
     if position_ids is not None:

@@ -1,4 +1,4 @@
-"""The loss over tiles of the vocabulary in plain torch: the path on a CPU.
+"""Computes the loss over tiles of the vocabulary in plain torch: the path on a CPU.
 
 The head is read once, tile by tile. A tile's logits of at most `workspace.BLOCK_ROWS` rows are computed *relative to
 the logit of the row's target* (the matrix product starts from minus that logit), turned into exponentials in place and
@@ -25,14 +25,14 @@ from qlora_kernels.packed_ce.inputs import LossInputs, LossResult, compute_dtype
 from qlora_kernels.packed_ce.options import LOG2E
 from qlora_kernels.packed_ce.workspace import block_rows, block_shape
 
-# A trainable head needs the exponentials of all tiles at once: so many bytes of them, that is so many rows.
+# A trainable head needs the exponentials of all tiles at once. A group has as many rows as fit these bytes.
 GROUP_BYTES = 64 * 2**20
 # Units of log 2 between the shift and the largest logit before a row is rescaled; float32 ends at 128.
 HEADROOM = 60.0
 
 
 def run(inputs: LossInputs, tile: int | None = None) -> LossResult:
-    """Groups of rows, for each the tiles of the head, for each the blocks of rows."""
+    """Computes losses and gradients: groups of rows, for each the tiles of the head, for each the blocks of rows."""
     dtype = compute_dtype(inputs.hidden.dtype, inputs.head.dtype, inputs.hidden.device)
     wide = torch.promote_types(dtype, torch.float32)
     count, (vocabulary, width) = len(inputs.positions), inputs.head.shape
@@ -57,7 +57,7 @@ def run(inputs: LossInputs, tile: int | None = None) -> LossResult:
 
 
 class _Group:
-    """The rows whose running values are alive together: all of them, or what a trainable head allows."""
+    """Computes the rows whose running values are alive together: all of them, or as many as a trainable head allows."""
 
     def __init__(self, inputs: LossInputs, result: LossResult, rows: slice, dtype: torch.dtype, tile: int, keep: bool):
         self.inputs, self.result, self.rows, self.dtype, self.tile = inputs, result, rows, dtype, tile
@@ -80,7 +80,10 @@ class _Group:
         self.begin()
 
     def begin(self) -> None:
-        """The target's logit in float64 gives the shift; what the products start from is rounded to their type."""
+        """Computes the target's logit in float64, which gives the shift.
+
+        What the products start from is rounded to their type.
+        """
         o, block = self.inputs.options, 128
         parts = [
             torch.einsum(
@@ -104,9 +107,11 @@ class _Group:
         self.aligned = plain
 
     def head_rows(self, which: slice | Tensor) -> Tensor:
+        """Returns rows of the head in the type of the products."""
         return head_rows(self.inputs.head, which, self.dtype)
 
     def run(self) -> None:
+        """Visits every block of rows with every tile of the head, and finishes the losses."""
         count, vocabulary = len(self.labels), self.inputs.vocabulary
         step = block_rows(count, self.hidden.shape[1], self.dtype)
         self.product = self.hidden.new_empty(step * self.tile)
@@ -128,14 +133,14 @@ class _Group:
         self.end()
 
     def place(self, span: slice) -> tuple[Tensor, Tensor, list[int]]:
-        """The rows of a block sorted by target, and where each tile's begin among them."""
+        """Returns the rows of a block sorted by target, and where those of each tile begin among them."""
         columns, order = self.labels[span].sort(stable=True)
         tiles = -(-self.inputs.vocabulary // self.tile)
         edges = torch.arange(tiles + 1, device=columns.device) * self.tile
         return order, columns, torch.searchsorted(columns, edges).tolist()
 
     def visit(self, span: slice, columns: slice, weight: Tensor, own: Tensor, own_columns: Tensor) -> None:
-        """One block of rows against one tile of the head."""
+        """Adds one tile of the head to the running values of one block of rows."""
         x, state = self.hidden[span], self.state.part(span)
         shape = (len(x), len(weight))
         z = self.product[: shape[0] * shape[1]].view(shape)
@@ -170,7 +175,10 @@ class _Group:
             self.sums[span] += z @ weight
 
     def transform(self, f: Tensor, span: slice, columns: slice) -> Tensor | None:
-        """In place from the product to ``z - m`` in units of log 2; returns ``1 - tanh^2`` if there is a softcap."""
+        """Turns the product in place into ``z - m`` in units of log 2.
+
+        Returns ``1 - tanh^2`` if there is a softcap.
+        """
         o = self.inputs.options
         if self.bias is not None:
             f.add_(self.bias[columns], alpha=self.unit)
@@ -186,7 +194,7 @@ class _Group:
         return slope
 
     def rescale(self, span: slice, state: OnlineSoftmax, largest: Tensor) -> Tensor:
-        """Raises the shift of the rows whose largest logit runs away. Returns by how much, in units of log 2."""
+        """Raises the shift of the rows whose largest logit runs away, and returns by how much, in units of log 2."""
         raised = torch.where(largest > HEADROOM, largest, 0.0)
         factor = torch.exp2(-raised)
         state.shift.add_(raised)
@@ -201,6 +209,7 @@ class _Group:
         return raised
 
     def end(self) -> None:
+        """Writes losses and gradients of the group into the result."""
         done = finish(self.state, self.inputs.options, self.inputs.vocabulary)
         result, rows = self.result, self.rows
         result.token_loss[rows], result.nll[rows], result.correct[rows] = done.token_loss, done.nll, done.correct
@@ -219,7 +228,10 @@ class _Group:
             self.add_head_gradient(done, target_factor)
 
     def add_head_gradient(self, done: Finished, target_factor: Tensor) -> None:
-        """``sum_i w_i dz_i^T h_i``: one more product per tile, with all factors of a row put onto its hidden state."""
+        """Adds ``sum_i w_i dz_i^T h_i`` to the gradient of the head.
+
+        It takes one more product per tile, with all factors of a row put onto its hidden state.
+        """
         o, kept = self.inputs.options, self.kept
         assert self.inputs.weights is not None, "the gradient of the head needs the weights of the rows"
         assert kept is not None

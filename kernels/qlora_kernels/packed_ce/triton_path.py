@@ -1,9 +1,10 @@
-"""The path on a GPU: cuBLAS for the products, one Triton kernel per chunk of rows for everything between them.
+"""Computes the loss on a GPU: cuBLAS for the products, one Triton kernel per chunk of rows for everything between them.
 
-Per balanced chunk of rows: gather -> product with float32 output -> row kernel, gradient in place -> product into
-``U[a:b]``. Two products, nothing recomputed, and never more logits than the workspace holds. With a head in 4 bits or
-with trained rows, or a vocabulary of which the workspace holds too few rows, the vocabulary is cut into tiles instead;
-a tile is made once for all rows of a group, and an accumulator in float32 [group, D] takes the second product.
+Every balanced chunk of positions is gathered, multiplied with float32 output, turned into losses and gradients in place
+by the row kernel, and multiplied into ``U[a:b]``. These are two products; nothing is recomputed, and there are never
+more logits than the workspace holds. With a head in 4 bits or with trained rows, or a vocabulary of which the workspace
+holds too few rows, the vocabulary is cut into tiles instead. A tile is then made once for all rows of a group, and an
+accumulator in float32 [group, D] takes the second product.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ BLOCK, TILE_BLOCK, WARPS = 4096, 2048, 8
 
 
 def run(inputs: LossInputs, tile: int | None, workspace_bytes: int | None) -> LossResult:
+    """Computes losses and gradients, with whole rows of logits or by tiles of the vocabulary."""
     budget = workspace.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     trainable = inputs.need_head or inputs.need_bias
     tile = workspace.vocabulary_tile(workspace.HeadShape.of(inputs.head), trainable, tile, budget)
@@ -31,11 +33,12 @@ def run(inputs: LossInputs, tile: int | None, workspace_bytes: int | None) -> Lo
 
 
 def processors_of(device: torch.device) -> int:
+    """Returns the multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, accumulated in float32; ``out`` may be wider than its factors."""
+    """Computes out = a @ b, accumulated in float32; ``out`` may be wider than its factors."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -45,7 +48,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b with float32 ``out``."""
+    """Computes out += a @ b with float32 ``out``."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -55,6 +58,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _run_rows(inputs: LossInputs, budget: int) -> LossResult:
+    """Computes everything from whole rows of logits, chunk by chunk."""
     count, (vocabulary, width) = len(inputs.positions), inputs.head.shape
     hidden, o = inputs.hidden.detach(), inputs.options
     device, dtype = hidden.device, hidden.dtype
@@ -88,6 +92,7 @@ def _run_rows(inputs: LossInputs, budget: int) -> LossResult:
 
 
 def _new_result(inputs: LossInputs) -> LossResult:
+    """Returns the empty tensors that the result is written into."""
     count, (vocabulary, width) = len(inputs.positions), inputs.head.shape
     device = inputs.hidden.device
     result = LossResult(
@@ -105,6 +110,7 @@ def _new_result(inputs: LossInputs) -> LossResult:
 
 
 def _run_tiles(inputs: LossInputs, tile: int, budget: int) -> LossResult:
+    """Computes everything by tiles of the vocabulary, group by group."""
     result = _new_result(inputs)
     count = len(inputs.positions)
     size = workspace.group_rows(count, tile, budget)
@@ -115,7 +121,7 @@ def _run_tiles(inputs: LossInputs, tile: int, budget: int) -> LossResult:
 
 
 def _run_group(inputs: LossInputs, result: LossResult, part: slice, tile: int) -> None:
-    """All tiles of the vocabulary for one group of rows."""
+    """Runs all tiles of the vocabulary for one group of rows."""
     hidden, o, vocabulary = inputs.hidden.detach(), inputs.options, inputs.vocabulary
     x, labels = gather_scatter.gather_rows(hidden, inputs.positions[part]), inputs.labels[part]
     weight_y = _target_rows(inputs, labels, x.dtype)
@@ -156,14 +162,14 @@ def _run_group(inputs: LossInputs, result: LossResult, part: slice, tile: int) -
 
 
 def _target_rows(inputs: LossInputs, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """head[labels]; NaN for an id outside of the vocabulary."""
+    """Returns head[labels], with NaN for a label outside of the vocabulary."""
     known = (labels >= 0) & (labels < inputs.vocabulary)
     rows = head_rows(inputs.head, torch.where(known, labels, 0).long(), dtype)
     return torch.where(known[:, None], rows, float("nan"))
 
 
 def _begin(inputs: LossInputs, x: Tensor, labels: Tensor, weight_y: Tensor) -> tuple[OnlineSoftmax, Tensor]:
-    """The target's logit is the first shift. Returns the state and ``dz_y / dx_y``."""
+    """Returns the state whose first shift is the target's logit, and ``dz_y / dx_y``."""
     o = inputs.options
     z = (x.float() * weight_y.float()).sum(1)
     if inputs.bias is not None:
@@ -178,7 +184,10 @@ def _begin(inputs: LossInputs, x: Tensor, labels: Tensor, weight_y: Tensor) -> t
 
 
 def _add_smoothing(mean: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, inputs: LossInputs) -> None:
-    """mean += sum_j (dz_j / dx_j) w_j; the same for all rows unless the logits are capped."""
+    """Computes mean += sum_j (dz_j / dx_j) w_j.
+
+    It is the same for all rows unless the logits are capped.
+    """
     o = inputs.options
     if o.softcap is None:
         mean.add_(weight.sum(0, dtype=torch.float32), alpha=o.logit_scale)
