@@ -10,7 +10,7 @@ import torch
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered
-from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.loss import batch_loss, to_device
 
 
 def held_out_loss(
@@ -32,10 +32,6 @@ def held_out_loss(
     finally:
         model.train()
     return result
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

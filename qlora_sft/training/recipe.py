@@ -1,6 +1,7 @@
-"""The recipe of a run, top to bottom: what it begins with -> model -> before -> fit -> after -> report.
+"""Trains a model, top to bottom: facts to resume by, model, evaluation before, fit, evaluation after, report.
 
-Import it only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported here.
+Import this module only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported
+here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
@@ -35,7 +37,10 @@ from qlora_sft.training.run_folder import Beginning, begin_run, record_data, sav
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
 ) -> RunReport:
-    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one. Errors as in `train`."""
+    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
+
+    Raises the errors of `train`.
+    """
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         beginning = begins_with(data, dtype)
@@ -46,12 +51,16 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         lengths = sizes(data.documents).tokens
-        tokens = longest_micro_batch(lengths, data.sequences, config.training.batch_size)
+        tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
-        memory = use_memory(model, config, tokens, dtype, say)
-    training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences)
+        if data.packed.shares_prefixes:
+            say(f"prefixes: {check_prefixes(model, dtype)}")
+        memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    training = Training(
+        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
+    )
     subject = Subject(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
@@ -66,7 +75,7 @@ def run_recipe(
         keep_before(run, before, asked)
     order = record_data(run, data.sequences, data.removed)
     with watch("train"), memory:
-        fitted = fit(training, memory.make_room, checkpoint)
+        fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
