@@ -51,8 +51,10 @@ class SourceConfig:
     """Read the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
     loss_weight: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Factor on the loss of every supervised token of this source."""
-    supervise: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are trained: every assistant turn, the last one only, or the whole conversation."""
+    supervise: Literal["assistant", "turns", "last", "all"] = "assistant"
+    """Which tokens are trained: every assistant turn, the last one only, or the whole conversation. ``turns``: every
+    assistant turn in a document of its own that holds what the model is shown before it at inference, with the history
+    as the template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""

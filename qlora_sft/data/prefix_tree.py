@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,7 @@ def shared_length(a: Tokens, b: Tokens) -> int:
 def order_key(tokens: Tokens) -> bytes:
     """Returns bytes by which rows are sorted so that those that begin with the same blocks become neighbours.
 
-    A hash of every whole block, 8 bytes each. Two different blocks with one hash cost a little sharing and nothing else.
+    They are a hash of every whole block. Two different blocks with one hash cost a little sharing and nothing else.
     """
     whole = len(tokens) // BLOCK * BLOCK
     hashes = tokens[:whole].astype(np.uint64).reshape(-1, BLOCK) @ _FACTORS
@@ -80,7 +81,7 @@ def order_key(tokens: Tokens) -> bytes:
 def tree_tokens(rows: Sequence[Tokens]) -> int:
     """Returns how many tokens the tree of ``rows`` has."""
     ordered = sorted(rows, key=order_key)
-    shared = sum(shared_length(a, b) for a, b in zip(ordered, ordered[1:], strict=False))
+    shared = sum(shared_length(a, b) for a, b in pairwise(ordered))
     return sum(map(len, ordered)) - shared
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qlora_sft.model.attention_tree import CpuFlash, CudaFlash, tree_attention, tree_of
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
+from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
 
 if TYPE_CHECKING:
@@ -69,8 +69,10 @@ def document_attention(
     tree = tree_of(cu_seq_lens_q)
     if tree is not None:
         if window is not None or dropout or softcap is not None or s_aux is not None:
-            raise ValueError(f"{type(module).__name__} attends in a window, with dropout, caps or sinks, not over a tree")
-        return tree_attention(query, key, value, tree, scaling, CudaFlash() if query.is_cuda else CpuFlash()), None
+            raise ValueError(
+                f"{type(module).__name__} attends in a window, with dropout, caps or sinks, not over a tree"
+            )
+        return tree_attention(query, key, value, tree, scaling, CUDA if query.is_cuda else CPU), None
     path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
     if path in ("varlen", "flex") and dropout:
         raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")

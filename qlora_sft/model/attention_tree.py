@@ -1,8 +1,8 @@
 """Attention over the tree of prefixes that rows share (`qlora_sft.data.prefix_tree`), exactly as over the rows alone.
 
 A flat row holds the segments of the tree depth first, so whatever continues a segment stands behind it in one stretch.
-A token sees its own segment up to itself, and every segment above it whole. These parts are computed one by one, each by
-a flash kernel that returns its outputs ``o_i`` and the logarithms ``l_i`` of its sums of exponents, and joined::
+A token sees its own segment up to itself, and every segment above it whole. These parts are computed one by one, each
+by a flash kernel that returns its outputs ``o_i`` and the logarithms ``l_i`` of its sums of exponents, and joined::
 
     l = log(sum_i exp(l_i))        o = sum_i exp(l_i - l) o_i
 
@@ -17,11 +17,11 @@ that segment. Memory: outputs and gradients in float32, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,19 +76,28 @@ class Level:
     keys: list[tuple[int, int]]
 
 
-class Flash(Protocol):
-    """A kernel that attends in stretches: query [1, H, T, d], key and value [1, Hkv, S, d], bounds of both."""
+class Cut(NamedTuple):
+    """Says which stretch of queries sees which stretch of keys: those between the same pair of bounds."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the output [1, H, T, d] and the logarithm of the sum of exponents, float32 [1, H, T]."""
+    q_bounds: Sequence[int]
+    k_bounds: Sequence[int]
+    causal: bool
+    scale: float
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Returns the gradients of q, k and v, given output and logarithm of the whole softmax."""
+    def stretches(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yields begin and end of every stretch of queries, and of the stretch of keys that it sees."""
+        for (a, b), (c, d) in zip(pairwise(self.q_bounds), pairwise(self.k_bounds), strict=True):
+            yield a, b, c, d
+
+
+class Flash(NamedTuple):
+    """Holds a kernel that attends in stretches: query [1, H, T, d], key and value [1, Hkv, S, d]."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Cut], tuple[Tensor, Tensor]]
+    """Takes q, k, v. Returns the output [1, H, T, d] and the logarithm of the sum of exponents, float32 [1, H, T]."""
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Cut], tuple[Tensor, Tensor, Tensor]]
+    """Takes the gradient of the output, q, k, v, and output and logarithm of the whole softmax. Returns the gradients
+    of q, k and v."""
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float | None, flash: Flash) -> Tensor:
@@ -101,15 +110,14 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float | N
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, flash: Flash) -> Tensor:
-        own, lse = flash.forward(q, k, v, tree.bounds, tree.bounds, True, scale)
+        own, lse = flash.forward(q, k, v, Cut(tree.bounds, tree.bounds, True, scale))
         out = own
         if tree.levels:
             out, lse = own.to(_sum_type(q), copy=True), lse.clone()
             for level in tree.levels:
                 some, seen = _index(level.queries, q.device), _index(level.keys, q.device)
-                part, part_lse = flash.forward(
-                    q[:, :, some], k[:, :, seen], v[:, :, seen], _bounds(level.queries), _bounds(level.keys), False, scale
-                )
+                cut = Cut(_bounds(level.queries), _bounds(level.keys), False, scale)
+                part, part_lse = flash.forward(q[:, :, some], k[:, :, seen], v[:, :, seen], cut)
                 before = lse[:, :, some]
                 joined = torch.logaddexp(before, part_lse)
                 out[:, :, some] = (
@@ -126,17 +134,16 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         tree, flash = ctx.tree, ctx.flash
-        own = flash.backward(grad, q, k, v, out, lse, tree.bounds, tree.bounds, True, ctx.scale)
+        own = flash.backward(grad, q, k, v, out, lse, Cut(tree.bounds, tree.bounds, True, ctx.scale))
         if not tree.levels:
             return *own, None, None, None
         # Added up in float32: a prefix that hundreds of rows share gets as many gradients, too many for bfloat16.
         gradients = [x.to(_sum_type(q)) for x in own]
         for level in tree.levels:
             some, seen = _index(level.queries, q.device), _index(level.keys, q.device)
-            part = flash.backward(
-                grad[:, :, some], q[:, :, some], k[:, :, seen], v[:, :, seen], out[:, :, some], lse[:, :, some],
-                _bounds(level.queries), _bounds(level.keys), False, ctx.scale,
-            )  # fmt: skip
+            cut = Cut(_bounds(level.queries), _bounds(level.keys), False, ctx.scale)
+            of_grad, of_q, of_out, of_lse = (x[:, :, some] for x in (grad, q, out, lse))
+            part = flash.backward(of_grad, of_q, k[:, :, seen], v[:, :, seen], of_out, of_lse, cut)
             # The stretches of one level do not overlap, so nothing is added to one place twice at once.
             for whole, index, some_of_it in zip(gradients, (some, seen, seen), part, strict=True):
                 whole[:, :, index] += some_of_it
@@ -160,57 +167,55 @@ def _index(stretches: Sequence[tuple[int, int]], device: torch.device) -> slice 
 # ------------------------------------------------------------------ kernels
 
 
-class CpuFlash:
-    """torch's flash kernel of the CPU, one call per stretch."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        parts = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], 0.0, causal, scale=scale
-            )
-            for (a, b), (c, d) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)
-        ]
-        return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
-
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        parts = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, a:b], q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], out[:, :, a:b], lse[:, :, a:b], 0.0, causal,
-                scale=scale,
-            )
-            for (a, b), (c, d) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)
-        ]  # fmt: skip
-        dq, dk, dv = (torch.cat(gradients, dim=2) for gradients in zip(*parts, strict=True))
-        return dq, dk, dv
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = [
+        kernel(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], 0.0, cut.causal, scale=cut.scale)
+        for a, b, c, d in cut.stretches()
+    ]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
-class CudaFlash:
-    """torch's variable-length FlashAttention: all stretches in one launch."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *map(_tokens_first, (q, k, v)), *_on_device(q, q_bounds, k_bounds), 0.0, causal, False, scale=scale
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cut: Cut
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    parts = []
+    for a, b, c, d in cut.stretches():
+        of_grad, of_q, of_out, of_lse = (x[:, :, a:b] for x in (grad, q, out, lse))
+        parts.append(
+            kernel(of_grad, of_q, k[:, :, c:d], v[:, :, c:d], of_out, of_lse, 0.0, cut.causal, scale=cut.scale)
         )
-        return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+    dq, dk, dv = (torch.cat(gradients, dim=2) for gradients in zip(*parts, strict=True))
+    return dq, dk, dv
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        q_bounds: Sequence[int], k_bounds: Sequence[int], causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        # Only dropout reads the state of the random numbers, and there is none.
-        unused = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            *map(_tokens_first, (grad, q, k, v, out)), lse.squeeze(0).contiguous(),
-            *_on_device(q, q_bounds, k_bounds), 0.0, causal, *unused, scale=scale,
-        )  # fmt: skip
-        return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None]
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.aten._flash_attention_forward
+    out, lse, *_ = kernel(
+        *map(_tokens_first, (q, k, v)), *_on_device(q.device, cut), 0.0, cut.causal, False, scale=cut.scale
+    )
+    return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _cuda_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cut: Cut
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = torch.ops.aten._flash_attention_backward
+    # Only dropout reads the state of the random numbers, and there is none.
+    states = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in (2, 0))
+    gradients = kernel(
+        *map(_tokens_first, (grad, q, k, v, out)), lse.squeeze(0).contiguous(), *_on_device(q.device, cut),
+        0.0, cut.causal, *states, scale=cut.scale,
+    )  # fmt: skip
+    dq, dk, dv = (x.transpose(0, 1).unsqueeze(0) for x in gradients)
+    return dq, dk, dv
+
+
+# torch's flash kernel of the CPU, one call per stretch.
+CPU = Flash(_cpu_forward, _cpu_backward)
+# torch's variable-length FlashAttention: all stretches in one launch.
+CUDA = Flash(_cuda_forward, _cuda_backward)
 
 
 def _tokens_first(x: Tensor) -> Tensor:
@@ -218,10 +223,11 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.squeeze(0).transpose(0, 1).contiguous()
 
 
-def _on_device(q: Tensor, *bounds: Sequence[int]) -> tuple[Any, ...]:
-    """Returns both bounds as int32 on the device of ``q``, and the longest stretch between each."""
-    tensors = [torch.tensor(each, dtype=torch.int32).to(q.device, non_blocking=True) for each in bounds]
-    return *tensors, *(max(b - a for a, b in pairwise(each)) for each in bounds)
+def _on_device(device: torch.device, cut: Cut) -> tuple[Tensor, Tensor, int, int]:
+    """Returns both bounds as int32 on the device, and the longest stretch of queries and of keys."""
+    q_bounds, k_bounds = (torch.tensor(each, dtype=torch.int32) for each in (cut.q_bounds, cut.k_bounds))
+    longest_q, longest_k = (int((each[1:] - each[:-1]).max()) for each in (q_bounds, k_bounds))
+    return q_bounds.to(device, non_blocking=True), k_bounds.to(device, non_blocking=True), longest_q, longest_k
 
 
 # ------------------------------------------------------------------ what attention is told

@@ -62,7 +62,9 @@ def _extrapolate(
     """
     long = 2 * short
     if model.device.type == "cuda":
-        _measured(layer, model, min(short, tokens), dtype, tree)  # cuBLAS and Triton take workspaces at their first call
+        _measured(
+            layer, model, min(short, tokens), dtype, tree
+        )  # cuBLAS and Triton take workspaces at their first call
     if tokens <= long:
         return _measured(layer, model, tokens, dtype, tree)
     low, high = (asdict(_measured(layer, model, each, dtype, tree)) for each in (short, long))
@@ -70,9 +72,7 @@ def _extrapolate(
     return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
 
 
-def _measured(
-    layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False
-) -> LayerBytes:
+def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False) -> LayerBytes:
     """Runs one layer forward and backward for ``tokens`` and returns what it took."""
     device = model.device
     was_training = model.training
@@ -118,7 +118,7 @@ def _call_of(layer: nn.Module, model: CausalModel, tokens: int, tree: bool) -> L
     return calls[0]
 
 
-def _documents(model: CausalModel, tokens: int, tree: bool) -> Batch:
+def _documents(model: CausalModel, tokens: int, tree: bool = False) -> Batch:
     """Returns a batch of two documents without a supervised token, or of a tree with as many segments and a branch."""
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)

@@ -13,8 +13,8 @@ from qlora_sft.config_data import DataConfig, ReplayConfig, SourceConfig, TrainS
 from qlora_sft.data.dedup import clean_sources
 from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.prepare import render_sources
-from qlora_sft.data.sequences import plan_sequences
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sequences import plan_sequences
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError
 
@@ -148,14 +148,16 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
 
 def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_first() -> None:
     docs = [Rendered([1] * n, [1.0] * n, "a") for n in [32] * 20 + [4] * 160]
-    sequences = plan_sequences(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0).sequences
+    sequences = plan_sequences(
+        docs, DataConfig([TrainSourceConfig("a")], max_length=32, share_prefixes="off"), epochs=1, seed=0
+    ).sequences
     assert len(sequences) == 40
     assert 5 <= sum(len(each) == 1 for each in sequences[:20]) <= 15
 
 
 def test_a_window_is_trained_before_the_next_begins() -> None:
     docs = documents(a=170)
-    data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50)
+    data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50, share_prefixes="off")
     sequences = plan_sequences(docs, data, epochs=1, seed=0).sequences
     assert {50, 100, 150, 170} <= set(accumulate(len(each) for each in sequences))
     whole = plan_sequences(docs, replace(data, packing_window=None), epochs=1, seed=0).sequences

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_sft.model.attention_tree import CpuFlash, Tree, tree_attention
+from qlora_sft.model.attention_tree import CPU, Tree, tree_attention
 
 H, HKV, D = 4, 2, 16
 
@@ -58,7 +58,7 @@ def with_gradients(function: object, tensors: list[Tensor], tree: Tree, *rest: o
 def test_output_and_gradients_are_those_of_the_rows(tree: Tree, seed: int) -> None:
     tensors = inputs(tree.bounds[-1], seed)
     theirs = with_gradients(textbook, tensors, tree)
-    for ours, right in zip(with_gradients(tree_attention, tensors, tree, CpuFlash()), theirs, strict=True):
+    for ours, right in zip(with_gradients(tree_attention, tensors, tree, CPU), theirs, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
 
 
@@ -68,7 +68,7 @@ def test_in_float32_and_bfloat16_it_errs_by_rounding(tree: Tree, seed: int) -> N
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         tensors = inputs(tree.bounds[-1], seed, dtype)
         exact = with_gradients(textbook, [x.detach().double().requires_grad_() for x in tensors], tree)
-        for ours, right in zip(with_gradients(tree_attention, tensors, tree, CpuFlash()), exact, strict=True):
+        for ours, right in zip(with_gradients(tree_attention, tensors, tree, CPU), exact, strict=True):
             assert ours.dtype == dtype
             assert float((ours.detach().double() - right).norm()) <= tolerance * (float(right.norm()) + 1)
 
@@ -76,11 +76,11 @@ def test_in_float32_and_bfloat16_it_errs_by_rounding(tree: Tree, seed: int) -> N
 def test_a_token_of_one_branch_changes_nothing_in_its_siblings() -> None:
     tree = Tree((20, 7, 5, 9), (-1, 0, 1, 0))
     tensors = inputs(41, 3, torch.float32)
-    before = with_gradients(tree_attention, tensors, tree, CpuFlash())
+    before = with_gradients(tree_attention, tensors, tree, CPU)
     with torch.no_grad():
         for x in tensors:
             x[:, :, 27:32] += 1  # the third segment
-    after = with_gradients(tree_attention, tensors, tree, CpuFlash())
+    after = with_gradients(tree_attention, tensors, tree, CPU)
     for untouched in (slice(0, 27), slice(32, 41)):
         assert torch.equal(before[0][:, untouched], after[0][:, untouched])
     # The gradient of a query, which depends on what it saw alone.
@@ -92,7 +92,7 @@ def test_hundreds_of_rows_add_up_in_bfloat16() -> None:
     rows = 300
     tree = Tree((8, *[2] * rows), (-1, *[0] * rows))
     tensors = inputs(tree.bounds[-1], 5, torch.bfloat16)
-    out = tree_attention(*tensors, tree, 0.3, CpuFlash())
+    out = tree_attention(*tensors, tree, 0.3, CPU)
     ours = torch.autograd.grad(out.float().square().sum(), tensors[2])[0]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     right = torch.autograd.grad(textbook(*exact, tree, 0.3).square().sum(), exact[2])[0]

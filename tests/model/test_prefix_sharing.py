@@ -9,8 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests_support import tiny_model
-from transformers import GraniteConfig, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+    set_seed,
+)
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, flatten
@@ -33,9 +40,16 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**SIZES),
     "granite": GraniteConfig(**SIZES, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
 }
-MODELS = {name: tiny_model(config) for name, config in FAMILIES.items()}
-for model in MODELS.values():
+
+
+def model_of(config: PretrainedConfig) -> Any:
+    set_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     use_document_attention(model)
+    return model
+
+
+MODELS = {name: model_of(config) for name, config in FAMILIES.items()}
 
 # Few different blocks and short tails, some tokens supervised with weights of their own: rows that are prefixes of
 # others, rows that are equal, tokens that one row supervises and another does not.
@@ -88,7 +102,7 @@ def test_another_token_in_one_branch_changes_nothing_in_its_siblings() -> None:
     prompt = list(range(2 * BLOCK))
     rows = [Rendered(prompt + [50 + n] * 5, [0.0] * len(prompt) + [1.0] * 5, "s") for n in range(3)]
     before = batch_loss(model, flatten_tree(rows)).nll
-    rows[1] = replace(rows[1], input_ids=prompt + [51, 51, 90, 51, 51])
+    rows[1] = replace(rows[1], input_ids=[*prompt, 51, 51, 90, 51, 51])
     after = batch_loss(model, flatten_tree(rows)).nll
     # Scored: the three tokens that follow the prompt once each, then four of each branch.
     same = before == after
@@ -119,6 +133,6 @@ def test_what_was_asked_for_and_cannot_be_is_an_error(make_config: Any, monkeypa
     config: Config = make_config()
     wanted = replace(config, data=replace(config.data, share_prefixes="on"))
     monkeypatch.setattr(prefix_sharing, "read_config", lambda _: {"model_type": "llama", "sliding_window": 8})
-    with pytest.raises(ConfigError, match="data.share_prefixes: rows cannot share prefixes here: the model attends"):
+    with pytest.raises(ConfigError, match="rows cannot share prefixes here: the model attends"):
         prefix_sharing.why_not_shared(wanted, "base", "transformers")
     assert "window" in str(prefix_sharing.why_not_shared(config, "base", "transformers"))
