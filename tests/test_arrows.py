@@ -34,7 +34,7 @@ ORDER = (
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say",
-    "errors",
+    "errors json_types",
     "qlora_kernels",
 )
 

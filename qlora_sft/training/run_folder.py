@@ -17,6 +17,7 @@ from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
+    from qlora_sft.evaluation.answers import HeldOutAnswer
 
 # What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
 RUN_FILES = (
@@ -114,7 +115,7 @@ def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_samples(run: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def write_samples(run: Path, before: list[HeldOutAnswer], after: list[HeldOutAnswer]) -> None:
     """``samples.jsonl``: the answers after training, each with the answer before."""
     with written_file(run / "samples.jsonl") as beside:
         rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]
