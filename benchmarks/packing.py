@@ -1,4 +1,4 @@
-"""How long does it take to pack a million documents, and how full do the rows get?
+"""Question: how long does it take to pack a million documents, and how full do the rows get?
 
 Run as::
 

@@ -1,4 +1,4 @@
-"""How long does it take from GSM8K (7,473 rows) on disk to labelled and packed rows: ours, TRL's way, Unsloth's way?
+"""Question: how long does GSM8K (7,473 rows) take from disk to labelled and packed rows, with us, TRL and Unsloth?
 
 Cold: nobody finds anything cached, each run is a process of its own; ours then starts a second time. All read the same
 file with the same tokenizer and template and supervise the answers only; imports are not timed. Run as::

@@ -1,4 +1,4 @@
-"""One timed preparation of GSM8K: rows on disk -> labelled (and packed) rows, by one of the peers or by us.
+"""Times one preparation of GSM8K, from rows on disk to labelled and packed rows, by one of the peers or by us.
 
 Run by preparation.py in a process of its own, because importing Unsloth patches the others. Importing, the tokenizer
 and the model are not timed, only what has to be done for the data. Prints one line of JSON.

@@ -131,7 +131,7 @@ def true_gradients(mlp: LlamaMLP, x: Tensor, noise: Tensor) -> list[Tensor]:
             Projection(weight, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"])
         )
     wide = x.detach().float().requires_grad_()
-    # What enters the MLP is rounded for everybody.
+    # The input of the MLP is rounded for every provider.
     inside = wide.sin() + (x.detach().sin().float() - wide.sin()).detach()
     y = wide + reference_mlp(inside, *layers, "silu")
     return list(torch.autograd.grad(y, [wide, *factors(mlp)], noise.float()))
