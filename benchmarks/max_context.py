@@ -28,7 +28,7 @@ from measuring import measured_on
 from peak_parts import recorded
 from peft import PeftModel
 from qlora_kernels.offload import drop_failed_graphs
-from qlora_kernels.offload.tiers import Choice, Tier, choose_tiers, describe, peak_bytes
+from qlora_kernels.offload.tiers import Tier, TierChoice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
 from qlora_sft.config import Config, load_config
@@ -41,10 +41,10 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
+from qlora_sft.model.memory_budget import HOST_SHARE, available_ram
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
-from qlora_sft.model.room import HOST_SHARE, available_ram
-from qlora_sft.plan.activations import Row, row_bytes
+from qlora_sft.plan.activations import SequenceBytes, sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.split import CONTEXT_BYTES, activation_budget, fit_card
@@ -88,8 +88,8 @@ def attempt(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     tokens: int,
-    split: Callable[[int], Choice],
-    row: Row,
+    split: Callable[[int], TierChoice],
+    row: SequenceBytes,
     steps: int,
 ) -> Cell | None:
     """Trains on one row and returns what was measured, or None if the row does not fit."""
@@ -161,7 +161,7 @@ def measure_card(
     ``whole`` is the model that the plan is for. If ``model`` has fewer layers, unused memory takes the place of the
     others.
     """
-    row = row_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
+    row = sequence_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
     held = residents(whole, config, torch.bfloat16, "adamw_8bit", on_gpu=True)
     n_layers, host = len(model.get_base_model().get_decoder().layers), int(HOST_SHARE * available_ram())
     share = n_layers / whole.n_layers
@@ -173,7 +173,7 @@ def measure_card(
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
     budget = activation_budget(gib * 2**30, held.total)
 
-    def split(tokens: int) -> Choice:
+    def split(tokens: int) -> TierChoice:
         layer, loss = row(tokens)
         # Beyond the prediction everything that host memory holds is offloaded. A row that does not fit fails then.
         least = _least(n_layers, row, tokens, int(host * share))
@@ -200,7 +200,7 @@ def measure_card(
     }
 
 
-def _least(n_layers: int, row: Row, tokens: int, host: int) -> int:
+def _least(n_layers: int, row: SequenceBytes, tokens: int, host: int) -> int:
     """Returns the bytes of the split that needs the least."""
     layer, loss = row(tokens)
     offloaded = min(n_layers, host // layer.input)
@@ -221,7 +221,7 @@ def adamw_8bit(trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def parts(model: PeftModel, optimizer: torch.optim.Optimizer, tokens: int, row: Row, held: Residents) -> Cell:
+def parts(model: PeftModel, optimizer: torch.optim.Optimizer, tokens: int, row: SequenceBytes, held: Residents) -> Cell:
     """Compares the plan's bytes with the allocator's for one step in which every layer's input is offloaded."""
     layers = len(model.get_base_model().get_decoder().layers)
     train_steps(model, optimizer, 64)  # optimizer states, workspaces of cuBLAS
@@ -252,7 +252,7 @@ def parts(model: PeftModel, optimizer: torch.optim.Optimizer, tokens: int, row: 
     return found
 
 
-def smoke(model: PeftModel, optimizer: torch.optim.Optimizer, row: Row, output: Path, machine: Cell) -> None:
+def smoke(model: PeftModel, optimizer: torch.optim.Optimizer, row: SequenceBytes, output: Path, machine: Cell) -> None:
     """Takes one short row through everything but the cap."""
     tokens, n_layers = 64, len(model.get_base_model().get_decoder().layers)
     layer, loss = row(tokens)
@@ -291,7 +291,7 @@ def main(arguments: list[str]) -> int:
     settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
     settings.num_hidden_layers = options.layers or settings.num_hidden_layers
     blueprint = blueprint_of(settings, config)
-    row = row_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
+    row = sequence_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
     if device.type == "cuda":
         print("attention:", use_document_attention(model, options.attention))

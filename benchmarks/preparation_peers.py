@@ -61,10 +61,10 @@ def ours(file: Path) -> Figures:
     from qlora_sft.data.documents import sizes
     from qlora_sft.data.plan import plan_data
     from qlora_sft.data.sources import read_sources
-    from qlora_sft.data.template import chat_format
+    from qlora_sft.data.template import choose_chat_format
 
     tokenizer = load_tokenizer()
-    template = chat_format(tokenizer)
+    chat_format = choose_chat_format(tokenizer)
     data = DataConfig(train=[TrainSourceConfig(str(file))], max_length=CAPACITY)
     config = Config(ModelConfig("none is loaded"), data, output="none is written")
     times, reads = [], []
@@ -74,12 +74,12 @@ def ours(file: Path) -> Figures:
             started = time.perf_counter()
             sources = read_sources(data.train, seed=0)
             reads.append(time.perf_counter() - started)
-            prepared, _, bins = plan_data(config, sources, [], tokenizer, template, lambda _: None)
+            prepared, _, sequences = plan_data(config, sources, [], tokenizer, chat_format, lambda _: None)
             times.append(time.perf_counter() - started)
         of_each = sizes(prepared.all_documents)
     return {
         "seconds": times[0], "read": reads[0], "second_start": times[1],
-        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(bins),
+        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(sequences),
     }  # fmt: skip
 
 

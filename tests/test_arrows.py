@@ -33,8 +33,8 @@ ORDER = (
     "config_data",
     "strict",
     "ranges yaml_text stopwatch download atomic",
-    "text cache say",
-    "errors json_types",
+    "text cache say json_types",
+    "errors",
     "qlora_kernels",
 )
 

@@ -86,7 +86,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> int 
 
 def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48) -> tuple[Tensor, Tensor, float]:
     """Computes in float64, for the first supervised rows, the rows, their gradients and the mean of their nll."""
-    rows = labels.targets.rows[:count].long()
+    rows = labels.targets.positions[:count].long()
     x = hidden.detach()[rows].double().requires_grad_()
     logits = torch.cat([x @ part.double().t() for part in head.split(8192)], dim=1)
     nll = torch.nn.functional.cross_entropy(logits, labels.shifted[rows], reduction="sum")

@@ -95,7 +95,7 @@ def _document(
 ) -> Rendered:
     plain = "text" in item.conversation
     try:
-        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, style=chat_format)
+        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, chat_format=chat_format)
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
 
@@ -113,7 +113,7 @@ def ask_choices(evaluated: EvaluatedModel, questions: Questions) -> Scores:
         questions.prompts,
         questions.letters,
         evaluated.dtype,
-        evaluated.chat_format.stops,
+        evaluated.chat_format.stop_token_ids,
     )
     correct = [letter == item.reference for (letter, _), item in zip(chosen, items, strict=True)]
     begun = [float(good and first) for good, (_, first) in zip(correct, chosen, strict=True)]
@@ -139,7 +139,7 @@ def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int) -> S
         repeated,
         settings.max_new_tokens,
         evaluated.dtype,
-        evaluated.chat_format.stops,
+        evaluated.chat_format.stop_token_ids,
         temperature,
     )
     texts = [decoded(evaluated.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]

@@ -82,7 +82,7 @@ def _chat_format(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
     Where all tasks are plain texts, it has no template, because the tokenizer of a base model may not have one either.
     """
     if all("text" in item.conversation for task in tasks for item in task.items):
-        return ChatFormat("", "plain texts", text.stops)
+        return ChatFormat("", "plain texts", text.stop_token_ids)
     try:
         return text.chat_format
     except DataError:

@@ -27,7 +27,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates what ``config.evaluation`` asks for and prints the figures. Leaves the model in training mode."""
     model, tokenizer, dtype = evaluated.model, evaluated.tokenizer, evaluated.dtype
-    stop_token_ids = evaluated.chat_format.stops
+    stop_token_ids = evaluated.chat_format.stop_token_ids
     result = Evaluation()
     if config.evaluation.loss and held_out.documents:
         result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)

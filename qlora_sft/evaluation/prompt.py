@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.render import render_conversation, render_prompt
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
@@ -40,10 +41,10 @@ def answered(
     item: Item, answer: str | None, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[list[int], list[int]]:
     """Returns the token ids of prompt and answer. The default of ``answer`` is the item's own."""
-    message = item.answer if answer is None else {"role": "assistant", "content": answer}
-    conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
+    message: Message = item.answer if answer is None else {"role": "assistant", "content": answer}
+    conversation: Conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
     try:
-        prompt = prompts_of(render_conversation(conversation, tokenizer, style=chat_format, supervise="last"))[-1]
+        prompt = prompts_of(render_conversation(conversation, tokenizer, chat_format=chat_format, supervise="last"))[-1]
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
     return prompt.input_ids, prompt.reference_ids

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_sft.data.formats import Conversation
+    from qlora_sft.data.conversation import Conversation, Message
+    from qlora_sft.json_types import JsonObject
 
 FOLDER = Path(__file__).parent / "go_templates"
 JINJA = Path(__file__).parent.parent / "data" / "templates"
@@ -32,27 +33,27 @@ FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 WITHOUT_THINKING = {"chatml-think": "chatml-tools"}
 
-_QUESTION = {"role": "user", "content": " What is <b> & 'c'?\n"}
-_ANSWER = {"role": "assistant", "content": "It is d."}
-_SYSTEM = {"role": "system", "content": "Be brief."}
-_THOUGHT = {"role": "assistant", "content": "It is d.", "reasoning": "As a is b."}
-_CALL = {
+_QUESTION: Message = {"role": "user", "content": " What is <b> & 'c'?\n"}
+_ANSWER: Message = {"role": "assistant", "content": "It is d."}
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+_THOUGHT: Message = {"role": "assistant", "content": "It is d.", "reasoning": "As a is b."}
+_CALL: Message = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"days": 3, "place": "Zürich"}}}],
 }
-_TWO_CALLS = {**_CALL, "content": "Let me look.", "tool_calls": [*_CALL["tool_calls"], *_CALL["tool_calls"]]}
-_RESULT = {"role": "tool", "content": '{"sky": "grey"}'}
-_PARAMETERS = {
+_TWO_CALLS: Message = {**_CALL, "content": "Let me look.", "tool_calls": [*_CALL["tool_calls"], *_CALL["tool_calls"]]}
+_RESULT: Message = {"role": "tool", "content": '{"sky": "grey"}'}
+_PARAMETERS: JsonObject = {
     "type": "object",
     "properties": {"days": {"type": "integer", "description": "How many"}, "place": {"type": "string"}},
     "required": ["place"],
 }
-_TOOLS = [
+_TOOLS: list[JsonObject] = [
     {"type": "function", "function": {"name": "look", "description": "Looks it up", "parameters": _PARAMETERS}},
 ]
 # These conversations use every part of a template: turns, system text, tools, calls, results, thinking.
-PROBES: list[dict[str, Any]] = [
+PROBES: list[Conversation] = [
     {"messages": [_QUESTION]},
     {"messages": [_QUESTION, _ANSWER, _QUESTION]},
     {"messages": [_SYSTEM, _QUESTION, _ANSWER, _QUESTION]},

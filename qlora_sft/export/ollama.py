@@ -134,9 +134,9 @@ def _system(wanted: str | None, trained: Trained) -> list[str]:
 
 def _stops(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns every stop token of the model as text."""
-    from qlora_sft.model.load import saved_stops
+    from qlora_sft.model.load import saved_stop_token_ids
 
-    ids = saved_stops(run, tokenizer)
+    ids = saved_stop_token_ids(run, tokenizer)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
 
 
