@@ -85,3 +85,14 @@ def test_the_command_writes_the_page_and_nothing_else(recipe: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} - before == {"page.html"}
     assert "[[" in result.stdout
+
+
+def test_the_tree_of_shared_prefixes_is_drawn(tokenizer: Any) -> None:
+    prompt = tokenizer("You answer questions about the weather, the time and the news, and about nothing else at all.")
+    ids = (prompt.input_ids * 2)[:32]
+    rows = [Rendered([*ids, 50 + n, 51, 52], [0.0] * 32 + [1.0] * 3, "a") for n in range(6)]
+    text = as_text([rows], tokenizer, colour=False, trees=True)
+    assert "6 documents, 210 tokens; computed once where they are shared: 50" in text
+    assert "└─ 32 tokens, shared by 6 documents: 'You answer" in text
+    assert "   └─ 3 tokens, a, 3 supervised" in text
+    assert "(2 more that continue the segment of 32 tokens alone)" in text
