@@ -29,6 +29,7 @@ ORDER = (
     "run",
     "data",
     "demo",
+    "reference",
     "config",
     "config_data",
     "strict",
