@@ -29,7 +29,7 @@ ORDER = (
     "run",
     "data",
     "demo",
-    "reference",
+    "reference recipe_list recipe_new",
     "config",
     "config_data",
     "strict",
