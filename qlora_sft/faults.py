@@ -89,6 +89,6 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
 
 def _check_modules(config: Config) -> None:
     from qlora_sft.model.base_files import resolve_base
-    from qlora_sft.model.skeleton import check_layers
+    from qlora_sft.model.meta_model import check_layers
 
     check_layers(config, resolve_base(config.model.path))

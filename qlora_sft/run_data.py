@@ -27,9 +27,9 @@ from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
-from qlora_sft.model.load import resolve_base, saved_stops
+from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
-from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
 
@@ -81,7 +81,7 @@ def render_data(
     Raises `ConfigError` or `DataError`.
     """
     tokenizer = load_tokenizer(config.model, base, say)
-    chat = choose_chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
+    chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
     train, held_out, sequences = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
@@ -131,10 +131,10 @@ def saved_text(path: Path) -> SavedText:
 
     if not is_run(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
+        return SavedText(tokenizer, tokenizer, frozenset(saved_stop_token_ids(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    own, stop_token_ids = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
+    own, stop_token_ids = _before_end_turns(tokenizer, run.base), frozenset(saved_stop_token_ids(path, tokenizer))
     return SavedText(tokenizer, own, stop_token_ids, run.model.chat_template, kept_day(path))
 
 

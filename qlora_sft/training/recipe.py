@@ -1,6 +1,7 @@
-"""The recipe of a run, top to bottom: what it begins with -> model -> before -> fit -> after -> report.
+"""Trains a model, top to bottom: facts to resume by, model, evaluation before, fit, evaluation after, report.
 
-Import it only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported here.
+Import this module only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported
+here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from qlora_sft.training.run_folder import Beginning, begin_run, record_data, sav
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
 ) -> RunReport:
-    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one. Errors as in `train`."""
+    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
+
+    Raises the errors of `train`.
+    """
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         beginning = begins_with(data, dtype)
@@ -66,7 +70,7 @@ def run_recipe(
         keep_before(run, before, asked)
     order = record_data(run, data.sequences, data.removed)
     with watch("train"), memory:
-        fitted = fit(training, memory.make_room, checkpoint)
+        fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):

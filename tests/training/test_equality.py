@@ -35,7 +35,7 @@ def run_bins(
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
         tokenizer = load_tokenizer(config.model, base)
         training = Training(config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins)
-        fit(training, make_room=lambda _: False)
+        fit(training, keep_less=lambda _: False)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
