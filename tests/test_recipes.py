@@ -15,8 +15,8 @@ from schema_check import faults
 
 from qlora_sft.config import RECIPES, Config, load_config
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.skeleton import read_settings
-from qlora_sft.plan.activations import row_bytes
+from qlora_sft.model.meta_model import read_settings
+from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.split import activation_budget, fit_card
 from qlora_sft.plan.weights import residents
@@ -53,7 +53,7 @@ def figures(config: Config, base: str, card: int) -> Figures:
     """Asks the plan's own formulas, from config.json alone; training on a GPU in bfloat16."""
     blueprint = blueprint_of(read_settings(config, base), config)
     held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
-    row = row_bytes(blueprint, config.lora, torch.bfloat16, on_gpu=True)
+    row = sequence_bytes(blueprint, config.lora, torch.bfloat16, on_gpu=True)
     alone = fit_card(card, blueprint.n_layers, row, held, 0)
     most = fit_card(card, blueprint.n_layers, row, held, 2**50)
     assert most.choice
