@@ -14,8 +14,8 @@ from qlora_kernels.offload.tiers import Tier, peak_bytes
 from schema_check import faults
 
 from qlora_sft.config import RECIPES, Config, load_config
-from qlora_sft.model.rope import check_context
 from qlora_sft.model.meta_model import read_settings
+from qlora_sft.model.rope import check_context
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.split import activation_budget, fit_card
