@@ -114,6 +114,9 @@ def _add_recipe_verbs(verbs: Verbs) -> None:
     new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
     new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
     new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
+    other = _verb(verbs, "convert", _convert, "make a recipe of a configuration of axolotl or LLaMA-Factory")
+    other.add_argument("file", help="their YAML file")
+    other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
 
 
 def _add_configured_verbs(verbs: Verbs) -> None:
@@ -218,6 +221,19 @@ def _new(arguments: argparse.Namespace) -> CommandResult:
     if not arguments.json:
         print(f"wrote {file}; next: qlora-sft preview {file}, qlora-sft plan {file}, qlora-sft train {file}")
     return {"file": str(file)}
+
+
+def _convert(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.convert.recipe import convert, write_recipe
+
+    recipe = convert(arguments.file)
+    for note in recipe.notes:
+        print(f"not in the recipe: {note}", file=sys.stderr)
+    if arguments.out:
+        print(f"wrote {write_recipe(recipe, arguments.out)}", file=sys.stderr)
+    elif not arguments.json:
+        print(recipe.text, end="")
+    return {"recipe": recipe.text, "notes": recipe.notes}
 
 
 def _train(arguments: argparse.Namespace) -> CommandResult:
