@@ -18,6 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "qlora_kernels"
 ORDER = (
     "demo_run",
     "cli",
+    "cli_recipes",
     "train preview plan chat doctor",
     "export",
     "training",
