@@ -43,6 +43,9 @@ class RopeScaling:
 class ModelConfig:
     path: str
     """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
+    revision: str | None = None
+    """Of a Hub id: the commit, tag or branch to take; default: its main branch. The commit that was loaded is kept
+    with the run, and is what ``--resume``, merge, export, evaluate and chat take."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     """``auto`` takes Unsloth where it imports and works, else transformers + peft, and says which and why."""
     load_in_4bit: bool = True

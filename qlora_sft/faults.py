@@ -77,13 +77,13 @@ def _base_checks(parts: dict[str, Any]) -> Iterator[Callable[[], Any]]:
     if model is None:
         return
     from qlora_sft.data.shipped import template_text
-    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.base_files import check_path
 
     if model.chat_template:
         yield partial(template_text, model.chat_template)
     if model.path == "demo":  # which may have to be downloaded, and is as it should be
         return
-    yield partial(resolve_base, model.path)
+    yield partial(check_path, model.path, model.revision)
     if lora and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 

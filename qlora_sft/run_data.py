@@ -24,11 +24,14 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.errors import RunError
 from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
+from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stops
 from qlora_sft.model.loss import choose_loss
+from qlora_sft.model.run_base import described_base
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
@@ -40,7 +43,7 @@ class RunData:
 
     backend: Backend
     base: str
-    """Folder or Hub id of the base model."""
+    """Folder of the base model."""
     tokenizer: Any
     """As the adapter will carry it."""
     chat_format: ChatFormat
@@ -49,6 +52,8 @@ class RunData:
     bins: list[list[int]]
     """Packed sequences in training order, as indices into `documents`."""
     removed: list[Removed]
+    commit: str | None = None
+    """Commit of the Hub that the base is of; None for a folder."""
 
     @property
     def documents(self) -> Chain:
@@ -57,9 +62,9 @@ class RunData:
 
 
 def checked_base(config: Config) -> str:
-    """Folder or Hub id of the base. Raises `ConfigError` where the settings do not go with its config.json."""
+    """Folder of the base. Raises `ConfigError` where the settings do not go with its config.json."""
     with every_fault(config):
-        base = resolve_base(config.model.path)
+        base = resolve_base(config.model.path, config.model.revision)
         check_base(config, base)
     choose_loss(config.model.loss, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return base
@@ -79,7 +84,9 @@ def render_data(
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
-    return RunData(backend, base, tokenizer, chat, train, held_out, bins, sources.removed)
+    origin = hub_origin(config.model.path, base)
+    commit = origin.commit if origin else None
+    return RunData(backend, base, tokenizer, chat, train, held_out, bins, sources.removed, commit)
 
 
 # ------------------------------------------------------------------ of a finished run
@@ -126,17 +133,17 @@ def saved_text(path: Path) -> SavedText:
         return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    own, stops = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
+    own, stops = _before_end_turns(tokenizer, run), frozenset(saved_stops(path, tokenizer))
     return SavedText(tokenizer, own, stops, run.model.chat_template, kept_day(path))
 
 
-def _before_end_turns(tokenizer: Any, base: str) -> Any:
+def _before_end_turns(tokenizer: Any, run: Run) -> Any:
     """A copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced at the end."""
     from transformers import AutoTokenizer
 
     try:
-        eos_token = AutoTokenizer.from_pretrained(base).eos_token
-    except (OSError, ValueError):  # the base is gone; what was saved is the best there is
+        eos_token = AutoTokenizer.from_pretrained(described_base(run)).eos_token
+    except (OSError, ValueError, RunError):  # the base is gone; what was saved is the best there is
         return tokenizer
     own: Any = copy.deepcopy(tokenizer)
     own.eos_token = eos_token

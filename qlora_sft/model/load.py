@@ -14,9 +14,11 @@ from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
+from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.rope import check_rope, scaled_config
+from qlora_sft.model.run_base import described_base, run_base
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
@@ -48,9 +50,18 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
         raise ConfigError(f"model.path: cannot load {base}: {first_line(error)}") from None
     if config.model.rope_scaling is not None:
         check_rope(model, scaled_config(base, config.model.rope_scaling))
+    _name_base(model, config.model.path, base)
     model.config.use_cache = False
     disable_inference_repacking(model)
     return model
+
+
+def _name_base(model: Any, path: str, base: str) -> None:
+    """Has the adapter say which repository it is for, and at which commit, and not where this machine keeps it."""
+    origin = hub_origin(path, base)
+    if origin is not None:
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path, adapter.revision = path, origin.commit
 
 
 def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
@@ -66,7 +77,8 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             max_seq_length=config.data.max_length,
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
-            # Else well-known names become those of Unsloth's own repositories, quantised by others.
+            # Else well-known names become those of Unsloth's own repositories, quantised by others. (A base of the Hub
+            # comes as the folder of its snapshot, in which there is no name to be mapped.)
             use_exact_model_name=True,
             **scaling,
             **checkpointing,
@@ -134,7 +146,7 @@ def load_trained_base(path: Path) -> Any:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
-    base = load_base(run.base, dtype, run.model.load_in_4bit, run.model.rope_scaling)
+    base = load_base(str(run_base(run)), dtype, run.model.load_in_4bit, run.model.rope_scaling)
     # The adapter has its own; without it the base is asked as it was before training, not with rows drawn at random.
     grow(base, trained_rows(run.adapter), initialise=True)
     if run.model.head_in_4bit:
@@ -161,7 +173,7 @@ def saved_stops(path: Path, tokenizer: Any) -> set[int]:
     if not is_run(path):
         return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
-    return stop_ids(run.model, run.base, tokenizer)
+    return stop_ids(run.model, described_base(run), tokenizer)
 
 
 def quantized_modules(model: Any) -> list[str]:

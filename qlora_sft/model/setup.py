@@ -11,6 +11,7 @@ from qlora_sft.config import Config
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Name
+from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
@@ -37,5 +38,7 @@ def prepare_model(
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
+    origin = hub_origin(config.model.path, base)
+    name = f"{origin.name} at commit {origin.commit}" if origin else base
+    say(f"model: {name}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
     return model

@@ -114,6 +114,11 @@ class Run:
         return self._of("report").get("base_sha256")
 
     @property
+    def base_commit(self) -> str | None:
+        """Commit of the Hub that was trained on; None for a folder, and in runs from before it was kept."""
+        return self._of("report").get("base_commit")
+
+    @property
     def dtype(self) -> str:
         """The type that it computed in, which ``auto`` need not mean on this machine."""
         return self._of("report").get("dtype") or self.model.dtype

@@ -5,6 +5,7 @@ Import it only when the backend is chosen (`qlora_sft.prepare` does that): Unslo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +18,18 @@ from qlora_sft.evaluation.before import keep_before, kept_before, question_diges
 from qlora_sft.evaluation.evaluate import evaluate
 from qlora_sft.evaluation.subject import Subject
 from qlora_sft.model.allocator import describe_allocator
+from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.setup import prepare_model
+from qlora_sft.model.snapshot import fetch_weights, file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
-from qlora_sft.training.checkpoints import check_same, data_digest
+from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
@@ -36,16 +39,20 @@ def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
 ) -> RunReport:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one. Errors as in `train`."""
+    with watch("base model"):
+        if checkpoint:
+            check_commit(run, data.commit)
+        fetch_weights(data.base)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        beginning = begins_with(data, dtype)
+        lengths = sizes(data.documents).tokens
+        beginning = begins_with(config, data, dtype, lengths)
         if checkpoint:
             check_same(run, beginning)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
-        lengths = sizes(data.documents).tokens
         tokens = longest_row(lengths, data.bins, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
@@ -76,8 +83,10 @@ def run_recipe(
     report = RunReport(
         output=str(run),
         backend=Choice(*data.backend),
-        base=data.base,
+        base=config.model.path if data.commit else data.base,
         base_sha256=beginning.base_sha256,
+        base_commit=data.commit,
+        base_files=file_hashes(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         quantized_modules=quantized_modules(model),
@@ -94,12 +103,15 @@ def run_recipe(
     return report
 
 
-def begins_with(data: RunData, dtype: torch.dtype) -> Beginning:
-    """What a run that goes on must find again."""
+def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
+    """What a run that goes on must find again. lengths: tokens of its documents."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Beginning(
         data_sha256=data_digest(data.train.documents.values(), data.bins),
         base_sha256=fingerprint(data.base),
         dtype=str(dtype).removeprefix("torch."),
         backend=data.backend.name,
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
+        base_commit=data.commit,
+        attention=choose_way(config.model.attention, device, lengths).way,
     )

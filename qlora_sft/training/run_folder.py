@@ -60,6 +60,10 @@ class Beginning(Report):
     backend: str
     template_date: str | None = None
     """What the chat template wrote as today's date, if it writes one."""
+    base_commit: str | None = None
+    """Commit of the Hub that the base is of."""
+    attention: str | None = None
+    """The way that attends inside documents."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
