@@ -22,11 +22,25 @@ _READ_AT_MOST = 2**28
 
 def load_checked(name: str, overrides: Sequence[str]) -> Config:
     """Returns `load_config`'s configuration, or raises its faults together with those of what it names."""
+    check_overrides(overrides)
     try:
         return load_config(name, overrides)
     except ConfigError as error:
         _raise_all(error, error.rest)
         raise
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for a value of the command line that a later one would undo without a word."""
+    problems = []
+    for i, later in enumerate(overrides):
+        key = later.lstrip("-").partition("=")[0]
+        for earlier in overrides[:i]:
+            before = earlier.lstrip("-").partition("=")[0]
+            if before == key or before.startswith(f"{key}."):
+                problems.append(f"override {later!r} would undo {earlier!r}; give one of them")
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager

@@ -57,8 +57,8 @@ def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], 
 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {_key(f.name): f for f in dataclasses.fields(kind)}
+    hints = _hints(kind)
     before = len(problems)
     values: dict[str, Any] = {}
     for key, value in tree.items():
@@ -66,17 +66,36 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
         if key not in fields:
             problems.append(f"{origin.get(where, file)}: unknown key {where!r}{did_you_mean(str(key), fields)}")
             continue
-        values[key] = _convert(hints[key], value, where, file, origin, problems)
+        values[fields[key].name] = _convert(hints[key], value, where, file, origin, problems)
     for name, f in fields.items():
         if name not in tree and f.default is MISSING and f.default_factory is MISSING:
             problems.append(f"{file}: missing key {prefix + name!r}")
     return kind(**values) if len(problems) == before else None
 
 
+def _key(name: str) -> str:
+    """The key of a field: a word of Python's own, as ``from``, has an underscore behind it in the dataclass."""
+    return name.rstrip("_")
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    return {_key(name): hint for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+
+
+def as_tree(value: Any) -> Any:
+    """Returns what `build` reads back to an equal dataclass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {_key(f.name): as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: as_tree(each) for key, each in value.items()}
+    return [as_tree(each) for each in value] if isinstance(value, list) else value
+
+
 def build_rest(kind: Any, tree: Any) -> Any:
     """Returns a dataclass ``kind`` of what is right in ``tree``; None if a key that it needs is wrong or missing."""
     values: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
+    names = {_key(f.name): f.name for f in dataclasses.fields(kind)}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key in hints:
             found: list[str] = []
@@ -88,7 +107,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
             elif found:
                 converted = build_rest(sections[0], value) if sections else None
             if not found or converted is not None:
-                values[key] = converted
+                values[names[key]] = converted
     try:
         return kind(**values)
     except TypeError:

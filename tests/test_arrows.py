@@ -30,7 +30,7 @@ ORDER = (
     "data",
     "demo",
     "config",
-    "config_data",
+    "config_data lora_from",
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say",

@@ -268,6 +268,8 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _write_configs(base: Path, target: Path, config: dict[str, Any], adapter: Path, say: Say) -> None:
     config.pop("quantization_config", None)
+    for code in base.glob("*.py") if config.get("auto_map") else ():
+        shutil.copy(code, target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = _write_tokenizer(adapter, target)
     generation = base / "generation_config.json"

@@ -14,9 +14,10 @@ from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
-from qlora_sft.model.base_files import hub_origin
+from qlora_sft.model.base_files import hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
+from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
 from qlora_sft.model.tokenizer import stop_ids
@@ -49,7 +50,8 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {first_line(error)}") from None
     if config.model.rope_scaling is not None:
-        check_rope(model, scaled_config(base, config.model.rope_scaling))
+        check_rope(model, scaled_config(base, config.model.rope_scaling, config.model.trust_remote_code))
+    compute_in(model, dtype)
     _name_base(model, config.model.path, base)
     model.config.use_cache = False
     disable_inference_repacking(model)
@@ -67,7 +69,8 @@ def _name_base(model: Any, path: str, base: str) -> None:
 def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
     fast = fast_language_model()
     rope = config.model.rope_scaling
-    scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope))}
+    trust = config.model.trust_remote_code
+    scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope, trust))}
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
     # Its trainer switches every layer on or off by what it was told here: True, whatever the tiers will be.
     checkpointing = {"use_gradient_checkpointing": True}
@@ -80,6 +83,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             # Else well-known names become those of Unsloth's own repositories, quantised by others. (A base of the Hub
             # comes as the folder of its snapshot, in which there is no name to be mapped.)
             use_exact_model_name=True,
+            trust_remote_code=runs_code(base, trust),
             **scaling,
             **checkpointing,
         )
@@ -102,7 +106,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
+    settings = config.model
+    model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
     grow(model, rows, initialise=True)
     if config.model.head_in_4bit:
         quantize_head(model, dtype)
@@ -121,12 +126,18 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     return get_peft_model(model, lora)
 
 
-def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> Any:
-    """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
+def load_base(
+    base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None, trust: bool = False
+) -> Any:
+    """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one.
+
+    trust: code that the folder ``base`` brings along may be run.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope)}
-    if load_in_4bit:
+    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope, trust)}
+    # One that was saved in NF4 is loaded as it is.
+    if load_in_4bit and not read_config(base).get("quantization_config"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -134,7 +145,18 @@ def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScali
             bnb_4bit_compute_dtype=dtype,
         )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, device_map=device, trust_remote_code=runs_code(base, trust), **options
+    )
+    compute_in(model, dtype)
+    return model
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Has 4-bit layers compute in ``dtype``: a checkpoint in NF4 brings the type that it was made with."""
+    for module in model.modules():
+        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
@@ -146,7 +168,9 @@ def load_trained_base(path: Path) -> Any:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
-    base = load_base(str(run_base(run)), dtype, run.model.load_in_4bit, run.model.rope_scaling)
+    settings = run.model
+    folder = str(run_base(run))
+    base = load_base(folder, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
     # The adapter has its own; without it the base is asked as it was before training, not with rows drawn at random.
     grow(base, trained_rows(run.adapter), initialise=True)
     if run.model.head_in_4bit:

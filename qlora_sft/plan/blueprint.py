@@ -68,6 +68,8 @@ class Blueprint:
     """The matrices with such rows: the embedding, and the head where it is another."""
     grown: int = 0
     """Of the parameters, those that the files do not have: embedding and head may have to grow for added tokens."""
+    nested: bool = True
+    """Whether the scales of NF4 weights are quantised themselves; a checkpoint that was saved in NF4 may differ."""
 
     @property
     def n_layers(self) -> int:
@@ -141,6 +143,7 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
         input_embedding=_input_embedding(model),
         added_rows=len(rows),
         grown=model.num_parameters() - in_files,
+        nested=bool(_packed(settings).get("bnb_4bit_use_double_quant", not _packed(settings))),
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, prefix, targets, config),
         norms=[
@@ -158,10 +161,10 @@ def _input_embedding(model: Any) -> int:
 
 
 def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = get_keys_to_not_convert(model)
+    kept = HfQuantizer.get_modules_to_not_convert(model, _packed(model.config).get("llm_int8_skip_modules"))
     head = model.get_output_embeddings()
 
     def quantized(name: str, module: torch.nn.Linear) -> bool:
@@ -180,6 +183,11 @@ def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> lis
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]  # fmt: skip
+
+
+def _packed(settings: Any) -> dict[str, Any]:
+    """How a checkpoint was quantised when it was saved; empty for one in 16 bits."""
+    return dict(getattr(settings, "quantization_config", None) or {})
 
 
 def _is_norm(module: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
+from qlora_sft.model.remote_code import is_foreign
 
 
 def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
@@ -24,7 +25,7 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     from qlora_sft.model.load import disable_inference_repacking, target_modules
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
     targets = target_modules(model, config.lora)
     if config.model.load_in_4bit:

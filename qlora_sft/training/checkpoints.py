@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.lora_from import adapter_folder
 from qlora_sft.say import Say
+from qlora_sft.strict import as_tree
 
 if TYPE_CHECKING:
     from qlora_sft.data.documents import Documents
@@ -25,6 +27,8 @@ FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
+# What a run takes from the adapter of lora.from.
+TAKEN = ("lora.r", "lora.alpha", "lora.target_modules")
 # Beside the configuration, what "auto" and the files have come to.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
@@ -93,8 +97,13 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         return None
     before = load_config(run / "config.yaml")
     begun = _begun(run)
-    found = differences(dataclasses.asdict(before), dataclasses.asdict(config))
-    changed = [(key, old, new) for key, old, new in found if not (key in NAMED and begun.get(NAMED[key]) == new)]
+    found = differences(as_tree(before), as_tree(config))
+    lost = _lost_adapter(config)
+    changed = [
+        (key, old, new)
+        for key, old, new in found
+        if not (key in NAMED and begun.get(NAMED[key]) == new) and not (lost and key in TAKEN)
+    ]
     if changed:
         raise ConfigError(
             [f"--resume: {key} was {old!r} when {run} began and is {new!r} now" for key, old, new in changed]
@@ -114,7 +123,16 @@ def as_begun(config: Config, run: Path, say: Say) -> Config:
         model = dataclasses.replace(model, revision=commit)
     if way and model.attention == "auto":
         model = dataclasses.replace(model, attention=way)
-    return dataclasses.replace(config, model=model)
+    lora = config.lora
+    if _lost_adapter(config):
+        say(f"lora.from: {lora.from_} is gone; the checkpoint has all of it")
+        lora = dataclasses.replace(load_config(run / "config.yaml").lora, from_=None)
+    return dataclasses.replace(config, model=model, lora=lora)
+
+
+def _lost_adapter(config: Config) -> bool:
+    """Whether the adapter that the run went on from is there no more."""
+    return config.lora.from_ is not None and adapter_folder(config.lora.from_) is None
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:

@@ -20,6 +20,7 @@ from qlora_sft.evaluation.subject import Subject
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.setup import prepare_model
@@ -114,4 +115,5 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
         base_commit=data.commit,
         attention=choose_way(config.model.attention, device, lengths).way,
+        lora_from_sha256=adapter_digest(config.lora.from_),
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
-from tests_support import SHORT, result
+from tests_support import SHORT, bare_base, result
 
 from qlora_sft.cli import main
 from qlora_sft.config import Config
@@ -29,6 +32,11 @@ from qlora_sft.training.trainer import PackedSFTTrainer
 
 FIRST, SECOND = "a1" * 20, "b2" * 20
 NAME = "owner/model"
+CHILD = Path(__file__).with_name("names_child.py")
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}<|endoftext|>{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 AddModel = Callable[..., Path]
 
 
@@ -160,3 +168,30 @@ def test_weights_that_are_not_there_are_said_before_anything_is_loaded(hub: AddM
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=f"the weights of {NAME} at commit {FIRST} are not all here"):
         train(make_config(f"model.path={NAME}"), say=lambda _: None)
+
+
+def small_model(folder: Path, small_tokenizer: Any) -> Path:
+    """The smallest there is, with a chat template."""
+    model = bare_base(folder, small_tokenizer, tied=True, room=0)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return model
+
+
+def test_twenty_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
+    make_config: MakeConfig, small_tokenizer: Any, tmp_path: Path
+) -> None:
+    make_config()
+    model = small_model(tmp_path / "small", small_tokenizer)
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, CHILD, tmp_path / "config.yaml", model, "20"],
+        cwd=tmp_path, env={**os.environ, **cache}, stdout=subprocess.PIPE, check=True, text=True,
+    )  # fmt: skip
+    # Unsloth has something to say on stdout, too.
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert len({each["name"] for each in seen}) == 20
+    for each in seen:
+        assert each["other"].lower() != each["name"].lower()
+        assert each["norm"] == [each["number"]] * 2, each
+        assert (each["adapter"], each["plan"]) == ([each["name"]] * 2, each["name"])
+        assert each["fingerprint"]
