@@ -1,6 +1,7 @@
 """Code that a repository brings along, because transformers has no model or tokenizer of that kind.
 
-It would be run on this machine. Nothing is run to find it: what transformers would load is named in config.json and tokenizer_config.json.
+It would be run on this machine. Nothing is run to find it: config.json and tokenizer_config.json name what transformers
+would load.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def check_code(model: ModelConfig, base: str) -> None:
         kind = settings.get("model_type")
         if not model.trust_remote_code:
             raise ConfigError(
-                f"model.trust_remote_code: transformers has no model {kind!r}, and {model.path} brings code for it, which "
-                f"would be run on this machine with your rights: {', '.join(files)} (in {base}). Read it and set "
+                f"model.trust_remote_code: transformers has no model {kind!r}, and {model.path} brings code for it, "
+                f"which would be run on this machine with your rights: {', '.join(files)} (in {base}). Read it and set "
                 "model.trust_remote_code=true, with model.revision for a repository of the Hub; or name another model"
             )
     if files := tokenizer_code(base):

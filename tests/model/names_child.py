@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from qlora_sft.model.backend import choose_backend
 
@@ -58,7 +59,7 @@ def main(file: str, model: Path, count: int) -> None:
     from qlora_sft.model.load import load_model
     from qlora_sft.plan.plan import make_plan
 
-    for number, (name, other) in enumerate(names.items(), 1):
+    for number, (name, other) in enumerate(names.items(), 2):  # the model itself has 1
         folder = put(name, model, number)
         config = load_config(file, [f"model.path={name}", "model.load_in_4bit=true", "model.backend=unsloth"])
         base = resolve_base(name)
@@ -70,6 +71,29 @@ def main(file: str, model: Path, count: int) -> None:
         seen["plan"] = make_plan(config, data=False, timing=False, say=lambda _: None).model.path
         seen["fingerprint"] = fingerprint(base) == fingerprint(folder) != fingerprint(model)
         print(json.dumps(seen), file=sys.__stdout__, flush=True)
+    packed = [packed_as_it_is(file, model, "unsloth"), packed_as_it_is(file, model, "transformers")]
+    print(json.dumps({"packed": packed}), file=sys.__stdout__, flush=True)
+
+
+def packed_as_it_is(file: str, model: Path, backend: Literal["unsloth", "transformers"]) -> bool:
+    """Whether a repository that was saved in NF4 is loaded with the codes that its file holds."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    from qlora_sft.config import load_config
+    from qlora_sft.model.base import base_of
+    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.load import load_base, load_model, quantized_modules
+
+    name, packed = f"unsloth/packed-{backend}-bnb-4bit", model.with_name(f"packed-{backend}")
+    load_base(str(model), torch.float32, load_in_4bit=True).save_pretrained(packed)
+    AutoTokenizer.from_pretrained(model).save_pretrained(packed)
+    files = load_file(put(name, packed, 1) / "model.safetensors")
+    config = load_config(file, [f"model.path={name}", "model.load_in_4bit=true"])
+    loaded = load_model(config, resolve_base(name), torch.float32, backend)
+    weights = {module: base_of(loaded).get_submodule(module).base_layer.weight for module in quantized_modules(loaded)}
+    return len(weights) == 14 and all(torch.equal(w.data, files[f"{module}.weight"]) for module, w in weights.items())
 
 
 if __name__ == "__main__":

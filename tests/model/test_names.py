@@ -189,6 +189,7 @@ def test_twenty_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
     )  # fmt: skip
     # Unsloth has something to say on stdout, too.
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"packed": [True, True]}
     assert len({each["name"] for each in seen}) == 20
     for each in seen:
         assert each["other"].lower() != each["name"].lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.merge import merge_run
+from qlora_sft.model.go_on import check_adapter
 from qlora_sft.run.folder import Run
 from qlora_sft.train import train
 from qlora_sft.training.trainer import PackedSFTTrainer
@@ -138,9 +140,12 @@ def test_what_does_not_go_with_it_is_named_by_every_verb(
         "neither a run with an adapter nor an adapter": [f"lora.from={tmp_path}"],
     }  # fmt: skip
     for expected, overrides in cases.items():
-        for verb in ("train", "preview", "plan"):
-            assert main([verb, str(tmp_path / "config.yaml"), *overrides]) == 2, expected
-            assert expected in capsys.readouterr().err
+        config = make_config(*overrides)
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            check_adapter(config, config.model.path)
+    for verb in ("train", "preview", "plan"):
+        assert main([verb, str(tmp_path / "config.yaml"), source, "lora.r=8"]) == 2
+        assert "has r 4, and lora.r is 8" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"is for other layers than this model with lora\.target_modules has"):
         train(make_config(source, "lora.target_modules=all-linear"), say=lambda _: None)
     with pytest.raises(ConfigError, match="is in the folder of this run"):
