@@ -1,12 +1,12 @@
-"""The adapter that a run goes on from (``lora.from``): where it is, and what it says of itself. No weights are read."""
+"""Find the adapter that a run goes on from (``lora.from``) and read what it says of itself; no weights are read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.text import as_path
 
 # PEFT's names of what our settings are.
@@ -19,16 +19,16 @@ def adapter_folder(path: str) -> Path | None:
     return next((folder for folder in (given / "adapter", given) if (folder / "adapter_config.json").is_file()), None)
 
 
-def adapter_settings(folder: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> JsonObject:
     """Returns PEFT's settings of the adapter. Raises `ConfigError`."""
     try:
-        content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content: JsonObject = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"lora.from: {folder}: no readable adapter_config.json ({error})") from None
     return content
 
 
-def fill_from_adapter(lora: Any) -> None:
+def fill_from_adapter(lora: object) -> None:
     """Gives the section ``lora`` of a configuration the rank, the scale and the layers of the adapter that it names.
 
     What is given stays; whether it is the adapter's, and whether there is an adapter, is found before training. A
@@ -36,7 +36,7 @@ def fill_from_adapter(lora: Any) -> None:
     """
     path = lora.get("from") if isinstance(lora, dict) else None
     folder = adapter_folder(path) if isinstance(path, str) else None
-    if folder is None:
+    if folder is None or not isinstance(lora, dict):
         return
     settings = adapter_settings(folder)
     for ours, theirs in KEYS.items():

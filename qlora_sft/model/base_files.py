@@ -1,4 +1,4 @@
-"""What can be known of a base model without its weights: config.json, and the headers of its safetensors files."""
+"""Reads what is known of a base model without its weights: config.json and the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from qlora_sft.text import as_path
 
 
 class Header(NamedTuple):
+    """Describes one tensor of a safetensors file."""
+
     dtype: str
-    """As safetensors names it: BF16, F16, F32, U8."""
+    """The type as safetensors names it: BF16, F16, F32, U8."""
     shape: tuple[int, ...]
     nbytes: int
 
 
 def resolve_base(path: str, revision: str | None = None) -> str:
-    """Folder of the base: of ``demo`` the embedded model's, of a Hub id that of its snapshot at ``revision``.
+    """Returns the folder of the base: of ``demo`` the embedded one, of a Hub id that of its snapshot at ``revision``.
 
     Of a Hub id everything but the weights is fetched. Raises `ConfigError` if it cannot be had.
     """
@@ -39,7 +41,7 @@ def resolve_base(path: str, revision: str | None = None) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``model.path`` names a repository of the Hub, and no folder here."""
+    """Says whether ``model.path`` names a repository of the Hub, and no folder here."""
     return path != "demo" and not as_path(path).is_dir()
 
 
@@ -64,7 +66,7 @@ def check_path(path: str, revision: str | None = None) -> None:
 
 
 def read_config(base: str) -> dict[str, Any]:
-    """config.json of the folder ``base``. Raises `ConfigError`."""
+    """Returns config.json of the folder ``base``. Raises `ConfigError`."""
     file = Path(base) / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -74,7 +76,10 @@ def read_config(base: str) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part that describes the language model: models that also see have it in a section of its own."""
+    """Returns the part of a config.json that describes the language model.
+
+    Models that also see have it in a section of its own.
+    """
     inner: dict[str, Any] = config.get("text_config") or config
     return inner
 
@@ -94,9 +99,10 @@ def read_headers(base: str) -> dict[str, Header]:
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """(name -> dtype, shape and data_offsets of every tensor, where in the file the data begin).
+    """Returns (dtype, shape and data_offsets of every tensor by name, position in the file where the data begin).
 
-    The file begins with 8 bytes, the length of the JSON that follows. Raises OSError or ValueError if it is none.
+    The file begins with 8 bytes, the length of the JSON that follows. Raises OSError or ValueError if it is no
+    safetensors file.
     """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -1,4 +1,4 @@
-"""A new run that goes on from an existing adapter (``lora.from``): checked against base and settings, then loaded.
+"""Begin a new run with an existing adapter (``lora.from``), which is checked against base and settings, then loaded.
 
 The new run is one of its own: its optimizer and its learning rate begin anew, and its adapter holds all that both have
 learned, so merge and export need nothing of the first run.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import KEYS, adapter_folder, adapter_settings, base_of_adapter
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.vocabulary import new_rows, trained_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # What would be another function than the one that is built here.
 OTHER_FORMS = (
@@ -42,7 +46,7 @@ def check_adapter(config: Config, base: str) -> None:
         raise ConfigError([f"lora.from: the adapter in {folder} {problem}" for problem in problems])
 
 
-def _of_form(settings: dict[str, Any]) -> list[str]:
+def _of_form(settings: JsonObject) -> list[str]:
     if settings.get("peft_type") != "LORA":
         return [f"is a {settings.get('peft_type')} adapter; only LoRA adapters can be gone on with"]
     used = [name for name in OTHER_FORMS if settings.get(name)]
@@ -50,8 +54,8 @@ def _of_form(settings: dict[str, Any]) -> list[str]:
     return [f"has {', '.join(used)}, with which this program does not train"] if used else []
 
 
-def _of_settings(config: Config, settings: dict[str, Any]) -> list[str]:
-    """What is given beside ``from`` and is another. Layers of ``all-linear`` are compared when the model is there."""
+def _of_settings(config: Config, settings: JsonObject) -> list[str]:
+    """Returns what is given beside ``from`` and is another. ``all-linear`` is compared when the model is there."""
     found = []
     for ours, theirs in KEYS.items():
         given, value = getattr(config.lora, ours), settings.get(theirs)
@@ -73,7 +77,7 @@ def _of_rows(config: Config, base: str, folder: Path) -> list[str]:
     ]
 
 
-def start_from(model: Any, path: str) -> str:
+def start_from(model: PeftModel, path: str) -> str:
     """Gives a new ``model`` of PEFT the weights of the adapter at ``path``; says what it did.
 
     Raises `ConfigError` unless each weight of the one is a weight of the other, of the same shape.
@@ -101,7 +105,7 @@ def start_from(model: Any, path: str) -> str:
 
 
 def adapter_digest(path: str | None) -> str | None:
-    """sha256 of the weights that a run goes on from."""
+    """Returns the sha256 of the weights that a run goes on from; None if it goes on from none."""
     folder = adapter_folder(path) if path else None
     file = folder / "adapter_model.safetensors" if folder else None
     return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from qlora_kernels.cpu import bfloat16_products
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.model.backend import Name, fast_language_model
+from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
@@ -20,9 +20,15 @@ from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
-from qlora_sft.model.tokenizer import stop_ids
+from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qlora_sft.model.base import CausalModel
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -37,7 +43,7 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
     return torch.bfloat16 if faster else torch.float32, reason
 
 
-def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> Any:
+def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendName) -> PeftModel:
     """A PeftModel in training mode: NF4 (or ``dtype``) base, frozen; LoRA in float32, initialised with the seed.
 
     Raises `ConfigError` if the base cannot be loaded.
@@ -58,7 +64,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     return model
 
 
-def _name_base(model: Any, path: str, base: str) -> None:
+def _name_base(model: PeftModel, path: str, base: str) -> None:
     """Has the adapter say which repository it is for, and at which commit, and not where this machine keeps it."""
     origin = hub_origin(path, base)
     if origin is not None:
@@ -66,7 +72,7 @@ def _name_base(model: Any, path: str, base: str) -> None:
             adapter.base_model_name_or_path, adapter.revision = path, origin.commit
 
 
-def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
+def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> PeftModel:
     fast = fast_language_model()
     rope = config.model.rope_scaling
     trust = config.model.trust_remote_code
@@ -102,7 +108,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
         )
 
 
-def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
+def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> PeftModel:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -128,8 +134,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
 
 def load_base(
     base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None, trust: bool = False
-) -> Any:
-    """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one.
+) -> PreTrainedModel:
+    """Loads the base in plain transformers, in NF4 with double quantisation or in ``dtype``, on a GPU if there is one.
 
     trust: code that the folder ``base`` brings along may be run.
     """
@@ -152,19 +158,21 @@ def load_base(
     return model
 
 
-def compute_in(model: Any, dtype: torch.dtype) -> None:
+def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Has 4-bit layers compute in ``dtype``: a checkpoint in NF4 brings the type that it was made with."""
+    from bitsandbytes.nn import Linear4bit
+
     for module in model.modules():
-        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
+        if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    parameters: dict[str, Any] = config.get_text_config().rope_parameters
+def _rope_parameters(config: PretrainedConfig) -> dict[str, object]:
+    parameters: dict[str, object] = config.get_text_config().rope_parameters
     return dict(parameters)
 
 
-def load_trained_base(path: Path) -> Any:
+def load_trained_base(path: Path) -> PreTrainedModel:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
@@ -179,7 +187,7 @@ def load_trained_base(path: Path) -> Any:
     return base
 
 
-def load_for_inference(path: Path) -> Any:
+def load_for_inference(path: Path) -> CausalModel:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
     if not is_run(path):
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
@@ -188,19 +196,21 @@ def load_for_inference(path: Path) -> Any:
 
     base = load_trained_base(path)
     # The base's own list does not have the end of turn that a template brought.
-    base.generation_config.eos_token_id = sorted(saved_stops(path, AutoTokenizer.from_pretrained(path / "adapter")))
+    base.generation_config.eos_token_id = sorted(
+        saved_stop_token_ids(path, AutoTokenizer.from_pretrained(path / "adapter"))
+    )
     return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
 
 
-def saved_stops(path: Path, tokenizer: Any) -> set[int]:
+def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which the model of a run, or in a folder, stops."""
     if not is_run(path):
-        return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
+        return stop_token_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
-    return stop_ids(run.model, described_base(run), tokenizer)
+    return stop_token_ids(run.model, described_base(run), tokenizer)
 
 
-def quantized_modules(model: Any) -> list[str]:
+def quantized_modules(model: CausalModel) -> list[str]:
     """Paths, in the base model, of the layers whose weights are NF4: what a merge has to send through NF4 too."""
     from bitsandbytes.nn import Linear4bit
 
@@ -208,7 +218,7 @@ def quantized_modules(model: Any) -> list[str]:
     return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
 
 
-def target_modules(model: Any, lora: LoraConfig) -> list[str]:
+def target_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
 
     Raises `ConfigError` for a name that no layer has.
@@ -223,7 +233,7 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     return list(lora.target_modules)
 
 
-def disable_inference_repacking(model: Any) -> None:
+def disable_inference_repacking(model: CausalModel) -> None:
     """Keeps bitsandbytes from repacking NF4 weights for its AVX512 inference kernel.
 
     It does so in place at the first forward without gradients and never undoes it; every gradient afterwards is

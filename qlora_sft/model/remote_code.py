@@ -1,4 +1,4 @@
-"""Code that a repository brings along, because transformers has no model or tokenizer of that kind.
+"""Find code that a repository brings along because transformers has no model or tokenizer of that kind.
 
 It would be run on this machine. Nothing is run to find it: config.json and tokenizer_config.json name what transformers
 would load.
@@ -7,9 +7,8 @@ would load.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError
@@ -35,22 +34,23 @@ def check_code(model: ModelConfig, base: str) -> None:
 
 
 def runs_code(base: str, trust: bool) -> bool:
-    """Whether code in the folder ``base`` is to be run: it is trusted, and transformers has none of its own."""
+    """Says whether code in the folder ``base`` is to be run: it is trusted, and transformers has none of its own."""
     return trust and bool(model_code(read_config(base)))
 
 
-def model_code(settings: dict[str, Any]) -> list[str]:
-    """Files that transformers would run for the model of this config.json; none for a model that it has itself."""
+def model_code(settings: Mapping[str, object]) -> list[str]:
+    """Returns the files that transformers would run for this config.json; none for a model that it has itself."""
     from transformers import CONFIG_MAPPING
 
     if settings.get("model_type") in CONFIG_MAPPING:
         return []
-    named: dict[str, Any] = settings.get("auto_map") or {}
+    named = settings.get("auto_map")
+    named = named if isinstance(named, dict) else {}
     return _files(named[name] for name in ("AutoConfig", "AutoModelForCausalLM") if name in named)
 
 
 def tokenizer_code(base: str) -> list[str]:
-    """Files that transformers would run for the tokenizer; none for a class that it has itself."""
+    """Returns the files that transformers would run for the tokenizer; none for a class that it has itself."""
     import transformers
 
     file = Path(base) / "tokenizer_config.json"
@@ -67,10 +67,10 @@ def tokenizer_code(base: str) -> list[str]:
 
 
 def _files(references: Iterable[str | None]) -> list[str]:
-    """``module.Class``, or ``owner/name--module.Class`` for code in another repository -> its file."""
+    """Returns the files of ``module.Class``, or ``owner/name--module.Class`` for code in another repository."""
     return sorted({f"{reference.rpartition('.')[0]}.py".replace("--", ":") for reference in references if reference})
 
 
-def is_foreign(settings: Any) -> bool:
-    """Whether transformers' configuration object is of a class that a repository brought along, and was trusted."""
+def is_foreign(settings: object) -> bool:
+    """Says whether the class of transformers' configuration object came with a repository, and was trusted."""
     return type(settings).__module__.startswith("transformers_modules.")

@@ -1,4 +1,4 @@
-"""The base model of a finished run: the very files that it was trained on, wherever it is asked for."""
+"""Find the base model of a finished run: the very files that it was trained on, whoever asks for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_sft.run.folder import Run
 
 
 def described_base(run: Run) -> str:
-    """Folder with configuration and tokenizer of the base; of a Hub model at the commit that was trained on.
+    """Returns the folder with configuration and tokenizer of the base; of a Hub model at the commit of the training.
 
     Raises `RunError` if it is not to be had, naming the commits that are here.
     """
@@ -24,7 +24,10 @@ def described_base(run: Run) -> str:
 
 
 def run_base(run: Run) -> Path:
-    """The same with the weights. Raises `RunError` for other weights than those that ``run`` was trained on."""
+    """Returns the same folder with the weights in it.
+
+    Raises `RunError` for other weights than those that ``run`` was trained on.
+    """
     base = described_base(run)
     try:
         fetch_weights(base)

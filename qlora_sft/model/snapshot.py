@@ -1,4 +1,4 @@
-"""A model of the Hub, as the folder that the Hub's own cache keeps of one commit.
+"""Find a model of the Hub as the folder that the Hub's own cache keeps of one commit.
 
 A name of the Hub says which repository is meant, not which files: its main branch moves. So a name becomes a folder
 once, before anything is read, and everything after that (configuration, tokenizer, weights, code) is read from this
@@ -20,7 +20,7 @@ HASHED_BELOW = 2**26
 
 
 class Origin(NamedTuple):
-    """Where on the Hub a folder comes from."""
+    """Names where on the Hub a folder comes from."""
 
     name: str
     commit: str
@@ -70,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all safetensors files of the model in ``folder`` are there."""
+    """Says whether all safetensors files of the model in ``folder`` are there."""
     files = weight_files(folder)
     return bool(files) and all(file.is_file() for file in files)
 

@@ -196,3 +196,22 @@ def test_twenty_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
         assert each["norm"] == [each["number"]] * 2, each
         assert (each["adapter"], each["plan"]) == ([each["name"]] * 2, each["name"])
         assert each["fingerprint"]
+
+
+@pytest.mark.slow
+def test_a_run_of_unsloth_is_recorded_and_merged_under_the_name_that_was_typed(
+    hub: AddModel, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    name = "meta-llama/Llama-3.2-1B-Instruct"
+    folder = hub(name, FIRST)
+    make_config()
+    settings = [*SHORT, f"model.path={name}", "model.backend=unsloth", "model.load_in_4bit=true"]
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "qlora_sft", "train", tmp_path / "config.yaml", *settings]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **cache}, check=True)
+    run = Run.open(tmp_path / "run")
+    assert (run.report.backend.name, run.base, run.base_commit) == ("unsloth", name, FIRST)
+    assert run.base_sha256 == fingerprint(folder)
+    adapter = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (name, FIRST)
+    assert merge_run(run.path, say=lambda _: None).modules == 14
