@@ -58,7 +58,7 @@ def apply_override(tree: JsonObject, override: str, origin: dict[str, str], prob
 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     """Returns the dataclass ``kind`` made from ``tree``; None, with the problems noted, if anything in it is wrong."""
-    fields = {_key(f.name): f for f in dataclasses.fields(kind)}
+    fields = {key_of(f.name): f for f in dataclasses.fields(kind)}
     hints = _hints(kind)
     before = len(problems)
     values: JsonObject = {}
@@ -74,19 +74,19 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
     return kind(**values) if len(problems) == before else None
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """Returns the key of a field: a word of Python's own, as ``from``, has an underscore behind it in the dataclass."""
     return name.rstrip("_")
 
 
 def _hints(kind: type) -> JsonObject:
-    return {_key(name): hint for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+    return {key_of(name): hint for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
 
 
 def as_tree(value: object) -> object:
     """Returns what `build` reads back to an equal dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {_key(f.name): as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {key_of(f.name): as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: as_tree(each) for key, each in value.items()}
     return [as_tree(each) for each in value] if isinstance(value, list) else value
@@ -97,7 +97,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
     that it needs is wrong or missing."""
     values: JsonObject = {}
     hints = _hints(kind)
-    names = {_key(f.name): f.name for f in dataclasses.fields(kind)}
+    names = {key_of(f.name): f.name for f in dataclasses.fields(kind)}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key in hints:
             found: list[str] = []
@@ -119,7 +119,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
 def _convert(hint: object, value: object, where: str, file: str, origin: dict[str, str], problems: list[str]) -> object:
     """Returns ``value`` as the type ``hint`` has it; None, with the problem noted, if it is of no such type."""
     source = origin.get(where, file)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = options_of(hint)
     lists = [option for option in options if typing.get_origin(option) is list]
     if isinstance(value, list) and lists:
         (item,) = typing.get_args(lists[0])
@@ -128,7 +128,7 @@ def _convert(hint: object, value: object, where: str, file: str, origin: dict[st
     if isinstance(value, dict) and sections:
         return build(sections[0], value, where + ".", file, origin, problems)
     for option in options:
-        bare, limits = _bare(option)
+        bare, limits = bare_type(option)
         if _matches(bare, value):
             fault = limits.fault(value) if limits and isinstance(value, int | float) else ""
             if fault:
@@ -136,14 +136,19 @@ def _convert(hint: object, value: object, where: str, file: str, origin: dict[st
             return float(value) if bare is float and not fault and isinstance(value, int) else value
     choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
     hint_text = did_you_mean(str(value), choices) if choices else ""
-    expected = " or ".join(_describe(_bare(option)[0]) for option in options)
+    expected = " or ".join(_describe(bare_type(option)[0]) for option in options)
     shown = kind_of(value) if sections else _short(value)
-    hint_text = hint_text or _number_hint(value, [_bare(option)[0] for option in options])
+    hint_text = hint_text or _number_hint(value, [bare_type(option)[0] for option in options])
     problems.append(f"{source}: {where} must be {expected}, got {shown}{hint_text}")
     return None
 
 
-def _bare(option: object) -> tuple[object, Range | None]:
+def options_of(hint: object) -> tuple[object, ...]:
+    """Returns the types that ``hint`` allows: those of a union, or ``hint`` itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def bare_type(option: object) -> tuple[object, Range | None]:
     """Returns the type without its annotation, and the range that the annotation gives."""
     if typing.get_origin(option) is not Annotated:
         return option, None
@@ -154,8 +159,8 @@ def _bare(option: object) -> tuple[object, Range | None]:
 def ranges(kind: type) -> Iterator[tuple[str, object, Range | None]]:
     """Yields name, type and range of every field of the dataclass ``kind`` that is a number (or empty)."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        for bare, limits in map(_bare, options):
+        options = options_of(hint)
+        for bare, limits in map(bare_type, options):
             if bare in (int, float):
                 yield name, bare, limits
 
