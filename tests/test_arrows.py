@@ -32,7 +32,7 @@ ORDER = (
     "demo",
     "reference recipe_list recipe_new convert",
     "config",
-    "config_data",
+    "config_data lora_from",
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say json_types",
