@@ -169,6 +169,7 @@ def replace_parts(model: Any, name: str, way: Any, tokens: int) -> None:
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.mlp import use_tiled_mlp
     from qlora_sft.model.norms import use_lean_norms
+    from qlora_sft.model.qkv import use_lean_attention
 
     if name == "Unsloth native":
         return
@@ -176,6 +177,8 @@ def replace_parts(model: Any, name: str, way: Any, tokens: int) -> None:
     if name.startswith("ours"):
         if "Unsloth" not in name:
             print(use_lean_norms(model))
+            if "PEFT" not in name:
+                print(use_lean_attention(model))
         print(use_tiled_mlp(model, "auto", tokens))
 
 
