@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Pairs of a program: as many heads of one token as make about so many, so that cosines and sines are read once.
-PAIRS = 1024
+PAIRS = 512
 WARPS = 4
 
 

@@ -62,7 +62,7 @@ TYPES = {
     "document_kernel": "nll=*fp32 hit=*i8 bounds=*i32 out=*fp32",
     "count_kernel": "labels=*i64 docs=*i32 counts=*i32 T=i32 ignore=i32",
     "gated_kernel": "G=*half U=*half H=*half n=i64",
-    "gated_backward_kernel": "D=*half G=*half U=*half n=i64",
+    "gated_backward_kernel": "D=*half G=*half U=*half DG=*half DU=*half n=i64",
     "rotate_kernel": "Q=*half K=*half OUT_Q=*half OUT_K=*half COS=*half SIN=*half q_token=i32 q_head=i32 k_token=i32 "
     "k_head=i32 H=i32 G=i32 size=i32 half=i32",
     "compact_kernel": "labels=*i64 docs=*i32 ends=*i32 rows=*i32 ids=*i32 row_docs=*i32 T=i32 ignore=i32",
