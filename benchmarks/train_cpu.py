@@ -231,7 +231,7 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     memory = use_memory(model, config, tokens, dtype, say)
     args, _ = sft_config(config, options.folder, options.steps, dtype)
     return PackedSFTTrainer(
-        model, documents, bins, options.folder, memory.make_room, say, args=args,
+        model, documents, bins, options.folder, memory.keep_less, say, args=args,
         processing_class=load_tokenizer(config.model, config.model.path), callbacks=[clocked(options, rows)],
     )  # fmt: skip
 
@@ -252,8 +252,8 @@ def padded(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
         "output_dir": str(options.folder / "out"), "per_device_train_batch_size": options.documents,
         "max_steps": options.steps, "learning_rate": RATE, "lr_scheduler_type": "linear", "warmup_steps": 0,
         "weight_decay": 0.0, "optim": "adamw_torch_fused", "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "use_cpu": True, "bf16": dtype == torch.bfloat16,
-        "dataloader_pin_memory": False, "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "use_cpu": True,
+        "bf16": dtype == torch.bfloat16, "dataloader_pin_memory": False, "gradient_checkpointing": False,
     }  # fmt: skip
 
     def collate(chosen: list[dict[str, Any]]) -> dict[str, Any]:
