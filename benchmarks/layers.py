@@ -40,6 +40,7 @@ PROVIDERS = {
     "ours, checkpoint": ("transformers", "checkpoint", "varlen"),
     "ours, offload": ("transformers", "offload", "varlen"),
     "ours, auto": ("transformers", "auto", "varlen"),
+    "ours, auto, q to o by PEFT": ("transformers", "auto", "varlen"),
     "ours, auto, sdpa": ("transformers", "auto", "sdpa"),
     "ours, offload, sdpa": ("transformers", "offload", "sdpa"),
     "ours, offload, on Unsloth": ("unsloth", "offload", "varlen"),
