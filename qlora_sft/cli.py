@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
+from qlora_sft.recipe_new import CARDS, GOALS
 from qlora_sft.run.report import Report
 
 CommandResult = Report | Mapping[str, object] | None
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="qlora-sft", description="QLoRA fine-tuning: from chat data to a GGUF that answers.", allow_abbrev=False
     )
     verbs: Verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_recipe_verbs(verbs)
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
@@ -101,6 +103,20 @@ def _configured_verb(verbs: Verbs, name: str, action: Action, help: str) -> argp
     sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
     return sub
+
+
+def _add_recipe_verbs(verbs: Verbs) -> None:
+    _verb(verbs, "recipes", _recipes, "the shipped recipes, and what each is for")
+    new = _verb(verbs, "new", _new, "write a commented recipe; asks for what is not given")
+    new.add_argument("file", help="YAML file to write")
+    new.add_argument("--model", metavar="PATH", help="folder or Hub id of the base model, or demo")
+    new.add_argument("--data", action="append", default=[], metavar="PATH", help="training data; may be given again")
+    new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
+    new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
+    new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
+    other = _verb(verbs, "convert", _convert, "make a recipe of a configuration of axolotl or LLaMA-Factory")
+    other.add_argument("file", help="their YAML file")
+    other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
 
 
 def _add_configured_verbs(verbs: Verbs) -> None:
@@ -185,6 +201,41 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     )
 
 
+def _recipes(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.recipe_list import recipe_table, shipped_recipes
+
+    recipes = shipped_recipes()
+    if not arguments.json:
+        print(recipe_table(recipes))
+    return {"recipes": [recipe._asdict() for recipe in recipes]}
+
+
+def _new(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.recipe_new import ask, check_card, check_goal, check_model, new_recipe
+
+    model = arguments.model or ask("--model (a folder, a Hub id, or demo)", check_model)
+    data = arguments.data or [ask("--data (a file, a folder, a glob or a Hub id)", check_model)]
+    card = arguments.card or int(ask(f"--card (GB of GPU memory: {', '.join(map(str, CARDS))})", check_card))
+    goal = arguments.goal or ask(f"--goal ({', '.join(GOALS)})", check_goal)
+    file = new_recipe(arguments.file, model, data, card, goal, arguments.held_out)
+    if not arguments.json:
+        print(f"wrote {file}; next: qlora-sft preview {file}, qlora-sft plan {file}, qlora-sft train {file}")
+    return {"file": str(file)}
+
+
+def _convert(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.convert.recipe import convert, write_recipe
+
+    recipe = convert(arguments.file)
+    for note in recipe.notes:
+        print(f"not in the recipe: {note}", file=sys.stderr)
+    if arguments.out:
+        print(f"wrote {write_recipe(recipe, arguments.out)}", file=sys.stderr)
+    elif not arguments.json:
+        print(recipe.text, end="")
+    return {"recipe": recipe.text, "notes": recipe.notes}
+
+
 def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
@@ -240,13 +291,15 @@ def _merge(arguments: argparse.Namespace) -> CommandResult:
 
 def _export(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
-    from qlora_sft.export.gguf import export_adapter, export_run
+    from qlora_sft.export.gguf import OllamaOptions, export_adapter, export_run
 
-    shared = {"parity": not arguments.no_parity, "system": arguments.system, "create_as": arguments.create}
+    parity, ollama = not arguments.no_parity, OllamaOptions(arguments.system, arguments.create)
     if arguments.adapter:
-        result = export_adapter(arguments.run, arguments.out, **shared)
+        result = export_adapter(arguments.run, arguments.out, parity=parity, ollama=ollama)
     else:
-        result = export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, **shared)
+        result = export_run(
+            arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity, ollama=ollama
+        )
     return replace(result, push=_pushed(arguments, "gguf", result.gguf))
 
 
@@ -265,15 +318,16 @@ def _pushed(
 ) -> PushResult | None:
     if not arguments.push:
         return None
-    from qlora_sft.export.hub import push
+    from qlora_sft.export.hub import PushOptions, push
 
-    return push(arguments.run, arguments.push, what, gguf=gguf)
+    return push(arguments.run, arguments.push, what, options=PushOptions(gguf))
 
 
 def _push(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.export.hub import push
+    from qlora_sft.export.hub import PushOptions, push
 
-    return push(arguments.run, arguments.repo, arguments.what, public=arguments.public, dry_run=arguments.dry_run)
+    options = PushOptions(public=arguments.public, dry_run=arguments.dry_run)
+    return push(arguments.run, arguments.repo, arguments.what, options=options)
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:
