@@ -154,6 +154,8 @@ def train_cpu(rows: list[Cell]) -> list[str]:
         "",
     ]
     speed = "supervised_tokens_per_second"
+    if not rows:
+        return [*lines, "not measured", ""]
     newest = newest_cells(rows, "device capability dtype documents", "Unsloth")
     for (device, capability, dtype, documents), cells in newest.items():
         lines += [f"### {dtype}, {documents} documents a step, instructions: {capability}"]
