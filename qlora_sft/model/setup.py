@@ -18,6 +18,7 @@ from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.qkv import use_lean_attention
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
@@ -48,6 +49,7 @@ def prepare_model(
         on_gpu = model.device.type == "cuda"
         say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")
     say(f"norms: {use_lean_norms(model)}")
+    say(f"q, k, v and o by nf4_lora: {use_lean_attention(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -17,7 +17,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.meta_model import meta_model, read_settings, why_mlp_stays
+from qlora_sft.model.meta_model import meta_model, read_settings, why_parts_stay
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Blueprint:
     """The norms of every decoder layer."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
+    why_not_lean: str = ""
+    """Why q, k, v and o are left to PEFT; empty if nf4_lora computes them."""
     input_embedding: int = 0
     """Values of the input embedding if the output head is another matrix, else 0."""
     lean_norms: bool = False
@@ -168,7 +170,8 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         ],
     )
     lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
-    return replace(blueprint, why_not_tiled=why_mlp_stays(model, targets, config), lean_norms=lean)
+    mlp, attention = why_parts_stay(model, targets, config)
+    return replace(blueprint, why_not_tiled=mlp, why_not_lean=attention, lean_norms=lean)
 
 
 def _input_embedding(model: PreTrainedModel) -> int:

@@ -69,6 +69,10 @@ def needs_of(
             "backend": Choice(*backend),
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
             "optimizer": Choice(optimizer, optimizer_reason),
+            "q, k, v and o": Choice(
+                "PEFT" if blueprint.why_not_lean else "nf4_lora",
+                blueprint.why_not_lean or "a small module of their class gives the same results",
+            ),
             "tiled_mlp": Choice(
                 "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
             ),
