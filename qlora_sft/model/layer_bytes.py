@@ -20,6 +20,7 @@ from qlora_sft.data.batch import Batch
 from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
+from qlora_sft.model.rows import one_at_a_time
 
 # Tokens of the shorter row that is run; the longer has twice as many. What a layer takes is a constant (dequantised
 # weights) plus a part proportional to the tokens, as attention keeps no matrix of scores: two points give the line.
@@ -96,7 +97,8 @@ def _documents(model: Any, tokens: int) -> Batch:
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
-    lengths = (tokens - tokens // 2, tokens // 2) if tokens > 1 else (1,)
+    halves = (tokens - tokens // 2, tokens // 2)
+    lengths = halves if tokens > 1 and not one_at_a_time(model) else (tokens,)
     edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=model.device)
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
     return Batch(

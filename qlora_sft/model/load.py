@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from qlora_kernels.cpu import bfloat16_products
 
-from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
+from qlora_sft.config import Config, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
+from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
 from qlora_sft.model.rope import check_rope, scaled_config
+from qlora_sft.model.skeleton import skeleton
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
@@ -79,7 +81,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=target_modules(model, config.lora),
+            target_modules=peft_targets(model, target_modules(model, config.lora)),
             trainable_token_indices=trainable_rows(model, rows),
             **checkpointing,
             random_state=config.seed,
@@ -102,7 +104,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=target_modules(model, config.lora),
+        target_modules=peft_targets(model, target_modules(model, config.lora)),
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
     )
@@ -113,13 +115,15 @@ def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScali
     """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope)}
+    settings = scaled_config(base, rope)
+    options: dict[str, Any] = {} if rope is None else {"config": settings}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=kept_in_full(skeleton(settings)),
         )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
@@ -170,21 +174,6 @@ def quantized_modules(model: Any) -> list[str]:
 
     base = base_of(model)
     return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
-
-
-def target_modules(model: Any, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
-
-    Raises `ConfigError` for a name that no layer has.
-    """
-    blocks = model.get_decoder().layers
-    linear = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
-    if lora.target_modules == "all-linear":
-        return sorted(linear)
-    unknown = sorted(set(lora.target_modules) - linear)
-    if unknown:
-        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {sorted(linear)}")
-    return list(lora.target_modules)
 
 
 def disable_inference_repacking(model: Any) -> None:

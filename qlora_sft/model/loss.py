@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
+from qlora_sft.model.rows import hidden_states
 
 PathName = Literal["torch", "triton"]
 # Where the choice is kept: on the model, like its attention.
 PATH = "_packed_ce_path"
+# Gemma 2 and later; RecurrentGemma; xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
@@ -47,18 +49,7 @@ def path_of(model: Any) -> PathName | None:
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
-    base = base_of(model)
-    remember_lengths(batch["cu_seqlens"], batch["lengths"])
-    output = base.get_decoder()(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seq_lens_q=batch["cu_seqlens"],
-        cu_seq_lens_k=batch["cu_seqlens"],
-        max_length_q=batch["longest"],
-        max_length_k=batch["longest"],
-        use_cache=False,
-    )
-    return cast(Tensor, output.last_hidden_state)
+    return hidden_states(model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"])
 
 
 def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
@@ -84,13 +75,17 @@ def logit_transform(config: Any) -> dict[str, Any]:
     """What the model does to its logits after the head, under the names each family gives it."""
     text = config.get_text_config()
     options: dict[str, Any] = {}
-    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
-    if softcap:
-        options["softcap"] = float(softcap)
+    for name in SOFTCAPS:
+        softcap = getattr(text, name, None)
+        if softcap:
+            options["softcap"] = float(softcap)
     scale = getattr(text, "logit_scale", None)  # Cohere multiplies
     if scale is not None:
         options["logit_scale"] = float(scale)
     scaling = getattr(text, "logits_scaling", None)  # Granite divides
     if scaling is not None:
         options["logit_scale"] = 1.0 / float(scaling)
+    multiplier = getattr(text, "lm_head_multiplier", None)  # Falcon-H1 multiplies
+    if multiplier is not None:
+        options["logit_scale"] = float(multiplier)
     return options

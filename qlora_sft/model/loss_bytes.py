@@ -9,6 +9,7 @@ import torch
 from qlora_kernels.offload import LayerBytes
 from qlora_kernels.packed_ce import HeadShape, backward_bytes, workspace_bytes
 
+from qlora_sft.model.attention import head_size_of
 from qlora_sft.model.loss import PathName, logit_transform
 
 BATCH_BYTES = 2 * 8 + 4 * 4
@@ -68,6 +69,5 @@ def loss_bytes(
 
 
 def rotation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Cosines and sines, one pair for all layers."""
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return 2 * tokens * size * dtype.itemsize
+    """Cosines and sines, one pair for all layers; none without attention."""
+    return 2 * tokens * head_size_of(config) * dtype.itemsize

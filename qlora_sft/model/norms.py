@@ -12,7 +12,7 @@ import torch
 from qlora_kernels.rms_norm import Form, rms_norm
 from torch import Tensor
 
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import decoder_layers, decoder_of
 
 # Modules whose forward is known, by their class's name.
 FORMS: dict[str, Form] = {
@@ -50,10 +50,9 @@ def use_lean_norms(model: Any) -> str:
 
     Always on where the formula is known: nothing but memory changes, and measured on a CPU it is faster.
     """
-    base = base_of(model)
-    decoder = base.get_decoder()
+    decoder = decoder_of(model)
     # On a GPU its layers' forward reads a norm's weight and leaves the module's own forward aside.
-    if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder.layers):
+    if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder_layers(model)):
         return "off (Unsloth's layers compute their norms in their own way)"
     found = [
         (parent, name, child)

@@ -12,8 +12,10 @@ from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Name
 from qlora_sft.model.embeddings import use_host_embedding
+from qlora_sft.model.linears import describe_linears
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
+from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
@@ -29,12 +31,14 @@ def prepare_model(
     """
     model = load_model(config, base, dtype, backend)
     use_rows_beside_embedding(model)
+    say(f"linear layers: {describe_linears(model)}")
     use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"
         say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")
     say(f"norms: {use_lean_norms(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
+    check_logits(model, dtype)
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")

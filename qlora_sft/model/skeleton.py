@@ -17,7 +17,8 @@ def skeleton(settings: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings)
-    except (ValueError, AttributeError) as error:
+    # Whatever a family's code raises for a configuration that it cannot make a model of.
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
@@ -39,7 +40,7 @@ def check_layers(config: Config, base: str) -> None:
     Loading would find that out too, after all data is prepared and all weights are read.
     """
     from qlora_sft.model.head import check_frozen_head, check_head
-    from qlora_sft.model.load import target_modules
+    from qlora_sft.model.linears import target_modules
     from qlora_sft.model.vocabulary import new_rows
 
     demanded = config.memory.tiled_mlp == "on"
@@ -62,10 +63,11 @@ def why_mlp_stays(model: Any, targets: list[str], config: Config) -> str:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from qlora_sft.model.base import decoder_layers
     from qlora_sft.model.mlp import why_not_tiled
 
     model.requires_grad_(False)
     lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
     with torch.device("meta"):
         inject_adapter_in_model(lora, model)
-    return why_not_tiled(list(model.get_decoder().layers), config.memory.tiled_mlp)
+    return why_not_tiled(decoder_layers(model), config.memory.tiled_mlp)

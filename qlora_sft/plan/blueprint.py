@@ -15,6 +15,8 @@ from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.attention import head_size_of
+from qlora_sft.model.base import layer_list
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.skeleton import read_settings, skeleton, why_mlp_stays
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
@@ -30,6 +32,8 @@ class Linear:
     block: int | None
     quantized: bool
     adapted: bool
+    head: bool = False
+    """Whether it is the output head."""
 
     @property
     def short(self) -> str:
@@ -90,11 +94,11 @@ class Blueprint:
         """(query heads, key and value heads, size of a head)"""
         count = int(self.config.num_attention_heads)
         groups = int(getattr(self.config, "num_key_value_heads", None) or count)
-        return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
+        return count, groups, head_size_of(self.config)
 
     @property
     def head_in_4bit(self) -> bool:
-        return any(linear.quantized for linear in self.linears if linear.block is None)
+        return any(linear.quantized for linear in self.linears if linear.head)
 
     def head(self, dtype: torch.dtype) -> HeadShape:
         """The output head as the loss meets it."""
@@ -117,12 +121,12 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
 def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
     """The same, from transformers' configuration object and the ids of tokens that are added."""
     from qlora_sft.model.head import check_head
-    from qlora_sft.model.load import target_modules
+    from qlora_sft.model.linears import target_modules
     from qlora_sft.model.norms import FORMS
 
     model = skeleton(settings)
     try:
-        blocks = model.get_decoder().layers
+        blocks = layer_list(model)
         targets = target_modules(model, config.lora)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
@@ -132,7 +136,6 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
     grow(model, rows, initialise=False)
     if config.model.head_in_4bit:
         check_head(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     blueprint = Blueprint(
         kind=type(model).__name__,
         config=model.config.get_text_config(),
@@ -142,7 +145,7 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
         added_rows=len(rows),
         grown=model.num_parameters() - in_files,
         trained_matrices=len(trainable_rows(model, rows) or ()),
-        linears=_linears(model, prefix, targets, config),
+        linears=_linears(model, targets, config),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks
@@ -157,11 +160,12 @@ def _input_embedding(model: Any) -> int:
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
-def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:
-    from transformers.quantizers.base import get_keys_to_not_convert
+def _linears(model: Any, targets: list[str], config: Config) -> list[Linear]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = get_keys_to_not_convert(model)
+    from qlora_sft.model.linears import is_linear, layers_prefix, not_quantized
+
+    prefix, kept = layers_prefix(model), not_quantized(model)
     head = model.get_output_embeddings()
 
     def quantized(name: str, module: torch.nn.Linear) -> bool:
@@ -175,10 +179,11 @@ def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> lis
             name, module.in_features, module.out_features,
             block=int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None,
             quantized=quantized(name, module),
-            adapted=name.rsplit(".", 1)[-1] in targets,
+            adapted=name.startswith(prefix) and name.rsplit(".", 1)[-1] in targets,
+            head=module is head,
         )
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if is_linear(module)
     ]  # fmt: skip
 
 

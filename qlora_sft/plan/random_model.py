@@ -21,14 +21,15 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
 
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.head import quantize_head
-    from qlora_sft.model.load import disable_inference_repacking, target_modules
+    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.load import disable_inference_repacking
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     model.tie_weights()
     targets = target_modules(model, config.lora)
     if config.model.load_in_4bit:
-        _quantize(model.get_decoder().layers, dtype, device)
+        _quantize(model, dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
         # inputs to float32.
         model.is_loaded_in_4bit = True
@@ -45,13 +46,16 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     return peft
 
 
-def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _quantize(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
+    from qlora_sft.model.base import layer_list
     from qlora_sft.model.head import nf4_linear
+    from qlora_sft.model.linears import read_directly
 
-    for parent in list(layers.modules()):
+    kept = read_directly(model)
+    for parent in list(layer_list(model).modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.Linear:
+            if type(old) is nn.Linear and name not in kept:
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 

@@ -19,6 +19,7 @@ from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
 from torch import Tensor
 
 from qlora_sft.config import Config
+from qlora_sft.model.base import decoder_of
 from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
@@ -100,7 +101,7 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
     model = random_model(settings, config, dtype, device)
     use_lean_norms(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
-    return model.get_base_model().get_decoder()
+    return decoder_of(model)
 
 
 def _loss(
