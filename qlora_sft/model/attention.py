@@ -182,6 +182,21 @@ def lengths_of(bounds: Tensor) -> list[int]:
     return found
 
 
+def why_one_at_a_time(model: Any) -> str:
+    """Says why documents of ``model`` cannot share a row, as far as that is known without its weights; "" if they can.
+
+    Leaves the model's attention as it was.
+    """
+    before = base_of(model).config._attn_implementation
+    try:
+        use_document_attention(model)
+    except ValueError as error:
+        return str(error)
+    finally:
+        base_of(model).set_attn_implementation(before)
+    return ""
+
+
 def chunk_of(module: Any) -> int | None:
     """Returns the size of the chunks that an attention layer attends inside of; None if it is not of that kind."""
     config = getattr(module, "config", None)
@@ -247,10 +262,14 @@ def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") ->
 def head_size_of(config: Any) -> int:
     """Returns the size of the largest attention head; 0 for a model without attention.
 
-    ``config``: of the language model. Where layers differ (Gemma 4), it may be asked layer by layer only.
+    ``config``: of the language model. Where layers differ (Gemma 4), it answers for single layers only.
     """
-    each = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
-    return max(_head_size(layer) for layer in each)
+    return max(_head_size(layer) for layer in layer_settings(config))
+
+
+def layer_settings(config: Any) -> list[Any]:
+    """Returns the configuration of every layer where they differ, else the one that all have."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def _head_size(config: Any) -> int:

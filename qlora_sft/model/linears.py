@@ -95,7 +95,7 @@ def peft_targets(model: Any, names: list[str]) -> list[str] | str:
 def layers_prefix(model: Any) -> str:
     """Returns what the names of all parameters of the decoder layers begin with."""
     layers = layer_list(model)
-    return next(name for name, module in model.named_modules() if module is layers) + "."
+    return str(next(name for name, module in model.named_modules() if module is layers)) + "."
 
 
 def kept_in_full(model: Any) -> list[str] | None:

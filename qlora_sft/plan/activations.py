@@ -51,10 +51,10 @@ def layer_bytes(
 
     joined: on a GPU, documents are attended to one by one, and their results are joined into a copy.
     """
-    heads, _, size = blueprint.heads
     each = [_Layer(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)]
     for layer in each:
         layer.require_known()
+    heads, _, size = blueprint.heads
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
     again = max((layer.parts(again=True) for layer in each), key=_saved)
     return LayerBytes(
@@ -108,6 +108,7 @@ class _Layer:
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
         self.joined = joined and on_gpu
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
+        self.stacked = blueprint.stacked(number)
         self.tiled = not blueprint.why_not_tiled
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
         self.recast = self.size == 2 and not (on_gpu and all(x.quantized for x in self.linears if x.adapted))
@@ -126,6 +127,7 @@ class _Layer:
     def require_known(self) -> None:
         known = QKV | OUT | GATE_UP | DOWN
         odd = sorted({linear.short for linear in self.linears} - known)
+        odd += self.stacked
         odd += sorted({norm.kind for norm in self.norms if "RMSNorm" not in norm.kind})
         missing = not any(linear.short in DOWN for linear in self.linears)
         if odd or missing:

@@ -15,7 +15,7 @@ from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.model.attention import head_size_of
+from qlora_sft.model.attention import head_size_of, layer_settings
 from qlora_sft.model.base import layer_list
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.skeleton import read_settings, skeleton, why_mlp_stays
@@ -70,6 +70,10 @@ class Blueprint:
     """Tokens that the chat template adds, whose rows are trained."""
     trained_matrices: int = 0
     """The matrices with such rows: the embedding, and the head where it is another."""
+    prefix: str = "model.layers."
+    """What the names of the parameters of the decoder layers begin with."""
+    document_rows: str = ""
+    """Why the documents of a row are run one at a time; empty if they share it."""
     grown: int = 0
     """Of the parameters, those that the files do not have: embedding and head may have to grow for added tokens."""
 
@@ -92,8 +96,9 @@ class Blueprint:
     @property
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key and value heads, size of a head)"""
-        count = int(self.config.num_attention_heads)
-        groups = int(getattr(self.config, "num_key_value_heads", None) or count)
+        each = layer_settings(self.config)
+        count = max(int(layer.num_attention_heads) for layer in each)
+        groups = max(int(getattr(layer, "num_key_value_heads", None) or count) for layer in each)
         return count, groups, head_size_of(self.config)
 
     @property
@@ -103,6 +108,12 @@ class Blueprint:
     def head(self, dtype: torch.dtype) -> HeadShape:
         """The output head as the loss meets it."""
         return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
+
+    def stacked(self, number: int) -> list[str]:
+        """Returns the parameters of a decoder layer that are more than a matrix: experts, convolutions."""
+        here = f"{self.prefix}{number}."
+        found = {name.removeprefix(here) for name, shape in self.parameters.items() if len(shape) > 2}
+        return sorted(name for name in found if here + name in self.parameters)
 
     def layer(self, number: int) -> list[Linear]:
         return [linear for linear in self.linears if linear.block == number]
@@ -120,8 +131,9 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
 
 def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
     """The same, from transformers' configuration object and the ids of tokens that are added."""
+    from qlora_sft.model.attention import why_one_at_a_time
     from qlora_sft.model.head import check_head
-    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.linears import layers_prefix, target_modules
     from qlora_sft.model.norms import FORMS
 
     model = skeleton(settings)
@@ -146,6 +158,8 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
         grown=model.num_parameters() - in_files,
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, targets, config),
+        prefix=layers_prefix(model),
+        document_rows=why_one_at_a_time(model),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks

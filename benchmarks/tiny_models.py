@@ -64,7 +64,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"num_hidden_layers": 5, "layer_types": [
         "linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid",
-    ], "num_mem_blocks": 1},
+    ], "num_mem_blocks": 1, "hybrid_layer_ids": [1, 4]},
 }  # fmt: skip
 
 
