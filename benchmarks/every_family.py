@@ -27,12 +27,12 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.export.llama_cpp import llama_cpp_path, llama_cpp_version
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.hidden import alone, hidden_states, one_at_a_time
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.mixers import mixers_of
 from qlora_sft.model.mlp import TiledMLP
 from qlora_sft.model.norms import has_lean_norms
-from qlora_sft.model.rows import alone, hidden_states, one_at_a_time
 from qlora_sft.model.setup import prepare_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
@@ -71,7 +71,7 @@ class Outcome:
     tiled: bool = False
     lean: bool = False
     difference: float = 0.0
-    """Of the hidden states of a row from those that transformers' own attention gives for each document alone."""
+    """Of the hidden states of packed documents from those that transformers' own attention gives for each alone."""
     losses: tuple[float, ...] = ()
 
 
@@ -86,7 +86,7 @@ def settings() -> Config:
     return load_config("demo", ["model.backend=transformers", "model.chat_template=null", "lora.r=4"])
 
 
-def row_of_documents() -> Batch:
+def packed_documents() -> Batch:
     random = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 200, (length,), generator=random).tolist() for length in LENGTHS]
     return flatten([Rendered(each, [1.0] * len(each), "s") for each in ids])
@@ -106,7 +106,7 @@ def try_family(kind: str, folder: Path) -> Outcome:
 
 def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
     config, said = settings(), list[str]()
-    batch = row_of_documents()
+    batch = packed_documents()
     model = prepare_model(config, str(folder), torch.float32, "transformers", sum(LENGTHS), said.append, LENGTHS)
     difference = difference_from_alone(model, batch)
     memory = use_memory(model, config, sum(LENGTHS), torch.float32, said.append)
@@ -117,7 +117,7 @@ def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
     return Outcome(
         kind=kind,
         how="one at a time" if one_at_a_time(model) else "packed",
-        reason=kept.removeprefix("documents: one at a time, not sharing a row, because ").split(";")[0],
+        reason=kept.removeprefix("documents: one at a time, not packed, because ").split(";")[0],
         architecture=architecture,
         mixers=sum(len(mixers_of(layer)) for layer in layers),
         experts=any(p.dim() == 3 and "expert" in name for layer in layers for name, p in layer.named_parameters()),
@@ -130,7 +130,7 @@ def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
 
 @torch.no_grad()
 def difference_from_alone(model: Any, batch: Batch) -> float:
-    """Returns the largest relative difference of a document of the row from the same document alone."""
+    """Returns the largest relative difference of a packed document from the same document alone."""
     model.eval()
     bounds = (batch["cu_seqlens"], batch["lengths"])
     packed = hidden_states(model, batch["input_ids"], batch["position_ids"], *bounds)[0].split(LENGTHS)
@@ -167,9 +167,9 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
         "# Families",
         "",
         "Written by `benchmarks/every_family.py`, which trained a tiny model of every causal architecture of",
-        "transformers in NF4 with LoRA on a CPU. **Documents**: whether they share a packed sequence, or are run one at",
-        "a time (the same result, slower where they are short). **Tiled MLP**, **lean norms**: whether this project's",
-        f"own apply. **GGUF**: whether the converter ({llama_cpp_version()}) knows the",
+        "transformers in NF4 with LoRA on a CPU. **Documents**: whether they share a packed sequence, or are run one",
+        "at a time (the same result, slower where they are short). **Tiled MLP**, **lean norms**: whether",
+        f"this project's own apply. **GGUF**: whether the converter ({llama_cpp_version()}) knows the",
         "architecture, and with it llama.cpp and Ollama.",
         "",
         f"{len(outcomes)} families: {counts['packed']} train packed, {counts['one at a time']} one document at a time, "

@@ -11,16 +11,21 @@ from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
 from qlora_sft.model.base import base_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from qlora_sft.model.base import CausalModel
 
 NAME = "qlora_documents"
 # The same, one call of sdpa per document where a GPU could take all at once: faster where documents are long.
@@ -58,7 +63,7 @@ def document_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     one_by_one: bool = False,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, d], key and value [1, Hkv, T, d], bounds int32 [D + 1] -> [1, T, H, d].
 
@@ -92,30 +97,36 @@ def document_attention(
     return plain_documents(query, key, value, cu_seq_lens_q, scaling, dropout, window, softcap, s_aux), None
 
 
-class Path(NamedTuple):
+class AttentionPath(NamedTuple):
     name: Literal["varlen", "sdpa", "flex", "plain"]
     reason: str
 
 
 @cache
-def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> Path:
+def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> AttentionPath:
     """How documents are attended to; ``capped``: the model caps its logits or has sinks, which FlashAttention lacks."""
     if device.type != "cuda":
         if capped:
-            return Path("plain", "document by document in plain products, because the model caps logits or has sinks")
-        return Path("sdpa", f"document by document, on a {device.type}")
+            return AttentionPath(
+                "plain", "document by document in plain products, because the model caps logits or has sinks"
+            )
+        return AttentionPath("sdpa", f"document by document, on a {device.type}")
     if capped:
-        return Path("flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks")
+        return AttentionPath(
+            "flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks"
+        )
     slower = "document by document, slower with many short ones: FlashAttention"
     if dtype not in (torch.bfloat16, torch.float16):
-        return Path("sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}")
+        return AttentionPath(
+            "sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}"
+        )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return Path("sdpa", f"{slower} needs compute capability 8.0")
+        return AttentionPath("sdpa", f"{slower} needs compute capability 8.0")
     if head_size > 256:
-        return Path("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+        return AttentionPath("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
     if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
-        return Path("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
-    return Path("varlen", "FlashAttention over all documents at once")
+        return AttentionPath("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
+    return AttentionPath("varlen", "FlashAttention over all documents at once")
 
 
 def _one_by_one(
@@ -182,7 +193,7 @@ def lengths_of(bounds: Tensor) -> list[int]:
     return found
 
 
-def why_one_at_a_time(model: Any) -> str:
+def why_one_at_a_time(model: CausalModel) -> str:
     """Says why documents of ``model`` cannot share a row, as far as that is known without its weights; "" if they can.
 
     Leaves the model's attention as it was.
@@ -197,7 +208,7 @@ def why_one_at_a_time(model: Any) -> str:
     return ""
 
 
-def chunk_of(module: Any) -> int | None:
+def chunk_of(module: nn.Module) -> int | None:
     """Returns the size of the chunks that an attention layer attends inside of; None if it is not of that kind."""
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None) or ()
@@ -221,12 +232,12 @@ def chunked(bounds: Tensor, chunk: int) -> Tensor:
     return made[chunk]
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def _no_mask(*_: object, **__: object) -> None:
     """transformers builds a mask for every attention function; the bounds make one unnecessary."""
     return None
 
 
-def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") -> str:
+def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str = "") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
 
     way: for a GPU that could do either. varlen takes all documents in one call; sdpa one by one, with the fastest of
@@ -259,7 +270,7 @@ def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") ->
     return f"{way} ({said}{': ' if reason else ''}{reason})"
 
 
-def head_size_of(config: Any) -> int:
+def head_size_of(config: PretrainedConfig) -> int:
     """Returns the size of the largest attention head; 0 for a model without attention.
 
     ``config``: of the language model. Where layers differ (Gemma 4), it answers for single layers only.
@@ -267,12 +278,12 @@ def head_size_of(config: Any) -> int:
     return max(_head_size(layer) for layer in layer_settings(config))
 
 
-def layer_settings(config: Any) -> list[Any]:
+def layer_settings(config: PretrainedConfig) -> list[PretrainedConfig]:
     """Returns the configuration of every layer where they differ, else the one that all have."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
-def _head_size(config: Any) -> int:
+def _head_size(config: PretrainedConfig) -> int:
     given = getattr(config, "head_dim", None)
     count = getattr(config, "num_attention_heads", None)
     if isinstance(given, int) and given:
@@ -280,13 +291,13 @@ def _head_size(config: Any) -> int:
     return int(config.hidden_size) // count if isinstance(count, int) and count else 0
 
 
-def _capped(base: Any) -> bool:
+def _capped(base: PreTrainedModel) -> bool:
     """Whether attention does something to its logits that sdpa and FlashAttention do not do."""
     softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     return softcap is not None or not getattr(base, "_supports_sdpa", True)
 
 
-def use_plain_attention(model: Any) -> None:
+def use_plain_attention(model: CausalModel) -> None:
     """Switches ``model`` to transformers' own attention: sdpa, or eager where sdpa would leave out a cap on the logits
     or attention sinks."""
     base = base_of(model)
@@ -294,7 +305,7 @@ def use_plain_attention(model: Any) -> None:
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def plain_attention(model: CausalModel) -> Iterator[None]:
     """Within it, ``model`` uses transformers' own attention, for padded batches and generation."""
     base = base_of(model)
     before = base.config._attn_implementation

@@ -1,15 +1,15 @@
-"""Before training: how the documents of a row are kept apart, and whether they are.
+"""Before training: how the documents of a packed sequence are kept apart, and whether they are.
 
-In one row wherever that is exact: attention by document, recurrent and convolutional layers told where documents begin
-or run one document after the other. A model that still mixes documents, or attends in a way of its own, gets the
-documents of a row one at a time. Nothing else of a run changes with that, and nothing is refused for it.
+In one sequence wherever that is exact: attention by document, recurrent and convolutional layers told where documents
+begin or run one document after the other. A model that still mixes documents, or attends in a way of its own, gets its
+documents one at a time. Nothing else of a run changes with that, and nothing is refused for it.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ from torch import Tensor
 from qlora_sft.errors import ConfigError, RunError, first_line
 from qlora_sft.model.attention import Way, plain_attention, use_document_attention, use_plain_attention
 from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
+from qlora_sft.model.hidden import alone, hidden_states, number_documents, run_one_at_a_time
 from qlora_sft.model.leaks import leak
 from qlora_sft.model.mixers import mix_by_document, mixers_of, use_adapted_projections
-from qlora_sft.model.rows import alone, hidden_states, number_documents, run_one_at_a_time
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_sft.model.base import CausalModel
 
 LENGTHS = (11, 1, 23)
 # Relative difference of the hidden states that rounding explains. Packed and alone, matrix products have other shapes
@@ -30,8 +35,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 FAILURES = (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, IndexError, RuntimeError)
 
 
-def use_checked_attention(model: Any, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = "") -> None:
-    """Chooses how the documents of a row are kept apart, checks that they are, and prints both.
+def use_checked_attention(
+    model: CausalModel, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = ""
+) -> None:
+    """Chooses how the documents of a packed sequence are kept apart, checks that they are, and prints both.
 
     Raises `ConfigError` for a model that is no causal language model, `RunError` for Unsloth's version of one that
     mixes documents.
@@ -51,11 +58,11 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say, way: Way = "
     remaining = obstacle_in(model, dtype, LENGTHS[-1:])
     if remaining:
         raise ConfigError(f"model.path: {type(base).__name__} cannot be trained here: {remaining}")
-    say(f"documents: one at a time, not sharing a row, because {obstacle}; same result, slower if they are short")
+    say(f"documents: one at a time, not packed, because {obstacle}; same result, slower if they are short")
 
 
-def _use_shared_rows(model: Any, dtype: torch.dtype, say: Say, mixers: int, way: Way, reason: str) -> str:
-    """Returns why documents cannot share a row; "" if they can, and then all is set for it.
+def _use_shared_rows(model: CausalModel, dtype: torch.dtype, say: Say, mixers: int, way: Way, reason: str) -> str:
+    """Returns why documents cannot share a packed sequence; "" if they can, and then all is set for it.
 
     mixers: recurrent and convolutional layers of the model.
     """
@@ -81,8 +88,8 @@ def _use_shared_rows(model: Any, dtype: torch.dtype, say: Say, mixers: int, way:
     return ""
 
 
-def obstacle_in(model: Any, dtype: torch.dtype, lengths: tuple[int, ...]) -> str:
-    """Says what is wrong with a row of documents of ``lengths``: one is seen by another, or by its own past, or comes
+def obstacle_in(model: CausalModel, dtype: torch.dtype, lengths: tuple[int, ...]) -> str:
+    """Says what is wrong with packed documents of ``lengths``: one is seen by another, or by its own past, or comes
     out as it does not alone. "" if nothing is; the model stays in its mode."""
     base = base_of(model)
     try:
@@ -96,13 +103,13 @@ def obstacle_in(model: Any, dtype: torch.dtype, lengths: tuple[int, ...]) -> str
     # A difference that is not a number is no agreement either.
     if not difference <= TOLERANCE[dtype]:
         obstacle = (
-            f"hidden states of documents in one row differ by {difference:.1e} from those of the same documents alone "
+            f"hidden states of packed documents differ by {difference:.1e} from those of the same documents alone "
             f"(rounding explains {TOLERANCE[dtype]:.0e})"
         )
     return f"{type(base).__name__}: {obstacle}" if obstacle else ""
 
 
-def packed_against_separate(model: Any, dtype: torch.dtype) -> float:
+def packed_against_separate(model: CausalModel, dtype: torch.dtype) -> float:
     """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode.
 
     Alone a document is run as transformers does it, with its own attention and the positions that the model counts.
@@ -119,7 +126,7 @@ def packed_against_separate(model: Any, dtype: torch.dtype) -> float:
 class Asking:
     """Within it, ``base`` is in evaluation mode, under the autocast of training."""
 
-    def __init__(self, base: Any, dtype: torch.dtype):
+    def __init__(self, base: PreTrainedModel, dtype: torch.dtype):
         self.base, self.training = base, base.training
         self.autocast = torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -127,18 +134,18 @@ class Asking:
         self.base.eval()
         self.autocast.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.autocast.__exit__(*error)
         self.base.train(self.training)
 
 
-def some_ids(base: Any, lengths: tuple[int, ...]) -> Tensor:
+def some_ids(base: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
     """Returns random token ids for documents of ``lengths`` behind one another, always the same."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
     return torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(base.device)
 
 
-def _hidden_states(base: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _hidden_states(base: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """ids [T], documents of ``lengths`` behind one another -> [T, D], float32."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])

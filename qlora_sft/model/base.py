@@ -1,20 +1,26 @@
-"""The model under its adapters, and its decoder layers."""
+"""Finds the model under its adapters, and its decoder layers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
 from qlora_sft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def base_of(model: Any) -> Any:
-    """``model`` itself, or the transformers model inside PEFT's."""
+    CausalModel: TypeAlias = PreTrainedModel | PeftModel
+
+
+def base_of(model: CausalModel) -> PreTrainedModel:
+    """Returns ``model`` itself, or the transformers model inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: CausalModel) -> PreTrainedModel:
     """Returns the part of ``model`` that turns token ids into hidden states, without the output head.
 
     transformers' ``get_decoder`` gives the whole model, or its head, where a family names its parts in another way.
@@ -28,7 +34,7 @@ def decoder_of(model: Any) -> Any:
     raise ConfigError(f"model.path: {type(base).__name__} has no decoder that could be told from its output head")
 
 
-def layer_list(model: Any) -> nn.ModuleList:
+def layer_list(model: CausalModel) -> nn.ModuleList:
     """Returns the list of ``model``'s decoder layers as it stands in the model.
 
     Raises `ConfigError` where there is none, or several: what runs one layer after the other would miss the rest.
@@ -54,11 +60,11 @@ def layer_list(model: Any) -> nn.ModuleList:
     return lists[0]
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
+def decoder_layers(model: CausalModel) -> list[nn.Module]:
     """Returns the decoder layers of ``model`` in their order. Raises `ConfigError` as `layer_list` does."""
     return list(layer_list(model))
 
 
-def has_unsloths_forward(base: Any) -> bool:
+def has_unsloths_forward(base: PreTrainedModel) -> bool:
     """Returns whether Unsloth's own forward runs the layers, as on a GPU. It calls no function of transformers'."""
     return "unsloth" in getattr(decoder_of(base).forward, "__module__", "")

@@ -7,17 +7,23 @@ hidden states of a tiny model by less than a thousandth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_sft.model.base import base_of
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
-def leak(model: Any, run: Any, ids: Tensor, lengths: tuple[int, ...]) -> str:
-    """Says what the first half of the last document of a row depends on and must not; "" if there is nothing.
+
+def leak(
+    model: CausalModel, run: Callable[[Tensor, tuple[int, ...]], Tensor], ids: Tensor, lengths: tuple[int, ...]
+) -> str:
+    """Says what the first half of the last packed document depends on and must not; "" if there is nothing.
 
     run: (ids [T], lengths) -> hidden states [T, D] of ``model``, with their graph.
     """
@@ -25,7 +31,7 @@ def leak(model: Any, run: Any, ids: Tensor, lengths: tuple[int, ...]) -> str:
     end = start + (lengths[-1] + 1) // 2
     embedded: list[Tensor] = []
 
-    def remember(module: Any, args: Any, result: Tensor) -> Tensor:
+    def remember(module: nn.Module, args: object, result: Tensor) -> Tensor:
         # A frozen embedding's result is no part of a graph, and one that PEFT has made a leaf may be in use elsewhere.
         embedded.append(result.detach().requires_grad_())
         return embedded[-1]
@@ -48,7 +54,7 @@ def leak(model: Any, run: Any, ids: Tensor, lengths: tuple[int, ...]) -> str:
     if any(reached[:start]):
         first = reached.index(True)
         document = next(i for i, bound in enumerate(accumulate(lengths)) if first < bound)
-        return f"document {len(lengths)} of a row depends on document {document + 1}"
+        return f"packed document {len(lengths)} depends on document {document + 1}"
     if any(reached[end:]):
         return "a token depends on those that follow it"
     return ""

@@ -7,13 +7,16 @@ out what a layer reads the weight of without calling it, and other parts of a mo
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_of, layer_list
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 # Whose weight is read, or clamped in place, without the layer being called, in Mamba's first form and in Gemma 3n:
 # packed in 4 bits it would be taken for numbers, and an adapter would have no effect.
@@ -22,7 +25,7 @@ READ_DIRECTLY = {"dt_proj": "Mamba", "prediction_coefs": "AltUp", "correction_co
 REFUSED_BY_PEFT = {name: {"out_proj"} for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
 
 
-def target_modules(model: Any, lora: LoraConfig) -> list[str]:
+def target_modules(model: CausalModel, lora: LoraConfig) -> list[str]:
     """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
 
     Raises `ConfigError` for a name that no layer has, or that cannot get one.
@@ -44,7 +47,7 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     return list(lora.target_modules)
 
 
-def linear_names(model: Any) -> set[str]:
+def linear_names(model: CausalModel) -> set[str]:
     """Returns the last part of the names of all linear layers inside the decoder layers."""
     names = {name.rsplit(".", 1)[-1] for name, module in layer_list(model).named_modules() if is_linear(module)}
     # What has a number for a name, PEFT would take for every module with that number, whole decoder layers included.
@@ -59,7 +62,7 @@ def is_linear(module: torch.nn.Module) -> bool:
     return kind.forward is torch.nn.Linear.forward or kind.__name__ in ("FalconLinear", "Linear4bit")
 
 
-def barred_names(model: Any) -> dict[str, str]:
+def barred_names(model: CausalModel) -> dict[str, str]:
     """Returns the names that cannot get adapters, each with its reason."""
     kind = str(base_of(model).config.get_text_config().model_type)
     refused = REFUSED_BY_PEFT.get(kind, set())
@@ -68,7 +71,7 @@ def barred_names(model: Any) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if name in linear_names(model)}
 
 
-def read_directly(model: Any) -> list[str]:
+def read_directly(model: CausalModel) -> list[str]:
     """Returns the names of linear layers whose weight the module around them reads."""
     found = {
         name
@@ -79,7 +82,7 @@ def read_directly(model: Any) -> list[str]:
     return sorted(found)
 
 
-def peft_targets(model: Any, names: list[str]) -> list[str] | str:
+def peft_targets(model: CausalModel, names: list[str]) -> list[str] | str:
     """Returns ``names`` as PEFT has to be told them: a pattern where other parts of the model have such layers too."""
     prefix = layers_prefix(model)
     outside = {
@@ -92,13 +95,13 @@ def peft_targets(model: Any, names: list[str]) -> list[str] | str:
     return rf"{re.escape(prefix)}(.*\.)?({'|'.join(map(re.escape, sorted(names)))})"
 
 
-def layers_prefix(model: Any) -> str:
+def layers_prefix(model: CausalModel) -> str:
     """Returns what the names of all parameters of the decoder layers begin with."""
     layers = layer_list(model)
     return str(next(name for name, module in model.named_modules() if module is layers)) + "."
 
 
-def kept_in_full(model: Any) -> list[str] | None:
+def kept_in_full(model: CausalModel) -> list[str] | None:
     """Returns the modules that are not quantised, as bitsandbytes' settings name them; None: transformers' own choice,
     which is the output head.
 
@@ -110,7 +113,7 @@ def kept_in_full(model: Any) -> list[str] | None:
     return [*get_keys_to_not_convert(model), *own] if own else None
 
 
-def not_quantized(model: Any) -> list[str]:
+def not_quantized(model: CausalModel) -> list[str]:
     """Returns the patterns of names that stay as they are when ``model`` is loaded in 4 bits."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -118,7 +121,7 @@ def not_quantized(model: Any) -> list[str]:
     return [*kept, *(model._keep_in_fp32_modules or ())]
 
 
-def other_parts(model: Any) -> list[str]:
+def other_parts(model: CausalModel) -> list[str]:
     """Returns the names of the parts of ``model`` beside its language model: towers, and what leads from them to it."""
     decoder, head = decoder_of(model), model.get_output_embeddings()
     path = next(name for name, module in model.named_modules() if module is decoder).split(".")
@@ -131,7 +134,7 @@ def other_parts(model: Any) -> list[str]:
     return beside
 
 
-def describe_linears(model: Any) -> str:
+def describe_linears(model: CausalModel) -> str:
     """Says how many linear layers are in 4 bits and how many have adapters, and why others have none."""
     from bitsandbytes.nn import Linear4bit
 

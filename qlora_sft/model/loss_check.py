@@ -7,7 +7,7 @@ model than the one that answers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.attention_check import FAILURES, TOLERANCE, Asking, some_ids
 from qlora_sft.model.base import base_of, has_unsloths_forward
+from qlora_sft.model.hidden import alone
 from qlora_sft.model.loss import logit_transform
-from qlora_sft.model.rows import alone
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 LENGTH = 23
 
 
-def check_logits(model: Any, dtype: torch.dtype) -> None:
+def check_logits(model: CausalModel, dtype: torch.dtype) -> None:
     """Raises `ConfigError` where the model's own logits of a short document are not those of the loss."""
     base = base_of(model)
     if has_unsloths_forward(base):
@@ -41,7 +44,7 @@ def check_logits(model: Any, dtype: torch.dtype) -> None:
         )
 
 
-def logits_difference(model: Any, dtype: torch.dtype) -> float:
+def logits_difference(model: CausalModel, dtype: torch.dtype) -> float:
     """Returns ``|own - ours| / |own|`` of the logits of a short document; the model stays in its mode."""
     base = base_of(model)
     ids = some_ids(base, (LENGTH,))[None]

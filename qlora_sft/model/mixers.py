@@ -1,4 +1,4 @@
-"""Recurrent and convolutional layers (gated delta nets, Mamba, short convolutions) inside each document of a row.
+"""Recurrent and convolutional layers (gated delta nets, Mamba, short convolutions) inside each packed document.
 
 Their state passes from one token to the next, so behind the end of a document it has to begin anew. transformers hands
 the bounds on (``seq_idx``, ``cu_seq_lens_q``) to the kernels of causal-conv1d, flash-linear-attention and mamba-ssm,
@@ -8,13 +8,16 @@ where those are installed; its plain torch operations take no notice of them. Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_sft.model.attention import lengths_of
 from qlora_sft.model.base import decoder_layers
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 # Mixers without a convolution, by the name of their class.
 WITHOUT_CONVOLUTION = {"MiniMaxLightningAttention"}
@@ -47,7 +50,7 @@ def _is_mixer(module: nn.Module) -> bool:
     return convolves or type(module).__name__ in WITHOUT_CONVOLUTION
 
 
-def mix_by_document(model: Any) -> int:
+def mix_by_document(model: CausalModel) -> int:
     """Makes every mixer of ``model`` run one document after the other; returns how many there are.
 
     Each keeps its parameters and their names; its class becomes one that is derived from it. The bounds are those
@@ -72,7 +75,7 @@ def _hand_bounds(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             module.document_bounds = kwargs.get("cu_seq_lens_q")
 
 
-def use_adapted_projections(model: Any) -> None:
+def use_adapted_projections(model: CausalModel) -> None:
     """Keeps Mamba's mixers from a kernel for training that reads the weights of their projections by itself.
 
     It would pass by the adapters of ``out_proj``, and take packed 4-bit weights for numbers. A mixer takes it only

@@ -24,7 +24,7 @@ from qlora_sft.model import attention
 from qlora_sft.model.attention import choose_path, plain_attention, use_document_attention
 from qlora_sft.model.attention_capped import flex_documents, plain_documents
 from qlora_sft.model.attention_check import obstacle_in, packed_against_separate, use_checked_attention
-from qlora_sft.model.rows import one_at_a_time
+from qlora_sft.model.hidden import one_at_a_time
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -175,7 +175,7 @@ def test_documents_that_see_each_other_are_run_one_at_a_time(dtype: torch.dtype)
     use_checked_attention(model, dtype, said.append)
     assert one_at_a_time(model)
     assert "one at a time" in said[-1]
-    assert "document 3 of a row depends on document 1" in said[-1]
+    assert "packed document 3 depends on document 1" in said[-1]
     assert packed_against_separate(model, dtype) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_leak_that_is_smaller_than_rounding_is_found() -> None:
     mlp.forward = lambda x: inner(x) + 1e-4 * F.pad(x, (0, 0, 1, 0))[:, :-1]
     use_document_attention(model)
     assert packed_against_separate(model, torch.bfloat16) < 0.06
-    assert "document 3 of a row depends on document 2" in obstacle_in(model, torch.bfloat16, (11, 1, 23))
+    assert "packed document 3 depends on document 2" in obstacle_in(model, torch.bfloat16, (11, 1, 23))
 
 
 def test_a_model_that_sees_what_follows_is_refused() -> None:

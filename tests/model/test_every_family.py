@@ -13,8 +13,8 @@ from tiny_models import tiny_config
 
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import why_one_at_a_time
-from qlora_sft.model.skeleton import skeleton
-from qlora_sft.plan.activations import row_bytes
+from qlora_sft.model.meta_model import meta_model
+from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.weights import residents
 
@@ -62,7 +62,7 @@ def test_every_family_trains_or_is_refused(kind: str, tmp_path: Path) -> None:
     # What a plan says without weights is what the check before training finds.
     if outcome.how != "refused":
         check_plan(kind)
-        assert bool(why_one_at_a_time(skeleton(tiny_config(kind)))) == (outcome.how == "one at a time"), outcome
+        assert bool(why_one_at_a_time(meta_model(tiny_config(kind)))) == (outcome.how == "one at a time"), outcome
 
 
 @pytest.mark.parametrize("kind", PLANNED)
@@ -74,9 +74,9 @@ def check_plan(kind: str) -> None:
     """All parameters are counted, on the meta device, and what layers keep where there is a formula."""
     config, wanted = settings(), tiny_config(kind)
     blueprint = blueprint_of(wanted, config)
-    assert blueprint.n_parameters == skeleton(wanted).num_parameters()
+    assert blueprint.n_parameters == meta_model(wanted).num_parameters()
     held = residents(blueprint, config, torch.bfloat16, "adamw_torch_fused")
     assert held.nf4 + held.full > 0
     if any(blueprint.stacked(number) for number in range(blueprint.n_layers)):
         with pytest.raises(ConfigError, match="what its layers keep is not known"):
-            row_bytes(blueprint, config.lora, torch.bfloat16, True)(100)
+            sequence_bytes(blueprint, config.lora, torch.bfloat16, True)(100)
