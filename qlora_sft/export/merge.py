@@ -173,16 +173,20 @@ class _Merge:
 
         from qlora_sft.export.adapter import read_adapter
         from qlora_sft.export.merge_plan import plan_merge
+        from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
         from qlora_sft.export.tensors import read_model, write_index, write_shard
 
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
-        through_nf4 = set(self.run.quantized_modules) if onto == "nf4-dequantized" else set()
-        changes = read_adapter(adapter)
+        stored = read_model(base)
+        names = names_in_files(base, stored)
+        trained = self.run.quantized_modules if onto == "nf4-dequantized" else []
+        through_nf4 = modules_in_files(trained, names, stored)
+        changes = renamed(read_adapter(adapter), names)
         if not any(_does_something(change) for change in changes.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        plan = plan_merge(read_model(base), config, changes, through_nf4, wanted, str(adapter))
+        plan = plan_merge(stored, config, changes, through_nf4, wanted, str(adapter))
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
@@ -200,11 +204,14 @@ class _Merge:
 def write_trained_base(run: Run, target: Path) -> None:
     """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
     from qlora_sft.export.merge_plan import plan_merge
+    from qlora_sft.export.tensor_names import modules_in_files, names_in_files
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
     base = base_folder(run.base)
     config = trained_config(run, base)
-    plan = plan_merge(read_model(base), config, {}, set(run.quantized_modules), None, str(base))
+    stored = read_model(base)
+    through_nf4 = modules_in_files(run.quantized_modules, names_in_files(base, stored), stored)
+    plan = plan_merge(stored, config, {}, through_nf4, None, str(base))
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:
         for file, tensors in plan.shards().items():

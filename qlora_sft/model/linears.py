@@ -14,6 +14,7 @@ import torch
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_of, layer_list
+from qlora_sft.model.head import BLOCK
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -105,12 +106,19 @@ def kept_in_full(model: CausalModel) -> list[str] | None:
     """Returns the modules that are not quantised, as bitsandbytes' settings name them; None: transformers' own choice,
     which is the output head.
 
-    Towers for images and sound are left as they are: nothing trains them, and a merge keeps them.
+    Towers for images and sound are left as they are: nothing trains them, and a merge keeps them. So are layers whose
+    weight is read directly, or is no multiple of NF4's blocks wide.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    own = [*other_parts(model), *read_directly(model)]
+    own = [*other_parts(model), *read_directly(model), *narrow(model)]
     return [*get_keys_to_not_convert(model), *own] if own else None
+
+
+def narrow(model: CausalModel) -> list[str]:
+    """Returns the linear layers whose input is no multiple of NF4's blocks: on a CPU bitsandbytes dequantises a block
+    that goes on in the next row of a weight to other values than it was made from."""
+    return [name for name, module in model.named_modules() if is_linear(module) and module.in_features % BLOCK]
 
 
 def not_quantized(model: CausalModel) -> list[str]:

@@ -56,14 +56,16 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
 
 def _quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     from qlora_sft.model.base import layer_list
     from qlora_sft.model.head import nf4_linear
-    from qlora_sft.model.linears import read_directly
+    from qlora_sft.model.linears import layers_prefix, not_quantized
 
-    kept = read_directly(model)
-    for parent in list(layer_list(model).modules()):
+    prefix, kept = layers_prefix(model), not_quantized(model)
+    for path, parent in list(layer_list(model).named_modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.Linear and name not in kept:
+            if type(old) is nn.Linear and should_convert_module(f"{prefix}{path}.{name}", kept):
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 
