@@ -8,12 +8,13 @@ it, and trained for three steps on rows of several documents. Tests use the same
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.setup import prepare_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+ROWS = TABLE.with_suffix(".jsonl")
 LENGTHS = (21, 1, 13, 34)
 STEPS = 3
 # Configurations that transformers makes no model of from its own defaults, or only one too large for a test.
@@ -193,18 +195,21 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(*wanted: str) -> None:
+    """Tries the families of ``wanted``, or all that have no row yet, and writes the table of all rows."""
     warnings.filterwarnings("ignore")
-    outcomes = []
-    for kind in architectures():
-        if kind in NOT_MADE:
-            continue
+    ROWS.parent.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+    found = {row["kind"]: Outcome(**row) for row in rows}
+    tried = [kind for kind in architectures() if kind not in NOT_MADE]
+    for kind in wanted or [kind for kind in tried if kind not in found]:
         with tempfile.TemporaryDirectory() as folder:
-            outcomes.append(try_family(kind, Path(folder)))
-        print(outcomes[-1].kind, outcomes[-1].how, outcomes[-1].reason, file=sys.stderr, flush=True)
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(outcomes, converted()), encoding="utf-8")
+            found[kind] = try_family(kind, Path(folder))
+        print(kind, found[kind].how, found[kind].reason, file=sys.stderr, flush=True)
+        ordered = [found[kind] for kind in tried if kind in found]
+        ROWS.write_text("".join(json.dumps(asdict(each)) + "\n" for each in ordered), encoding="utf-8")
+    TABLE.write_text(table([found[kind] for kind in tried if kind in found], converted()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
