@@ -20,6 +20,7 @@ from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
+from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
 
 if TYPE_CHECKING:
@@ -79,10 +80,18 @@ def document_attention(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
     longest = max_length_q if max_length_q is not None else int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
-    chunk = chunk_of(module)
+    tree, chunk = tree_of(cu_seq_lens_q), chunk_of(module)
+    if tree is not None and chunk is not None:
+        raise ValueError(f"{type(module).__name__} attends in chunks, not over a tree")
     if chunk is not None and chunk < longest:
         cu_seq_lens_q, longest = chunked(cu_seq_lens_q, chunk), chunk
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if tree is not None:
+        if window is not None or dropout or softcap is not None or s_aux is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends in a window, with dropout, caps or sinks, not over a tree"
+            )
+        return tree_attention(query, key, value, tree, scaling, CUDA if query.is_cuda else CPU), None
     path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
     if path in ("varlen", "flex") and dropout:
         raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.model.attention import remember_lengths
+from qlora_sft.model.attention_tree import tree_of
 from qlora_sft.model.base import base_of, decoder_of
 
 if TYPE_CHECKING:
@@ -39,15 +40,25 @@ def number_documents(model: CausalModel) -> None:
     _numbered.add(base_of(model))
 
 
-def hidden_states(model: CausalModel, ids: Tensor, positions: Tensor, bounds: Tensor, lengths: Sequence[int]) -> Tensor:
+def hidden_states(
+    model: CausalModel,
+    ids: Tensor,
+    positions: Tensor,
+    bounds: Tensor,
+    lengths: Sequence[int],
+    longest: int | None = None,
+) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head.
 
-    ids and positions [1, T] are of documents with ``lengths`` tokens, between the ``bounds`` int32 [D + 1].
+    ids and positions [1, T] are of documents with ``lengths`` tokens, between the ``bounds`` int32 [D + 1]; longest:
+    tokens of the longest one, by default that of ``lengths``.
     """
     if one_at_a_time(model):
+        if tree_of(bounds) is not None:
+            raise ValueError("documents that are run one at a time cannot share prefixes; set data.share_prefixes=off")
         return torch.cat([alone(model, part) for part in ids.split(list(lengths), dim=1)], dim=1)
     remember_lengths(bounds, lengths)
-    longest = max(lengths)
+    longest = max(lengths) if longest is None else longest
     numbers = {"seq_idx": document_numbers(lengths, ids.device)} if base_of(model) in _numbered else {}
     hidden: Tensor = decoder_of(model)(
         input_ids=ids,

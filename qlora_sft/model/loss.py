@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.attention_tree import remember_tree
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.hidden import hidden_states
@@ -57,9 +58,19 @@ def path_of(model: CausalModel) -> PathName | None:
     return _chosen.get(base_of(model))
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns ``batch`` with its tensors on ``device``."""
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return cast(Batch, moved)
+
+
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
-    return hidden_states(model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"])
+    if batch["parents"] is not None:
+        remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
+    return hidden_states(
+        model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"], batch["longest"]
+    )
 
 
 def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
@@ -69,6 +80,8 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
     """
     base = base_of(model)
     hidden = last_hidden_states(model, batch)
+    if batch["repeated"].numel():
+        hidden = torch.cat([hidden, hidden[:, batch["repeated"]]], dim=1)
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["positions"], batch["targets"], batch["position_documents"], n_documents)
     head = base.get_output_embeddings()

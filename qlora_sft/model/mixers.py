@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.model.attention import lengths_of
+from qlora_sft.model.attention_tree import tree_of
 from qlora_sft.model.base import decoder_layers
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class ByDocument(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bounds = self.document_bounds
+        if bounds is not None and tree_of(bounds) is not None:
+            raise ValueError("recurrent layers cannot share prefixes of documents; set data.share_prefixes=off")
         lengths = [] if bounds is None else lengths_of(bounds)
         if len(lengths) < 2:
             return super().forward(*args, **kwargs)
