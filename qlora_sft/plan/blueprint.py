@@ -83,8 +83,8 @@ class Blueprint:
     """The matrices with such rows: the embedding, and the head where it is another."""
     prefix: str = "model.layers."
     """What the names of the parameters of the decoder layers begin with."""
-    document_rows: str = ""
-    """Why the documents of a row are run one at a time; empty if they share it."""
+    why_one_at_a_time: str = ""
+    """Why documents are run one at a time; empty if they share packed sequences."""
     grown: int = 0
     """Parameters that the files lack, because embedding and head have to grow for added tokens."""
 
@@ -174,7 +174,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, targets, config),
         prefix=layers_prefix(model),
-        document_rows=why_one_at_a_time(model),
+        why_one_at_a_time=why_one_at_a_time(model),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks

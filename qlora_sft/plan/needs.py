@@ -69,8 +69,8 @@ def needs_of(
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
             "optimizer": Choice(optimizer, optimizer_reason),
             "documents": Choice(
-                "one at a time" if blueprint.document_rows else "share rows",
-                blueprint.document_rows or "no layer lets one see another; checked before training",
+                "one at a time" if blueprint.why_one_at_a_time else "packed",
+                blueprint.why_one_at_a_time or "no layer lets one see another; checked before training",
             ),
             "tiled_mlp": Choice(
                 "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
