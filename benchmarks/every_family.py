@@ -192,6 +192,8 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
     lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "one at a time"]
     lines += ["", "## Not tried", "", "| family | reason |", "|---|---|"]
     lines += [f"| {kind} | {reason} |" for kind, reason in NOT_MADE.items()]
+    done = {each.kind for each in outcomes} | set(NOT_MADE)
+    lines += [f"| {kind} | no row yet: run the script again |" for kind in architectures() if kind not in done]
     return "\n".join(lines) + "\n"
 
 
