@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from qlora_kernels.cpu import bfloat16_products
 
-from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
+from qlora_sft.config import Config, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.head import check_frozen_head, quantize_head
+from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
+from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
@@ -101,7 +103,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=target_modules(model, config.lora),
+            target_modules=peft_targets(model, target_modules(model, config.lora)),
             trainable_token_indices=trainable_rows(model, rows),
             **checkpointing,
             random_state=config.seed,
@@ -125,7 +127,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=target_modules(model, config.lora),
+        target_modules=peft_targets(model, target_modules(model, config.lora)),
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
     )
@@ -141,7 +143,8 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope, trust)}
+    settings = scaled_config(base, rope, trust)
+    options: dict[str, Any] = {} if rope is None else {"config": settings}
     # One that was saved in NF4 is loaded as it is.
     if load_in_4bit and not read_config(base).get("quantization_config"):
         options["quantization_config"] = BitsAndBytesConfig(
@@ -149,6 +152,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=kept_in_full(meta_model(settings)),
         )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
@@ -216,21 +220,6 @@ def quantized_modules(model: CausalModel) -> list[str]:
 
     base = base_of(model)
     return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
-
-
-def target_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
-
-    Raises `ConfigError` for a name that no layer has.
-    """
-    blocks = model.get_decoder().layers
-    linear = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
-    if lora.target_modules == "all-linear":
-        return sorted(linear)
-    unknown = sorted(set(lora.target_modules) - linear)
-    if unknown:
-        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {sorted(linear)}")
-    return list(lora.target_modules)
 
 
 def disable_inference_repacking(model: CausalModel) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.attention_tree import remember_tree
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
+from qlora_sft.model.hidden import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # The implementation that `use_loss` has chosen for each model, kept for as long as the model lives.
 _chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
+# Gemma 2 and later; RecurrentGemma; xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
@@ -64,20 +66,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
-    base = base_of(model)
-    remember_lengths(batch["cu_seqlens"], batch["lengths"])
     if batch["parents"] is not None:
         remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
-    output = base.get_decoder()(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seq_lens_q=batch["cu_seqlens"],
-        cu_seq_lens_k=batch["cu_seqlens"],
-        max_length_q=batch["longest"],
-        max_length_k=batch["longest"],
-        use_cache=False,
+    return hidden_states(
+        model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"], batch["longest"]
     )
-    return cast(Tensor, output.last_hidden_state)
 
 
 def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
@@ -118,13 +111,17 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """
     text = config.get_text_config()
     options: LogitTransform = {}
-    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
-    if softcap:
-        options["softcap"] = float(softcap)
+    for name in SOFTCAPS:
+        softcap = getattr(text, name, None)
+        if softcap:
+            options["softcap"] = float(softcap)
     scale = getattr(text, "logit_scale", None)  # Cohere multiplies
     if scale is not None:
         options["logit_scale"] = float(scale)
     scaling = getattr(text, "logits_scaling", None)  # Granite divides
     if scaling is not None:
         options["logit_scale"] = 1.0 / float(scaling)
+    multiplier = getattr(text, "lm_head_multiplier", None)  # Falcon-H1 multiplies
+    if multiplier is not None:
+        options["logit_scale"] = float(multiplier)
     return options

@@ -16,7 +16,7 @@ from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
@@ -30,14 +30,15 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
 
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.head import quantize_head
-    from qlora_sft.model.load import disable_inference_repacking, target_modules
+    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.load import disable_inference_repacking
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
     targets = target_modules(model, config.lora)
     if config.model.load_in_4bit:
-        _quantize(model.get_decoder().layers, dtype, device)
+        _quantize(model, dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
         # inputs to float32.
         model.is_loaded_in_4bit = True
@@ -54,13 +55,18 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     return peft
 
 
-def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
-    from qlora_sft.model.head import nf4_linear
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    for parent in list(layers.modules()):
+    from qlora_sft.model.base import layer_list
+    from qlora_sft.model.head import nf4_linear
+    from qlora_sft.model.linears import layers_prefix, not_quantized
+
+    prefix, kept = layers_prefix(model), not_quantized(model)
+    for path, parent in list(layer_list(model).named_modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.Linear:
+            if type(old) is nn.Linear and should_convert_module(f"{prefix}{path}.{name}", kept):
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 
