@@ -3,9 +3,9 @@
     python benchmarks/masters.py [--seeds 3] [--data FOLDER] [--output FILE]
 
 The demo and a part of GSM8K are trained with every seed, once as the toolkit does it and once with the adapters cast to
-bfloat16 when the model is ready, which is what TRL's trainer does to a quantised model. Everything else is the same: the
-data, its order, the adapters' first values. A row per run has the held-out loss, the exact match (of GSM8K: the same
-number) and the tokens per second of `measuring.clock`. Without the folder of GSM8K's files only the demo is run.
+bfloat16 when the model is ready, which is what TRL's trainer does to a quantised model. Everything else is the same:
+the data, its order, the adapters' first values. A row per run has the held-out loss, the exact match (of GSM8K: the
+same number) and the tokens per second of `measuring.clock`. Without the folder of GSM8K's files only the demo is run.
 """
 
 from __future__ import annotations
