@@ -28,7 +28,7 @@ from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss import path_of
 from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
-from qlora_sft.model.mlp import set_recompute
+from qlora_sft.model.mlp import TiledMLP, set_recompute
 from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.room import Room, device_room, host_room
 from qlora_sft.run.report import MemoryReport
@@ -134,12 +134,25 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
         standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
     layer = with_standing(layer, standing)
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
+    between += cast_bytes(model, dtype)
     if has_unsloths_forward(base_of(model)):
         between += layer.input
     choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)
     return memory
+
+
+def cast_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Returns the bytes of LoRA's weights in 16 bits that autocast holds until the forward of the whole model is over,
+    whatever its layers keep. The tiled MLP makes its own and drops them."""
+    if dtype.itemsize != 2:
+        return 0
+    modules = [module for layer in decoder_layers(model) for module in layer.modules()]
+    tiled = {id(p) for module in modules if isinstance(module, TiledMLP) for p in module.parameters()}
+    lora = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name and id(p) not in tiled]
+    values: int = sum(p.numel() for p in lora)
+    return values * dtype.itemsize
 
 
 def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say) -> Choice:

@@ -12,9 +12,10 @@ D hidden, F intermediate, H query and G key heads of size d, r the rank, s bytes
     or the tiled MLP           s D + 2 s F   its input, gate and up, for all its layers; where recomputed s D
 
 On a GPU attention's result is the input of o, and counts once. LoRA's weights are kept once more in 16 bits, except by
-the tiled MLP. On a CPU, and on 16-bit layers, PEFT takes no notice of autocast and casts to float32 and back, so each
-LoRA layer has an input of its own; on a CPU the documents' results are joined into a copy. Frozen layers keep nothing:
-the gradient of their input needs only the weight.
+the tiled MLP; autocast holds those of every layer, kept or not, until the forward of the model is over. On a CPU, and
+on 16-bit layers, PEFT takes no notice of autocast and casts to float32 and back, so each LoRA layer has an input of its
+own; on a CPU the documents' results are joined into a copy. Frozen layers keep nothing: the gradient of their input
+needs only the weight.
 
 The backward goes through the parts of a layer from the last to the first and frees what each has kept. Its peak is
 where what is still kept and what the part itself takes are most: with short rows in the MLP (dequantised weights), with
@@ -34,6 +35,7 @@ from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.loss import PathName
 from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
@@ -70,10 +72,18 @@ Row = Callable[[int], tuple[LayerBytes, int]]
 """Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
 
 
-def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False) -> Row:
+def row_bytes(
+    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False,
+    path: PathName | None = None,
+) -> Row:  # fmt: skip
+    """Returns the function that says what a row of so many tokens takes. path: of the loss; default: as
+    `between_bytes` has it."""
+    layers = [_Layer(blueprint, number, 1, lora, dtype, on_gpu) for number in range(blueprint.n_layers)]
+    casts = sum(layer.all_casts() for layer in layers)
+
     def row(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
-        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
+        between = casts + between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head, path)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
         return with_standing(layer, standing_bytes(blueprint.config, tokens, dtype)), between
 
@@ -176,8 +186,16 @@ class _Layer:
             per_token += len(adapted) * width * (self.size + mask)
         elif group is not OUT or not self.on_gpu or self.recast:  # else it is counted with attention
             per_token += width * self.size * (len(adapted) if self.recast else 1)
-        cast = sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
-        return self.tokens * per_token + cast
+        return self.tokens * per_token + self.casts(group)
+
+    def casts(self, group: set[str]) -> int:
+        """LoRA's weights in 16 bits."""
+        adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
+        return sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
+
+    def all_casts(self) -> int:
+        """Those that autocast holds until the forward of the whole model is over, whatever the layer keeps."""
+        return self.casts(QKV | OUT if self.tiled else QKV | OUT | GATE_UP | DOWN)
 
     def attention(self) -> Part:
         """Backward: gradients of its result, of q, k and v and of the residual; on a GPU FlashAttention's workspace."""
@@ -213,7 +231,10 @@ class _Layer:
         tile = default_tile(hidden)
         kept = 0 if again and recomputes(self.tokens, tile, self.norm_after) else 2 * wide
         rows = min(self.tokens, tile)
-        of_tile = self.size * rows * 3 * wide + max(self.size * rows * hidden, self.pointwise(rows * wide))
+        # What the three A make of a tile, and the three B of its gradients; two of these are not there from the start.
+        rank = self.size * rows * self.lora.r
+        later = max(self.size * rows * hidden + 2 * rank, self.pointwise(rows * wide))
+        of_tile = self.size * rows * 3 * wide + 3 * rank + later
         adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
         gradients = self.tokens * (self.incoming() + hidden)
         taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
