@@ -21,15 +21,20 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
     """Leaves out a step whose gradient is not finite: it would make every weight NaN, and all that was learned with it.
     Ends the run after an update that was not finite all the same, before a checkpoint of it can be written.
 
-    In float16 gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
+    In float16 the gradient scaler leaves such a step out itself and halves its scale, which may take several steps
+    until it is low enough. The run ends when gradients are not finite without any scale.
     """
 
     def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):
         """``describe`` says what the step of a number was about to learn from, ``saved`` what a run can go on from."""
         self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
+        self._scale = 0.0
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Only that tells: a fused optimizer is called all the same, and leaves the step out itself.
+        if args.fp16 and (scale := kwargs["optimizer"].scaler.get_scale()) < self._scale:
+            self._left_out_by_the_scaler(state.global_step, scale)
         if all_finite(model):
             return
         rate = kwargs["optimizer"].param_groups[0]["lr"]
@@ -39,8 +44,21 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             f"{self.saved()}"
         )
 
+    def _left_out_by_the_scaler(self, done: int, scale: float) -> None:
+        self.say(
+            f"step {done + 1} left out: its gradient is not finite in float16 ({self.describe(done)}); the scale of "
+            f"the loss is now {scale:g}"
+        )
+        if scale < 1:
+            raise RunError(
+                f"the gradient of step {done + 1} is not finite in float16 whatever the loss is scaled by; look at "
+                f"these rows with `preview`, lower training.learning_rate, or compute in another model.dtype; "
+                f"{self.saved()}"
+            )
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fp16:
+            self._scale = kwargs["optimizer"].scaler.get_scale()
             return
         trained = [p for p in model.parameters() if p.grad is not None]
         if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in trained])):
