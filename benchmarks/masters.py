@@ -41,7 +41,7 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     from measuring import clock
 
     from qlora_sft.config import load_config
-    from qlora_sft.data.batch import longest_row
+    from qlora_sft.data.batch import longest_micro_batch
     from qlora_sft.data.documents import sizes
     from qlora_sft.evaluation.answers import choose_prompts
     from qlora_sft.evaluation.evaluate import evaluate
@@ -56,15 +56,15 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     data = prepare(config, quiet)
     dtype, _ = compute_dtype(config.model.dtype)
     lengths = sizes(data.documents).tokens
-    tokens = longest_row(lengths, data.bins, config.training.batch_size)
+    tokens = longest_micro_batch(lengths, data.sequences, config.training.batch_size)
     model = prepare_model(config, data.base, dtype, data.backend.name, tokens, quiet, lengths)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, masters))
     with use_memory(model, config, tokens, dtype, quiet) as memory:
-        run = Training(config, folder, quiet, model, data.tokenizer, dtype, data.documents, data.bins)
+        run = Training(config, folder, quiet, model, data.tokenizer, dtype, data.documents, data.sequences)
         begin = clock()
-        fitted = fit(run, memory.make_room)
+        fitted = fit(run, memory.keep_less)
         seconds = clock() - begin
     types = {p.dtype for p in model.parameters() if p.requires_grad}
     assert types == {getattr(torch, masters)}, f"the adapters became {types}"
@@ -103,8 +103,8 @@ def main() -> None:
     options = parser.parse_args()
     from measuring import measured_on
 
-    for name, overrides in settings(options.data).items():
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for name, overrides in settings(options.data).items():
             # In turn, so that a slower hour of the machine is no merit of one of them.
             for masters in MASTERS if seed % 2 == 0 else MASTERS[::-1]:
                 with tempfile.TemporaryDirectory(prefix="masters-") as folder:

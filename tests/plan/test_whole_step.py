@@ -21,7 +21,7 @@ from qlora_sft.model.memory import cast_bytes, install
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan import activations
-from qlora_sft.plan.activations import row_bytes
+from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.weights import residents
@@ -59,9 +59,9 @@ def test_the_peak_of_a_whole_step_is_planned_within_3_percent_and_never_below(la
     optimizer.step()
     blueprint = blueprint_of(deepcopy(settings), config)
     held = residents(blueprint, config, compute, "adamw_torch_fused").total
-    row = row_bytes(blueprint, config.lora, compute, on_gpu=False)
+    bytes_for = sequence_bytes(blueprint, config.lora, compute, on_gpu=False)
     for tokens in LENGTHS:
-        layer, between = row(tokens)
+        layer, between = bytes_for(tokens)
         documents = [Rendered([i % 90 + 1 for i in range(tokens // 2)], [1.0] * (tokens // 2), "s")] * 2
         for tier in TIERS:
             slab = install(model, [tier] * layers, tokens, layer.input, lambda _: None)
@@ -96,7 +96,7 @@ def test_a_run_counts_the_same_casts_as_the_plan(mlp: str) -> None:
     expected = 3 * 8 * 2 * (2 * heads + 2 * groups + (0 if mlp == "auto" else 3 * (64 + 192)))
     assert cast_bytes(model, torch.bfloat16) == expected
     assert cast_bytes(model, torch.float32) == 0
-    with_casts = row_bytes(blueprint, config.lora, torch.bfloat16, on_gpu=False)(32)[1]
+    with_casts = sequence_bytes(blueprint, config.lora, torch.bfloat16, on_gpu=False)(32)[1]
     head = blueprint.head(torch.bfloat16)
     alone = activations.between_bytes(blueprint.config, 32, torch.bfloat16, False, blueprint.lean_norms, head)
     assert with_casts - alone == expected
