@@ -142,7 +142,7 @@ def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dty
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
-    persistent = persistent_bytes(settings, tokens, dtype)
+    persistent = persistent_bytes(settings, tokens, dtype, on_gpu)
     if has_unsloths_forward(base_of(model)):
         persistent += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
     layer = with_persistent(layer, persistent)

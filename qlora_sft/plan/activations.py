@@ -91,7 +91,7 @@ def sequence_bytes(
         head = blueprint.head(dtype)
         between = casts + between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head, path)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
-        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype)), between
+        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype, on_gpu)), between
 
     return bytes_for
 
