@@ -139,7 +139,7 @@ def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dty
     layers = decoder_layers(model)
     if config.memory.policy != "none":
         _require_checkpointing(layers, config)
-    layer = measure_layer(model, tokens, dtype)
+    layer = measure_layer(model, tokens, dtype, say)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
     persistent = persistent_bytes(settings, tokens, dtype, on_gpu)
