@@ -55,14 +55,18 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None], order[None, None]
 
 
+def needs_flex(config: PretrainedConfig) -> bool:
+    """Says whether a model caps the logits of its attention or has sinks, which FlashAttention lacks."""
+    return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in WITH_SINKS
+
+
 def block_mask_bytes(config: PretrainedConfig, tokens: int) -> int:
     """Returns the bytes of all block masks of a model that needs FlexAttention, 0 for any other.
 
     Each has the document of every position in int64, and for blocks seen in part and seen whole, by row and by column,
     how many there are and which. config: transformers' configuration of the language model.
     """
-    capped = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in WITH_SINKS
-    if not capped:
+    if not needs_flex(config):
         return 0
     kinds = len(set(getattr(config, "layer_types", None) or ["full_attention"]))
     blocks = -(-tokens // BLOCK)

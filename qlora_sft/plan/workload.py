@@ -25,6 +25,8 @@ class Workload:
     """Tokens of the longest micro-batch, which is one flat sequence."""
     documents: list[int]
     """Lengths of the documents of a typical sequence, for the measurement."""
+    lengths: list[int]
+    """The tokens of every document of the run, by which the way to attend is chosen."""
     prepared_tokens: int
     """Tokens of all documents, held-out ones included: what memory and the cache hold."""
 
@@ -45,6 +47,7 @@ def workload_of(data: RunData, config: Config) -> Workload:
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
         longest_sequence=longest_micro_batch(lengths, trained, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
+        lengths=list(lengths),
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )
 
