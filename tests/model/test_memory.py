@@ -16,7 +16,7 @@ from qlora_kernels.offload import LayerBytes, peak_bytes
 from tests_support import documents_of
 
 from qlora_sft.config import load_config
-from qlora_sft.data.batch import flatten, longest_micro_batch
+from qlora_sft.data.batch import flatten
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model import memory, memory_budget
 from qlora_sft.model.attention import use_document_attention
@@ -62,7 +62,7 @@ def test_every_policy_gives_the_gradients_of_checkpointing(make_config: Any, pol
         config = make_config(f"memory.policy={each}")
         documents = documents_of(config)
         batches = [flatten(documents[:4]), flatten(documents[4:5])]
-        tokens = longest_micro_batch([len(document.input_ids) for document in documents], [[0, 1, 2, 3], [4]], 1)
+        tokens = max(batch["input_ids"].numel() for batch in batches)
         with use_memory(model, config, tokens, getattr(torch, dtype), quiet) as installed:
             found.append(gradients(model, batches))
             assert installed.slab is None or (installed.slab.taken, installed.slab.slots) == (0, 2)
@@ -123,20 +123,20 @@ def test_a_gpu_without_room_to_measure_is_measured_with_less(make_config: Any, m
     wanted = measure_layer(model, 4096, torch.float32)
     own, room_for = layer_bytes._measured, [300]
 
-    def measured(layer: Any, of: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
+    def measured(layer: Any, of: Any, tokens: int, dtype: torch.dtype, tree: bool) -> LayerBytes:
         if tokens > room_for[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return own(layer, of, tokens, dtype)
+        return own(layer, of, tokens, dtype, tree)
 
     monkeypatch.setattr(layer_bytes, "_measured", measured)
     said: list[str] = []
-    found = measure_layer(model, 4096, torch.float32, said.append)
+    found = measure_layer(model, 4096, torch.float32, say=said.append)
     assert "Tried to allocate 2 GiB); measured with 256 tokens instead" in said[-1]
     assert (found.input, found.attention, found.kept) == (wanted.input, wanted.attention, wanted.kept)
     assert found.backward >= wanted.backward  # never too hopeful
     room_for[0] = 0
     with pytest.raises(RunError, match=r"no room for one layer of 64 tokens.*memory.offload_embeddings"):
-        measure_layer(model, 4096, torch.float32, said.append)
+        measure_layer(model, 4096, torch.float32, say=said.append)
     assert [layer.mlp.recompute for layer in model.get_base_model().model.layers] == flags
 
 
