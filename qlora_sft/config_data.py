@@ -91,6 +91,7 @@ class DataConfig:
     """Says what is trained on, what is held out, and how documents are mixed and packed."""
 
     train: list[TrainSourceConfig]
+    """Sources that are trained on, mixed as ``mixture`` says."""
     held_out: list[SourceConfig] = field(default_factory=list)
     """Sources that are never trained on; their loss is measured before and after the run."""
     max_length: Annotated[int, Range(2, 10**8)] = 2048
