@@ -8,6 +8,7 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +23,7 @@ def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=is_foreign(settings))
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
@@ -37,7 +38,7 @@ def read_settings(config: Config, base: str) -> PretrainedConfig:
     from qlora_sft.model.rope import scaled_config
 
     try:
-        return scaled_config(base, config.model.rope_scaling)
+        return scaled_config(base, config.model.rope_scaling, config.model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
 

@@ -22,6 +22,7 @@ from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
+from qlora_sft.model.snapshot import has_weights, origin_of
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
@@ -209,7 +210,7 @@ def _disk(
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     return DiskPlan(
-        download=0 if Path(base).is_dir() else weights,
+        download=weights if origin_of(base) and not has_weights(Path(base)) else 0,
         prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
         adapter=held.adapters,
         checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),

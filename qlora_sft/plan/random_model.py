@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
+from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +37,7 @@ def random_model(
     from qlora_sft.model.load import disable_inference_repacking, target_modules
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
     targets = target_modules(model, config.lora)
     if config.model.load_in_4bit:
