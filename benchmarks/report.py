@@ -8,6 +8,7 @@ from pathlib import Path
 from cell import Cell
 
 HERE = Path(__file__).resolve().parent
+MASTERS = ("float32", "bfloat16")
 # Unsloth's published longest rows for the same settings, by GB of the card.
 UNSLOTH_CONTEXT = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
 
@@ -174,6 +175,32 @@ def train_cpu(rows: list[Cell]) -> list[str]:
     return lines
 
 
+def masters(rows: list[Cell]) -> list[str]:
+    """Adapters kept in float32 beside those in bfloat16: a row per data and type, with what every seed gave."""
+    lines = ["## Masters: adapters and optimizer states in float32 and in bfloat16", ""]
+    lines += [
+        "| | held-out loss, mean of the seeds | of each seed | right answers | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    newest = {(row["data"], row["provider"], row["seed"]): row for row in rows}
+    for data in dict.fromkeys(key[0] for key in newest):
+        types = {kind: [row for key, row in newest.items() if key[:2] == (data, kind)] for kind in MASTERS}
+        # A seed that only one of them was trained with would be no comparison.
+        both = set.intersection(*({row["seed"] for row in found} for found in types.values()))
+        for kind, found in types.items():
+            cells = sorted((row for row in found if row["seed"] in both), key=lambda row: row["seed"])
+            if not cells:
+                lines.append(f"| {data}, {kind} | not measured | | | |")
+                continue
+            losses = [sum(row["held_out_loss"].values()) / len(row["held_out_loss"]) for row in cells]
+            right, asked = (sum(row[key] for row in cells) for key in ("right", "asked"))
+            speed = sum(row["tokens_per_second"] for row in cells) / len(cells)
+            each = ", ".join(f"{loss:.4f}" for loss in losses)
+            mean = sum(losses) / len(losses)
+            lines.append(f"| {data}, {kind} | {mean:.4f} | {each} | {right} of {asked} | {speed:.0f} |")
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
 def machines(rows: list[Cell]) -> list[str]:
     """Names the machines of the measurements, each once."""
     return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
@@ -253,6 +280,7 @@ def main() -> None:
     lines += attention(read_rows("attention.jsonl"))
     lines += packed_ce_paths(read_rows("packed_ce_paths.jsonl"))
     lines += train_cpu(read_rows("train_cpu.jsonl"))
+    lines += masters(read_rows("masters.jsonl"))
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 

@@ -59,9 +59,16 @@ def _check(name: str, found: str | None, cure: str) -> Check:
 def _device() -> Check:
     import torch
 
-    if torch.cuda.is_available():
-        return _check("device", torch.cuda.get_device_name(), "")
-    return _check("device", "CPU (training works, slowly)", "")
+    from qlora_sft.model.attention import choose_path
+    from qlora_sft.model.load import compute_dtype
+
+    on_gpu = torch.cuda.is_available()
+    dtype, reason = compute_dtype("auto")
+    # Of a model with heads of 128 whose logits are not capped, as most are.
+    path = choose_path(torch.device("cuda" if on_gpu else "cpu"), dtype, 128, capped=False)
+    computes = f"computes in {str(dtype).removeprefix('torch.')} ({reason}), attends by {path.name} ({path.reason})"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU (training works, slowly)"
+    return _check("device", f"{name}; {computes}", "")
 
 
 def _unsloth(packages: dict[str, str | None]) -> Check:

@@ -90,18 +90,33 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
     if not isinstance(model, ModelConfig):
         return
     from qlora_sft.data.shipped import template_text
-    from qlora_sft.model.base_files import check_path
+    from qlora_sft.model.base_files import check_path, check_tokenizer_files
 
     if model.chat_template:
         yield partial(template_text, model.chat_template)
     if model.path == "demo":  # which may have to be downloaded, and is as it should be
         return
     yield partial(check_path, model.path, model.revision)
-    if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
+    folder = Path(model.path).expanduser()
+    if not (folder / "config.json").is_file():
+        return
+    yield partial(_check_files, model, folder)
+    yield partial(check_tokenizer_files, folder)
+    if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear":
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 
 
+def _check_files(model: ModelConfig, folder: Path) -> None:
+    from qlora_sft.model.base_files import check_quantization, read_config
+
+    check_quantization(model, str(folder), read_config(str(folder)))
+
+
 def _check_modules(config: Config) -> None:
+    from qlora_sft.model.backend import choose_backend
+
+    # A notebook goes on after the report; Unsloth could patch nothing any more if transformers were imported first.
+    choose_backend(config.model.backend)
     from qlora_sft.model.base_files import resolve_base
     from qlora_sft.model.meta_model import check_layers
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +92,53 @@ def test_a_single_fault_is_one_line(make_config: Any, tmp_path: Path, capsys: py
     os.remove(tmp_path / "chat.jsonl")
     assert main(["train", str(tmp_path / "config.yaml"), "training.lr=1"]) == 2
     assert len(report(capsys)) == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_files_of_the_base_are_reported_with_the_data(
+    verb: str, make_config: Any, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quantisation that cannot be trained, and a tokenizer that cannot be read."""
+    make_config()
+    (tmp_path / "chat.jsonl").write_text("{\n")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
+    (base / "tokenizer.json").write_text("{")
+    assert main([verb, str(tmp_path / "config.yaml"), f"model.path={base}"]) == 2
+    found = report(capsys)
+    assert len(found) == 3
+    for part in (
+        "chat.jsonl:1: not valid JSON",
+        "quantised with gptq",
+        f"no tokenizer in {base}: tokenizer.json is no",
+    ):
+        assert part in "\n".join(found)
+
+
+NOTEBOOK = """
+import sys
+from qlora_sft import load_config, train
+from qlora_sft.errors import QloraSftError
+from qlora_sft.model.backend import choose_backend
+try:
+    train(load_config(sys.argv[1], ["model.backend=auto", "lora.target_modules=[qproj]"]))
+except QloraSftError as error:
+    print(error)
+print(choose_backend("auto").name)
+"""
+
+
+def test_a_notebook_can_still_take_unsloth_after_a_report(make_config: Any, tmp_path: Path) -> None:
+    """Which has to be imported before what it patches; this one says whether it was."""
+    make_config()
+    (tmp_path / "chat.jsonl").write_text("{\n")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "unsloth.py").write_text("import sys\nassert 'transformers' not in sys.modules, 'late'\n")
+    path = os.pathsep.join([str(tmp_path / "packages"), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path / "config.yaml")],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert "no linear layer is named ['qproj']" in done.stdout
+    assert done.stdout.splitlines()[-1] == "unsloth"

@@ -56,6 +56,8 @@ class Conversation(TypedDict, total=False):
     """Where the row came from; empty for a conversation that was not read from a source."""
     line: int
     """Line of the row, or its number in files without lines."""
+    undesired: bool
+    """True for an answer that its row marks as not wanted (KTO's ``label: false``); it is not trained on."""
     notes: list[str]
     """Remarkable facts about the row that are not faults."""
 

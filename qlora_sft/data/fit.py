@@ -13,6 +13,7 @@ from qlora_sft.errors import DataError
 TOO_LONG = "too long"
 NOTHING_LEFT = "nothing supervised within max_length"
 NOTHING_SUPERVISED = "nothing supervised"
+UNDESIRED = "label: false, an answer that is not wanted"
 
 
 def fit(
@@ -24,6 +25,8 @@ def fit(
 ) -> list[Rendered] | str:
     """Returns documents of at most ``max_length`` tokens, or the reason why there is none.
 
+    An answer that its row marks as not wanted is dropped: trained on, it would be taught as if it were right.
+
     A row without a supervised token is dropped: a step made of such rows would learn nothing and report a loss of zero.
 
     A longer plain text is split into consecutive pieces. A longer conversation is dropped, or it loses its earliest
@@ -33,6 +36,8 @@ def fit(
     render: renders a shortened conversation.
     """
     length = len(document.input_ids)
+    if conversation.get("undesired"):
+        return UNDESIRED
     if not any(document.weights[1:]):
         return NOTHING_SUPERVISED
     if length <= max_length:

@@ -22,6 +22,8 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("observation", "tool", "function_response", "tool_response"), "tool"),
     **{"system": "system", "function_call": "function_call", "tool_call": "function_call"},
 }
+# Columns of unpaired preference data: TRL's and ms-swift's, LLaMA-Factory's.
+UNDESIRED_COLUMNS = ("label", "kto_tag")
 _SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 
 
@@ -40,6 +42,8 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
     used = {form.column(ours) for ours in (*needed, *optional)}
     if "tools" in values:
         values["tools"] = _tools(row, form.column("tools"), used)
+    # A text beside a truth value is a row of some classification.
+    undesired = form.name != "text" and _undesired(row, used)
     unused |= idle_keys(row, used, "column")
     _refuse_preferences(row, used)
     if form.name == "text":
@@ -48,7 +52,8 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
             raise DataError(f"{form.column('text')!r} must be a text, got {got}")
         return {"text": values["text"]}
     messages = _READERS[form.name](values, form, unused)
-    return _conversation(messages, values, form, unused, set() if notes is None else notes)
+    conversation = _conversation(messages, values, form, unused, set() if notes is None else notes)
+    return {**conversation, "undesired": True} if undesired else conversation
 
 
 def _tools(row: JsonObject, column: str, used: set[str]) -> object:
@@ -64,6 +69,17 @@ def _tools(row: JsonObject, column: str, used: set[str]) -> object:
     if functions is None or (tools is None and described):
         used.add("functions")
     return functions if tools is None and described else tools
+
+
+def _undesired(row: JsonObject, used: set[str]) -> bool:
+    """Says whether the row is one of unpaired preference data (KTO) whose answer is not wanted.
+
+    Its mark is a truth value, or the text that a table has for one; a number is a class of something else.
+    """
+    marks = {column: row.get(column) for column in UNDESIRED_COLUMNS if column not in used}
+    marks = {column: mark for column, mark in marks.items() if str(mark) in ("True", "False", "true", "false")}
+    used.update(marks)
+    return any(str(mark).lower() == "false" for mark in marks.values())
 
 
 def _refuse_preferences(row: JsonObject, used: set[str]) -> None:

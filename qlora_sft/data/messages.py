@@ -27,6 +27,7 @@ MESSAGE_KEYS = {
     *("role", "content", "tool_calls", "function_call", "name"),
     *(*_REASONING_KEYS, *_TRAIN_KEYS, *_WEIGHT_KEYS, *_RESULT_KEYS),
 }
+BEGUN = "message key 'prefix': a turn that is only begun is not supervised, or its end would be learned"
 # The weights that float32 still tells from zero and from infinity when they are multiplied and added up.
 WEIGHTS = (1e-6, 1e6)
 
@@ -52,6 +53,10 @@ def read_message(message: object, unused: set[str], think_tags: bool = True) -> 
     if calls and role != "assistant":
         raise DataError(f"only an assistant may have tool_calls, this is a {role} message; check its role")
     content, reasoning = _reasoning(message, parts, role, think_tags)
+    if role == "assistant" and message.get("prefix") is True:
+        unused -= {"message key 'prefix'"}
+        unused.add(BEGUN)
+        message = {"train": False, **message}
     settings, identity = _settings(message), _identity(message) if role == "tool" else _name(message)
     of_results = identity if role == "tool" else {}
     result = [checked_message({"role": "tool", **joined(each, of_results), **settings}) for each in parts.results]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.config_data import DataConfig
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.documents import Chain, Documents, Writer, sizes
-from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
+from qlora_sft.data.fit import NOTHING_SUPERVISED, UNDESIRED, fit
 from qlora_sft.data.formats import with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
@@ -210,6 +210,12 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
     if not ledger.kept and unlabelled == len(source.rows):
         raise DataError(
             f"{path}: no token of {name!r} is supervised; are all assistant turns marked train: false, or weight: 0?"
+        )
+    undesired = ledger.dropped[UNDESIRED].rows if UNDESIRED in ledger.dropped else 0
+    if not ledger.kept and undesired + unlabelled == len(source.rows):
+        raise DataError(
+            f"{path}: no row of {name!r} is left: {undesired} have label: false, which marks an answer as not wanted; "
+            "rename the column if it means something else"
         )
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"

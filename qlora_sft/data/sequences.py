@@ -13,7 +13,7 @@ from qlora_sft.data.documents import Sizes, sizes
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
 from qlora_sft.data.prefix_groups import Group, group_by_prefix
-from qlora_sft.data.prefix_tree import Tokens, tree_tokens
+from qlora_sft.data.prefix_tree import Tokens, prefix_tree, tree_tokens
 from qlora_sft.data.render import Rendered
 from qlora_sft.say import Say
 
@@ -65,6 +65,18 @@ def plan_sequences(
     if config.packing != "none":
         say(describe_packing(planned, of_each.tokens, config))
     return planned
+
+
+def segment_lengths(
+    documents: Sequence[Rendered], sequences: Sequence[Sequence[int]], batch_size: int
+) -> list[list[int]]:
+    """Returns the tokens of every segment of the tree that a micro-batch is, for ``batch_size`` sequences each."""
+    found = []
+    for start in range(0, len(sequences), batch_size):
+        indices = [index for each in sequences[start : start + batch_size] for index in each]
+        rows = [np.asarray(documents[i].input_ids, dtype=np.int32) for i in indices]
+        found.append(list(prefix_tree(rows).lengths))
+    return found
 
 
 def _shared(

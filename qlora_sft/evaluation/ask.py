@@ -40,6 +40,8 @@ class Questions:
     """The texts of a task that only reads them."""
     in_thought: list[bool] = field(default_factory=list)
     """Whether the template opens a thought at the end of each prompt."""
+    unlabelled: list[str] = field(default_factory=list)
+    """Where the texts are that are left out, because nothing in them is to be predicted."""
     thoughtless: int = 0
     """How many prompts end in an empty thought although nobody asked for one."""
 
@@ -78,11 +80,12 @@ def encode_task(
     if task.form == "choices":
         return Questions(task, *letter_prompts(task.items, tokenizer, chat_format))
     if task.form == "loss":
-        documents = [_document(item, tokenizer, chat_format, text_tokenizer) for item in task.items]
-        kept = [short for document in documents if (short := readable(document, limit))]
+        documents = [readable(_document(item, tokenizer, chat_format, text_tokenizer), limit) for item in task.items]
+        kept = [document for document in documents if document is not None]
         if not kept:
             raise DataError(f"{task.settings.path}: nothing in it is to be predicted")
-        return Questions(task, documents=kept)
+        pairs = zip(task.items, documents, strict=True)
+        return Questions(task, documents=kept, unlabelled=[item.place for item, document in pairs if document is None])
     prompts = [prompt_of(item, task.settings.thinking, tokenizer, chat_format) for item in task.items]
     tails = [tokenizer.decode(prompt[-8:]).rstrip() for prompt in prompts]
     unasked = ["enable_thinking" not in (item.conversation.get("chat_template_kwargs") or {}) for item in task.items]

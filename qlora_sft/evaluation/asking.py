@@ -35,6 +35,11 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     encoded = [encode_task(task, tokenizer, chat_format, text.training_tokenizer, limit) for task in tasks]
     for questions in encoded:
         _check_length(questions, limit)
+        if questions.unlabelled:
+            say(
+                f"{questions.task.name}: {len(questions.unlabelled):,} of {len(questions.task.items):,} texts left "
+                f"out, because nothing in them is to be predicted (first {questions.unlabelled[0]})"
+            )
         if questions.thoughtless:
             say(
                 f"{questions.task.name}: {questions.thoughtless:,} of {len(questions.prompts):,} questions end in an "

@@ -19,6 +19,7 @@ from typing import Literal
 
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.fit import UNDESIRED
 from qlora_sft.data.formats import convert, detect, with_thinking
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
@@ -78,6 +79,7 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     items: list[Item] = []
     problems: list[str] = []
     unused: dict[str, str] = {}
+    undesired: list[str] = []
     form: TaskForm | None = None if task.form == "auto" else task.form
     for label, read, _ in open_evaluation(task.path):
         for line, row, fault in read():
@@ -89,7 +91,11 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
                     raise DataError(f"expected an object with columns, got a {type(row).__name__}")
                 form = form or recognise(row)
                 not_asked: set[str] = set()
-                items.append(_item(row, form, place, task, not_asked))
+                item = _item(row, form, place, task, not_asked)
+                if item.conversation.get("undesired"):
+                    undesired.append(place)
+                else:
+                    items.append(item)
                 unused = {**dict.fromkeys(sorted(not_asked), place), **unused}
             except DataError as error:
                 problems.append(f"{place}: {error}")
@@ -107,6 +113,8 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     idle = [key for key, given in (("samples", task.samples > 1), ("thinking", task.thinking == "on")) if given]
     effect = f"; {' and '.join(idle)} without effect" if idle and form in ("choices", "loss") else ""
     say(f"{name}: {verb} {form}, {len(items):,} of {total:,} items{effect}")
+    if undesired:
+        say(f"{name}: {len(undesired):,} rows left out ({UNDESIRED}; first {undesired[0]})")
     if unused:
         listed = ", ".join(f"{what} (first in {where})" for what, where in unused.items())
         say(f"{name}: not asked: {listed}")

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Positions that FlexAttention's kernel takes or skips together.
-BLOCK = 128
+from qlora_sft.model.block_mask import BLOCK, block_mask_of, documents_of
+
 # Compilations of FlexAttention before torch gives up, by default 8: layers with and without a window, gradients on and
 # off, two lengths each until torch makes them variables, and every such model of the process.
 VARIANTS = 64
@@ -144,13 +144,8 @@ _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _block_mask(bounds: Tensor, length: int, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     made = _masks.setdefault(bounds, {})
     if window not in made:
-        document = torch.searchsorted(bounds[1:].contiguous(), torch.arange(length, device=bounds.device), right=True)
-
-        made[window] = create_block_mask(
-            visible_in(document, window), None, None, length, length, device=str(bounds.device)
-        )
+        document = documents_of(bounds, length)
+        made[window] = block_mask_of(document, window, visible_in(document, window))
     return made[window]

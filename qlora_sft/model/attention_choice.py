@@ -14,11 +14,15 @@ on attends as it did before: both ways round differently.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from qlora_sft.model.attention import Way
+from qlora_sft.model.attention import Way, choose_path
+from qlora_sft.model.block_mask import needs_flex
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Between 512 tokens, where one call is faster, and 2,048, where one call per document is.
 LONG = 1024
@@ -50,6 +54,36 @@ def choose_way(
             "sdpa", f"a token's document has {typical:,.0f} tokens on average; from {LONG:,} on it is faster"
         )
     return AttentionChoice("varlen", f"a token's document has {typical:,.0f} tokens on average, fewer than {LONG:,}")
+
+
+class PlannedAttention(NamedTuple):
+    """Says how a run will attend, before its model is there."""
+
+    way: Way
+    """What `use_document_attention` is told."""
+    path: str
+    one_by_one: bool
+    """Whether documents are attended to one by one, and their results joined into a copy."""
+    reason: str
+
+
+def plan_attention(
+    config: PretrainedConfig,
+    wanted: Literal["auto", "varlen", "sdpa"],
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+) -> PlannedAttention:
+    """Returns how a run of documents with ``lengths`` tokens will attend in ``dtype`` on ``device``.
+
+    config: transformers' configuration of the language model.
+    """
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    path = choose_path(device, dtype, head_size, needs_flex(config))
+    way, reason = choose_way(wanted, device, lengths)
+    if path.name != "varlen":
+        return PlannedAttention(way, path.name, path.name == "sdpa", path.reason)
+    return PlannedAttention(way, way, way == "sdpa", reason or path.reason)
 
 
 def typical_length(lengths: Sequence[int]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
-from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
+from qlora_sft.model.base_files import Header, check_quantization, read_config, read_headers, text_config
 from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.remote_code import check_code
@@ -47,27 +47,6 @@ def check_base(config: Config, base: str) -> None:
         lambda: check_chat(config.model, base),
     ]
     all_at_once(checks)
-
-
-def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) -> None:
-    """Raises `ConfigError` for a quantised base whose weights an adapter cannot be trained on here."""
-    quantized = settings.get("quantization_config") or text_config(settings).get("quantization_config")
-    if not quantized:
-        return
-    method = str(quantized.get("quant_method") or "bitsandbytes")
-    in_4bit = bool(quantized.get("load_in_4bit") or quantized.get("_load_in_4bit"))
-    kind = quantized.get("bnb_4bit_quant_type", "fp4") if in_4bit else "8 bits"
-    if method != "bitsandbytes" or kind != "nf4":
-        what = f"{method} in {kind}" if method == "bitsandbytes" else method
-        raise ConfigError(
-            f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
-            "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
-        )
-    if not model.load_in_4bit:
-        raise ConfigError(
-            f"model.load_in_4bit: false, but the weights in {base} exist in 4 bits only; name the model that was not "
-            "quantised, or set it to true"
-        )
 
 
 def check_weights(config: Config, base: str, settings: dict[str, Any]) -> None:

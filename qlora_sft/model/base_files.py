@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.snapshot import Origin, fetch_snapshot, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
+
+# What transformers can make a tokenizer from.
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 class Header(NamedTuple):
@@ -142,3 +149,41 @@ def _headers_of_hub(name: str, commit: str) -> dict[str, Header]:
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
+
+
+# ------------------------------------------------------------------ what the files alone tell of faults
+
+
+def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a quantised base whose weights an adapter cannot be trained on here."""
+    quantized = settings.get("quantization_config") or text_config(settings).get("quantization_config")
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method") or "bitsandbytes")
+    in_4bit = bool(quantized.get("load_in_4bit") or quantized.get("_load_in_4bit"))
+    kind = quantized.get("bnb_4bit_quant_type", "fp4") if in_4bit else "8 bits"
+    if method != "bitsandbytes" or kind != "nf4":
+        what = f"{method} in {kind}" if method == "bitsandbytes" else method
+        raise ConfigError(
+            f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
+            "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
+        )
+    if not model.load_in_4bit:
+        raise ConfigError(
+            f"model.load_in_4bit: false, but the weights in {base} exist in 4 bits only; name the model that was not "
+            "quantised, or set it to true"
+        )
+
+
+def check_tokenizer_files(base: Path) -> None:
+    """Raises `ConfigError` if the folder ``base`` has no tokenizer, or one that cannot be read."""
+    if not any((base / name).is_file() for name in TOKENIZERS):
+        raise ConfigError(f"model.path: no tokenizer in {base}: it has none of {', '.join(TOKENIZERS)}")
+    file = base / "tokenizer.json"
+    if file.is_file():
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.path: no tokenizer in {base}: {file.name} is no JSON: {first_line(error)}"
+            ) from None

@@ -10,17 +10,19 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes
+from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes, drop_failed_graphs
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_sft.data.batch import Batch
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
+from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -31,24 +33,56 @@ if TYPE_CHECKING:
 # (dequantised weights) plus a part proportional to the tokens, as attention keeps no matrix of scores. So two points
 # give the line.
 SHORT = 256
+# A GPU without room for twice as many tokens of one layer has none for training.
+SHORTEST = 32
 
 
-def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False) -> LayerBytes:
+def measure_layer(
+    model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False, say: Say = tell
+) -> LayerBytes:
     """Returns the bytes of the largest decoder layer for a sequence of ``tokens``.
 
-    It changes neither the model nor the random numbers.
+    It changes neither the model nor the random numbers. Where the GPU has no room for the lengths that are measured,
+    shorter ones are, which is said. Raises `RunError` where there is none for the shortest either.
     """
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
+    # Up to one tile the MLP's backward takes more with every token, beyond it no more.
+    short = mlp.tile if isinstance(mlp, TiledMLP) else SHORT
+    while True:
+        try:
+            return _measure(layer, model, tokens, dtype, short, tree)
+        except torch.OutOfMemoryError as error:
+            obstacle = first_line(error)
+        # Only here, where the error has gone with all that its traceback held.
+        drop_failed_graphs()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if short <= SHORTEST:
+            raise RunError(
+                f"beside the model the GPU has no room for one layer of {min(tokens, 2 * short)} tokens ({obstacle}). "
+                "Free some of it, or try memory.offload_embeddings, model.head_in_4bit or a smaller lora.r"
+            )
+        short //= 2
+        say(
+            f"memory: no room to measure a layer ({obstacle}); measured with {2 * short:,} tokens instead, which says "
+            "rather too much of a long sequence"
+        )
+
+
+def _measure(
+    layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int, tree: bool
+) -> LayerBytes:
+    """Measures ``layer`` as it is kept and as it is computed again, from lengths of ``short`` and twice as many."""
+    mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, TiledMLP):
-        return _extrapolate(layer, model, tokens, dtype, SHORT, tree)
+        return _extrapolate(layer, model, tokens, dtype, short, tree)
     before = mlp.recompute
     try:
-        # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _extrapolate(layer, model, tokens, dtype, mlp.tile, tree)
+        kept = _extrapolate(layer, model, tokens, dtype, short, tree)
         set_recompute(layer, True, tokens)
-        again = _extrapolate(layer, model, tokens, dtype, mlp.tile, tree)
+        again = _extrapolate(layer, model, tokens, dtype, short, tree)
     finally:
         mlp.recompute = before
     return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))

@@ -40,7 +40,7 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name()} has bfloat16"
-        return torch.float16, f"{torch.cuda.get_device_name()} has no bfloat16"
+        return torch.float16, f"{torch.cuda.get_device_name()} has no bfloat16; a gradient scaler keeps small gradients"
     faster, reason = bfloat16_products()
     return torch.bfloat16 if faster else torch.float32, reason
 

@@ -13,6 +13,7 @@ from qlora_kernels.offload import LayerBytes
 from qlora_kernels.packed_ce import HeadShape, PathName, backward_bytes, workspace_bytes
 
 from qlora_sft.model.attention import head_size_of
+from qlora_sft.model.block_mask import block_mask_bytes
 from qlora_sft.model.loss import logit_transform
 
 if TYPE_CHECKING:
@@ -36,15 +37,17 @@ def between_bytes(
     bits. head: by default dense, in ``dtype``. path: the implementation of the loss; by default Triton on a GPU.
     """
     loss = loss_bytes(config, tokens, dtype, on_gpu, lean_norms, head, path)
-    return loss + persistent_bytes(config, tokens, dtype)
+    return loss + persistent_bytes(config, tokens, dtype, on_gpu)
 
 
-def persistent_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Returns the bytes that are there during the whole step: the batch, and the cosines and sines of all layers.
+def persistent_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype, on_gpu: bool) -> int:
+    """Returns the bytes that are there during the whole step: the batch, the cosines and sines of all layers, and on a
+    GPU the block masks of a model that needs FlexAttention.
 
     A batch has ids and positions in int64, and the number, label, weight and document of every supervised position.
     """
-    return tokens * BATCH_BYTES + rotation_bytes(config, tokens, dtype)
+    masks = block_mask_bytes(config, tokens) if on_gpu else 0
+    return tokens * BATCH_BYTES + rotation_bytes(config, tokens, dtype) + masks
 
 
 def with_persistent(layer: LayerBytes, persistent: int) -> LayerBytes:

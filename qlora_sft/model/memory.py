@@ -31,8 +31,9 @@ from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss import path_of
 from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budget
-from qlora_sft.model.mlp import set_recompute
+from qlora_sft.model.mlp import TiledMLP, set_recompute
 from qlora_sft.model.norms import has_lean_norms
+from qlora_sft.model.qkv import LeanAttention
 from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
@@ -141,20 +142,33 @@ def use_memory(
     layers = decoder_layers(model)
     if config.memory.policy != "none":
         _require_checkpointing(layers, config)
-    layer = measure_layer(model, tokens, dtype, tree)
+    layer = measure_layer(model, tokens, dtype, tree, say)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
-    persistent = persistent_bytes(settings, tokens, dtype)
+    persistent = persistent_bytes(settings, tokens, dtype, on_gpu)
     if has_unsloths_forward(base_of(model)):
         persistent += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
     layer = with_persistent(layer, persistent)
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
+    between += cast_bytes(model, dtype)
     if has_unsloths_forward(base_of(model)):
         between += layer.input
     choice = choose(config, len(layers), layer, between, device_budget(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)
     return memory
+
+
+def cast_bytes(model: CausalModel, dtype: torch.dtype) -> int:
+    """Returns the bytes of LoRA's weights in 16 bits that autocast holds until the forward of the whole model is over,
+    whatever its layers keep. The tiled MLP and lean attention make their own and drop them."""
+    if dtype.itemsize != 2:
+        return 0
+    modules = [module for layer in decoder_layers(model) for module in layer.modules()]
+    ours = {id(p) for module in modules if isinstance(module, TiledMLP | LeanAttention) for p in module.parameters()}
+    lora = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name and id(p) not in ours]
+    values: int = sum(p.numel() for p in lora)
+    return values * dtype.itemsize
 
 
 def choose(

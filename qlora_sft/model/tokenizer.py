@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.base_files import check_tokenizer_files
 from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens
 from qlora_sft.say import Say
 
@@ -22,6 +24,8 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     """
     from transformers import AutoTokenizer
 
+    if Path(base).is_dir():
+        check_tokenizer_files(Path(base))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:

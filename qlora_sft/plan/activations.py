@@ -13,9 +13,10 @@ under autocast)::
     or the tiled MLP           s D + 2 s F   its input, gate and up, for all its layers; where recomputed s D
 
 On a GPU attention's result is the input of o, and counts once. LoRA's weights are kept once more in 16 bits, except by
-nf4_lora: in the tiled MLP, and in q, k, v and o where it computes those. On a CPU, and on 16-bit layers, PEFT takes
-no notice of autocast and casts to float32 and back, so each LoRA layer has an input of its own; on a CPU the documents'
-results are joined into a copy. Frozen layers keep nothing: the gradient of their input needs only the weight.
+nf4_lora: in the tiled MLP, and in q, k, v and o where it computes those; autocast holds the others of every layer, kept
+or not, until the forward of the model is over. On a CPU, and on 16-bit layers, PEFT takes no notice of autocast and
+casts to float32 and back, so each LoRA layer has an input of its own; on a CPU the documents' results are joined into a
+copy. Frozen layers keep nothing: the gradient of their input needs only the weight.
 
 The backward goes through the parts of a layer from the last to the first and frees what each has kept. Its peak is
 where what is still kept and what the part itself takes are most: with short rows in the MLP (dequantised weights), with
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import torch
 from qlora_kernels.nf4_lora import default_tile, gated
 from qlora_kernels.offload.tiers import LayerBytes
+from qlora_kernels.packed_ce import PathName
 from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
@@ -75,18 +77,21 @@ SequenceBytes = Callable[[int], tuple[LayerBytes, int]]
 
 
 def sequence_bytes(
-    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
-) -> SequenceBytes:
+    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False,
+    path: PathName | None = None,
+) -> SequenceBytes:  # fmt: skip
     """Returns the function that computes the bytes of a layer, and those between forward and backward, from a length.
 
-    joined: as in `layer_bytes`.
+    joined: as in `layer_bytes`. path: as in `between_bytes`.
     """
+    layers = [_LayerFormula(blueprint, number, 1, lora, dtype, on_gpu) for number in range(blueprint.n_layers)]
+    casts = sum(layer.all_casts() for layer in layers)
 
     def bytes_for(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
-        between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
+        between = casts + between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head, path)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
-        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype)), between
+        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype, on_gpu)), between
 
     return bytes_for
 
@@ -218,8 +223,16 @@ class _LayerFormula:
             per_token += len(adapted) * width * (self.size + mask)
         elif group is not OUT or not self.on_gpu or self.recast:  # else it is counted with attention
             per_token += width * self.size * (len(adapted) if self.recast else 1)
-        cast = sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
-        return self.tokens * per_token + cast
+        return self.tokens * per_token + self.casts(group)
+
+    def casts(self, group: set[str]) -> int:
+        """LoRA's weights in 16 bits."""
+        adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
+        return sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
+
+    def all_casts(self) -> int:
+        """Those that autocast holds until the forward of the whole model is over, whatever the layer keeps."""
+        return self.casts((set() if self.lean else QKV | OUT) | (set() if self.tiled else GATE_UP | DOWN))
 
     def attention(self) -> LayerPart:
         """Returns the bytes of attention.
@@ -261,7 +274,10 @@ class _LayerFormula:
         tile = default_tile(hidden)
         kept = 0 if again and recomputes(self.tokens, tile, self.norm_after) else 2 * wide
         rows = min(self.tokens, tile)
-        of_tile = self.size * rows * 3 * wide + max(self.size * rows * hidden, self.pointwise(rows * wide))
+        # What the three A make of a tile, and the three B of its gradients; two of these are not there from the start.
+        rank = self.size * rows * self.lora.r
+        later = max(self.size * rows * hidden + 2 * rank, self.pointwise(rows * wide))
+        of_tile = self.size * rows * 3 * wide + 3 * rank + later
         adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
         gradients = self.tokens * (self.incoming() + hidden)
         taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted

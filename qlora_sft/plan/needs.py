@@ -15,9 +15,11 @@ from qlora_kernels.offload.tiers import describe as describe_tiers
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.attention import Way
+from qlora_sft.model.attention_choice import plan_attention
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
+from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
 from qlora_sft.model.snapshot import has_weights, origin_of
@@ -61,13 +63,15 @@ def needs_of(
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
     tokens = workload.longest_sequence if workload else config.data.max_length * config.training.batch_size
-    documents = workload.documents if workload else [config.data.max_length]
-    memory, choice = _this_run(blueprint, config, dtype, documents, tokens, held, say)
+    lengths = workload.lengths if workload else [config.data.max_length]
+    attention = plan_attention(blueprint.config, config.model.attention, device_here(), dtype, lengths)
+    memory, choice = _this_run(blueprint, config, dtype, attention.one_by_one, tokens, held, say)
     return PlanReport(
         model=_model(blueprint, config, files.note),
         choices={
             "backend": Choice(*backend),
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
+            "attention": Choice(attention.path, attention.reason),
             "optimizer": Choice(optimizer, optimizer_reason),
             "q, k, v and o": Choice(
                 "PEFT" if blueprint.why_not_lean else "nf4_lora",
@@ -87,8 +91,13 @@ def needs_of(
         host=_host(choice, memory, on_gpu),
         disk=_disk(blueprint, config, held, files.nbytes, workload, base),
         data=describe(workload) if workload else None,
-        time=_time(blueprint, config, dtype, workload, choice, say) if timing and choice else None,
+        time=_time(blueprint, config, dtype, attention.way, workload, choice, say) if timing and choice else None,
     )
+
+
+def device_here() -> torch.device:
+    """Returns what a run would be trained on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
@@ -110,23 +119,23 @@ def _this_run(
     blueprint: Blueprint,
     config: Config,
     dtype: torch.dtype,
-    documents: list[int],
+    joined: bool,
     tokens: int,
     held: Residents,
     say: Say,
 ) -> tuple[DevicePlan, TierChoice | None]:
     """Plans the activations of the longest sequence on the device that is here.
 
-    documents: the tokens of each document in a typical sequence.
+    joined: whether its documents are attended to one by one.
     """
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    joined = choose_way(config.model.attention, device, documents).way == "sdpa"
+    device = device_here()
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
     budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
-        layer, loss = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
+        path = choose_loss(config.model.loss, device).name
+        layer, loss = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined, path)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
@@ -153,7 +162,9 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
-    bytes_for = sequence_bytes(blueprint, config.lora, dtype, on_gpu=True)
+    path = None if config.model.loss == "auto" else config.model.loss
+    joined = config.model.attention == "sdpa"
+    bytes_for = sequence_bytes(blueprint, config.lora, dtype, True, joined, path)
     host, reason = host_budget(config)
     try:
         bytes_for(1)
@@ -218,13 +229,19 @@ def _disk(
 
 
 def _time(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: TierChoice, say: Say
+    blueprint: Blueprint,
+    config: Config,
+    dtype: torch.dtype,
+    way: Way,
+    workload: Workload | None,
+    choice: TierChoice,
+    say: Say,
 ) -> TimePlan:
-    """Measures one layer and extrapolates the time of the run from it."""
+    """Measures one layer, which attends the ``way`` that the run will, and extrapolates the time of the run from it."""
     say(f"measuring one layer for {SECONDS:.0f} s")
     documents = workload.documents if workload else [config.data.max_length]
     share = workload.supervised / workload.tokens if workload else 1.0
-    speed = measure(blueprint, config, dtype, documents, share)
+    speed = measure(blueprint, config, dtype, documents, share, way)
     seconds = speed.seconds_for(choice.tiers)
     return TimePlan(
         measured=MeasuredPlan(**asdict(speed)),

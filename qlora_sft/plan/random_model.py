@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qlora_sft.model.attention import Way
 
-def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
+
+def random_model(
+    settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device, way: Way = "varlen"
+) -> PeftModel:
     """Returns a PeftModel in training mode that attends by document.
 
-    settings: transformers' configuration object.
+    settings: transformers' configuration object. way: as in `use_document_attention`.
     """
     from accelerate import init_empty_weights
     from peft import LoraConfig, get_peft_model
@@ -51,7 +55,7 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     lora = config.lora
     adapters = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     peft = get_peft_model(model, adapters).train()
-    use_document_attention(peft)
+    use_document_attention(peft, way)
     return peft
 
 

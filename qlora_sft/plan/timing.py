@@ -20,6 +20,7 @@ from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
+from qlora_sft.model.attention import Way
 from qlora_sft.model.base import decoder_of
 from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
@@ -56,15 +57,18 @@ class Speed:
         return layers + self.loss
 
 
-def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents: list[int], supervised: float) -> Speed:
+def measure(
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, documents: list[int], supervised: float, way: Way
+) -> Speed:
     """Measures one layer and the loss of the model.
 
     documents: the lengths of the documents in the measured sequence. supervised: the share of its tokens that are.
+    way: how the run will attend.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = shortened(documents, LONGEST[device.type])
     tokens = sum(documents)
-    model = one_layer(blueprint, config, dtype, device)
+    model = one_layer(blueprint, config, dtype, device, way)
     hidden = torch.randn(1, tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
     bounds = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in documents])[None]
@@ -98,14 +102,16 @@ def shortened(documents: list[int], most: int) -> list[int]:
     return kept or [most]
 
 
-def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def one_layer(
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device, way: Way = "varlen"
+) -> nn.Module:
     """Returns the decoder of the model's shape with its first layer only."""
     settings = deepcopy(blueprint.config)
     settings.num_hidden_layers, settings.vocab_size = 1, 8
     settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:1]
-    model = random_model(settings, config, dtype, device)
+    model = random_model(settings, config, dtype, device, way)
     use_lean_norms(model)
     use_lean_attention(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])

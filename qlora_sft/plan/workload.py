@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
+from qlora_sft.data.sequences import segment_lengths
 from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
 from qlora_sft.training.steps import count_steps
@@ -25,6 +26,8 @@ class Workload:
     """Tokens of the longest micro-batch, which is one flat sequence."""
     documents: list[int]
     """Lengths of the documents of a typical sequence, for the measurement."""
+    lengths: list[int]
+    """The tokens of every document of the run, by which the way to attend is chosen."""
     prepared_tokens: int
     """Tokens of all documents, held-out ones included: what memory and the cache hold."""
 
@@ -36,15 +39,20 @@ def workload_of(data: RunData, config: Config) -> Workload:
     t = config.training
     steps = count_steps(len(data.sequences), config)
     trained = data.sequences[: steps * t.batch_size * t.gradient_accumulation]
-    tokens_of_each = data.packed.tokens[: len(trained)]
-    typical = sorted(range(len(trained)), key=tokens_of_each.__getitem__)[len(trained) // 2]
+    if data.packed.shares_prefixes:
+        attended, per_batch = segment_lengths(data.documents, trained, t.batch_size), 1
+    else:
+        attended, per_batch = [[lengths[index] for index in each] for each in trained], t.batch_size
+    tokens_of_each = [sum(each) for each in attended]
+    typical = sorted(range(len(attended)), key=tokens_of_each.__getitem__)[len(attended) // 2]
     return Workload(
         steps=steps,
         sequences=len(trained),
         tokens=sum(tokens_of_each),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
-        longest_sequence=longest_micro_batch(tokens_of_each, t.batch_size),
-        documents=[lengths[index] for index in trained[typical]],
+        longest_sequence=longest_micro_batch(tokens_of_each, per_batch),
+        documents=attended[typical],
+        lengths=list(lengths),
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )
 

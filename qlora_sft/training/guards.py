@@ -17,8 +17,8 @@ from qlora_sft.errors import RunError, first_line
 from qlora_sft.say import Say
 
 if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
     from torch import nn
-    from torch.optim import Optimizer
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # After this many steps in a row without a finite gradient the run ends: that is no accident any more.
@@ -28,8 +28,9 @@ MOST_SKIPPED = 3
 class FiniteSteps(TrainerCallback):  # type: ignore[misc]
     """Leaves out every step whose gradient is not finite, because such a step would make all weights NaN.
 
-    If an update is not finite all the same, it ends the run before a checkpoint of it can be written. In float16
-    gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
+    If an update is not finite all the same, it ends the run before a checkpoint of it can be written. In float16 the
+    gradient scaler leaves such a step out itself and halves its scale, which may take several steps until it is low
+    enough. The run ends when gradients are not finite without any scale.
     """
 
     def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):
@@ -40,6 +41,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
         """
         self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
+        self._scale = 0.0
 
     def on_optimizer_step(
         self,
@@ -48,10 +50,14 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
         control: TrainerControl,
         *,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: AcceleratedOptimizer,
         **_: object,
     ) -> None:
-        """Raises `RunError` if the update has left a trained value that is not finite."""
+        """Raises `RunError` if the update has left a trained value that is not finite, or if no scale keeps a gradient
+        finite in float16."""
+        # Only that tells: a fused optimizer is called all the same, and leaves the step out itself.
+        if args.fp16 and (scale := optimizer.scaler.get_scale()) < self._scale:
+            self._left_out_by_the_scaler(state.global_step, scale)
         if all_finite(model):
             return
         rate = optimizer.param_groups[0]["lr"]
@@ -61,11 +67,32 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             f"{self.saved()}"
         )
 
+    def _left_out_by_the_scaler(self, done: int, scale: float) -> None:
+        """Says which step the gradient scaler has left out, and ends the run if its ``scale`` can fall no further."""
+        self.say(
+            f"step {done + 1} left out: its gradient is not finite in float16 ({self.describe(done)}); the scale of "
+            f"the loss is now {scale:g}"
+        )
+        if scale < 1:
+            raise RunError(
+                f"the gradient of step {done + 1} is not finite in float16 whatever the loss is scaled by; look at "
+                f"these rows with `preview`, lower training.learning_rate, or compute in another model.dtype; "
+                f"{self.saved()}"
+            )
+
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        **_: object,
     ) -> None:
         """Drops the gradients before the optimizer sees them if one of them is not finite."""
         if args.fp16:
+            self._scale = optimizer.scaler.get_scale()
             return
         trained = [p for p in model.parameters() if p.grad is not None]
         gradients = [p.grad for p in trained if p.grad is not None]

@@ -103,6 +103,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             "tokens": totals.tokens,
             "seconds": round(seconds, 4),
         }
+        scaler = self.trainer.accelerator.scaler
+        if scaler is not None:  # in float16; a step that it left out has no gradient norm
+            row["loss_scale"] = scaler.get_scale()
         self._count(row)
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")

@@ -27,6 +27,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
+from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
@@ -95,6 +96,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             **kwargs,
         )
         restore(model, self._snapshot)
+        self.computes_in = computed_type(self.args)
+        scale_gradients(self.accelerator, self.computes_in)
         self.totals = StepTotals()
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
@@ -212,8 +215,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Returns the loss of one micro-batch, divided by the weight of its accumulation group."""
         if num_items_in_batch is None:
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
-        # A group without a single supervised token has loss 0, not 0 / 0.
-        output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
+        # accelerate puts autocast around the forward of the whole model, which is not what is called here.
+        with autocast(self.accelerator.device, self.computes_in):
+            # A group without a single supervised token has loss 0, not 0 / 0.
+            output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         totals = self.totals
         totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["position_weights"]).sum()
         totals.correct = totals.correct + (output.correct * inputs["position_counts"]).sum()
@@ -221,6 +226,23 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         totals.supervised += inputs["n_supervised"]
         totals.tokens += inputs["input_ids"].numel()
         return output.loss
+
+
+def computed_type(args: Any) -> torch.dtype:
+    """Returns the type that the layers compute in, as ``args`` of the trainer have it."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def scale_gradients(accelerator: Any, dtype: torch.dtype) -> None:
+    """Gives ``accelerator`` a gradient scaler for a run in float16, in which small gradients would become zero.
+
+    It has one of its own on a GPU; on a CPU it takes no notice of float16.
+    """
+    if dtype == torch.float16 and accelerator.scaler is None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
+        accelerator.native_amp = True  # without which it would not undo the scale before gradients are shortened
 
 
 def rate_factor(warmup: int, steps: int, step: int) -> float:

@@ -172,11 +172,52 @@ def test_a_schema_is_found_under_every_name(key: str, shape: str, tmp_path: Path
     assert json.dumps({**rest, "parameters": schema}) in text
 
 
-def test_ms_swifts_loss_masks_a_turn_and_a_prefix_is_named(tokenizer: Any) -> None:
-    result = prepared("17_known_keys_only_noticed/c16_prefix_loss.jsonl", tokenizer)
+def test_ms_swifts_loss_masks_a_turn_and_a_prefix_is_no_answer(tmp_path: Path, tokenizer: Any) -> None:
+    """A turn that is only begun would be learned with an end of turn behind it."""
+    with pytest.raises(DataError, match=r"no token of 'c16_prefix_loss' is supervised"):
+        prepared("17_known_keys_only_noticed/c16_prefix_loss.jsonl", tokenizer)
+    row = json.loads((CASES / "17_known_keys_only_noticed" / "c16_prefix_loss.jsonl").read_text())
+    del row["messages"][1]["loss"]
+    result = prepared(one_row(tmp_path, row), tokenizer)
     (text,) = shown(result, tokenizer)
-    assert re.findall(r"\[\[(.*?)\]\]", text) == ["Sure<|im_end|>"]
-    assert "1 rows with the unused message key 'prefix'" in ledger_table(result.ledger)
+    assert re.findall(r"\[\[(.*?)\]\]", text) == ["Hello<|im_end|>"]
+    assert "1 rows with the unused message key 'prefix': a turn that is only begun" in ledger_table(result.ledger)
+    row["messages"][3]["train"] = True
+    (text,) = shown(prepared(one_row(tmp_path, row), tokenizer), tokenizer)
+    assert re.findall(r"\[\[(.*?)\]\]", text) == ["Hello<|im_end|>", "Sure<|im_end|>"]
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize("false", [False, "False", "false"])
+def test_an_answer_that_is_not_wanted_is_never_trained_on(
+    column: str, false: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Rows of unpaired preference data, in three forms."""
+    forms: list[Any] = [
+        lambda answer: {"messages": [USER, {"role": "assistant", "content": answer}]},
+        lambda answer: {"prompt": "Hi", "completion": answer},
+        lambda answer: {"instruction": "Hi", "output": answer},
+    ]
+    for number, form in enumerate(forms):
+        file = tmp_path / f"{number}.jsonl"
+        rows = [
+            {**form("right"), column: "True" if false == "False" else True},
+            {**form("wrong"), column: false},
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = prepared(file, tokenizer)
+        (text,) = shown(result, tokenizer)
+        assert "[[right<|im_end|>]]" in text
+        table = ledger_table(result.ledger)
+        assert f"1 dropped (label: false, an answer that is not wanted): {file}:2" in table
+        assert "unused" not in table
+    file.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match="no row of '2' is left: 1 have label: false"):
+        prepared(file, tokenizer)
+    # A class of something else, and the truth value beside a plain text, are columns like any other.
+    for row in ({**forms[0]("right"), column: 0}, {"text": "right", column: False}):
+        file.write_text(json.dumps(row) + "\n")
+        assert f"the unused column '{column}'" in ledger_table(prepared(file, tokenizer).ledger) or "text" in row
 
 
 def test_preference_data_is_refused(tokenizer: Any) -> None:

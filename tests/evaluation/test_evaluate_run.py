@@ -242,6 +242,26 @@ def test_a_base_whose_template_brought_tokens_is_asked_as_before_training(
     assert rows_of(result, "texts")[0]["base"]["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_what_is_not_read_is_counted(run: Path, tmp_path: Path) -> None:
+    """Texts in which nothing is to be predicted, and answers that their rows mark as not wanted."""
+    file = tmp_path / "chats.jsonl"
+    user = {"role": "user", "content": "Capital?"}
+    chats: list[dict[str, Any]] = [
+        {"messages": [user, {"role": "assistant", "content": "Lyon", "train": False}]},
+        {"messages": [user, {"role": "assistant", "content": "Rome"}]},
+        {"messages": [user, {"role": "assistant", "content": "Bonn"}], "label": False},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    said: list[str] = []
+    result = evaluate_run(run, [TaskConfig(str(file), form="loss")], say=said.append)
+    assert len(rows_of(result, "chats")) == 1
+    assert f"chats: 1 rows left out (label: false, an answer that is not wanted; first {file}:3)" in said
+    assert f"chats: 1 of 2 texts left out, because nothing in them is to be predicted (first {file}:1)" in said
+    said.clear()
+    evaluate_run(run, [TaskConfig(str(file), form="exact", max_new_tokens=2)], say=said.append)
+    assert "chats: configured exact, 2 of 2 items" in said
+
+
 @pytest.mark.parametrize("template", ["qwen3", "chatml-think", "llama3"])
 def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer: Any) -> None:
     """Templates write more before an answer than their generation prompt: qwen3's an empty thought."""

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.model import attention
 from qlora_sft.model.attention import NAME_ONE_BY_ONE, use_document_attention
-from qlora_sft.model.attention_choice import choose_way, typical_length
+from qlora_sft.model.attention_choice import choose_way, plan_attention, typical_length
 from qlora_sft.model.loss import batch_loss
 
 CUDA = torch.device("cuda")
@@ -40,6 +40,21 @@ def test_long_documents_are_attended_to_one_by_one() -> None:
     assert "100 different lengths" in choose_way("auto", CUDA, range(2048, 2148)).reason
     assert choose_way("varlen", CUDA, [32768]) == ("varlen", "model.attention=varlen")
     assert choose_way("sdpa", CUDA, [1]).way == "sdpa"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_plan_attends_as_the_run_will() -> None:
+    """By the documents of the whole run; capped models, float32 and old GPUs have one way each."""
+    attention.choose_path.cache_clear()
+    llama, gemma = LlamaConfig(), Gemma2Config()
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    assert plan_attention(llama, "auto", CUDA, bfloat16, [2048] * 4)[:3] == ("sdpa", "sdpa", True)
+    assert plan_attention(llama, "auto", CUDA, bfloat16, [100] * 50)[:3] == ("varlen", "varlen", False)
+    assert plan_attention(llama, "sdpa", CUDA, bfloat16, [100] * 50)[:3] == ("sdpa", "sdpa", True)
+    assert plan_attention(llama, "varlen", CUDA, float32, [100])[:3] == ("varlen", "sdpa", True)
+    assert plan_attention(gemma, "sdpa", CUDA, bfloat16, [100])[:3] == ("sdpa", "flex", False)
+    assert plan_attention(llama, "auto", torch.device("cpu"), float32, [100]).path == "sdpa"
+    attention.choose_path.cache_clear()
 
 
 def test_where_it_was_not_measured_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

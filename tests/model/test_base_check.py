@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from qlora_sft.cli import main
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError, DataError
-from qlora_sft.model.base_check import check_base, check_quantization, check_tokenizer
-from qlora_sft.model.base_files import read_config
+from qlora_sft.model.base_check import check_base, check_tokenizer
+from qlora_sft.model.base_files import check_quantization, read_config
 from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.prepare import prepare
 

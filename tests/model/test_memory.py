@@ -17,7 +17,7 @@ from tests_support import documents_of
 
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model import memory, memory_budget
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.layer_bytes import measure_layer
@@ -118,6 +118,34 @@ def test_short_sequences_tell_what_a_long_one_takes() -> None:
         found = _measured(layer, model, 8192, torch.float32)
         assert found.kept == kept
         assert found.backward <= predicted.backward <= 1.1 * found.backward or recompute
+
+
+def test_a_gpu_without_room_to_measure_is_measured_with_less(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or says what to do. The flags of the model are those that it had."""
+    from qlora_sft.model import layer_bytes
+    from qlora_sft.model.mlp import use_tiled_mlp
+
+    model = prepared(make_config("data.max_length=2048"))
+    use_tiled_mlp(model, "auto", 4096)
+    flags = [layer.mlp.recompute for layer in model.get_base_model().model.layers]
+    wanted = measure_layer(model, 4096, torch.float32)
+    own, room_for = layer_bytes._measured, [300]
+
+    def measured(layer: Any, of: Any, tokens: int, dtype: torch.dtype, tree: bool) -> LayerBytes:
+        if tokens > room_for[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(layer, of, tokens, dtype, tree)
+
+    monkeypatch.setattr(layer_bytes, "_measured", measured)
+    said: list[str] = []
+    found = measure_layer(model, 4096, torch.float32, say=said.append)
+    assert "Tried to allocate 2 GiB); measured with 256 tokens instead" in said[-1]
+    assert (found.input, found.attention, found.kept) == (wanted.input, wanted.attention, wanted.kept)
+    assert found.backward >= wanted.backward  # never too hopeful
+    room_for[0] = 0
+    with pytest.raises(RunError, match=r"no room for one layer of 64 tokens.*memory.offload_embeddings"):
+        measure_layer(model, 4096, torch.float32, say=said.append)
+    assert [layer.mlp.recompute for layer in model.get_base_model().model.layers] == flags
 
 
 def saved_bytes(model: Any, tokens: int) -> int:

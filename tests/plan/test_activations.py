@@ -293,7 +293,7 @@ def test_layers_that_are_not_known_are_named() -> None:
 @pytest.mark.parametrize("vocabulary", [pytest.param(97, marks=pytest.mark.slow), 3000])
 @pytest.mark.parametrize("tier", ["keep", "checkpoint"])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize("mlp", ["off", "on"])
+@pytest.mark.parametrize("mlp", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_the_peak_of_a_whole_step_on_a_cpu(
     mlp: str, dtype: torch.dtype, tier: Tier, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,9 @@ from conftest import MakeConfig
 from tests_support import bare_base
 
 from qlora_sft.cli import main
-from qlora_sft.plan import timing
+from qlora_sft.plan import needs, timing
+from qlora_sft.plan.activations import sequence_bytes
+from qlora_sft.plan.blueprint import read_blueprint
 from qlora_sft.plan.plan import make_plan
 from qlora_sft.plan.table import plan_table, size
 
@@ -96,6 +98,24 @@ def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
     for part in ("from one layer measured here on a row of", "optimizer", "80 GB", "exact", "assumed"):
         assert part in text
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
+
+
+def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[str] = []
+    speed = timing.Speed(tokens=10, documents=1, forward=0.1, backward=0.2, loss=0.1, repeats=1)
+    monkeypatch.setattr(needs, "measure", lambda *arguments: ways.append(arguments[-1]) or speed)
+    plans = [make_plan(make_config(*each), say=quiet) for each in ([], ["model.attention=sdpa", "model.loss=torch"])]
+    assert ways == ["varlen", "sdpa"]
+    assert plans[0]["choices"]["attention"]["reason"] == "document by document, on a cpu"
+    blueprint = read_blueprint(make_config(), make_config().model.path)
+    lora = make_config().lora
+    triton, plain = (
+        sequence_bytes(blueprint, lora, torch.bfloat16, True, False, path)(4096)[1] for path in ("triton", "torch")
+    )
+    assert triton != plain
+    assert plans[0]["cards"]["rows"][0]["tokens"] != plans[1]["cards"]["rows"][0]["tokens"]
 
 
 def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,32 @@ def test_a_loss_that_jumps_up_at_once_has_risen_although_it_falls_from_there() -
     assert summarize_losses(spoilt)["base"] == 1.3
     healed = [*spoilt, StepLoss(1.2, 12), StepLoss(0.9, 12)]
     assert not summarize_losses(healed)["rose"]
+
+
+def noisy(seed: int, trend: float) -> list[StepLoss]:
+    """The losses of a run that ends ``trend`` times as high as it began, with noise that falls with a step's tokens."""
+    numbers = random.Random(seed)
+    count = numbers.choice([6, 12, 30, 80])
+    steps = []
+    for number in range(count):
+        tokens = numbers.randint(60, 600)
+        level = 1.4 * trend ** (number / (count - 1))
+        steps.append(StepLoss(level * math.exp(numbers.gauss(0, 1.5 / math.sqrt(tokens))), tokens))
+    return steps
+
+
+def test_noise_between_steps_is_no_rise_and_a_rise_beyond_it_is_one() -> None:
+    """A step of 300 tokens is off by 9% here, so a mean over 1,000 tokens by 5%."""
+    flagged = {
+        trend: sum(summarize_losses(noisy(seed, trend))["rose"] for seed in range(300)) for trend in (0.5, 1.0, 2.0)
+    }
+    assert flagged[0.5] == 0
+    assert flagged[1.0] <= 6  # 2%
+    assert flagged[2.0] >= 270
+    by_two_percent = sum(
+        (summary := summarize_losses(noisy(seed, 1.0)))["last"] > 1.02 * summary["first"] for seed in range(300)
+    )
+    assert by_two_percent > 60  # which is what a fixed factor would have said of them
 
 
 def test_a_step_without_labels_has_no_loss() -> None:
