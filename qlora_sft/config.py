@@ -75,7 +75,10 @@ class LoraConfig:
     """Scale of the update: alpha / r."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """``all-linear``: every linear layer of every block, not the output head."""
+    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
+    not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
+    experts: Literal["train", "frozen"] = "train"
+    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
 
 
 @dataclass(frozen=True)

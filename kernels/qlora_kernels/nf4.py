@@ -109,11 +109,11 @@ class NF4Weight:
 
 @dataclass(frozen=True)
 class NF4Stack:
-    """Weights [E, R, C] of E experts in 4 bits. Every expert's rows are cut into equal parts, and each part was quantised
-    on its own, scales and all, so that it has the bits that it would have as a layer of its own.
+    """Weights [E, R, C] of E experts in 4 bits. Every expert's rows are cut into equal parts, and each part was
+    quantised on its own, scales and all, so that it has the bits that it would have as a layer of its own.
 
-    packed: uint8 [E, R * C / 2], as in `NF4Weight`; absmax: uint8 [E * parts, blocks of a part]; nested: what undoes the
-    quantisation of these scales, with absmax [E * parts, n] and offset [E * parts]; code: float32 [16].
+    packed: uint8 [E, R * C / 2], as in `NF4Weight`; absmax: uint8 [E * parts, blocks of a part]; nested: what undoes
+    the quantisation of these scales, with absmax [E * parts, n] and offset [E * parts]; code: float32 [16].
     """
 
     packed: Tensor
@@ -141,9 +141,7 @@ class NF4Stack:
         operators = bitsandbytes_operators("dequantize_4bit") if dtype.itemsize <= 4 else None
         if operators is not None:
             flat = packed.reshape(-1, 1)
-            return cast(
-                Tensor, operators.dequantize_4bit(flat, scales.view(-1), self.blocksize, "nf4", shape, dtype)
-            )
+            return cast(Tensor, operators.dequantize_4bit(flat, scales.view(-1), self.blocksize, "nf4", shape, dtype))
         values = unpack(packed, self.code) * scales.repeat_interleave(self.blocksize, dim=1)
         return values.view(shape).to(dtype)
 

@@ -19,9 +19,8 @@ from qlora_sft.export.probe import Probe
 def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     """The adapter on the base it was trained on, NF4 and all, computed in float32. Shape [probe.tokens, vocabulary]."""
     import torch
-    from peft import PeftModel
 
-    from qlora_sft.model.load import load_trained_base
+    from qlora_sft.model.load import load_trained_base, with_adapter
 
     # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
     # compared are the weights and not the rounding of the arithmetic.
@@ -29,12 +28,11 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     expand_4bit(base)
     # Not base.float(): transformers refuses that for a model that was quantised.
     torch.nn.Module.float(base)
-    model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    return _run_model(model, probe, out)
+    return _run_model(with_adapter(base, run / "adapter"), probe, out)
 
 
 def expand_4bit(model: Any) -> None:
-    """Replaces every 4-bit layer by a plain one with the weight that training computed with.
+    """Replaces every 4-bit layer, and every stack of experts, by a plain one with the weights training computed with.
 
     In the type that was quantised: given float32 inputs, bitsandbytes would dequantise to float32, which training
     never saw; and it would do so again at every call.
@@ -43,6 +41,9 @@ def expand_4bit(model: Any) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
+    from qlora_sft.model.experts import expand_stacks
+
+    expand_stacks(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):

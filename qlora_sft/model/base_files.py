@@ -56,6 +56,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return inner
 
 
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a mixture of experts: every family has a name of its own for their number."""
+    counts = (value for key, value in text_config(config).items() if "expert" in key)
+    return any(type(count) is int and count > 1 for count in counts)
+
+
 def read_headers(base: str) -> dict[str, Header]:
     """Name -> type, shape and bytes of every tensor; of a Hub id only the first kilobytes of its files are fetched.
 

@@ -14,8 +14,11 @@ from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import Name, fast_language_model
 from qlora_sft.model.base import base_of
+from qlora_sft.model.base_files import has_experts, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
+from qlora_sft.model.experts import in_nf4, router_names, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
+from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.tokenizer import stop_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
@@ -90,6 +93,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
+    from qlora_sft.model.experts_lora import use_experts_lora
+
     model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
     grow(model, rows, initialise=True)
     if config.model.head_in_4bit:
@@ -103,26 +108,41 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=target_modules(model, config.lora),
+        target_parameters=target_parameters(model, config.lora) or None,
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with as_named(model):
+        peft = get_peft_model(model, lora)
+    use_experts_lora(peft)
+    return peft
 
 
 def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> Any:
     """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope)}
     if load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = _quantization(base, dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
+    use_our_experts(model)
+    return model
+
+
+def _quantization(base: str, dtype: torch.dtype) -> Any:
+    """NF4 with double quantisation of all linear layers, and of experts where the base has some."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig
+    if has_experts(read_config(base)):
+        from qlora_sft.model.experts_load import experts_config
+
+        config = experts_config
+    return config(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
@@ -147,13 +167,24 @@ def load_for_inference(path: Path) -> Any:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
     if not is_run(path):
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
     base = load_trained_base(path)
     # The base's own list does not have the end of turn that a template brought.
     base.generation_config.eos_token_id = sorted(saved_stops(path, AutoTokenizer.from_pretrained(path / "adapter")))
-    return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+    return with_adapter(base, path / "adapter")
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """``base`` with a saved adapter, in evaluation mode."""
+    from peft import PeftModel
+
+    from qlora_sft.model.experts_lora import use_experts_lora
+
+    with as_named(base):
+        model = PeftModel.from_pretrained(base, str(folder), config=read_targets(folder)).eval()
+    use_experts_lora(model)
+    return model
 
 
 def saved_stops(path: Path, tokenizer: Any) -> set[int]:
@@ -165,26 +196,32 @@ def saved_stops(path: Path, tokenizer: Any) -> set[int]:
 
 
 def quantized_modules(model: Any) -> list[str]:
-    """Paths, in the base model, of the layers whose weights are NF4: what a merge has to send through NF4 too."""
+    """Paths, in the base model, of the layers whose weights are NF4, and of stacks of experts, as parameters: what a
+    merge has to send through NF4 too."""
     from bitsandbytes.nn import Linear4bit
 
     base = base_of(model)
-    return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
+    layers = [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
+    experts = [(path.replace(".base_layer", ""), name) for path, module, name in stacks(base) if in_nf4(module, name)]
+    return layers + [f"{path}.{name}" for path, name in experts]
 
 
 def target_modules(model: Any, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
+    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head, and
+    not those that route to experts.
 
-    Raises `ConfigError` for a name that no layer has.
+    Raises `ConfigError` for a name that neither a layer nor a stack of experts has.
     """
     blocks = model.get_decoder().layers
     linear = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
     if lora.target_modules == "all-linear":
-        return sorted(linear)
-    unknown = sorted(set(lora.target_modules) - linear)
+        return sorted(linear - {name.rsplit(".", 1)[-1] for name in router_names(blocks)})
+    experts = {name for _, _, name in stacks(blocks)}
+    unknown = sorted(set(lora.target_modules) - linear - experts)
     if unknown:
-        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {sorted(linear)}")
-    return list(lora.target_modules)
+        has = sorted(linear | experts)
+        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {has}")
+    return [name for name in lora.target_modules if name in linear]
 
 
 def disable_inference_repacking(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers with LoRA over frozen NF4 or dense weights: one at a time, as a gated MLP, or as a mixture of experts."""
+"""Linear layers with LoRA over frozen NF4 or dense weights: one at a time, as a gated MLP, or as experts."""
 
 from __future__ import annotations
 

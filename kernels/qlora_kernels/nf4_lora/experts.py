@@ -10,8 +10,8 @@
                dh = g W_down;   dweights = dh h + g bias;   dz = middle'(weights dh);   dx = dz W_up
                and the tile's share of the gradients of every expert's factors, added up in float32.
 
-W stands for an expert's weight with its adapter, W + scale B A. Each weight is dequantised once in a forward and once in
-a backward, and only those of experts that a token was sent to. An expert that gets no token has a gradient of zero.
+W stands for an expert's weight with its adapter, W + scale B A. Each weight is dequantised once in a forward and once
+in a backward, and only those of experts that a token was sent to. An expert without tokens has a gradient of zero.
 One wait for the device per pass: how many rows each expert has decides what is computed.
 """
 
@@ -51,8 +51,6 @@ class Experts:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            raise ValueError("weight and bias of experts: these functions compute no gradient for them, so freeze them")
         if (self.A is None) != (self.B is None):
             raise ValueError("A and B: give both or neither")
         if self.A is not None and self.B is not None:
@@ -62,6 +60,10 @@ class Experts:
                     f"expected A [{self.count}, r, {self.width}] and B [{self.count}, {self.out}, r], "
                     f"got {list(self.A.shape)}, {list(self.B.shape)}"
                 )
+
+    @property
+    def trained(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @property
     def count(self) -> int:
@@ -105,6 +107,8 @@ def lora_experts(
             f"x {list(x.shape)}, index {list(index.shape)}, weights {list(weights.shape)} do not go with "
             f"{up.count} experts {up.width} -> {up.out} and {down.count} experts {down.width} -> {down.out}"
         )
+    if torch.is_grad_enabled() and (up.trained or down.trained):
+        raise ValueError("weight and bias of experts: lora_experts computes no gradient for them, so freeze them")
     size = tile if tile is not None else default_tile(x.shape[-1])
     bare = (replace(p, A=None, B=None) for p in (up, down))
     spec = Spec(*bare, middle, size, Precision.of(x, up.weight, dtype), x.requires_grad)
@@ -124,7 +128,9 @@ class Spec:
     precision: Precision
     need_x: bool
 
-    def groups(self, index: Tensor, factors: Sequence[Tensor | None]) -> Iterator[tuple[Group, Group, Tensor, list[int]]]:
+    def groups(
+        self, index: Tensor, factors: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Group, Group, Tensor, list[int]]]:
         """Yields (up, down, the flat positions in ``index`` of their rows, where each expert's rows end among these)
         for some experts at a time. factors: A and B of up, A and B of down."""
         chosen, order = index.reshape(-1).sort(stable=True)
@@ -150,9 +156,7 @@ class Spec:
 
 class _LoraExperts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, spec: Spec, held: Tensor, index: Tensor, weights: Tensor, *factors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, spec: Spec, held: Tensor, index: Tensor, weights: Tensor, *factors: Tensor | None) -> Tensor:
         ctx.hold, ctx.spec = held.grad_fn, spec
         with torch.autocast(held.device.type, enabled=False):
             y = zeros_like(held)
@@ -238,7 +242,7 @@ class Group:
         return add_grouped_product(dx, v, self.a, ends, self.scale)
 
     def dot(self, dy: Tensor, dh: Tensor, h: Tensor, ends: list[int]) -> Tensor:
-        """[n, 1]: the product of ``dy`` with what the projection makes of ``h``, given ``dh`` = `backward` of ``dy``."""
+        """[n, 1]: ``dy`` times what the projection makes of ``h``, given ``dh`` = `backward` of ``dy``."""
         with torch.no_grad():
             wide = torch.promote_types(h.dtype, torch.float32)
             total = (dh.to(wide) * h.to(wide)).sum(1, keepdim=True)

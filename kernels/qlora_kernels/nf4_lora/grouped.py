@@ -1,4 +1,4 @@
-"""Products of many small matrices with the rows that belong to each: rows sorted by group, ``ends`` says where each ends.
+"""Products of many matrices, each with the rows of its group: rows are sorted by group, ``ends`` says where each ends.
 
 The plain loop over groups, in which one matrix product does the work of each group that has rows.
 """

@@ -1,4 +1,4 @@
-"""The textbook: what `lora_linear`, `lora_mlp` and `lora_experts` compute, in plain operations that autograd differentiates.
+"""The textbook: what `lora_linear`, `lora_mlp` and `lora_experts` compute, in operations that autograd differentiates.
 
 Given float64 tensors it is the truth that tests compare with.
 """

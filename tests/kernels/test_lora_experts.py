@@ -92,7 +92,8 @@ def test_an_expert_without_a_token_gets_a_gradient_of_zero() -> None:
     index.fill_(3)
     lora_experts(x, index, weights, up, down, swiglu).sum().backward()
     for p in (up, down):
-        assert p.A is not None and p.A.grad is not None
+        assert p.A is not None
+        assert p.A.grad is not None
         assert [bool(g.any()) for g in p.A.grad] == [False, False, False, True, False]
 
 
@@ -131,6 +132,6 @@ def test_shapes_that_do_not_fit_and_trained_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"do not go with 5 experts 12 -> 14 and 5 experts 7 -> 12"):
         lora_experts(x[:, :5], index, weights, up, down, swiglu)
     with pytest.raises(ValueError, match=r"freeze them"):
-        Experts(torch.zeros(2, 3, 4, requires_grad=True))
+        lora_experts(x, index, weights, up, Experts(down.weight.clone().requires_grad_()), swiglu)
     with pytest.raises(ValueError, match=r"expected A \[5, r, 12\]"):
         Experts(up.weight, False, down.A, down.B)
