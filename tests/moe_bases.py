@@ -20,7 +20,7 @@ def _config(kind: str, **settings: Any) -> Any:
     return partial(getattr(transformers, f"{kind}Config"), **{**SHAPE, **settings})
 
 
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 FAMILIES: dict[str, Any] = {
     "qwen3_moe": _config("Qwen3Moe", **ROUTED, num_experts=8, head_dim=16, norm_topk_prob=True),
     "mixtral": _config("Mixtral", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32),

@@ -137,13 +137,17 @@ class NF4Stack:
         """[n, R, C] of the chosen experts in ``dtype`` (default: the weights' own)."""
         dtype = dtype or self.dtype
         packed, scales = self.packed[experts], self.scales(experts)
-        shape = [len(packed), *self.shape[1:]]
+        shape = (len(packed), *self.shape[1:])
         operators = bitsandbytes_operators("dequantize_4bit") if dtype.itemsize <= 4 else None
-        if operators is not None:
-            flat = packed.reshape(-1, 1)
-            return cast(Tensor, operators.dequantize_4bit(flat, scales.view(-1), self.blocksize, "nf4", shape, dtype))
-        values = unpack(packed, self.code) * scales.repeat_interleave(self.blocksize, dim=1)
-        return values.view(shape).to(dtype)
+        if operators is None:
+            values = unpack(packed, self.code) * scales.repeat_interleave(self.blocksize, dim=1)
+            return values.view(shape).to(dtype)
+        # As one row: on a CPU bitsandbytes (0.50) begins a block with every row, also where one was quantised across
+        # rows, because they are shorter than a block.
+        flat = operators.dequantize_4bit(
+            packed.reshape(-1, 1), scales.view(-1), self.blocksize, "nf4", [2 * packed.numel()], dtype
+        )
+        return cast(Tensor, flat).view(shape)
 
 
 def unpack(packed: Tensor, code: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from moe_bases import FAMILIES, write_base
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -56,8 +58,6 @@ def loss_and_gradients(model: Any, dtype: torch.dtype = torch.float32) -> tuple[
 def test_nearly_all_of_the_blocks_is_in_nf4_and_each_expert_has_the_bits_of_a_layer_of_its_own(
     family: str, tmp_path: Path
 ) -> None:
-    from bitsandbytes.nn import Params4bit
-
     write_base(tmp_path, family)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path)
     model = in_nf4(tmp_path)
@@ -66,15 +66,17 @@ def test_nearly_all_of_the_blocks_is_in_nf4_and_each_expert_has_the_bits_of_a_la
     assert quantized >= 0.95 * sum(sizes.values())
     assert sum(sizes.values()) == sum(p.numel() for p in dense.model.layers.parameters())
     assert out_of_reach(dense)[2] < 0.02
-    path, module, name = next(iter(stacks(model)))
-    assert f"{path}.{name}" in quantized_modules(model)
-    whole = getattr(dense.get_submodule(path), name)[1]
-    parts = whole.chunk(2) if name == "gate_up_proj" and not module.is_transposed else [whole]
-    alone = [Params4bit(p.detach().clone(), requires_grad=False, quant_type="nf4").to("cpu") for p in parts]
-    from bitsandbytes.functional import dequantize_4bit
-
-    expected = torch.cat([dequantize_4bit(p.data, p.quant_state) for p in alone])
-    assert torch.equal(weight_of(module, name).dequantize(slice(1, 2))[0], expected)
+    for path, module, name in list(stacks(model))[:2]:
+        assert f"{path}.{name}" in quantized_modules(model)
+        whole = getattr(dense.get_submodule(path), name)[1].detach()
+        parts = whole.chunk(2) if name == "gate_up_proj" and not module.is_transposed else [whole]
+        # As rows that are as long as they can be: see `NF4Stack.dequantize`.
+        alone = [Params4bit(p.reshape(1, -1), requires_grad=False, quant_type="nf4").to("cpu") for p in parts]
+        expected = torch.cat([dequantize_4bit(p.data, p.quant_state).flatten() for p in alone])
+        for chosen in (slice(1, 2), slice(0, 2), torch.tensor([3, 1])):
+            assert torch.equal(weight_of(module, name).dequantize(chosen)[-1].flatten(), expected)
+        reference = weight_of(module, name).dequantize(slice(1, 2), torch.float64)  # by torch alone
+        torch.testing.assert_close(reference.flatten(), expected.double(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
