@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.base import base_of
 
 NAME = "qlora_experts"
 """Under which transformers knows `experts_forward`."""
@@ -116,6 +118,23 @@ def use_our_experts(model: Any) -> None:
 
 
 # ------------------------------------------------------------------ what is trained
+
+
+def describe_experts(model: Any, lora: LoraConfig) -> str:
+    """One line on the experts of a PEFT model, to print: what they are in and what of them is trained. "" for a model
+    that has none."""
+    base = base_of(model)
+    found = list(stacks(base))
+    kind, lost, share = out_of_reach(base)
+    if not found:
+        return "" if share <= NEGLIGIBLE else f"{lost:,} weights of {kind} in full and untrained ({share:.0%} of the blocks)"
+    trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and ".experts." in name)
+    count = sum(stack_shape(module, name)[0] for _, module, name in found) // 2
+    kept = "NF4" if all(in_nf4(module, name) for _, module, name in found) else "the model's own type"
+    values = sum(prod(stack_shape(module, name)) for _, module, name in found)
+    adapters = f"{trained:,} trainable parameters" if trained else f"without adapters, {values:,} weights left out"
+    frozen = " (lora.experts=frozen)" if lora.experts == "frozen" else ""
+    return f"{count} in {len(found) // 2} layers, in {kept}, {adapters}{frozen}; routers in full and frozen"
 
 
 def target_parameters(model: Any, lora: LoraConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import remember_lengths
+from qlora_sft.model.balance import balance_loss
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
@@ -47,9 +49,14 @@ def path_of(model: Any) -> PathName | None:
 
 def last_hidden_states(model: Any, batch: Batch) -> Tensor:
     """[1, T, D], behind the last norm, before the output head."""
+    return cast(Tensor, _decoded(model, batch).last_hidden_state)
+
+
+def _decoded(model: Any, batch: Batch) -> Any:
+    """What the decoder returns."""
     base = base_of(model)
     remember_lengths(batch["cu_seqlens"], batch["lengths"])
-    output = base.get_decoder()(
+    return base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         cu_seq_lens_q=batch["cu_seqlens"],
@@ -58,17 +65,21 @@ def last_hidden_states(model: Any, batch: Batch) -> Tensor:
         max_length_k=batch["longest"],
         use_cache=False,
     )
-    return cast(Tensor, output.last_hidden_state)
 
 
 def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
-    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight)."""
+    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight).
+
+    In training a mixture's load-balance loss is added, where config.json has one; over an accumulation group it is the
+    mean of its batches', each with the weight of its supervised rows.
+    """
     base = base_of(model)
-    hidden = last_hidden_states(model, batch)
+    decoded = _decoded(model, batch)
+    hidden: Tensor = decoded.last_hidden_state
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
     head = base.get_output_embeddings()
-    return packed_linear_cross_entropy(
+    output = packed_linear_cross_entropy(
         hidden.squeeze(0),
         loss_weight(head),
         targets,
@@ -78,6 +89,11 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
         path=path_of(base) or "auto",
         **logit_transform(base.config),
     )
+    balance = balance_loss(base, decoded) if model.training else None
+    if balance is None:
+        return output
+    share = 1.0 if n_items is None else batch["weight_sum"] / n_items
+    return replace(output, loss=output.loss + share * balance)
 
 
 def logit_transform(config: Any) -> dict[str, Any]:
