@@ -14,6 +14,8 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Shared experts are linear layers, which bitsandbytes reads wrongly on a CPU where they are no whole blocks wide.
+SHARED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 def _config(kind: str, **settings: Any) -> Any:
@@ -28,17 +30,17 @@ FAMILIES: dict[str, Any] = {
         "GptOss", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, head_dim=16, sliding_window=8,
     ),
     "deepseek_v3": _config(
-        "DeepseekV3", **ROUTED, **MLA, n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1,
+        "DeepseekV3", **SHARED, **MLA, n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1,
         first_k_dense_replace=1, num_key_value_heads=4, num_hidden_layers=3,
     ),
     "glm4_moe": _config(
-        "Glm4Moe", **ROUTED, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
+        "Glm4Moe", **SHARED, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
         head_dim=16,
     ),
     "granite_moe": _config("GraniteMoe", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32),
     "olmoe": _config("Olmoe", num_experts=8, num_experts_per_tok=2, intermediate_size=32),
     "ernie4_5_moe": _config(
-        "Ernie4_5_Moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=32, moe_num_shared_experts=1,
+        "Ernie4_5_Moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1,
     ),
     "phimoe": _config("Phimoe", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32),
 }  # fmt: skip

@@ -19,7 +19,6 @@ UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -28,11 +27,16 @@ UNSUPPORTED = (
 )
 
 
+# The stacks of a module of experts, in the order in which every family of transformers has them.
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
 @dataclass
 class Change:
     """New value of one tensor: ``replaced`` or the base's, then ``+ scale * b @ a``, then DoRA, then token rows.
 
-    a [r, in], b [out, r], magnitude [out], tokens: (indices [n], rows [n, in]), added (a bias) [out].
+    a [r, in], b [out, r], magnitude [out], tokens: (indices [n], rows [n, in]), added (a bias) [out]. Of a stack of
+    experts a [E, r, in] and b [E, out, r]; `stacks.in_files` says what that comes to in the files.
     """
 
     replaced: Stored | None = None
@@ -113,6 +117,12 @@ def _read_one(
         changes.setdefault(name, Change()).replaced = tensors[key]
         return
     module, part = match[1], match["part"]
+    parameter = _stack_of(module, config)
+    if parameter:
+        if part == "lora_A":
+            other = _partner(key, "lora_A", "lora_B", tensors).whole().float()
+            changes[parameter] = _stack_change(key, tensors[key].whole().float(), other, config, folder)
+        return
     change = changes.setdefault(f"{module}.bias" if match["kind"] == ".bias" else f"{module}.weight", Change())
     values = tensors[key].whole().float()
     if not values.isfinite().all():
@@ -135,6 +145,29 @@ def _read_one(
         else:
             # Embeddings, and Conv1D as in GPT-2, store the transpose of what B A gives.
             change.a, change.b = other.T.contiguous(), values.T.contiguous()
+
+
+def _stack_of(module: str, config: dict[str, Any]) -> str:
+    """The stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a layer.
+
+    PEFT wraps a module once for each of its parameters, in their order, so the innermost wrapper is the first one's.
+    """
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    depth = module.count(".base_layer", len(bare))
+    targets = [f".{name}" for name in config.get("target_parameters") or ()]
+    wrapped = [name for name in STACKS if any(f".{bare}.{name}".endswith(target) for target in targets)]
+    return f"{bare}.{wrapped[-1 - depth]}" if depth < len(wrapped) else ""
+
+
+def _stack_change(key: str, a: torch.Tensor, b: torch.Tensor, config: dict[str, Any], folder: Path) -> Change:
+    """a [E * r, in] and b [out, r * E] as PEFT keeps them."""
+    rank = int(config["r"])
+    if config.get("rank_pattern") or len(a) % rank or b.shape[1] != len(a):
+        raise RunError(f"{folder}: {key} is no adapter of experts of rank {rank}; this adapter cannot be merged")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise RunError(f"{folder}: {key} has values that are not finite; train again with a lower learning rate")
+    by_expert = b.view(len(b), rank, -1).permute(2, 0, 1)
+    return Change(a=a.view(-1, rank, a.shape[1]), b=by_expert, scale=_scale(key, rank, config))
 
 
 def _partner(key: str, part: str, other: str, tensors: dict[str, Stored]) -> Stored:

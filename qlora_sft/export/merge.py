@@ -173,6 +173,7 @@ class _Merge:
 
         from qlora_sft.export.adapter import read_adapter
         from qlora_sft.export.merge_plan import plan_merge
+        from qlora_sft.export.stacks import in_files
         from qlora_sft.export.tensors import read_model, write_index, write_shard
 
         adapter, base, say = self.run.adapter, self.base, self.say
@@ -182,7 +183,9 @@ class _Merge:
         if not any(_does_something(change) for change in changes.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        plan = plan_merge(read_model(base), config, changes, through_nf4, wanted, str(adapter))
+        tensors = read_model(base)
+        known = in_files(base, tensors, config, changes, through_nf4)
+        plan = plan_merge(tensors, config, known.changes, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
@@ -200,11 +203,14 @@ class _Merge:
 def write_trained_base(run: Run, target: Path) -> None:
     """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
     from qlora_sft.export.merge_plan import plan_merge
+    from qlora_sft.export.stacks import in_files
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
     base = base_folder(run.base)
     config = trained_config(run, base)
-    plan = plan_merge(read_model(base), config, {}, set(run.quantized_modules), None, str(base))
+    tensors = read_model(base)
+    known = in_files(base, tensors, config, {}, set(run.quantized_modules))
+    plan = plan_merge(tensors, config, {}, known.through_nf4, None, str(base), known.stacked)
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:
         for file, tensors in plan.shards().items():

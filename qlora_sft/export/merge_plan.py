@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.adapter import Change
 from qlora_sft.export.nf4 import FromNF4Checkpoint, Rows, ThroughNF4, companions, described
+from qlora_sft.export.stacks import StackChange, UnitsThroughNF4, planned_rows
 from qlora_sft.export.tensors import Planned, Stored, copied, row_ranges
 
 HEAD = "lm_head.weight"
@@ -61,9 +63,10 @@ def plan_merge(
     through_nf4: set[str],
     dtype: torch.dtype | None,
     where: str,
+    stacked: Mapping[str, tuple[StackChange | None, int]] = MappingProxyType({}),
 ) -> Plan:
     """Every tensor of ``base`` with what the adapter does to it; modules in ``through_nf4`` go through NF4 first.
-    Floating-point tensors become ``dtype``, or stay what they are.
+    Floating-point tensors become ``dtype``, or stay what they are. stacked: as in `stacks.InFiles`.
 
     Raises `RunError` when the adapter changes something that the base does not have (``where`` names both).
     """
@@ -75,6 +78,11 @@ def plan_merge(
     for name, stored in {**base, **head}.items():
         if name in hidden or (name == HEAD and _ties(config) and not head):
             todo.pop(name, None)
+            continue
+        if name in stacked:
+            plan.tensors.append(_planned_stack(name, stored, *stacked[name], dtype))
+            plan.files.append(stored.file)
+            plan.modules += [name] if stacked[name][0] is not None else []
             continue
         change = todo.pop(name, None)
         tensor = _planned(name, stored, base, change, name.removesuffix(".weight") in through_nf4, dtype)
@@ -171,6 +179,17 @@ def _planned(
     )
 
 
+def _planned_stack(
+    name: str, stored: Stored, change: StackChange | None, unit: int, wanted: torch.dtype | None
+) -> Planned:
+    """A stack of experts, ``unit`` rows of which go through NF4 at a time (0: none do)."""
+    flat, final = planned_rows(stored), wanted or stored.dtype
+    if change is not None and (len(change.left) * change.left.shape[1], change.right.shape[2]) != flat.shape:
+        raise RunError(f"{name}: the adapter is for experts of another shape, the base has {stored.shape}")
+    source = (lambda: UnitsThroughNF4(flat, unit)) if unit else (lambda: flat)
+    return Planned(name, final, stored.shape, lambda: _changed(name, source(), flat.shape, final, change))
+
+
 def _cast(rows: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     return [rows.to(dtype)] if len(rows) else []
 
@@ -197,7 +216,7 @@ def _opener(name: str, stored: Stored, base: dict[str, Stored], packed: bool, th
 
 
 def _changed(
-    name: str, source: Rows, shape: tuple[int, ...], dtype: torch.dtype, change: Change | None
+    name: str, source: Rows, shape: tuple[int, ...], dtype: torch.dtype, change: Change | StackChange | None
 ) -> Iterator[torch.Tensor]:
     for start, stop in row_ranges(shape):
         rows = source.rows(start, stop)

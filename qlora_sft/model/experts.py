@@ -127,7 +127,11 @@ def describe_experts(model: Any, lora: LoraConfig) -> str:
     found = list(stacks(base))
     kind, lost, share = out_of_reach(base)
     if not found:
-        return "" if share <= NEGLIGIBLE else f"{lost:,} weights of {kind} in full and untrained ({share:.0%} of the blocks)"
+        return (
+            ""
+            if share <= NEGLIGIBLE
+            else f"{lost:,} weights of {kind} in full and untrained ({share:.0%} of the blocks)"
+        )
     trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and ".experts." in name)
     count = sum(stack_shape(module, name)[0] for _, module, name in found) // 2
     kept = "NF4" if all(in_nf4(module, name) for _, module, name in found) else "the model's own type"
