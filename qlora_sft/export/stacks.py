@@ -1,4 +1,4 @@
-"""Stacks of experts between memory and files: one parameter [E, R, C] there, a tensor for every expert here, or the stack.
+"""Stacks of experts between memory and files: one parameter [E, R, C] there; here that, or a tensor for every expert.
 
 Which file tensor belongs to which part of which stack is asked of transformers, which stacks them when it loads.
 """

@@ -1,7 +1,7 @@
 """The load-balance loss of a mixture of experts, as the family has it: in training, where config.json asks for it.
 
-transformers adds it in the model's own forward, which computes all logits and is not used here. Routers are frozen; what
-the loss changes are the adapters before them.
+transformers adds it in the model's own forward, which computes all logits and is not used here. Routers are frozen;
+what the loss changes are the adapters before them.
 """
 
 from __future__ import annotations
