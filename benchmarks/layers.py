@@ -223,7 +223,7 @@ def native_step(model: Any, batch: Any, dtype: Any) -> Callable[[], float]:
     from qlora_sft.evaluation.held_out import autocast
 
     labels = torch.full_like(batch["input_ids"], -100)
-    labels[0, batch["rows"].long() + 1] = batch["targets"].long()
+    labels[0, batch["positions"].long() + 1] = batch["targets"].long()
 
     def step() -> float:
         model.zero_grad(set_to_none=False)

@@ -27,7 +27,7 @@ import torch
 from measuring import measured_on
 from peak_parts import recorded
 from qlora_kernels.offload import drop_failed_graphs
-from qlora_kernels.offload.tiers import Choice, choose_tiers, describe, peak_bytes
+from qlora_kernels.offload.tiers import TierChoice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
 from qlora_sft.config import load_config
@@ -39,10 +39,10 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import install
+from qlora_sft.model.memory_budget import HOST_SHARE, available_ram
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
-from qlora_sft.model.room import HOST_SHARE, available_ram
-from qlora_sft.plan.activations import Row, row_bytes
+from qlora_sft.plan.activations import SequenceBytes, sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.split import CONTEXT_BYTES, activation_budget, fit_card
@@ -85,7 +85,12 @@ def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps
 
 
 def attempt(
-    model: Any, optimizer: torch.optim.Optimizer, tokens: int, split: Callable[[int], Choice], row: Row, steps: int
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    tokens: int,
+    split: Callable[[int], TierChoice],
+    row: SequenceBytes,
+    steps: int,
 ) -> dict[str, Any] | None:
     """What was measured, or None if the row does not fit."""
     on_gpu = model.device.type == "cuda"
@@ -148,7 +153,7 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
 
     ``whole``: the model that the plan is for. Of one with fewer layers the bytes of the others lie beside it, unused.
     """
-    row = row_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
+    row = sequence_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
     held = residents(whole, config, torch.bfloat16, "adamw_8bit", on_gpu=True)
     n_layers, host = len(model.get_base_model().get_decoder().layers), int(HOST_SHARE * available_ram())
     share = n_layers / whole.n_layers
@@ -159,7 +164,7 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
     budget = activation_budget(gib * 2**30, held.total)
 
-    def split(tokens: int) -> Choice:
+    def split(tokens: int) -> TierChoice:
         layer, loss = row(tokens)
         # Beyond the prediction everything is offloaded that host memory holds: what does not fit will show.
         least = _least(n_layers, row, tokens, int(host * share))
@@ -186,7 +191,7 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
     }
 
 
-def _least(n_layers: int, row: Row, tokens: int, host: int) -> int:
+def _least(n_layers: int, row: SequenceBytes, tokens: int, host: int) -> int:
     """Bytes of the split that needs least."""
     layer, loss = row(tokens)
     offloaded = min(n_layers, host // layer.input)
@@ -207,7 +212,9 @@ def adamw_8bit(trained: list[Any]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def parts(model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: Row, held: Residents) -> dict[str, Any]:
+def parts(
+    model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: SequenceBytes, held: Residents
+) -> dict[str, Any]:
     """The plan's bytes beside the allocator's for one step in which every layer's input is offloaded."""
     layers = len(model.get_base_model().get_decoder().layers)
     train_steps(model, optimizer, 64)  # optimizer states, workspaces of cuBLAS
@@ -238,7 +245,7 @@ def parts(model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: Row, h
     return found
 
 
-def smoke(model: Any, optimizer: Any, row: Row, output: Path, machine: dict[str, Any]) -> None:
+def smoke(model: Any, optimizer: Any, row: SequenceBytes, output: Path, machine: dict[str, Any]) -> None:
     """One short row through everything but the cap, in plain checkpoints where tiers are not installed yet."""
     tokens, n_layers = 64, len(model.get_base_model().get_decoder().layers)
     layer, loss = row(tokens)
@@ -277,7 +284,7 @@ def main(arguments: list[str]) -> int:
     settings = LlamaConfig(**(TINY if options.smoke else LLAMA_8B))
     settings.num_hidden_layers = options.layers or settings.num_hidden_layers
     blueprint = blueprint_of(settings, config)
-    row = row_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
+    row = sequence_bytes(blueprint, config.lora, torch.bfloat16, device.type == "cuda")
     model = random_model(settings, config, torch.bfloat16, device)
     if device.type == "cuda":
         print("attention:", use_document_attention(model, options.attention))

@@ -37,10 +37,10 @@ def ours(file: Path) -> dict[str, Any]:
     from qlora_sft.data.documents import sizes
     from qlora_sft.data.plan import plan_data
     from qlora_sft.data.sources import read_sources
-    from qlora_sft.data.template import chat_format
+    from qlora_sft.data.template import choose_chat_format
 
     words = tokenizer()
-    style = chat_format(words)
+    chat_format = choose_chat_format(words)
     data = DataConfig(train=[TrainSourceConfig(str(file))], max_length=CAPACITY)
     config = Config(ModelConfig("none is loaded"), data, output="none is written")
     times, reads = [], []
@@ -50,7 +50,7 @@ def ours(file: Path) -> dict[str, Any]:
             started = time.perf_counter()
             sources = read_sources(data.train, seed=0)
             reads.append(time.perf_counter() - started)
-            prepared, _, bins = plan_data(config, sources, [], words, style, lambda _: None)
+            prepared, _, bins = plan_data(config, sources, [], words, chat_format, lambda _: None)
             times.append(time.perf_counter() - started)
         of_each = sizes(prepared.all_documents)
     return {

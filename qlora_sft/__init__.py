@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning on one GPU, from chat data to a GGUF that answers.
+"""Fine-tune with QLoRA on one GPU, from chat data to a GGUF that answers.
 
 The public names are loaded when they are first used: ``import qlora_sft`` imports no torch.
 """
@@ -63,10 +63,13 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Where a function and its module have one name, the name is the function's: importing a module binds it in its
-    package, and ``from qlora_sft import train`` would give one or the other, by what was imported before."""
+    """Keeps a public function under its name when a module of the same name is imported.
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    Importing a module binds it in its package. Without this, ``from qlora_sft import train`` would give the function or
+    the module, depending on what was imported before.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -1,4 +1,4 @@
-"""``python -m qlora_sft VERB`` is ``qlora-sft VERB``."""
+"""Run ``python -m qlora_sft VERB`` as ``qlora-sft VERB``."""
 
 import sys
 

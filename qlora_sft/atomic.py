@@ -1,4 +1,4 @@
-"""Write beside, then rename: a reader sees the old content or the new, never half of it."""
+"""Write beside the target, then rename: a reader sees the old content or the new, never half of it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import RunError
 
 
 @contextmanager
 def written_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``target``; on success it takes the place of ``target``.
+    """Yields an empty folder beside ``target``, which takes the place of ``target`` on success.
 
-    On any error the folder beside is removed and ``target`` stays as it was. A full disk becomes
-    a `RunError` that says how much room is left and where.
+    On any error the new folder is removed and ``target`` stays as it was. A full disk raises a `RunError` that says how
+    much space is left and where.
     """
     target = Path(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -37,7 +36,11 @@ def written_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_file(target: Path) -> Iterator[Path]:
-    """Like `written_folder`, for one file. Folders that had to be made for it go with it."""
+    """Yields the path of a file beside ``target``, which takes the place of ``target`` on success.
+
+    On any error the new file is removed, and so are the folders that were made for it. A full disk raises a `RunError`,
+    as in `written_folder`.
+    """
     target = Path(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made = [folder for folder in target.parents if not folder.exists()]
@@ -51,21 +54,22 @@ def written_file(target: Path) -> Iterator[Path]:
         raise disk_error(error, target) or error from None
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Indented JSON, written beside and renamed."""
+def write_json(file: Path, content: object) -> None:
+    """Writes ``content`` as indented JSON beside ``file`` and renames it."""
     with written_file(file) as beside:
         beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes those of the folders, the innermost first, that hold nothing."""
+    """Removes the folders that are empty, the innermost first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _replace_folder(beside: Path, target: Path) -> None:
-    """os.replace cannot overwrite a folder that has content, so the old one is moved away first."""
+    """Moves the old folder away before the new one takes its place, because os.replace
+    cannot overwrite a full folder."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         os.replace(target, old)
@@ -74,17 +78,20 @@ def _replace_folder(beside: Path, target: Path) -> None:
 
 
 def path_error(error: BaseException) -> RunError | None:
-    """A `RunError` that names the path if ``error`` is about one (no permission, no such folder, name too long)."""
+    """Returns a `RunError` that names the path if ``error`` is about one, else None.
+
+    Such errors are a missing permission, a missing folder, or a name that is too long.
+    """
     if not isinstance(error, OSError) or not error.filename or not error.strerror:
         return None
-    # Of a renaming, the second is the name that was asked for.
+    # The second name of a failed renaming is the one that was asked for.
     return RunError(f"{error.filename2 or error.filename}: {error.strerror}; check the path and its permissions")
 
 
 def disk_error(error: BaseException, target: Path | None = None) -> RunError | None:
-    """A `RunError` with the cure if ``error`` means that the disk is full, else None.
+    """Returns a `RunError` with the cure if ``error`` means that the disk is full, else None.
 
-    safetensors reports a full disk as its own exception type with the errno in the text.
+    safetensors reports a full disk by an exception of its own, with the errno in the text.
     """
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""Where downloaded and derived files live: the user's cache folder, never the current one."""
+"""Find the places of downloaded and derived files: the user's cache folder, never the current one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import IO
 
 
 def cache_dir(*parts: str) -> Path:
-    """Folder below the user's cache, created on demand.
+    """Returns a folder below the user's cache, and creates it if it is missing.
 
-    ``QLORA_SFT_CACHE`` overrides; otherwise ``$XDG_CACHE_HOME/qlora_sft`` or ``~/.cache/qlora_sft``.
+    ``QLORA_SFT_CACHE`` names the cache; without it, the cache is ``$XDG_CACHE_HOME/qlora_sft`` or
+    ``~/.cache/qlora_sft``.
     """
     root = os.environ.get("QLORA_SFT_CACHE")
     if root:
@@ -26,13 +27,19 @@ def cache_dir(*parts: str) -> Path:
 
 
 def scratch_file() -> IO[bytes]:
-    """A file without a name, which goes when it is closed; in the cache, because /tmp is memory on many machines."""
+    """Opens a nameless file in the cache that is deleted when it is closed.
+
+    It is not in /tmp, which is memory on many machines.
+    """
     return tempfile.TemporaryFile(dir=cache_dir("scratch"))
 
 
 @contextmanager
 def sole_builder(name: str) -> Iterator[None]:
-    """Within it no other process builds ``name`` in the cache: of two runs started at once one downloads, one waits."""
+    """Keeps other processes from building ``name`` in the cache meanwhile.
+
+    If two runs start at once, one downloads and the other waits.
+    """
     from filelock import FileLock
 
     with FileLock(cache_dir("locks") / f"{name}.lock"):

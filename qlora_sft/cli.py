@@ -1,7 +1,7 @@
-"""The command line: verbs, their arguments, their exit codes. What they do stands elsewhere.
+"""Parse the command line: verbs, their arguments, their exit codes. The verbs' work is done in other modules.
 
-Exit codes: 0 done, 2 the configuration or the data is wrong, 1 the run failed, 130 interrupted.
-Imports nothing heavy, so that --help and wrong arguments answer at once.
+Exit codes: 0 done, 2 the configuration or the data is wrong, 1 the run failed, 130 interrupted. This module imports
+nothing heavy, so that --help and wrong arguments are answered at once.
 """
 
 from __future__ import annotations
@@ -10,27 +10,37 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 
-Verbs = Any
-"""What `argparse.ArgumentParser.add_subparsers` returns; its class has no public name."""
+CommandResult = Report | Mapping[str, object] | None
+"""What a command returns; ``--json`` prints it."""
+Action = Callable[[argparse.Namespace], CommandResult]
+
+if TYPE_CHECKING:
+    from qlora_sft.export.hub import PushResult
+
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
     arguments = _arguments(argv)
     return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
 
 
-def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
-    """Runs ``action`` and turns what comes of it into an exit code; its result goes to stdout as JSON if asked for."""
+def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
+    """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
+
+    An error of this package, a full disk or a faulty path is printed to stderr; any other exception is raised.
+    """
     quiet_libraries()
     try:
         result = action()
@@ -49,7 +59,10 @@ def guarded(action: Callable[[], Any], as_json: bool = False) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes positional arguments in one stretch; ``key.sub=value`` may stand behind an option, too."""
+    """Parses ``argv`` and also takes a ``key.sub=value`` that stands behind an option.
+
+    argparse itself takes positional arguments in one stretch only.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments:
@@ -76,14 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+def _verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.ArgumentParser:
     sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     sub.set_defaults(verb=action, parser=sub)
     sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
     return sub
 
 
-def _configured_verb(verbs: Verbs, name: str, action: Any, help: str) -> argparse.ArgumentParser:
+def _configured_verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.ArgumentParser:
     sub = _verb(verbs, name, action, help)
     sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
@@ -172,7 +185,7 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     )
 
 
-def _train(arguments: argparse.Namespace) -> Any:
+def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
 
@@ -180,7 +193,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
-def _preview(arguments: argparse.Namespace) -> Any:
+def _preview(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.preview import preview
 
@@ -188,7 +201,7 @@ def _preview(arguments: argparse.Namespace) -> Any:
     return preview(config, arguments.count, arguments.html, show=not arguments.json, alone=True)
 
 
-def _plan(arguments: argparse.Namespace) -> Any:
+def _plan(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.plan.plan import make_plan
     from qlora_sft.plan.table import plan_table
@@ -200,7 +213,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     return plan
 
 
-def _evaluate(arguments: argparse.Namespace) -> Any:
+def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.config import TaskConfig
     from qlora_sft.evaluation.evaluate_run import evaluate_run
 
@@ -213,7 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def _merge(arguments: argparse.Namespace) -> Any:
+def _merge(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
     from qlora_sft.export.merge import merge_run
 
@@ -225,7 +238,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     return replace(result, push=_pushed(arguments, "merged"))
 
 
-def _export(arguments: argparse.Namespace) -> Any:
+def _export(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
     from qlora_sft.export.gguf import export_adapter, export_run
 
@@ -238,7 +251,7 @@ def _export(arguments: argparse.Namespace) -> Any:
 
 
 def _check_push(arguments: argparse.Namespace) -> None:
-    """Before an hour of work, not after it."""
+    """Raises `ConfigError` for a repository name that cannot be pushed to, before an hour of work and not after it."""
     if arguments.push:
         from qlora_sft.export.hub import check_name
 
@@ -247,7 +260,9 @@ def _check_push(arguments: argparse.Namespace) -> None:
             raise ConfigError("--push uploads from the run folder; leave --out away")
 
 
-def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None) -> Any:
+def _pushed(
+    arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf: str | None = None
+) -> PushResult | None:
     if not arguments.push:
         return None
     from qlora_sft.export.hub import push
@@ -255,13 +270,13 @@ def _pushed(arguments: argparse.Namespace, what: Literal["merged", "gguf"], gguf
     return push(arguments.run, arguments.push, what, gguf=gguf)
 
 
-def _push(arguments: argparse.Namespace) -> Any:
+def _push(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.export.hub import push
 
     return push(arguments.run, arguments.repo, arguments.what, public=arguments.public, dry_run=arguments.dry_run)
 
 
-def _doctor(arguments: argparse.Namespace) -> Any:
+def _doctor(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.doctor import examine, table
 
     facts = examine()
@@ -270,7 +285,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     return facts
 
 
-def _chat(arguments: argparse.Namespace) -> Any:
+def _chat(arguments: argparse.Namespace) -> CommandResult:
     if arguments.serve:
         from qlora_sft.chat.serve import serve
 
@@ -287,7 +302,7 @@ def _on_stderr(piece: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences notices of other libraries that say nothing a user could act on."""
+    """Silences notices of other libraries that no user could act on."""
     import logging
     import os
 

@@ -1,4 +1,4 @@
-"""The one schema of a run, and its strict loader: YAML plus ``key.sub=value`` into dataclasses.
+"""Define the schema of a run and load it strictly: YAML plus ``key.sub=value`` into dataclasses.
 
 Every problem is reported at once, each with its file, its key and the nearest valid name.
 """
@@ -15,6 +15,7 @@ from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
 from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
 from qlora_sft.text import as_path, read_text
@@ -25,14 +26,17 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Positions beyond those the model was trained on, in transformers' names; see its `modeling_rope_utils`."""
+    """Extends the positions beyond those that the model was trained on.
+
+    The names are those of transformers; see its `modeling_rope_utils`.
+    """
 
     rope_type: Literal["yarn", "linear", "dynamic"]
     """``yarn`` keeps most of what the model knows; ``dynamic`` depends on the longest document of a row."""
     factor: Annotated[float, Range(1, 10_000, above=True)]
-    """How many times as many positions."""
+    """The number of positions is multiplied by this."""
     original_max_position_embeddings: Count | None = None
-    """Positions the model was trained on; default: the model's own ``max_position_embeddings``."""
+    """Positions that the model was trained on; default: the model's own ``max_position_embeddings``."""
     attention_factor: Annotated[float, Range(0, 100, above=True)] | None = None
     """YaRN's scale of the logits; default: ``0.1 * ln(factor) + 1``."""
     beta_fast: Annotated[float, Range(0, 10_000, above=True)] | None = None
@@ -41,6 +45,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Names the base model and says how it is loaded."""
+
     path: str
     """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
@@ -48,27 +54,31 @@ class ModelConfig:
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     head_in_4bit: bool = False
-    """The output head as well: three quarters of a GiB less for a vocabulary of 128k, for a loss that is a little
-    different. Only for models whose head is another matrix than the input embedding, and with a frozen vocabulary."""
+    """Quantises the output head as well. This saves three quarters of a GiB for a
+    vocabulary of 128k and changes the loss a little. It works only for a model whose head
+    is not tied to the input embedding, and with a frozen vocabulary."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type. ``auto``: bfloat16 where it is the faster one, else float16 on a GPU, float32 on a CPU."""
+    """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
-    """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a .jinja file, in place of the
-    tokenizer's own."""
+    """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
+    .jinja file, in place of the tokenizer's own."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
     attention: Literal["auto", "varlen", "sdpa"] = "auto"
-    """How a GPU attends inside documents: ``varlen`` all of them in one call of FlashAttention, ``sdpa`` in one call
-    each, which is faster where they are long. ``auto`` goes by their lengths and the GPU, and says why. On a
-    CPU, with capped logits or sinks, and on GPUs without FlashAttention there is one way, whatever this says."""
+    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of FlashAttention. ``sdpa``
+    makes one call per document, which is faster where documents are long. ``auto`` decides by their lengths and the
+    GPU, and says why. There is only one way on a CPU, with capped logits or attention sinks, and on GPUs without
+    FlashAttention, whatever this says."""
     rope_scaling: RopeScaling | None = None
-    """Needed where ``data.max_length`` exceeds the positions of the model; the merged model and the GGUF carry it."""
+    """Needed if ``data.max_length`` exceeds the positions of the model. The merged model and the GGUF carry it."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """Sets the shape of the adapter."""
+
     r: Annotated[int, Range(1, 4096)] = 16
     """Rank."""
     alpha: Annotated[int, Range(1, 65_536)] = 16
@@ -83,24 +93,26 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """Sets optimizer, schedule, batches and checkpoints."""
+
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
     epochs: Annotated[int, Range(1, 10_000)] = 1
     max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
-    """Packed rows per micro-batch."""
+    """Packed sequences per micro-batch."""
     gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
-    """Micro-batches per optimizer step. Tokens are weighed over the whole group."""
+    """Micro-batches per optimizer step. The loss is weighted by tokens over all of them together."""
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
+    """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
     weight_decay: Annotated[float, Range(0, 1)] = 0.0
     max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
-    """Longer gradients are shortened to this length; 1e9 leaves all as they are."""
+    """A gradient with a larger norm is scaled down to this norm; 1e9 leaves all as they are."""
     save_steps: CountOrNone = 50
-    """Optimizer steps between checkpoints, from which ``--resume`` goes on; there is one at the end, too. 0: none but
-    when interrupted."""
+    """Optimizer steps between checkpoints, from which ``--resume`` goes on. The last step is saved, too. With 0 a
+    checkpoint is saved only when the run is interrupted."""
     save_total_limit: Count = 2
-    """Checkpoints that are kept: the newest."""
+    """How many checkpoints are kept; the oldest go first."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
 
@@ -110,60 +122,64 @@ class TaskConfig:
     """Questions with known answers, asked by ``qlora-sft evaluate``."""
 
     path: str
-    """As of a data source; of a data set of the Hub the split in brackets: ``owner/name[test]``."""
+    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
     form: Literal["auto", "choices", "number", "exact", "code", "loss"] = "auto"
-    """How answers are graded. ``choices``: the likeliest letter (rows as MMLU's and ARC's); ``number``: the last number
-    (GSM8K's); ``exact``: the same text; ``code``: by running it (HumanEval's); ``loss``: not asked, only read.
-    ``auto`` tells from the columns, and prints what it found."""
+    """How answers are graded. ``choices`` takes the likeliest letter (rows as MMLU's and ARC's); ``number`` compares
+    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``loss``
+    measures the loss of the rows without asking. ``auto`` decides by the columns and prints what it found."""
     max_rows: Count | None = None
-    """Ask only so many, drawn at random with the seed of the evaluation."""
+    """Asks only so many questions, drawn at random with the seed of the evaluation."""
     samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
-    """Of sampled answers."""
+    """Temperature of sampled answers."""
     max_new_tokens: Count = 512
     thinking: Literal["auto", "on", "off"] = "auto"
-    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` asks as training
-    would have shown the row, with its answer as it is: without reasoning if that has none."""
+    """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` prompts as
+    training would have shown the row with its reference: without reasoning if the reference has none."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """Says what is measured on held-out data before and after training."""
+
     loss: bool = True
-    """Held-out loss per source before and after."""
+    """Measures the held-out loss per source before and after training."""
     answers: CountOrNone = 3
-    """Greedy answers per held-out source, before and after; 0 for none."""
+    """Greedy answers per held-out source, before and after training; 0 for none."""
     max_new_tokens: Count = 128
     show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """What ``qlora-sft evaluate`` asks the finished run and its base; training does not wait for it."""
+    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What each layer keeps from its forward to its backward. It changes time and memory, not the result."""
+    """Sets what each layer keeps from its forward to its backward. It changes time and memory, not the result."""
 
     policy: Literal["auto", "none", "checkpoint", "offload"] = "auto"
-    """``auto``: the least recomputation that fits, chosen layer by layer and printed. ``none``: keep everything.
-    ``checkpoint``: keep the input of every layer, compute the layer again in the backward (about a third more time).
-    ``offload``: the same, with the inputs in host memory."""
+    """``auto`` takes the least recomputation that fits, chosen layer by layer and printed. ``none`` keeps all
+    activations. ``checkpoint`` keeps the input of every layer and recomputes the layer in the backward, which takes
+    about a third more time. ``offload`` does the same with the inputs in host memory."""
     gpu_budget_gib: Gibibytes | None = None
-    """What this run may use of the GPU, weights included; default: what is free, less 5% of the card."""
+    """GPU memory that this run may use, weights included; default: what is free, less 5% of the card."""
     host_budget_gib: Gibibytes | None = None
-    """Host memory that inputs of layers may take; default: half of what is available."""
+    """Host memory that the inputs of layers may take; default: half of what is available."""
     tiled_mlp: Literal["auto", "on", "off"] = "auto"
-    """MLPs in tiles of tokens that keep nothing but their input where a layer is computed again. ``auto``: wherever the
-    model's MLP is one that is known."""
+    """Computes MLPs in tiles of tokens and keeps only their input wherever a layer is recomputed. ``auto`` does so for
+    every MLP of a known kind."""
     offload_embeddings: bool = False
-    """Input embedding in host memory (on a GPU): a GiB less on the card for a vocabulary of 128k, and one more wait per
-    step. Only for models whose output head is another matrix."""
+    """Keeps the input embedding in host memory when training on a GPU. This saves a GiB on the card for a vocabulary of
+    128k and costs one more wait per step. It works only for a model whose output head is not tied to the embedding."""
 
 
 @dataclass(frozen=True)
 class Config:
+    """Holds the whole configuration of a run."""
+
     model: ModelConfig
     data: DataConfig
     output: str
@@ -182,7 +198,7 @@ SECTIONS = {
 
 
 def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file or a shipped recipe, applies ``key.sub=value`` overrides, checks everything.
+    """Reads a YAML file or a shipped recipe, applies ``key.sub=value`` overrides, and checks everything.
 
     Raises `ConfigError` with all problems found.
     """
@@ -209,7 +225,7 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration."""
+    """Returns YAML that `load_config` reads back to an equal configuration."""
     return write_yaml(dataclasses.asdict(config))
 
 
@@ -226,9 +242,11 @@ def _find(name: str) -> Path:
     raise ConfigError(f"{name}: {missing}{hint}; shipped recipes: {', '.join(shipped) or 'none'}")
 
 
-def _check_values(tree: dict[str, Any], file: str) -> list[str]:
-    """Finds values that have the right type and range and still make no sense together, in all sections of ``tree`` in
-    which nothing else is wrong."""
+def _check_values(tree: JsonObject, file: str) -> list[str]:
+    """Finds values that have the right type and range and still make no sense together.
+
+    It looks at all sections of ``tree`` in which nothing else is wrong.
+    """
     problems = []
 
     def require(good: bool, key: str, text: str) -> None:
@@ -256,6 +274,7 @@ def _check_values(tree: dict[str, Any], file: str) -> list[str]:
 
 
 def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:
+    """Requires that every task is in its ranges and that no two have one name."""
     for i, task in enumerate(tasks):
         here = f"{key}.{i}"
         for name, fault in range_faults(task):  # a task may come from the command line
@@ -268,7 +287,10 @@ def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluatio
 
 
 def task_name(task: TaskConfig) -> str:
-    """How reports call a task: its name, or the last part of its path (``a/b.jsonl`` is b, ``a/b:c[test]`` is b-c)."""
+    """Returns the name that reports give a task: its own, or the last part of its path.
+
+    ``a/b.jsonl`` gives b, ``a/b:c[test]`` gives b-c.
+    """
     path, _, configuration = task.path.partition("[")[0].partition(":")
     if path == "demo":
         path, configuration = configuration, ""

@@ -1,4 +1,4 @@
-"""The data section of the configuration: where rows come from, how they are mixed, and what makes no sense."""
+"""Define the data section of the configuration: where rows come from, how they are mixed, and what makes no sense."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_sft.ranges import Count, Factor, Range
 
 Overlong = Literal["drop", "truncate_left_turns", "truncate", "error"]
 Require = Callable[[bool, str, str], None]
-"""(is it good, key, what is wrong otherwise)."""
+"""Takes whether a value is good, its key, and what is wrong otherwise."""
 
 # Every form a row can have, with the columns it needs and those it may have besides.
 _OF_A_CHAT = ("system", "tools", "chat_template_kwargs")
@@ -27,21 +27,24 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class SourceConfig:
+    """Names one source of rows and says how they are read and supervised."""
+
     path: str
     """File (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz or .zst behind it), folder, glob, or Hugging Face
     data set (``owner/name``, ``owner/name:configuration``)."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
     max_rows: Count | None = None
-    """Use only so many rows, drawn at random with the run's seed (of a stream: its first)."""
+    """Uses only so many rows, drawn at random with the run's seed; a stream gives its first rows."""
     fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Use only this share of the source's own rows, drawn at random with the run's seed; no share of the mixture."""
+    """Uses only this share of the source's own rows, drawn at random with the run's seed.
+    It is not a share of the mixture."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """What the rows look like. ``auto`` tells from the columns, and prints what it found."""
+    """The form of the rows. ``auto`` decides by the columns and prints what it found."""
     columns: dict[str, str] | None = None
     """Which column holds what, where the names are not the usual ones: ``{prompt: question, completion: answer}``."""
     split: str | None = None
-    """Of a Hugging Face data set, or of a folder laid out like one; default there: ``train``."""
+    """Split of a Hugging Face data set, or of a folder laid out like one; default there: ``train``."""
     revision: str | None = None
     """Commit, tag or branch of a Hugging Face data set."""
     streaming: bool = False
@@ -51,68 +54,77 @@ class SourceConfig:
     supervise: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained: every assistant turn, the last one only, or the whole conversation."""
     thinking: Literal["auto", "on", "off"] = "auto"
-    """``on`` and ``off`` tell the template so (``enable_thinking``) where a row does not; ``auto`` leaves it to the
+    """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
     think_tags: Literal["reasoning", "text"] = "reasoning"
-    """What ``<think>...</think>`` at the beginning of an answer is: its reasoning, which the template writes in its own
-    way, or a text like any other."""
+    """What ``<think>...</think>`` at the beginning of an answer means. ``reasoning``: it is the reasoning, which the
+    template writes in its own way. ``text``: it is text like any other."""
     allow_special: bool = False
-    """Let control tokens inside messages act as such, instead of being text. Only for data that you wrote yourself."""
+    """Lets control tokens inside messages act as such, instead of being text. Use it only
+    for data that you wrote yourself."""
 
 
 @dataclass(frozen=True)
 class TrainSourceConfig(SourceConfig):
+    """Adds what a training source says about its part in the mixture."""
+
     weight: Factor | None = None
-    """Share of the mixture, relative to the other sources' weights; for ``mixture: explicit`` and only there."""
+    """Share of the mixture, relative to the other sources' weights; it belongs to ``mixture: explicit``."""
     quality: Factor | None = None
-    """Rows count this many times as much; for ``mixture: quality`` and only there. Default there: 1."""
+    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default."""
     repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
-    """Times that every row is offered to the mixture per epoch: 2 is like naming the source twice."""
+    """How often every row is offered to the mixture per epoch; 2 is like naming the source twice."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig(SourceConfig):
+    """Names general data that is replayed among the training data."""
+
     share: Annotated[float, Range(0, 0.95, above=True)] = 0.05
-    """Share of the rows (documents) of the whole run that come from here."""
+    """Share of replay in the documents of the whole run."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Says what is trained on, what is held out, and how documents are mixed and packed."""
+
     train: list[TrainSourceConfig]
     held_out: list[SourceConfig] = field(default_factory=list)
-    """Never trained on; loss per source before and after the run."""
+    """Sources that are never trained on; their loss is measured before and after the run."""
     max_length: Annotated[int, Range(2, 10**8)] = 2048
-    """Tokens per packed row, and the longest conversation that is accepted."""
+    """Tokens per packed sequence, and the longest conversation that is accepted."""
     overlong: Overlong = "drop"
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
-    its last tokens, or ends the run. All of it is counted and shown. Plain text is split into pieces that fit."""
+    its last tokens, or ends the run. Every case is counted and shown. Plain text is split into pieces that fit."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
-    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit decreasing. Packing changes the
-    speed and nothing else."""
+    """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit
+    decreasing. Packing changes the speed and nothing else."""
     packing_window: Count | None = None
-    """Pack so many documents at a time instead of the whole data set: rows then come about in the order of the data,
-    as those of a stream, and are filled a little less."""
+    """Packs so many documents at a time instead of the whole data set. The sequences then keep about the order of the
+    data, as those of a stream do, and are filled a little less."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
-    """Share p of each source in the rows of an epoch, from its number of rows N (times ``repeat``):
-    ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p ~ N * quality, ``explicit`` p ~ weight.
-    An epoch has sum(N) rows."""
+    """Share p of each source in the documents of an epoch, from its number of rows N
+    (times ``repeat``): ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p
+    ~ N * quality, ``explicit`` p ~ weight. An epoch has sum(N) documents."""
     temperature: Annotated[float, Range(0.1, 1e6)] | None = None
     """T of ``mixture: temperature``; 1 is proportional, larger is more even."""
     replay: ReplayConfig | None = None
-    """General data mixed in, so that the model keeps what it could do."""
+    """General data that is mixed in, so that the model keeps its other abilities."""
     curriculum: Literal["none", "progressive"] = "none"
-    """``progressive``: the share of replay falls in a straight line from 2 * ``replay.share`` to zero over the run."""
+    """``progressive``: the share of replay falls linearly from 2 * ``replay.share`` to zero over the run."""
     deduplicate: Literal["none", "exact", "near"] = "none"
-    """Drop conversations that occurred before, in any training source. ``near``: also those that differ in little
+    """Drops conversations that occurred before in any training source. ``near`` also drops those that differ in little
     (MinHash over 5-word shingles, Jaccard similarity from 0.8 on; needs ``pip install qlora-sft[dedup]``)."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation files (any that a source can be). Training rows that share a run of words with them are dropped. Of a
-    data set of the Hub all splits but ``train`` are read, or the one in brackets: ``owner/name[test]``."""
+    """Evaluation files, of any kind that a source can be. Training rows that share an
+    n-gram of words with them are dropped. A data set of the Hub is read in all splits but
+    ``train``, or in the one in brackets: ``owner/name[test]``."""
     decontaminate_words: Annotated[int, Range(2, 1000)] = 13
-    """Length of that run of words."""
+    """Length of that n-gram in words."""
 
 
 def check_data(d: DataConfig, require: Require) -> None:
+    """Requires that names differ and that every key of the data section has an effect."""
     trained: list[SourceConfig] = [*d.train, *([d.replay] if d.replay else [])]
     for split, sources in (("train", trained), ("held_out", d.held_out)):
         names = [source_name(source) for source in sources]
@@ -158,7 +170,10 @@ def _check_source(key: str, source: SourceConfig, require: Require) -> None:
 
 
 def source_name(source: SourceConfig) -> str:
-    """How reports call a source: its name, or the last part of its path without endings (``a/b.jsonl.gz``: ``b``)."""
+    """Returns the name that reports give a source: its own, or the last part of its path without endings.
+
+    ``a/b.jsonl.gz`` gives ``b``.
+    """
     if source.name:
         return source.name
     path = source.path.removeprefix("demo:").replace("\\", "/")

@@ -1,11 +1,11 @@
-"""The whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. No GPU needed.
+"""Take the whole path on a real model: fine-tune the embedded default, export it, ask the GGUF. It needs no GPU.
 
 Run as::
 
     python -m qlora_sft.demo [--output runs/demo] [key.sub=value ...]
 
-It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the
-run's other files.
+It writes ``OUTPUT/demo.json`` (losses, exact match, agreement of GGUF and adapter, seconds per stage) beside the run's
+other files.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_sft.cli import guarded
 from qlora_sft.config import load_config
 from qlora_sft.errors import RunError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.folder import Run
 from qlora_sft.say import tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.train import train
 
 AGREEMENT_PROMPTS = 10
+Record = TypeVar("Record")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo with the command line ``argv`` and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_sft.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default="runs/demo", help="run folder; an earlier demo in it is replaced")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: demo(arguments.output, arguments.overrides))
 
 
-def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
+def demo(output: str, overrides: Sequence[str]) -> JsonObject:
     """Trains, exports to q8_0, asks the GGUF, and returns what ``demo.json`` holds."""
     watch = Stopwatch()
     report = train(load_config("demo", [*overrides, f"output={output}"]), overwrite=True)
@@ -65,12 +68,12 @@ def demo(output: str, overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
-    """(share of held-out prompts on which the GGUF gives the adapter's answer, one of the questions)."""
+def ask(gguf: Path, run: Path) -> tuple[float, JsonObject]:
+    """Returns the share of held-out prompts on which the GGUF gives the adapter's answer, and one of the records."""
     from qlora_sft.export.run_gguf import complete, running
 
     lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    records = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
+    records: list[dict[str, Any]] = spread([json.loads(line) for line in lines], AGREEMENT_PROMPTS)
     if not records:
         raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
     longest = Run.open(run).config.evaluation.max_new_tokens
@@ -81,7 +84,7 @@ def ask(gguf: Path, run: Path) -> tuple[float, dict[str, Any]]:
     return same / len(records), records[0]
 
 
-def spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """``count`` of the records at equal distances, so that every source is among them."""
+def spread(records: Sequence[Record], count: int) -> list[Record]:
+    """Returns ``count`` of the records at equal distances, so that every source is among them."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]

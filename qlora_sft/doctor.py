@@ -1,9 +1,9 @@
-"""``qlora-sft doctor``: what works here, what does not, and how to get it. Looks only; changes and fetches nothing."""
+"""Tell what works on this machine, what does not, and how to get it. It only looks; it changes and fetches nothing."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import TypedDict
 
 from qlora_sft.cache import cache_dir
 from qlora_sft.export.llama_tools import (
@@ -19,15 +19,31 @@ from qlora_sft.run.manifest import versions
 EXPORT_PACKAGES = ("gguf", "safetensors", "xllamacpp", "llama-cpp-python", "sentencepiece", "huggingface_hub")
 
 
-def examine() -> dict[str, Any]:
-    """{"packages": {name: version}, "checks": [{"name", "ok", "found", "cure"}]}."""
+class Check(TypedDict):
+    """Says whether one thing works here, what was found, and how to get it."""
+
+    name: str
+    ok: bool
+    found: str
+    cure: str
+
+
+class Facts(TypedDict):
+    """Holds what `examine` finds: the version of every installed package, and the checks."""
+
+    packages: dict[str, str]
+    checks: list[Check]
+
+
+def examine() -> Facts:
+    """Examines this machine and returns the packages and the checks."""
     packages = {**versions(), **{name: package_version(name) for name in EXPORT_PACKAGES}}
     checks = [_device(), _unsloth(packages), _converter(), _quantizer(), _logits(packages), _ollama()]
     return {"packages": {name: found for name, found in packages.items() if found}, "checks": checks}
 
 
-def table(facts: dict[str, Any]) -> str:
-    """The same as text."""
+def table(facts: Facts) -> str:
+    """Returns the facts as text for a terminal."""
     lines = [f"{'ok' if check['ok'] else '--':<4}{check['name']:<26}{check['found']}" for check in facts["checks"]]
     for check in facts["checks"]:
         if not check["ok"]:
@@ -36,11 +52,11 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check(name: str, found: str | None, cure: str) -> dict[str, Any]:
+def _check(name: str, found: str | None, cure: str) -> Check:
     return {"name": name, "ok": found is not None, "found": found or "not found", "cure": "" if found else cure}
 
 
-def _device() -> dict[str, Any]:
+def _device() -> Check:
     import torch
 
     if torch.cuda.is_available():
@@ -48,14 +64,14 @@ def _device() -> dict[str, Any]:
     return _check("device", "CPU (training works, slowly)", "")
 
 
-def _unsloth(packages: dict[str, str | None]) -> dict[str, Any]:
-    """By version only: importing it patches other libraries, and that belongs to training."""
+def _unsloth(packages: dict[str, str | None]) -> Check:
+    """Looks for Unsloth by its version only, because importing it patches other libraries."""
     cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
     return _check("backend unsloth", packages.get("unsloth"), cure)
 
 
-def _converter() -> dict[str, Any]:
-    """f32, f16, bf16, q8_0 and LoRA."""
+def _converter() -> Check:
+    """Looks for the converter, which writes f32, f16, bf16, q8_0 and LoRA."""
     if configured().parts:
         there = (configured() / "convert_hf_to_gguf.py").is_file()
         cure = f"LLAMA_CPP_DIR={configured()} has no convert_hf_to_gguf.py; point it at a checkout or unset it"
@@ -65,8 +81,8 @@ def _converter() -> dict[str, Any]:
     return _check("GGUF converter", f"llama.cpp {PINNED_COMMIT} ({PINNED})" if unpacked else None, cure)
 
 
-def _quantizer() -> dict[str, Any]:
-    """K-quants and IQ types."""
+def _quantizer() -> Check:
+    """Looks for the quantizer, which writes K-quants and IQ types."""
     tool = find_quantizer()
     if tool:
         return _check("quantizer (K, IQ types)", f"{tool.path} ({tool.found}, {tool.version})", "")
@@ -78,11 +94,11 @@ def _quantizer() -> dict[str, Any]:
     return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do without")
 
 
-def _logits(packages: dict[str, str | None]) -> dict[str, Any]:
+def _logits(packages: dict[str, str | None]) -> Check:
     libraries = llama_libraries()
     found = f"{libraries[0].name} (xllamacpp {packages.get('xllamacpp')})" if libraries else None
     return _check("run and compare a GGUF", found, "pip install 'qlora-sft[gguf]'")
 
 
-def _ollama() -> dict[str, Any]:
+def _ollama() -> Check:
     return _check("ollama", shutil.which("ollama"), "optional; a GGUF runs in llama.cpp without it")

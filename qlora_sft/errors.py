@@ -1,53 +1,58 @@
-"""The ways a command can end badly, and what each one tells the shell."""
+"""Define the ways in which a command can end badly, and what each one tells the shell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 
 class QloraSftError(Exception):
-    """Base class. The message names the cause and the cure; ``exit_code`` is what the CLI returns."""
+    """Is the base of all errors. The message names the cause and the cure; ``exit_code`` is what the CLI returns."""
 
     exit_code = 1
 
 
 class ConfigError(QloraSftError):
-    """The configuration is wrong. ``problems`` lists every fault found, not only the first; ``rest`` are the sections
-    of the configuration without what is wrong in them, by name."""
+    """Says that the configuration is wrong.
+
+    ``problems`` lists every fault found, not only the first. ``rest`` maps the name of each section to what is right in
+    it.
+    """
 
     exit_code = 2
 
-    def __init__(self, problems: list[str] | str, rest: dict[str, Any] | None = None):
+    def __init__(self, problems: list[str] | str, rest: Mapping[str, object] | None = None):
         self.rest = rest or {}
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
 class DataError(QloraSftError):
-    """The training data is wrong. The message carries the file and the line."""
+    """Says that the training data is wrong. The message carries the file and the line."""
 
     exit_code = 2
 
 
 class RunError(QloraSftError):
-    """The configuration and the data were fine, but the run failed (disk, download, export)."""
+    """Says that the run failed although configuration and data were fine (disk, download, export)."""
 
     exit_code = 1
 
 
 class ContextFull(RunError):
-    """A conversation is longer than the model's context."""
+    """Says that a conversation is longer than the model's context."""
 
 
 class Interrupted(QloraSftError):
-    """Ctrl-C during training. What was learned so far is saved where the message says."""
+    """Says that Ctrl-C ended the training. The message names where the checkpoint is."""
 
     exit_code = 130
 
 
-def all_at_once(checks: Iterable[Callable[[], Any]]) -> None:
-    """Runs every check and raises the faults of all: the one error that says everything, or one made of several."""
+def all_at_once(checks: Iterable[Callable[[], object]]) -> None:
+    """Runs every check and raises the faults of all in one error.
+
+    If one error says all that the others say, it is raised itself.
+    """
     errors: list[QloraSftError] = []
     for check in checks:
         try:
@@ -65,5 +70,5 @@ def all_at_once(checks: Iterable[Callable[[], Any]]) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of another library's message, which may run over pages."""
+    """Returns the first line of another library's message, which may run over pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

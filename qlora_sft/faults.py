@@ -1,18 +1,17 @@
-"""Everything that is wrong with one command, in one report.
+"""Report everything that is wrong with one command at once.
 
-A command stops at its first fault: a wrong key, a missing file, a base that is not there. Whoever mends that one would
-meet the next at the next try, so what can be checked without the faulty part is checked before the report is made.
+A command stops at its first fault: a wrong key, a missing file, a missing base. A user who corrected that one would
+meet the next at the next try. So whatever can be checked without the faulty part is checked before the report is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from qlora_sft.config import Config, load_config
+from qlora_sft.config import Config, LoraConfig, ModelConfig, load_config
 from qlora_sft.config_data import DataConfig, SourceConfig
 from qlora_sft.errors import ConfigError, DataError, all_at_once
 
@@ -21,7 +20,7 @@ _READ_AT_MOST = 2**28
 
 
 def load_checked(name: str, overrides: Sequence[str]) -> Config:
-    """Returns `load_config`'s configuration, or raises its faults together with those of what it names."""
+    """Returns the configuration of `load_config`, or raises its faults together with those of what it names."""
     try:
         return load_config(name, overrides)
     except ConfigError as error:
@@ -31,7 +30,7 @@ def load_checked(name: str, overrides: Sequence[str]) -> Config:
 
 @contextmanager
 def every_fault(config: Config) -> Iterator[None]:
-    """Within it a `ConfigError` or `DataError` is raised together with what else is wrong with ``config``."""
+    """Raises a `ConfigError` or `DataError` of its body together with all else that is wrong with ``config``."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -39,8 +38,8 @@ def every_fault(config: Config) -> Iterator[None]:
         raise
 
 
-def _raise_all(error: ConfigError | DataError, parts: dict[str, Any]) -> None:
-    """``parts``: the sections of the configuration that are to be had, as `ConfigError.rest` has them."""
+def _raise_all(error: ConfigError | DataError, parts: Mapping[str, object]) -> None:
+    """Raises ``error`` together with the faults of ``parts``, the sections that could be read (see `ConfigError`)."""
 
     def first() -> None:
         raise error
@@ -48,8 +47,8 @@ def _raise_all(error: ConfigError | DataError, parts: dict[str, Any]) -> None:
     all_at_once([first, *_data_checks(parts.get("data")), *_base_checks(parts)])
 
 
-def _data_checks(data: DataConfig | None) -> Iterator[Callable[[], Any]]:
-    if data is None:
+def _data_checks(data: object) -> Iterator[Callable[[], object]]:
+    if not isinstance(data, DataConfig):
         return
     sources: list[SourceConfig] = [*data.train, *([data.replay] if data.replay else []), *data.held_out]
     for source in sources:
@@ -72,9 +71,9 @@ def _check_evaluation(path: str) -> None:
     open_evaluation(path)
 
 
-def _base_checks(parts: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
     model, lora = parts.get("model"), parts.get("lora")
-    if model is None:
+    if not isinstance(model, ModelConfig):
         return
     from qlora_sft.data.shipped import template_text
     from qlora_sft.model.base_files import resolve_base
@@ -84,12 +83,12 @@ def _base_checks(parts: dict[str, Any]) -> Iterator[Callable[[], Any]]:
     if model.path == "demo":  # which may have to be downloaded, and is as it should be
         return
     yield partial(resolve_base, model.path)
-    if lora and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
+    if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 
 
 def _check_modules(config: Config) -> None:
     from qlora_sft.model.base_files import resolve_base
-    from qlora_sft.model.skeleton import check_layers
+    from qlora_sft.model.meta_model import check_layers
 
     check_layers(config, resolve_base(config.model.path))

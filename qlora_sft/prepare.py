@@ -1,6 +1,7 @@
-"""The way into training, its preview and its plan: the data is read, then the backend chosen, then what is heavy comes.
+"""Prepare a run for train, preview and plan: read the data, choose the backend, and only then import what is heavy.
 
-Imports nothing heavy, so that a bad file is reported at once and Unsloth can be imported before what it patches.
+This module imports nothing heavy, so that a bad file is reported at once and Unsloth is imported before what it
+patches.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ def is_mixture(config: Config) -> bool:
 def prepare(
     config: Config, say: Say, watch: Stopwatch | None = None, *, unsloth: bool = True, day: date | None = None
 ) -> RunData:
-    """Reads, renders and packs what ``config`` trains on; finds what is wrong with it, as far as that takes no weights.
+    """Reads, renders and packs what ``config`` trains on, and finds all faults that can be found without weights.
 
-    ``unsloth``: whether the backend is chosen as for training, which imports Unsloth; without it that is done only
-    where the configuration names Unsloth. ``day``: the date that a chat template writes; default: today. Raises
-    `ConfigError` or `DataError`, the same one for every verb.
+    unsloth: whether the backend is chosen as for training, which imports Unsloth. Without it the backend is chosen only
+    if the configuration names Unsloth.
+
+    day: the date that a chat template writes; default: today.
+
+    Raises `ConfigError` or `DataError`, the same one for every verb.
     """
     watch = watch or Stopwatch()
     with watch("data"), every_fault(config):

@@ -1,4 +1,4 @@
-"""``qlora-sft preview``: what a configuration will train on, before anything is trained."""
+"""Show what a configuration will train on, before anything is trained (``qlora-sft preview``)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
+from qlora_sft.json_types import JsonObject
 from qlora_sft.prepare import prepare
 from qlora_sft.run.report import Report
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_sft.data.render import Rendered
 
 
 @dataclass(frozen=True)
 class ShownDocument(Report):
-    """A document as training sees it, token by token."""
+    """Shows a document as training sees it, token by token."""
 
     source: str
     ids: list[int]
@@ -30,10 +33,10 @@ class ShownDocument(Report):
 
 @dataclass(frozen=True)
 class PreviewReport(Report):
-    """The documents that were shown, and what became of the rows of every source."""
+    """Holds the documents that were shown and the ledger of every source."""
 
     rows: list[ShownDocument]
-    ledger: dict[str, dict[str, Any]]
+    ledger: dict[str, JsonObject]
 
 
 def preview(
@@ -41,8 +44,11 @@ def preview(
 ) -> PreviewReport:
     """Prints the ledger and the mixture (stderr) and the first ``count`` documents as they are packed (stdout).
 
-    ``page``: also writes a web page. Everything is what `train` would do with the same configuration. ``alone``:
-    nothing is trained in this process, so Unsloth, which would have to be imported before what is needed here, is not.
+    Everything is what `train` would do with the same configuration.
+
+    page: also writes a web page to this file.
+
+    alone: nothing is trained in this process, so Unsloth, which would have to be imported first, is not imported.
     """
     said: list[str] = []
 
@@ -54,7 +60,7 @@ def preview(
     from qlora_sft.data.show import as_page, as_text
 
     documents, tokenizer = data.documents, data.tokenizer
-    shown = first_documents(data.bins, count)
+    shown = first_documents(data.sequences, count)
     packed = [[documents[index] for index in each] for each in shown]
     if show:
         print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
@@ -70,16 +76,16 @@ def preview(
     return PreviewReport(rows, ledger)
 
 
-def _shown(document: Rendered, tokenizer: Any) -> ShownDocument:
+def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:
     tokens = tokenizer.convert_ids_to_tokens(document.input_ids)
     supervised = [weight > 0 for weight in document.weights]
     return ShownDocument(document.source, document.input_ids, tokens, supervised, document.weights)
 
 
-def first_documents(bins: list[list[int]], count: int) -> list[list[int]]:
-    """The first bins, the last of them cut so that there are ``count`` documents in all."""
+def first_documents(sequences: list[list[int]], count: int) -> list[list[int]]:
+    """Returns the first packed sequences, the last of them cut so that there are ``count`` documents in all."""
     shown: list[list[int]] = []
-    for each in bins:
+    for each in sequences:
         if count <= 0:
             break
         shown.append(each[:count])

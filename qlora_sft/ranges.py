@@ -1,6 +1,7 @@
-"""Ranges of numbers, written beside their type: ``r: Annotated[int, Range(1, 4096)]``; the same for the command line.
+"""Define ranges of numbers that stand beside their type: ``r: Annotated[int, Range(1, 4096)]``.
 
-Every number of the configuration has one, so that a value without sense is refused before anything is loaded.
+Every number of the configuration and of the command line has one, so that a senseless value is refused before anything
+is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to ``high``; ``above``: without ``low`` itself; ``below``: without ``high``."""
+    """Holds the numbers from ``low`` to ``high``. ``above`` excludes ``low`` itself, ``below`` excludes ``high``."""
 
     low: float
     high: float
@@ -22,7 +23,7 @@ class Range:
     below: bool = False
 
     def fault(self, value: float) -> str:
-        """Returns what is wrong with ``value`` ("must be positive, got 0"); empty if it is in the range."""
+        """Returns what is wrong with ``value`` ("must be positive, got 0"), or an empty text if it is in the range."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number, got {value}"
         shown = f"got {value}" if isinstance(value, float) or value.bit_length() < 200 else "got far more"
@@ -41,11 +42,11 @@ class Range:
 
 
 Count = Annotated[int, Range(1, 10**9)]
-"""At least one of something; more than a billion is a slip of the keyboard."""
+"""Counts at least one thing; more than a billion is a slip of the keyboard."""
 CountOrNone = Annotated[int, Range(0, 10**9)]
-"""Zero stands for none."""
+"""Counts things; zero stands for none."""
 Factor = Annotated[float, Range(0, 1e6, above=True)]
-"""What something is multiplied by: positive, and small enough to be multiplied again."""
+"""Multiplies something: positive, and small enough to be multiplied again."""
 Gibibytes = Annotated[float, Range(0, 1e6, above=True)]
 
 
@@ -53,7 +54,7 @@ Gibibytes = Annotated[float, Range(0, 1e6, above=True)]
 
 
 def whole(low: int = 1, high: int = 10**9) -> Callable[[str], int]:
-    """Returns a type for argparse: whole numbers from ``low`` to ``high``."""
+    """Returns a type for argparse that takes whole numbers from ``low`` to ``high``."""
 
     def read(text: str) -> int:
         try:

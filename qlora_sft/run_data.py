@@ -1,6 +1,6 @@
-"""What a run is trained on, with the tokenizer, the chat template and the base that it is rendered for.
+"""Gather what a run is trained on, with the tokenizer, the chat template and the base that it is rendered for.
 
-`render_data` makes it from a configuration, `SavedText` renders it once more for a run that is finished.
+`render_data` makes it from a configuration; `SavedText` renders it once more for a finished run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,41 +23,47 @@ from qlora_sft.data.prepare import Prepared, render_rows, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
-from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
-from qlora_sft.model.load import resolve_base, saved_stops
+from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
-from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a run begins with beside its model."""
+    """Holds everything that a run begins with beside its model."""
 
     backend: Backend
     base: str
     """Folder or Hub id of the base model."""
-    tokenizer: Any
-    """As the adapter will carry it."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer as the adapter will carry it."""
     chat_format: ChatFormat
     train: Prepared
     held_out: Prepared
-    bins: list[list[int]]
+    sequences: list[list[int]]
     """Packed sequences in training order, as indices into `documents`."""
     removed: list[Removed]
 
     @property
     def documents(self) -> Chain:
-        """The training documents of all sources, one after the other."""
+        """Returns the training documents of all sources, one after the other."""
         return self.train.all_documents
 
 
 def checked_base(config: Config) -> str:
-    """Folder or Hub id of the base. Raises `ConfigError` where the settings do not go with its config.json."""
+    """Returns the folder or Hub id of the base.
+
+    Raises `ConfigError` if the settings do not go with its config.json.
+    """
     with every_fault(config):
         base = resolve_base(config.model.path)
         check_base(config, base)
@@ -68,18 +74,20 @@ def checked_base(config: Config) -> str:
 def render_data(
     config: Config, sources: RunSources, base: str, backend: Backend, say: Say, day: date | None = None
 ) -> RunData:
-    """Renders and packs the rows of ``sources``, or takes them from the cache. Raises `ConfigError` or `DataError`.
+    """Renders and packs the rows of ``sources``, or takes them from the cache.
 
-    ``day``: what a template writes as today's date; default: today.
+    day: what a template writes as today's date; default: today.
+
+    Raises `ConfigError` or `DataError`.
     """
     tokenizer = load_tokenizer(config.model, base, say)
-    chat = chat_format(tokenizer, stop_ids(config.model, base, tokenizer), config.model.chat_template, day)
+    chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
-    train, held_out, bins = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
+    train, held_out, sequences = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
-    return RunData(backend, base, tokenizer, chat, train, held_out, bins, sources.removed)
+    return RunData(backend, base, tokenizer, chat, train, held_out, sequences, sources.removed)
 
 
 # ------------------------------------------------------------------ of a finished run
@@ -87,23 +95,23 @@ def render_data(
 
 @dataclass(frozen=True)
 class SavedText:
-    """How a finished run, or a model folder, writes text."""
+    """Says how a finished run, or a model folder, writes text."""
 
-    tokenizer: Any
-    """As it was saved."""
-    training_tokenizer: Any
-    """The same with the eos token that it had while the training data was rendered."""
-    stops: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer as it was saved."""
+    training_tokenizer: PreTrainedTokenizerBase
+    """The same tokenizer with the eos token that it had while the training data was rendered."""
+    stop_token_ids: frozenset[int]
     """Token ids at which the model stops."""
     template: str | None = None
-    """The template that its configuration names in place of the tokenizer's own."""
+    """The template that the configuration names in place of the tokenizer's own."""
     day: date | None = None
-    """The date that its template wrote in training, if it writes one."""
+    """The date that the template wrote in training, if it writes one."""
 
     @property
     def chat_format(self) -> ChatFormat:
-        """As it was trained. Raises `DataError` if there is no chat template."""
-        return chat_format(self.training_tokenizer, self.stops, self.template, self.day)
+        """Returns the chat format of the training. Raises `DataError` if there is no chat template."""
+        return choose_chat_format(self.training_tokenizer, self.stop_token_ids, self.template, self.day)
 
     def render(self, config: Config, sources: Sequence[SourceConfig]) -> Prepared:
         """Renders all rows of ``sources`` as training did. Raises `DataError`."""
@@ -111,27 +119,27 @@ class SavedText:
         return render_sources(read, config.data, self.training_tokenizer, self.chat_format)
 
     def documents(self, config: Config, sources: Sequence[SourceConfig]) -> Iterator[Rendered]:
-        """The same, one document of every source in turn, rendered as they are taken."""
+        """Yields documents as `render` makes them, one of every source in turn, rendered as they are taken."""
         read = read_sources(list(sources), config.seed)
         each = (render_rows(source, config.data, self.training_tokenizer, self.chat_format) for source in read)
         return (document for group in zip_longest(*each) for document in group if document is not None)
 
 
 def saved_text(path: Path) -> SavedText:
-    """Of the run or the model in the folder ``path``."""
+    """Returns how the run or the model in the folder ``path`` writes text."""
     from transformers import AutoTokenizer
 
     if not is_run(path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        return SavedText(tokenizer, tokenizer, frozenset(saved_stops(path, tokenizer)))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        return SavedText(tokenizer, tokenizer, frozenset(saved_stop_token_ids(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    own, stops = _before_end_turns(tokenizer, run.base), frozenset(saved_stops(path, tokenizer))
-    return SavedText(tokenizer, own, stops, run.model.chat_template, kept_day(path))
+    own, stop_token_ids = _before_end_turns(tokenizer, run.base), frozenset(saved_stop_token_ids(path, tokenizer))
+    return SavedText(tokenizer, own, stop_token_ids, run.model.chat_template, kept_day(path))
 
 
-def _before_end_turns(tokenizer: Any, base: str) -> Any:
-    """A copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced at the end."""
+def _before_end_turns(tokenizer: PreTrainedTokenizerBase, base: str) -> PreTrainedTokenizerBase:
+    """Returns a copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced."""
     from transformers import AutoTokenizer
 
     try:

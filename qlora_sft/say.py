@@ -1,4 +1,4 @@
-"""Where a command reports what it decides and why: standard error, so that stdout holds results only."""
+"""Report what a command decides and why on standard error, so that stdout holds results only."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ Say = Callable[[str], None]
 
 
 def tell(text: str) -> None:
+    """Prints ``text`` to standard error at once."""
     print(text, file=sys.stderr, flush=True)

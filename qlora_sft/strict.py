@@ -1,7 +1,7 @@
-"""Text into dataclasses, strictly: YAML and ``key.sub=value``; unknown keys, wrong types, numbers out of range, missing
-values.
+"""Build dataclasses strictly from YAML and ``key.sub=value``.
 
-Every problem is noted, none raised, each with its file, its key and the nearest valid name.
+Unknown keys, wrong types, numbers out of range and missing values are noted, each with its file, its key and the
+nearest valid name. None of them is raised here.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from typing import Annotated, Any, Literal
 
+from qlora_sft.json_types import JsonObject
 from qlora_sft.ranges import Range
 from qlora_sft.yaml_text import YamlFault, read_yaml
 
 
-def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], problems: list[str]) -> None:
-    """``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
+def apply_override(tree: JsonObject, override: str, origin: dict[str, str], problems: list[str]) -> None:
+    """Writes ``a.b.0.c=value`` into the nested tree; list items are addressed by their index."""
     key, equals, text = override.lstrip("-").partition("=")
     source = f"override {override!r}"
     if not equals or not key:
@@ -56,11 +57,11 @@ def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str], 
 
 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
-    """Dataclass ``kind`` from ``tree``; None (with problems noted) if anything in it is wrong."""
+    """Returns the dataclass ``kind`` made from ``tree``; None, with the problems noted, if anything in it is wrong."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind, include_extras=True)
     before = len(problems)
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for key, value in tree.items():
         where = f"{prefix}{key}"
         if key not in fields:
@@ -74,8 +75,9 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
 
 
 def build_rest(kind: Any, tree: Any) -> Any:
-    """Returns a dataclass ``kind`` of what is right in ``tree``; None if a key that it needs is wrong or missing."""
-    values: dict[str, Any] = {}
+    """Returns the dataclass ``kind`` made from what is right in ``tree``; None if a key
+    that it needs is wrong or missing."""
+    values: JsonObject = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key in hints:
@@ -95,7 +97,8 @@ def build_rest(kind: Any, tree: Any) -> Any:
         return None
 
 
-def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
+def _convert(hint: object, value: object, where: str, file: str, origin: dict[str, str], problems: list[str]) -> object:
+    """Returns ``value`` as the type ``hint`` has it; None, with the problem noted, if it is of no such type."""
     source = origin.get(where, file)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     lists = [option for option in options if typing.get_origin(option) is list]
@@ -108,10 +111,10 @@ def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str
     for option in options:
         bare, limits = _bare(option)
         if _matches(bare, value):
-            fault = limits.fault(value) if limits else ""
+            fault = limits.fault(value) if limits and isinstance(value, int | float) else ""
             if fault:
                 problems.append(f"{source}: {where} {fault}")
-            return float(value) if bare is float and not fault else value
+            return float(value) if bare is float and not fault and isinstance(value, int) else value
     choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
     hint_text = did_you_mean(str(value), choices) if choices else ""
     expected = " or ".join(_describe(_bare(option)[0]) for option in options)
@@ -121,7 +124,7 @@ def _convert(hint: Any, value: Any, where: str, file: str, origin: dict[str, str
     return None
 
 
-def _bare(option: Any) -> tuple[Any, Range | None]:
+def _bare(option: object) -> tuple[object, Range | None]:
     """Returns the type without its annotation, and the range that the annotation gives."""
     if typing.get_origin(option) is not Annotated:
         return option, None
@@ -129,7 +132,7 @@ def _bare(option: Any) -> tuple[Any, Range | None]:
     return bare, next((extra for extra in extras if isinstance(extra, Range)), None)
 
 
-def ranges(kind: Any) -> Iterator[tuple[str, Any, Range | None]]:
+def ranges(kind: type) -> Iterator[tuple[str, object, Range | None]]:
     """Yields name, type and range of every field of the dataclass ``kind`` that is a number (or empty)."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -138,8 +141,8 @@ def ranges(kind: Any) -> Iterator[tuple[str, Any, Range | None]]:
                 yield name, bare, limits
 
 
-def range_faults(section: Any) -> Iterator[tuple[str, str]]:
-    """Yields name and fault of every number in ``section``, a dataclass, that is out of its range."""
+def range_faults(section: object) -> Iterator[tuple[str, str]]:
+    """Yields name and fault of every number of the dataclass ``section`` that is out of its range."""
     for name, _, limits in ranges(type(section)):
         value = getattr(section, name)
         fault = limits.fault(value) if limits and value is not None else ""
@@ -147,7 +150,7 @@ def range_faults(section: Any) -> Iterator[tuple[str, str]]:
             yield name, fault
 
 
-def _matches(option: Any, value: Any) -> bool:
+def _matches(option: object, value: object) -> bool:
     if typing.get_origin(option) is Literal:
         return value in typing.get_args(option)
     if option is type(None):
@@ -161,12 +164,13 @@ def _matches(option: Any, value: Any) -> bool:
     return isinstance(option, type) and isinstance(value, option)
 
 
-def did_you_mean(name: str, names: typing.Iterable[Any]) -> str:
+def did_you_mean(name: str, names: typing.Iterable[object]) -> str:
+    """Returns a hint at the name that is closest to ``name``, or an empty text if none is close."""
     close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _describe(option: Any) -> str:
+def _describe(option: object) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(option)))
     if typing.get_origin(option) is list:
@@ -175,12 +179,18 @@ def _describe(option: Any) -> str:
         return "a section of texts"
     if dataclasses.is_dataclass(option):
         return "a section with keys"
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
+    names: dict[object, str] = {
+        str: "a text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "empty",
+    }
     return names.get(option, str(option))
 
 
-def _number_hint(value: Any, options: list[Any]) -> str:
-    """A text that looks like a number, where one is wanted: why YAML did not take it for one."""
+def _number_hint(value: object, options: Sequence[object]) -> str:
+    """Returns why YAML took a text that looks like a number for a text, where a number is wanted."""
     if not isinstance(value, str) or not {int, float} & set(options):
         return ""
     if re.fullmatch(r"[-+]?0[0-9_]+", value):
@@ -190,13 +200,13 @@ def _number_hint(value: Any, options: list[Any]) -> str:
     return " (without quotes)" if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) else ""
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of many digits"
     text = repr(value) if not isinstance(value, list | dict) else kind_of(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def kind_of(value: Any) -> str:
-    names = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
+def kind_of(value: object) -> str:
+    names: dict[type, str] = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Paths and text files that people write, with errors that name the file and the cure."""
+"""Read paths and text files that people write, with errors that name the file and the cure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_sft.errors import ConfigError, DataError
 
 
 def as_path(text: str, error: type[ConfigError | DataError] = ConfigError) -> Path:
-    """Returns the path with ``~`` written out. Raises ``error`` for one that no file can have."""
+    """Returns the path with ``~`` expanded. Raises ``error`` for a text that cannot be a path."""
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -22,7 +22,7 @@ def as_path(text: str, error: type[ConfigError | DataError] = ConfigError) -> Pa
 
 
 def read_text(path: Path) -> str:
-    """Returns what stands in ``path``, without a byte order mark. Raises `ConfigError`."""
+    """Returns the text in ``path`` without a byte order mark. Raises `ConfigError`."""
     try:
         raw = path.read_bytes()
     except OSError as error:

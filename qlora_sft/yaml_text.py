@@ -1,14 +1,13 @@
-"""YAML as people mean it -> nested dicts and lists, in which nothing is replaced, shared or reinterpreted.
+"""Read YAML as people mean it, into nested dicts and lists in which nothing is replaced, shared or reinterpreted.
 
-YAML 1.1, which PyYAML reads, has surprises that cost a run: of two keys of one name the first is gone without a word,
-``2e-4`` is a text, ``on`` is true, ``0512`` is 330, ``1:30`` is 90, and two uses of an anchor are one object, so that
-an override of one changes both.
+YAML 1.1, which PyYAML reads, has surprises that cost a run. Of two equal keys the first is lost in silence; ``2e-4`` is
+a text, ``on`` is true, ``0512`` is 330 and ``1:30`` is 90. Two uses of an anchor are one object, so that an override of
+one changes both.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, ScalarNode
@@ -31,10 +30,13 @@ _REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_PLAIN, "timestamp", "val
 
 
 class YamlFault(ValueError):
-    """What is wrong with a YAML text: ``faults`` are (line or 0, what); ``tree`` is what it says if all that is wrong
-    with it are keys that stand twice, with the last of each."""
+    """Says what is wrong with a YAML text.
 
-    def __init__(self, faults: list[tuple[int, str]], tree: Any = None):
+    ``faults`` holds pairs of a line (or 0) and what is wrong there. ``tree`` is the content if the only faults are keys
+    that stand twice; the last of each counts.
+    """
+
+    def __init__(self, faults: list[tuple[int, str]], tree: object = None):
         super().__init__("; ".join(text for _, text in faults))
         self.faults, self.tree = faults, tree
 
@@ -51,8 +53,8 @@ class _Loader(yaml.SafeLoader):
         self.open: list[str | None] = []
         """The anchors of what is being composed."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses an alias inside of what it stands for."""
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Composes a node and refuses an alias inside of what it stands for."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.open:
             text = f"the anchor &{event.anchor} contains its own alias *{event.anchor}; write out what is meant"
@@ -63,8 +65,11 @@ class _Loader(yaml.SafeLoader):
         self.open.pop()
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Notes keys that stand twice. Later, when merged keys (``<<``) are among them, nobody could tell."""
+    def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> MappingNode:
+        """Composes a mapping and notes keys that stand twice.
+
+        Later, when merged keys (``<<``) are among them, they could not be told apart.
+        """
         node: MappingNode = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key, _ in node.value:
@@ -89,8 +94,8 @@ for _name, (_pattern, _first) in _PLAIN.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def read_yaml(text: str) -> Any:
-    """Returns what the text says. Raises `YamlFault` with all keys that stand twice, or the first other fault."""
+def read_yaml(text: str) -> object:
+    """Returns the content of ``text``. Raises `YamlFault` with all keys that stand twice, or the first other fault."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -113,8 +118,8 @@ def read_yaml(text: str) -> Any:
     return separate
 
 
-def write_yaml(tree: Any) -> str:
-    """Returns the text that `read_yaml` reads back to the same tree."""
+def write_yaml(tree: object) -> str:
+    """Returns a text that `read_yaml` reads back to the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -122,11 +127,11 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     return ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
 
 
-def _separate(tree: Any) -> Any:
+def _separate(tree: object) -> object:
     """Returns a copy in which every use of an anchor is an object of its own."""
     count = 0
 
-    def copied(value: Any) -> Any:
+    def copied(value: object) -> object:
         nonlocal count
         count += 1
         if count > _MOST_VALUES:

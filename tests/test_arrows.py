@@ -33,7 +33,7 @@ ORDER = (
     "config_data",
     "strict",
     "ranges yaml_text stopwatch download atomic",
-    "text cache say",
+    "text cache say json_types",
     "errors",
     "qlora_kernels",
 )

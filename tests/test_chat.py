@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from qlora_sft.chat.speaker import Messages, Said
-from qlora_sft.chat.terminal import Conversation, answer, chat, converse, tool_calls
+from qlora_sft.chat.terminal import ChatSession, answer, chat, converse, tool_calls
 from qlora_sft.errors import ConfigError, ContextFull, RunError
 
 
@@ -40,9 +40,9 @@ class Echo:
         return Said(text, self.ended)
 
 
-def talk(*typed: str, speaker: Any = None, conversation: Conversation | None = None) -> tuple[Any, str, list[str]]:
+def talk(*typed: str, speaker: Any = None, conversation: ChatSession | None = None) -> tuple[Any, str, list[str]]:
     speaker, shown, said = speaker or Echo(), [], []  # type: ignore[var-annotated]
-    converse(speaker, conversation or Conversation(), iter(typed), shown.append, said.append)
+    converse(speaker, conversation or ChatSession(), iter(typed), shown.append, said.append)
     return speaker, "|".join(shown), said
 
 
@@ -76,7 +76,7 @@ def test_a_full_context_is_said_and_costs_nothing() -> None:
     def full(*_: Any) -> Said:
         raise ContextFull("the conversation has 600 tokens, the context 512")
 
-    conversation = Conversation()
+    conversation = ChatSession()
     _, _, said = talk("a", "/reset", speaker=full, conversation=conversation)
     assert "600 tokens" in said[0]
     assert "/reset" in said[0]

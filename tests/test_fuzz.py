@@ -22,7 +22,7 @@ from qlora_sft.config import DataConfig, SourceConfig
 from qlora_sft.config_data import TrainSourceConfig
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.sources import read_sources
-from qlora_sft.data.template import chat_format
+from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import DataError
 
 FILES, RECIPES = 2000, 500
@@ -92,7 +92,7 @@ def damaged_files(count: int) -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.slow
 def test_damaged_files_are_used_or_refused(tokenizer: Any, own_tokenizer: Any, tmp_path: Path) -> None:
-    styles = [(each, chat_format(each)) for each in (tokenizer, own_tokenizer)]
+    styles = [(each, choose_chat_format(each)) for each in (tokenizer, own_tokenizer)]
     settings: list[dict[str, Any]] = [{}, {"format": "messages"}, {"supervise": "last"}, {"thinking": "on"}]
     said = []
     for number, (ending, content) in enumerate(damaged_files(FILES)):

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_sft.cli import main
 from qlora_sft.data.render import Rendered, render_conversation
-from qlora_sft.data.show import as_page, as_text, runs
+from qlora_sft.data.show import as_page, as_text, token_runs
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def test_json_says_token_by_token_what_is_supervised(recipe: Path, capsys: pytes
 
 
 def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first packed row of the preview is the first row of the run."""
+    """The first packed sequence of the preview is the first one of the run."""
     from tests_support import documents_of
 
-    from qlora_sft.data.prepare import plan_bins
+    from qlora_sft.data.prepare import plan_sequences
 
     config = make_config()
     documents = documents_of(config)
-    first = plan_bins(documents, config.data, config.training.epochs, config.seed)[0]
+    first = plan_sequences(documents, config.data, config.training.epochs, config.seed)[0]
     assert main(["preview", str(recipe), "--count", str(len(first)), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["ids"] for row in rows] == [documents[i].input_ids for i in first]
@@ -51,7 +51,7 @@ def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pyte
 def test_a_terminal_sees_green_and_dim_and_a_file_sees_brackets(tokenizer: Any) -> None:
     row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0.5}]}
     document = render_conversation(row, tokenizer, source="s")
-    assert [(run.text, run.weight) for run in runs(document, tokenizer)][-3:] == [
+    assert [(run.text, run.weight) for run in token_runs(document, tokenizer)][-3:] == [
         ("A", 0.5),
         ("<|im_end|>", 0.5),
         ("\n", 0.0),
@@ -75,7 +75,7 @@ def test_the_page_stands_alone_and_escapes_everything(tokenizer: Any) -> None:
 
 def test_every_token_is_shown_once(tokenizer: Any) -> None:
     document = Rendered([1, 520, 9531, 198, 57, 2, 198], [0, 0, 0, 0, 1, 1, 0], "s")
-    assert "".join(run.text for run in runs(document, tokenizer)) == tokenizer.decode(document.input_ids)
+    assert "".join(run.text for run in token_runs(document, tokenizer)) == tokenizer.decode(document.input_ids)
 
 
 def test_the_command_writes_the_page_and_nothing_else(recipe: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> int 
 
 def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48) -> tuple[Tensor, Tensor, float]:
     """(rows, their gradients, mean of their nll) in float64 for the first supervised rows."""
-    rows = labels.targets.rows[:count].long()
+    rows = labels.targets.positions[:count].long()
     x = hidden.detach()[rows].double().requires_grad_()
     logits = torch.cat([x @ part.double().t() for part in head.split(8192)], dim=1)
     nll = torch.nn.functional.cross_entropy(logits, labels.shifted[rows], reduction="sum")

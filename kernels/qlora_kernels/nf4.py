@@ -1,4 +1,4 @@
-"""A frozen weight in NF4, as bitsandbytes packs it, and its way back to a type that matrix products take.
+"""Holds a frozen weight in NF4, as bitsandbytes packs it, and turns it back into a type that matrix products take.
 
 ::
 
@@ -11,15 +11,21 @@ Source: QLoRA (https://arxiv.org/abs/2305.14314), section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 
 @dataclass(frozen=True)
 class NestedScales:
-    """What undoes the quantisation of the scales. absmax: float32, one per block of scales; code: float32 [256]."""
+    """Holds what undoes the quantisation of the scales.
+
+    absmax: float32, one per block of scales; code: float32 [256].
+    """
 
     absmax: Tensor
     code: Tensor
@@ -29,7 +35,7 @@ class NestedScales:
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A weight [out, in] in 4 bits.
+    """Holds a weight [out, in] in 4 bits.
 
     packed: uint8, two values per byte, out * in / 2 of them in row-major order (bitsandbytes' ``Params4bit.data``);
     absmax: [out * in / blocksize], float32, or uint8 with ``nested``; code: float32 [16]; dtype: the weight's own.
@@ -49,10 +55,11 @@ class NF4Weight:
         return self.packed.device
 
     @classmethod
-    def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> NF4Weight:
-        """From a quantised weight and its ``quant_state``, as ``Linear4bit.weight`` carries them. Copies nothing.
+    def from_bitsandbytes(cls, packed: Tensor, quant_state: QuantState) -> NF4Weight:
+        """Makes a weight of a quantised one and its ``quant_state``, as ``Linear4bit.weight`` carries them.
 
-        Raises ValueError for another 4-bit type, and for a weight repacked for bitsandbytes' CPU inference.
+        Nothing is copied. Raises ValueError for another 4-bit type, and for a weight repacked for bitsandbytes' CPU
+        inference.
         """
         if quant_state.quant_type != "nf4":
             raise ValueError(f"expected a weight in nf4, got {quant_state.quant_type}")
@@ -68,7 +75,7 @@ class NF4Weight:
         )
 
     def scales(self) -> Tensor:
-        """float32 [out * in / blocksize]"""
+        """Returns the scales in float32 [out * in / blocksize]."""
         if self.nested is None:
             return self.absmax.float()
         n = self.nested
@@ -80,7 +87,7 @@ class NF4Weight:
         return n.code.float()[self.absmax.int()] * n.absmax[block] + n.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out, in] in ``dtype`` (default: the weight's own)."""
+        """Returns the weight [out, in] in ``dtype`` (default: its own)."""
         dtype = dtype or self.dtype
         operators = bitsandbytes_operators("dequantize_4bit") if dtype.itemsize <= 4 else None
         if operators is None:
@@ -91,13 +98,16 @@ class NF4Weight:
         return cast(Tensor, dense)
 
     def dequantize_in_torch(self, dtype: torch.dtype) -> Tensor:
-        """The plain reference of `dequantize`, which takes 12 bytes of scratch per value."""
+        """Returns what `dequantize` does, in plain torch, which takes 12 bytes of scratch per value."""
         values = unpack(self.packed, self.code)[: self.shape[0] * self.shape[1]]
         scale = self.scales().repeat_interleave(self.blocksize)[: values.numel()]
         return (values * scale).view(self.shape).to(dtype)
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        """Rows of the weight, dequantised: [n, in] in its own type. Raises ValueError if a block spans two rows."""
+        """Returns some rows of the weight, dequantised: [n, in] in its own type.
+
+        Raises ValueError if a block spans two rows.
+        """
         count, width = self.shape
         if width % self.blocksize:
             raise ValueError(f"its width {width} is not a multiple of the block size {self.blocksize}")
@@ -151,12 +161,12 @@ class NF4Stack:
 
 
 def unpack(packed: Tensor, code: Tensor) -> Tensor:
-    """uint8 [..., n] -> float32 [..., 2 n]"""
+    """Returns the values of packed weights: uint8 [..., n] -> float32 [..., 2 n]."""
     code = code.to(packed.device, torch.float32)
     return torch.stack((code[(packed >> 4).int()], code[(packed & 15).int()]), dim=-1).flatten(-2)
 
 
 def bitsandbytes_operators(name: str) -> Any:
-    """bitsandbytes' own kernels where somebody has imported it (whoever holds its weights has), else None."""
+    """Returns bitsandbytes' kernels if they are loaded (whoever holds its weights has loaded them), else None."""
     operators = torch.ops.bitsandbytes
     return operators if hasattr(operators, name) else None

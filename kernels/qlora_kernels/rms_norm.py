@@ -1,4 +1,4 @@
-"""RMSNorm that keeps its input in the input's own type for its backward, and no copy of it in float32.
+"""Computes an RMSNorm that keeps its input in the input's own type for its backward, and no copy in float32.
 
 With w of D values, mean over a token's D values, everything in float32::
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Form = Literal["llama", "gemma"]
+NormFormula = Literal["llama", "gemma"]
 
 # Values of a block. On a CPU a float32 buffer of 1 MiB stays in the cache from one operation to the next: measured, at
 # 4096 x 576 in bfloat16 a forward and backward takes a third of its time in one piece; blocks an eighth as large take
@@ -34,8 +34,8 @@ CPU_BLOCK = 2**18
 GPU_BLOCK = 2**24
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "llama") -> Tensor:
-    """x [.., D], weight [D] -> [.., D], with gradients for x and, if it requires one, for the weight.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: NormFormula = "llama") -> Tensor:
+    """Normalises x [.., D] with weight [D] -> [.., D], with gradients for x and, if it requires one, for the weight.
 
     The result is of x's type; in the llama form, as in transformers, of the wider one of x's and the weight's.
     Raises ValueError for an unknown form and for a weight that does not fit.
@@ -49,15 +49,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "llama") -> 
     return cast(Tensor, _RMSNorm.apply(x, weight, eps, form))
 
 
-def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, form: Form = "llama") -> Tensor:
-    """The textbook, in x's own type throughout."""
+def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, form: NormFormula = "llama") -> Tensor:
+    """Computes the textbook norm in x's own type throughout."""
     n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return n * (weight if form == "llama" else 1 + weight)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> Tensor:
         y, root = normalised(x, weight, eps, form)
         ctx.save_for_backward(x, root, weight)
         ctx.form = form
@@ -83,8 +83,8 @@ class _RMSNorm(torch.autograd.Function):
         return of_x, None if dw is None else dw.to(weight.dtype), None, None
 
 
-def normalised(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
-    """(y [.., D], r [.., 1] in float32)"""
+def normalised(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:
+    """Returns (y [.., D], r [.., 1] in float32)."""
     # The order in which a sum runs may depend on strides: only rows that lie one after another are cut into blocks.
     if x.numel() <= block_values(x) or not x.is_contiguous():
         return one_block(x, weight, eps, form)
@@ -96,8 +96,8 @@ def normalised(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tenso
     return y.view(x.shape), root.view(*x.shape[:-1], 1)
 
 
-def one_block(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
-    """transformers' operations in transformers' order."""
+def one_block(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:
+    """Computes one block with transformers' operations, in transformers' order."""
     x32 = x.to(torch.float32)
     root = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     n = x32 * root
@@ -105,8 +105,11 @@ def one_block(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor
 
 
 def blocks(rows: Tensor) -> list[slice]:
-    """Of ``rows`` [t, D], parts of at most `block_values` (but a row at least), as equal as can be: a GPU sums a mere
-    handful of rows in another order, and a small rest would no longer give transformers' bits."""
+    """Cuts ``rows`` [t, D] into equal parts of at most `block_values` (but of one row at least).
+
+    They are as equal as can be, because a GPU sums a mere handful of rows in another order, and a small rest would no
+    longer give transformers' bits.
+    """
     count, width = rows.shape
     most = max(1, block_values(rows) // max(1, width))
     parts = -(-count // most)

@@ -1,4 +1,4 @@
-"""A conversation with a run, a model folder or a GGUF file."""
+"""Hold a conversation with a run, a model folder or a GGUF file."""
 
 from qlora_sft.chat.terminal import chat
 

@@ -1,6 +1,6 @@
-"""What can answer in a chat: a run's adapter or a model folder in transformers, a GGUF in llama.cpp.
+"""Open what can answer in a chat: a run's adapter or a model folder in transformers, a GGUF in llama.cpp.
 
-All three get their prompt from the same chat template, rendered here: llama.cpp's own chat endpoint sets
+All of them get their prompt from the same chat template, rendered here, because llama.cpp's own chat endpoint sets
 enable_thinking unasked.
 """
 
@@ -10,19 +10,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.chat.speaker import Messages, Said, Speaker, check_model
 from qlora_sft.errors import ConfigError, ContextFull, RunError
 from qlora_sft.run.folder import is_run
 
-# Of a model that could take more: its cache is memory, and a chat on the terminal is short.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A model that could take more is limited to this: the cache takes memory, and a chat on the terminal is short.
 LARGEST_CONTEXT = 8192
 
 
 @contextmanager
 def opened(path: Path, max_new_tokens: int) -> Iterator[Speaker]:
-    """Raises `ConfigError` for a path that is no model, `RunError` for one that cannot be loaded."""
+    """Opens the model at ``path``.
+
+    Raises `ConfigError` for a path that is no model, `RunError` for a model that cannot be loaded.
+    """
     check_model(path)
     if path.suffix == ".gguf":
         from qlora_sft.export.run_gguf import running
@@ -35,7 +42,11 @@ def opened(path: Path, max_new_tokens: int) -> Iterator[Speaker]:
 
 
 def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think: bool | None) -> str:
-    """The prompt for the next answer; ``tokens``: bos_token, eos_token and so on, as templates name them."""
+    """Returns the prompt for the next answer as text.
+
+    tokens: bos_token, eos_token and so on, by the names that templates use. Raises `RunError` if the template refuses
+    the conversation.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     mode = {} if think is None else {"enable_thinking": think}
@@ -52,27 +63,27 @@ def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think
 
 
 def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
-    """The adapter on its NF4 base as it was trained, or a merged model."""
+    """Answers with the adapter on its NF4 base, as it was trained, or with a merged model."""
     from transformers import AutoTokenizer
 
     from qlora_sft.model.load import load_for_inference
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
     model = load_for_inference(path)
-    stops = _stop_ids(model, tokenizer)
+    stop_token_ids = _stop_token_ids(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     def speak(messages: Messages, think: bool | None, show: Callable[[str], None], stopped: Callable[[], bool]) -> Said:
         text = prompt_text(messages, tokenizer.chat_template, tokenizer.special_tokens_map, think)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-        room = _room(inputs["input_ids"].shape[1], limit)
-        streamer = _Streamer(tokenizer, stops, show)
+        left = _tokens_left(inputs["input_ids"].shape[1], limit)
+        streamer = _Streamer(tokenizer, stop_token_ids, show)
         model.generate(
             **inputs,
-            max_new_tokens=min(max_new_tokens, room),
+            max_new_tokens=min(max_new_tokens, left),
             do_sample=False,
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
+            eos_token_id=sorted(stop_token_ids),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_token_ids),
             streamer=streamer,
             stopping_criteria=[lambda ids, _: stopped()],
         )
@@ -82,36 +93,39 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     return speak
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """A run's own have been put into the generation config by what loaded it."""
+def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the tokens that end an answer; those of a run were put into the generation config when it was loaded."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     return ids | {tokenizer.eos_token_id}
 
 
-def _room(prompt: int, limit: int) -> int:
+def _tokens_left(prompt: int, limit: int) -> int:
     if prompt >= limit:
         raise ContextFull(f"the conversation has {prompt:,} tokens, the model takes {limit:,}")
     return limit - prompt
 
 
 class _Streamer:
-    """Shows text as tokens come, control tokens of calls and thoughts included, but not the one that ends the turn."""
+    """Shows text as tokens come.
 
-    def __init__(self, tokenizer: Any, stops: set[int], show: Callable[[str], None]):
-        self.tokenizer, self.stops, self.show = tokenizer, stops, show
+    Control tokens of calls and thoughts are shown, but not the one that ends the turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: set[int], show: Callable[[str], None]):
+        self.tokenizer, self.stop_token_ids, self.show = tokenizer, stop_token_ids, show
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
         self._prompt = True
 
-    def put(self, value: Any) -> None:
-        """``value``: first the ids of the prompt [1, n], then one id at a time [1]."""
+    def put(self, value: Tensor) -> None:
+        """Takes the ids of the prompt [1, n] first, then one id at a time [1]."""
         if self._prompt:
             self._prompt = False
             return
         for token in value.flatten().tolist():
-            self.stopped |= token in self.stops
+            self.stopped |= token in self.stop_token_ids
             if not self.stopped:
                 self.ids.append(token)
         text = self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
@@ -133,17 +147,22 @@ class _Streamer:
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What a GGUF says of itself. ``tokens``: control tokens by the names templates use; ``adds_bos``: llama.cpp puts
-    bos before every prompt; ``context``: tokens to make room for."""
+    """Holds what a GGUF says of itself."""
 
     template: str
     tokens: dict[str, str]
+    """Control tokens by the names that templates use."""
     adds_bos: bool
+    """Whether llama.cpp puts bos before every prompt."""
     context: int
+    """Tokens that the server takes at most."""
 
 
 def gguf_facts(path: Path) -> GgufFacts:
-    """Raises `ConfigError` if there is no such file, `RunError` for one that is damaged or has no chat template."""
+    """Reads what the GGUF at ``path`` says of itself.
+
+    Raises `ConfigError` if there is no such file, `RunError` for one that is damaged or has no chat template.
+    """
     from gguf import GGUFReader
 
     from qlora_sft.export.as_trained import bos_first
@@ -154,7 +173,7 @@ def gguf_facts(path: Path) -> GgufFacts:
         reader: Any = GGUFReader(str(path))
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise RunError(f"{path}: not a whole GGUF file ({error})") from None
-    # Not the merges and scores, which take seconds and are not needed.
+    # Merges and scores are left out: reading them takes seconds, and nothing here needs them.
     fields = {
         name: field.contents()
         for name, field in reader.fields.items()

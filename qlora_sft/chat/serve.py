@@ -1,20 +1,20 @@
-"""``qlora-sft chat FILE.gguf --serve``: llama.cpp's server, which speaks OpenAI's protocol, on this machine only."""
+"""Serve a GGUF with llama.cpp's server, which speaks OpenAI's protocol, on this machine only."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.chat.models import gguf_facts
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.run_gguf import running
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say, tell
 
 
-def serve(gguf: Path, port: int, say: Say = tell, until: threading.Event | None = None) -> dict[str, Any]:
-    """Serves until Ctrl-C, SIGTERM or ``until``. ``port`` 0: any that is free.
+def serve(gguf: Path, port: int, say: Say = tell, until: threading.Event | None = None) -> JsonObject:
+    """Serves ``gguf`` until Ctrl-C, SIGTERM or ``until``. With ``port`` 0 any free port is taken.
 
     Raises `ConfigError` for anything but a GGUF, `RunError` if the port is taken or the file cannot be loaded.
     """

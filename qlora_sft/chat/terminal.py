@@ -1,4 +1,4 @@
-"""``qlora-sft chat``: a conversation on the terminal. What answers is opened in `models`."""
+"""Hold a conversation on the terminal (``qlora-sft chat``). What answers is opened in `models`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.chat.speaker import Messages, Speaker
 from qlora_sft.errors import ContextFull
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say, tell
 
 HELP = """/system TEXT   answer under this system text (without TEXT: under none)
@@ -25,8 +25,8 @@ HELP = """/system TEXT   answer under this system text (without TEXT: under none
 
 
 @dataclass
-class Conversation:
-    """What the next answer depends on."""
+class ChatSession:
+    """Holds what the next answer depends on."""
 
     system: str | None = None
     think: bool | None = None
@@ -34,6 +34,7 @@ class Conversation:
 
     @property
     def messages(self) -> Messages:
+        """Returns the system message, if there is one, and all turns."""
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
 
@@ -44,14 +45,14 @@ def chat(
     max_new_tokens: int = 512,
     *,
     show: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """One answer to ``message``, or a conversation until the end of input or ``/exit``. Answers are greedy.
+) -> JsonObject:
+    """Answers ``message``, or holds a conversation until the end of input or ``/exit``. Answers are greedy.
 
     ``show`` gets the answers piece by piece (default: stdout). Returns the whole conversation.
     """
     from qlora_sft.chat.models import opened
 
-    talk = Conversation(system)
+    talk = ChatSession(system)
     with opened(Path(model).expanduser(), max_new_tokens) as speaker:
         if message is not None:
             answer(speaker, talk, message, show or _on_stdout, raising=True)
@@ -61,7 +62,7 @@ def chat(
 
 
 def converse(
-    speaker: Speaker, talk: Conversation, typed: Iterator[str], show: Callable[[str], None], say: Say = tell
+    speaker: Speaker, talk: ChatSession, typed: Iterator[str], show: Callable[[str], None], say: Say = tell
 ) -> None:
     """Answers every line that was typed, and obeys commands, until ``/exit`` or the end of input."""
     for line in typed:
@@ -74,8 +75,8 @@ def converse(
             answer(speaker, talk, text, show, say)
 
 
-def command(talk: Conversation, text: str, say: Say) -> None:
-    """Everything but ``/exit``."""
+def command(talk: ChatSession, text: str, say: Say) -> None:
+    """Obeys a command; ``/exit`` is handled by `converse`."""
     name, _, rest = text.partition(" ")
     rest = rest.strip()
     modes = {"on": True, "off": False, "auto": None}
@@ -96,14 +97,14 @@ def command(talk: Conversation, text: str, say: Say) -> None:
 
 def answer(
     speaker: Speaker,
-    talk: Conversation,
+    talk: ChatSession,
     text: str,
     show: Callable[[str], None],
     say: Say = tell,
     raising: bool = False,
 ) -> None:
-    """Adds the question and its answer to the conversation; neither, if the question does not fit any more."""
-    question = {"role": "user", "content": text}
+    """Adds the question and its answer to the session; neither, if the question no longer fits the context."""
+    question: JsonObject = {"role": "user", "content": text}
     try:
         with interruptible() as stopped:
             said = speaker([*talk.messages, question], talk.think, show, stopped)
@@ -123,7 +124,7 @@ def answer(
 
 
 def tool_calls(text: str) -> list[str]:
-    """name(arguments) of every call in an answer, in the forms of the shipped templates."""
+    """Returns ``name(arguments)`` of every call in an answer, in the forms of the shipped templates."""
     blocks = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", text, flags=re.S)
     blocks += re.findall(r"^\s*(\{.*\})\s*$", text, flags=re.S)
     mistral = re.search(r"\[TOOL_CALLS\]\s*(\[.*\])", text, flags=re.S)
@@ -142,13 +143,13 @@ def tool_calls(text: str) -> list[str]:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """While it lasts, Ctrl-C sets what is yielded instead of ending the program; a second one ends it."""
+    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C ends the program."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
         return
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
@@ -161,7 +162,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def lines() -> Iterator[str]:
-    """What is typed, with a prompt and a history on a terminal; the lines of a pipe without either."""
+    """Yields what is typed. On a terminal there is a prompt and a history."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -1,11 +1,12 @@
-"""Tool calls and descriptions of tools, as people write them -> OpenAI's ``{type: function, function: {...}}``."""
+"""Convert tool calls and descriptions of tools, as people write them, to OpenAI's
+``{type: function, function: {...}}``."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from qlora_sft.data.conversation import FunctionCall, ToolCall
 from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, joined, kind, only, short, without
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _CALL_KEYS = {"id", "call_id", "tool_call_id", "type", "index", "function", "name", *_ARGUMENTS}
@@ -14,8 +15,11 @@ _SCHEMA = ("parameters", "input_schema", "inputSchema")
 _FUNCTION_KEYS = {"name", "description", *_SCHEMA}
 
 
-def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
-    """Tool calls, given as a list (or JSON text of one) of OpenAI calls or of bare ``{name, arguments}``."""
+def read_calls(calls: object, unused: set[str]) -> list[ToolCall]:
+    """Reads tool calls from a list, or the JSON text of one, of OpenAI calls or of bare ``{name, arguments}``.
+
+    Keys that hold something and are not used are added to ``unused``. Raises `DataError`.
+    """
     calls = anything(calls, "'tool_calls'")
     if calls is None:
         return []
@@ -24,8 +28,11 @@ def read_calls(calls: Any, unused: set[str]) -> list[dict[str, Any]]:
     return [read_call(call, unused) for call in calls]
 
 
-def read_call(call: Any, unused: set[str]) -> dict[str, Any]:
-    """One call, with its arguments as an object; no arguments are an empty one. Its id becomes a text."""
+def read_call(call: object, unused: set[str]) -> ToolCall:
+    """Reads one call. Its arguments become an object, which is empty if there are none; its id becomes a text.
+
+    Raises `DataError`.
+    """
     call = from_json_text(call, "a tool call")
     fields = _flat(call) if isinstance(call, dict) else {}
     name = fields.get("name")
@@ -37,25 +44,23 @@ def read_call(call: Any, unused: set[str]) -> dict[str, Any]:
         what = ", ".join(sorted(idle))
         raise DataError(f"the call of {name!r} has no 'arguments', but the {what}; rename or remove it")
     unused |= idle
-    # Of the two ids of OpenAI's newer form, results name the call_id.
+    # OpenAI's newer form has two ids; results name the call_id.
     given = only(fields, "call_id", "tool_call_id")
     identity = read_id(fields.get("id") if given is None else given, "the id of a tool call")
-    return {
-        **({"id": identity} if identity else {}),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    function: FunctionCall = {"name": name, "arguments": arguments}
+    call_read: ToolCall = {"type": "function", "function": function}
+    return {"id": identity, **call_read} if identity else call_read
 
 
-def read_id(value: Any, what: str) -> str | None:
-    """An id as a text: some files have numbers."""
+def read_id(value: object, what: str) -> str | None:
+    """Returns an id as a text, because some files have numbers; None if it is empty. Raises `DataError`."""
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise DataError(f"{what} has the wrong type: {value!r}; it must be a text or a whole number")
     return None if value in EMPTY else str(value)
 
 
-def _flat(call: dict[str, Any]) -> dict[str, Any]:
-    """The call's fields and those of its ``function`` in one; that may be its name alone, or JSON text."""
+def _flat(call: JsonObject) -> JsonObject:
+    """Returns the call's fields and those of its ``function`` in one; the latter may be a name alone, or JSON text."""
     function = call.get("function")
     if isinstance(function, str):
         function = from_json_text(function, "a tool call") if function.lstrip().startswith("{") else {"name": function}
@@ -64,8 +69,11 @@ def _flat(call: dict[str, Any]) -> dict[str, Any]:
     return joined(function, without(call, {"function", "type"}))
 
 
-def _arguments(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """OpenAI sends an empty text for a function without parameters; others null, or an empty list."""
+def _arguments(fields: JsonObject, name: str) -> JsonObject:
+    """Returns the arguments as an object.
+
+    OpenAI sends an empty text for a function without parameters; others send null or an empty list.
+    """
     what = f"the arguments of {name!r}"
     given = {key: anything(fields[key], f"{what}: the text") for key in _ARGUMENTS if key in fields}
     arguments = only(given, *_ARGUMENTS)
@@ -79,9 +87,12 @@ def _arguments(fields: dict[str, Any], name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ descriptions
 
 
-def read_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tool descriptions, given as a list or as JSON text; bare functions get OpenAI's ``{type, function}`` around them,
-    because that is how they arrive at inference. The schema stands under ``parameters``, where templates look."""
+def read_tools(tools: object) -> list[JsonObject]:
+    """Reads tool descriptions from a list or from JSON text.
+
+    Bare functions get OpenAI's ``{type, function}`` around them, because that is how they arrive at inference. The
+    schema stands under ``parameters``, where templates look for it. Raises `DataError`.
+    """
     tools = anything(tools, "'tools'")
     if tools is None:
         return []
@@ -90,21 +101,24 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
     return [_tool(from_json_text(tool, "one of 'tools'")) for tool in tools]
 
 
-def _tool(tool: Any) -> dict[str, Any]:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
+def _tool(tool: object) -> JsonObject:
+    fields: JsonObject = tool if isinstance(tool, dict) else {}
+    function = fields.get("function", fields)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"each of 'tools' needs a function with a 'name', got {short(tool)}")
-    if function is tool:
+    if function is fields:
         # OpenAI's flat form and Anthropic's say the type beside the name.
-        plain = tool.get("type") in (None, "function", "custom")
-        return {"type": "function", "function": _with_schema(without(tool, {"type"} if plain else set()))}
-    outside = {key: value for key, value in tool.items() if key in _FUNCTION_KEYS}
-    return {**without(tool, _FUNCTION_KEYS), "function": _with_schema(joined(function, outside))}
+        plain = fields.get("type") in (None, "function", "custom")
+        return {"type": "function", "function": _with_schema(without(fields, {"type"} if plain else set()))}
+    outside = {key: value for key, value in fields.items() if key in _FUNCTION_KEYS}
+    return {**without(fields, _FUNCTION_KEYS), "function": _with_schema(joined(function, outside))}
 
 
-def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The function with its schema as an object under ``parameters``, whatever it was called, and without one that is
-    null or an empty list, as without every other key that is null."""
+def _with_schema(function: JsonObject) -> JsonObject:
+    """Returns the function with its schema as an object under ``parameters``, whatever it was called.
+
+    A schema that is null or an empty list is removed, and so is every other key that is null.
+    """
     function = {key: value for key, value in function.items() if value is not None or key in _SCHEMA}
     what = f"the schema of the tool {function['name']!r}"
     given = {key: _schema(function[key], what) for key in _SCHEMA if key in function}
@@ -118,7 +132,7 @@ def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
     return {("parameters" if key == place else key): schema if key == place else kept[key] for key in kept}
 
 
-def _schema(value: Any, what: str) -> dict[str, Any] | None:
+def _schema(value: object, what: str) -> JsonObject | None:
     value = None if value == "" else from_json_text(value, what)
     if value is None or value == []:
         return None

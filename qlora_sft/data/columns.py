@@ -1,18 +1,22 @@
-"""``columns:`` of a source against the columns that its rows have: a mapping that does nothing is a mistake."""
+"""Compare ``columns:`` of a source with the columns that its rows have, because a mapping
+without effect is a mistake."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 
 from qlora_sft.config_data import FORMS, SourceConfig
-from qlora_sft.data.formats import Form
+from qlora_sft.data.formats import RowForm
 
-# Either may hold either kind of turn, so a mapping of one is as good as one of the other.
+# Both names may hold both kinds of turns, so either of them may be mapped.
 _TURNS = {"messages", "conversations"}
 
 
-def wrong_columns(source: SourceConfig, forms: list[Form], seen: set[str]) -> list[str]:
-    """What is wrong with the mapping: columns that no row has (``seen``), or that no form of the rows reads."""
+def wrong_columns(source: SourceConfig, forms: list[RowForm], seen: set[str]) -> list[str]:
+    """Returns what is wrong with the mapping: columns that no row has, or that no form of the rows reads.
+
+    seen: all columns of the rows.
+    """
     read = {ours for form in forms for group in FORMS[form.name] for ours in group}
     read |= _TURNS if read & _TURNS else set()
     problems = []

@@ -1,17 +1,19 @@
-"""Whether everything that a conversation says is in its rendering, each part where it belongs.
+"""Check that everything that a conversation says is in its rendering, each part where it belongs.
 
-A template that knows no tools or no reasoning leaves them out without a word, and the model would learn to answer
-without them.
+A template that knows no tools or no reasoning leaves them out in silence, and the model would learn to answer without
+them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
+from qlora_sft.data.conversation import Conversation, ToolCall, function_of
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 if TYPE_CHECKING:
     from qlora_sft.data.template import Span
@@ -20,9 +22,12 @@ _OPENED = re.compile(r"<think>\s*$")
 _CURE = "use one that knows it, e.g. model.chat_template=chatml-think"
 
 
-def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span]) -> None:
-    """Every message's text is in the rendering, every assistant turn's in its own span, with all of its calls and their
-    arguments, and so is what the tools are called and take; else `DataError`."""
+def check_nothing_lost(conversation: Conversation, text: str, spans: list[Span]) -> None:
+    """Raises `DataError` if something of the conversation is missing in its rendered ``text``.
+
+    Every message must be in the text. An assistant turn must be in its own span, with all of its calls and their
+    arguments. Names, descriptions and parameters of the tools must be there, too.
+    """
     # A reasoning inside the content may begin in the prompt.
     of_message = {span.message: _opener(text, span.start) + text[span.start : span.end] for span in spans}
     silent = is_silent(conversation)
@@ -38,7 +43,7 @@ def check_nothing_lost(conversation: dict[str, Any], text: str, spans: list[Span
         if lost:
             raise DataError(f"message {index} ({message['role']}): the chat template leaves out its {lost!r}; {_CURE}")
     for tool in conversation.get("tools") or []:
-        _check_tool(tool.get("function", tool), text)
+        _check_tool(function_of(tool), text)
 
 
 def _opener(text: str, start: int) -> str:
@@ -46,13 +51,13 @@ def _opener(text: str, start: int) -> str:
     return opened.group() if opened else ""
 
 
-def is_silent(conversation: dict[str, Any]) -> bool:
-    """Whether the conversation asks for answers without reasoning, so that the template leaves it out."""
+def is_silent(conversation: Conversation) -> bool:
+    """Says whether the conversation asks for answers without reasoning, so that the template leaves it out."""
     return (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether the text has it, as it is or as a JSON text: some templates write a tool's result so."""
+    """Says whether the text contains ``value`` as it is or as JSON, as some templates write a tool's result."""
     value = value.strip()
     return value in text or any(spelling in text for spelling in _as_json(value))
 
@@ -64,23 +69,24 @@ def _as_json(value: str) -> Iterator[str]:
     yield json.dumps(value)[1:-1]
 
 
-def _holds_calls(text: str, calls: list[dict[str, Any]]) -> bool:
-    """Whether all names are there, one behind the other, and all arguments."""
+def _holds_calls(text: str, calls: list[ToolCall]) -> bool:
+    """Says whether the text contains the names of all calls, in their order, and all arguments."""
     position = 0
     for call in calls:
-        function = call.get("function", call)
-        found = text.find(function["name"], position)
+        function = function_of(call)
+        name = str(function["name"])
+        found = text.find(name, position)
         if found < 0:
             return False
-        position = found + len(function["name"])
+        position = found + len(name)
         arguments = function.get("arguments")
         if not all(_holds(text, leaf) for leaf in _leaves(arguments if isinstance(arguments, dict) else {})):
             return False
     return True
 
 
-def _leaves(value: Any) -> Iterator[str]:
-    """Keys and values at any depth, as texts; what is spelled in several ways (true, None) is left out."""
+def _leaves(value: object) -> Iterator[str]:
+    """Yields keys and values at any depth, as texts, without those that have several spellings (true, None)."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
@@ -94,8 +100,8 @@ def _leaves(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _check_tool(function: dict[str, Any], text: str) -> None:
-    name, parameters = function.get("name", ""), function.get("parameters")
+def _check_tool(function: Mapping[str, object], text: str) -> None:
+    name, parameters = str(function.get("name", "")), function.get("parameters")
     if name not in text:
         raise DataError(f"the chat template leaves out the tool {name!r}; use model.chat_template=chatml-think")
     missing = next((word for word in _words(function.get("description")) if not _holds(text, word)), None)
@@ -109,12 +115,12 @@ def _check_tool(function: dict[str, Any], text: str) -> None:
         )
 
 
-def _words(description: Any) -> list[str]:
+def _words(description: object) -> list[str]:
     return re.findall(r"\w+", description) if isinstance(description, str) else []
 
 
-def _parameters(schema: Any) -> list[str]:
-    """The names of the parameters; some files have them without a schema around them."""
+def _parameters(schema: object) -> list[str]:
+    """Returns the names of the parameters; some files have them without a schema around them."""
     if not isinstance(schema, dict):
         return []
     properties = schema.get("properties")
@@ -123,12 +129,12 @@ def _parameters(schema: Any) -> list[str]:
     return [str(key) for key, value in schema.items() if isinstance(value, dict)] if "type" not in schema else []
 
 
-def unwritten_keys(tools: list[dict[str, Any]], text: str) -> set[str]:
-    """What the tools say beside names, descriptions and parameters, and the text has not."""
+def unwritten_keys(tools: list[JsonObject], text: str) -> set[str]:
+    """Returns the keys of the tools, beside names, descriptions and parameters, that are not in the text."""
     return {
         key
         for tool in tools
-        for fields in (tool, tool.get("function", {}))
+        for fields in (tool, function_of(tool))
         for key, value in fields.items()
         if key not in ("type", "function", "name", "description", "parameters")
         and not (f'"{key}"' in text and all(_holds(text, leaf) for leaf in _leaves(value)))

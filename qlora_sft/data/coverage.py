@@ -1,19 +1,25 @@
-"""Characters that a vocabulary cannot hold: a byte-level one that lacks some of the 256 bytes drops them without a
-word, others write their unknown token. Either way the model never learns what stood there."""
+"""Find characters that a vocabulary cannot represent.
+
+A byte-level vocabulary that lacks some of the 256 bytes drops them in silence; others write their unknown token. Either
+way the model never learns what stood there.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Lost = dict[str, int]
-"""Character -> how often it is lost."""
+"""Maps a character to how often it is lost."""
 
 
-def lost_characters(texts: Iterable[str], tokenizer: Any) -> Lost:
-    """Which characters of the texts no token can spell, and how often they stand there; usually none.
+def lost_characters(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Lost:
+    """Returns the characters of the texts that no token can represent, and how often they occur; usually none.
 
     Each character is tried once per tokenizer; afterwards a text costs one pass over it.
     """
@@ -27,21 +33,24 @@ def lost_characters(texts: Iterable[str], tokenizer: Any) -> Lost:
 
 
 def describe_lost(lost: Lost) -> str:
-    """``𝕏 (U+1D54F) 3 times, ...``: the five most frequent."""
+    """Returns the five most frequent lost characters as text: ``𝕏 (U+1D54F) 3 times, ...``."""
     ranked = sorted(lost.items(), key=lambda item: -item[1])
     shown = [f"{c if c.isprintable() else ''} (U+{ord(c):04X}) {n} times".lstrip() for c, n in ranked[:5]]
     return ", ".join(shown) + (f" and {len(ranked) - 5} more kinds" if len(ranked) > 5 else "")
 
 
 @lru_cache(maxsize=8)
-def _known(tokenizer: Any) -> dict[str, bool]:
-    """Character -> whether the vocabulary holds it; filled as they come."""
+def _known(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Returns the map from a character to whether the vocabulary has it, which is filled as characters come."""
     return {}
 
 
-def _holds(character: str, tokenizer: Any) -> bool:
-    """Whether something of it is left between two letters. That it comes back changed (another form of a space) is the
-    tokenizer's normalisation, and no loss; half of its bytes is one."""
+def _holds(character: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether something of the character is left when it is encoded between two letters.
+
+    If it comes back changed (as another form of a space), that is the tokenizer's normalisation and no loss. If only
+    half of its bytes come back, it is lost.
+    """
     if character.isascii() and character.isalnum():
         return True
     ids = tokenizer(f"a{character}a", add_special_tokens=False)["input_ids"]

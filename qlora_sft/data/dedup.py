@@ -1,7 +1,7 @@
-"""Rows that occurred before, and rows that give away an evaluation: found, dropped and reported.
+"""Drop and report rows that occurred before, and rows that give away an evaluation.
 
-Exact duplicates by hash, near duplicates by MinHash (Jaccard similarity of word shingles, estimated from 128 minima),
-contamination by runs of words in common with evaluation files. The first occurrence stays.
+Exact duplicates are found by hash, near duplicates by MinHash (Jaccard similarity of word shingles, estimated from 128
+minima), contamination by word n-grams in common with evaluation files. The first occurrence stays.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.sources import Source, open_evaluation, place
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say
 
 SIMILARITY = 0.8
-"""Jaccard similarity from which two conversations are near duplicates."""
+"""Jaccard similarity from which two conversations count as near duplicates."""
 _SHINGLE = 5
 _PERMUTATIONS = 128
 _WORD = re.compile(r"\w+")
@@ -29,7 +30,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Removed:
-    """One dropped row, why, and what it matched (file:line)."""
+    """Names one dropped row, why it was dropped, and what it matched (file:line)."""
 
     source: str
     place: str
@@ -40,15 +41,15 @@ class Removed:
 def clean_sources(
     sources: list[Source], config: DataConfig, say: Say = lambda _: None
 ) -> tuple[list[Source], list[Removed]]:
-    """The sources without contaminated rows and duplicates, and what was removed.
+    """Returns the sources without contaminated rows and duplicates, and what was removed.
 
     Raises `DataError` if nothing of a source is left, or if an evaluation file cannot be read.
     """
     removed: list[Removed] = []
     if config.decontaminate:
-        known = evaluation_runs(config.decontaminate, config.decontaminate_words, say)
+        known = evaluation_ngrams(config.decontaminate, config.decontaminate_words, say)
         sources, found = _drop(
-            sources, lambda row, _: shared_run(row, known, config.decontaminate_words), "contaminated"
+            sources, lambda row, _: shared_ngram(row, known, config.decontaminate_words), "contaminated"
         )
         say(
             report(
@@ -68,7 +69,7 @@ def clean_sources(
 
 
 def report(removed: list[Removed], what: str) -> str:
-    """Text: how many rows of which source, with the first three matches of each."""
+    """Returns a text that says how many rows of which source were dropped, with the first three matches of each."""
     lines = [f"{what}: {len(removed):,} rows dropped"]
     by_source: dict[str, list[Removed]] = {}
     for each in removed:
@@ -80,7 +81,7 @@ def report(removed: list[Removed], what: str) -> str:
 
 
 def removed_lines(removed: list[Removed]) -> str:
-    """All of it as JSON Lines."""
+    """Returns all removed rows as JSON Lines."""
     return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in removed)
 
 
@@ -88,7 +89,7 @@ def removed_lines(removed: list[Removed]) -> str:
 
 
 def exact_finder() -> Callable[[Conversation, str], str | None]:
-    """A function (row, its place) -> place of the first row with the same text, or None."""
+    """Returns a function from a row and its place to the place of the first row with the same text, or None."""
     seen: dict[bytes, str] = {}
 
     def find(row: Conversation, where: str) -> str | None:
@@ -100,7 +101,10 @@ def exact_finder() -> Callable[[Conversation, str], str | None]:
 
 
 def near_finder() -> Callable[[Conversation, str], str | None]:
-    """A function (row, its place) -> place of the first similar row, or None. Only rows that stay are compared with."""
+    """Returns a function from a row and its place to the place of the first similar row, or None.
+
+    Only rows that are kept are compared with. Raises `DataError` if datasketch is not installed.
+    """
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
@@ -130,11 +134,12 @@ def near_finder() -> Callable[[Conversation, str], str | None]:
 # ------------------------------------------------------------------ contamination
 
 
-def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) -> dict[int, str]:
-    """Hash of every run of ``length`` words in any text of the evaluation files -> file:line of its first occurrence.
+def evaluation_ngrams(paths: list[str], length: int, say: Say = lambda _: None) -> dict[int, str]:
+    """Returns the hash of every n-gram of ``length`` words in the evaluation files, with file:line of its first
+    occurrence.
 
-    The rows may have any form; every text in them counts. Texts shorter than a run cannot be recognised by it, and are
-    counted and printed.
+    The rows may have any form; every text in them counts. Texts shorter than an n-gram cannot be recognised, and are
+    counted and printed. Raises `DataError`.
     """
     known: dict[int, str] = {}
     for label, read, _ in (part for path in paths for part in open_evaluation(path)):
@@ -142,25 +147,25 @@ def evaluation_runs(paths: list[str], length: int, say: Say = lambda _: None) ->
         for line, row, fault in read():
             if fault is not None:
                 raise DataError(f"{label}:{line}: {fault}")
-            for runs in (set(_runs(text, length)) for text in _texts(row)):
+            for ngrams in (set(_ngrams(text, length)) for text in _texts(row)):
                 texts += 1
-                short += not runs
-                for run in runs:
-                    known.setdefault(run, f"{label}:{line}")
+                short += not ngrams
+                for ngram in ngrams:
+                    known.setdefault(ngram, f"{label}:{line}")
         say(f"decontaminate: {label}: {texts:,} texts, {short:,} of them shorter than {length} words and not compared")
     return known
 
 
-def shared_run(row: Conversation, known: dict[int, str], length: int) -> str | None:
-    """file:line of the evaluation row that the first shared run of words comes from; system prompts do not count."""
+def shared_ngram(row: Conversation, known: dict[int, str], length: int) -> str | None:
+    """Returns file:line of the evaluation row that the first shared n-gram comes from; system prompts do not count."""
     for text in _spoken(row):
-        for run in _runs(text, length):
-            if run in known:
-                return known[run]
+        for ngram in _ngrams(text, length):
+            if ngram in known:
+                return known[ngram]
     return None
 
 
-def _runs(text: str, length: int) -> Iterator[int]:
+def _ngrams(text: str, length: int) -> Iterator[int]:
     words = list(_words(text))
     for start in range(len(words) - length + 1):
         # Python's own hash of texts differs from process to process, which is no matter within one.
@@ -193,18 +198,21 @@ def _drop(
     return left, removed
 
 
-def _content(row: Conversation) -> dict[str, Any]:
-    """What is learned from: not where it stood, nor how much it counts."""
+def _content(row: Conversation) -> JsonObject:
+    """Returns what is learned from a row, without its place and its weight."""
     if "text" in row:
         return {"text": row["text"]}
     keys = ("role", "content", "reasoning", "tool_calls", "name")
-    messages = [{key: message[key] for key in keys if key in message} for message in row["messages"]]
+    messages = [{key: value for key, value in message.items() if key in keys} for message in row["messages"]]
     return {"messages": messages, **{key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}}
 
 
 def _spoken(row: Conversation) -> Iterator[str]:
-    """What is said in it. System prompts and tool descriptions are shared by many rows, and would make short questions
-    with different answers look alike."""
+    """Yields what is said in a row.
+
+    System prompts and tool descriptions are left out. Many rows share them, and short questions with different answers
+    would look alike.
+    """
     if "text" in row:
         yield row["text"]
     for message in row.get("messages", []):
@@ -213,7 +221,7 @@ def _spoken(row: Conversation) -> Iterator[str]:
             yield from _texts([message["content"], message.get("reasoning", ""), calls])
 
 
-def _normalised(value: Any) -> Any:
+def _normalised(value: object) -> object:
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFC", value).split())
     if isinstance(value, list):
@@ -221,7 +229,7 @@ def _normalised(value: Any) -> Any:
     return {key: _normalised(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):

@@ -1,7 +1,7 @@
-"""Rendered documents on disk: written as they come, then mapped into memory and read one by one.
+"""Keep rendered documents on disk: write them as they come, then map them into memory and read them one by one.
 
-A token in Python lists takes some 40 bytes, so a data set of a gigabyte would take tens of them. Here it takes 12, on
-disk, and what is in memory is what the system keeps of the file while there is room.
+A token in Python lists takes some 40 bytes, so a data set of a gigabyte would take tens of them. Here a token takes 12
+bytes on disk, and the system keeps in memory as much of the file as it has space for.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import IO, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_sft.cache import scratch_file
 from qlora_sft.data.render import Rendered
 
+Number = TypeVar("Number", bound=np.generic)
 # Documents whose weights are looked at together.
 _AT_ONCE = 4096
 
 
 class _Numbered(Sequence[Rendered]):
-    """Indices, negative ones and slices, on top of ``at``."""
+    """Adds indices, negative ones and slices included, to a class that has ``at``."""
 
     @abstractmethod
     def at(self, number: int) -> Rendered:
-        """The document at ``number``, which is in range."""
+        """Returns the document at ``number``, which is in range."""
 
     @overload
     def __getitem__(self, index: int) -> Rendered: ...
@@ -41,10 +43,13 @@ class _Numbered(Sequence[Rendered]):
 
 
 class Documents(_Numbered):
-    """The documents of one source: ``ids`` int32 [T] and ``weights`` float64 [T] of all of them behind one another
-    (usually memory-mapped), ``bounds`` int64 [D + 1]."""
+    """Holds the documents of one source.
 
-    def __init__(self, source: str, ids: Any, weights: Any, bounds: Any):
+    ids int32 [T] and weights float64 [T] of all documents one after the other (usually memory-mapped), bounds int64 [D
+    + 1].
+    """
+
+    def __init__(self, source: str, ids: NDArray[np.int32], weights: NDArray[np.float64], bounds: NDArray[np.int64]):
         self.source = source
         self.ids, self.weights, self.bounds = ids, weights, bounds
 
@@ -57,7 +62,7 @@ class Documents(_Numbered):
 
 
 class Chain(_Numbered):
-    """The documents of several sources, one source after the other."""
+    """Joins the documents of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Rendered]]):
         self.parts = [part for part in parts if len(part)]
@@ -76,9 +81,9 @@ class Chain(_Numbered):
 
 
 class Writer:
-    """Takes the documents of one source as they are rendered, and gives them back as `Documents`.
+    """Takes the documents of one source as they are rendered, and returns them as `Documents`.
 
-    They go from disk with the last who refers to them.
+    The files are deleted when nothing refers to the documents any more.
     """
 
     def __init__(self, source: str):
@@ -102,7 +107,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of each document: its source, tokens, supervised tokens, and the sum of their weights."""
+    """Holds source, tokens, supervised tokens and sum of weights of each document."""
 
     source: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -111,7 +116,7 @@ class Sizes:
 
 
 def sizes(documents: Sequence[Rendered]) -> Sizes:
-    """One pass over all of them, a part in memory at a time."""
+    """Returns the sizes of all documents, in one pass that has a part of them in memory at a time."""
     result = Sizes()
     for part in documents.parts if isinstance(documents, Chain) else [documents]:
         if isinstance(part, Documents):
@@ -137,8 +142,8 @@ def _add_mapped(part: Documents, result: Sizes) -> None:
             column.extend(np.diff(running[bounds - bounds[0]]).tolist())
 
 
-def _mapped(file: Any, dtype: Any) -> Any:
-    """The numbers in the file, mapped; it has no name, so it goes when nobody refers to them any more."""
+def _mapped(file: IO[bytes], dtype: np.dtype[Number]) -> NDArray[Number]:
+    """Returns the numbers in a nameless file, mapped; the file is deleted when nothing refers to them any more."""
     file.flush()
-    # Nothing can be mapped of an empty file.
+    # An empty file cannot be mapped.
     return np.memmap(file, dtype, mode="r") if file.tell() else np.empty(0, dtype)

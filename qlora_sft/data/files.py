@@ -1,10 +1,10 @@
-"""Files -> rows, one after the other: (line, row, fault).
+"""Read files into rows, one after the other: (line, row, fault).
 
-Nothing here holds a file in memory but ``.json``, which has no rows until its last bracket. JSONL is deliberately not
-turned into an Arrow table: Arrow gives every struct of a column the same fields, so that each tool call would get the
-arguments of all others (as nulls), and its parser knows neither the line nor the column of a fault. Reading it again
+Only ``.json`` files are held in memory, because they have no rows before their last bracket. JSONL is deliberately not
+turned into an Arrow table. Arrow gives every struct of a column the same fields, so that each tool call would get the
+arguments of all others (as nulls), and its parser knows neither the line nor the column of a fault. Reading JSONL again
 line by line costs 10 to 20 microseconds a row and no memory, which is what memory-mapping is for. Parquet is Arrow
-already: it is memory-mapped, read batch by batch, and the nulls that it had to fill in are taken out again.
+already: it is memory-mapped and read batch by batch, and the nulls that it had to fill in are removed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ from qlora_sft.data.misread import (
     wrong_separator,
 )
 from qlora_sft.errors import DataError, first_line
+from qlora_sft.json_types import JsonObject
 
 Rows = Iterator[tuple[int, Any, str | None]]
-"""Line (or number) of a row, the row, and None; or the line, None, and what is wrong with it."""
+"""Yields the line (or number) of a row, the row, and None; or the line, None, and what is wrong with it."""
 
 
 def read_rows(path: Path) -> Rows:
-    """Every row of a file, whatever its kind. Raises `DataError` with file and cure if it cannot be read at all."""
+    """Yields every row of a file of any known kind.
+
+    Raises `DataError` with file and cure if it cannot be read at all.
+    """
     reader = READERS.get(kind_of(path))
     if reader is None:
         known = ", ".join(READERS)
@@ -55,7 +59,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how to read it: ``a.jsonl.gz`` -> ``.jsonl``."""
+    """Returns the ending that says how to read a file: ``.jsonl`` for ``a.jsonl.gz``."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in (".gz", ".zst"):
         # A Parquet file is compressed inside; around it there is nothing to memory-map.
@@ -64,7 +68,8 @@ def kind_of(path: Path) -> str:
 
 
 def text_layout(path: Path) -> str:
-    """How a .txt file separates its documents: ``blank lines`` if text stands on both sides of one, else ``lines``.
+    """Returns how a .txt file separates its documents: ``blank lines`` if text stands on both sides of one, else
+    ``lines``.
 
     One document per line is what corpora of raw text usually are; blank lines are the only sign of the other habit.
     """
@@ -97,8 +102,8 @@ def _jsonl(path: Path) -> Rows:
                 yield line, row, fault
 
 
-def _parsed(text: str) -> tuple[Any, str | None]:
-    """(the row, None), or (None, what is wrong with it)."""
+def _parsed(text: str) -> tuple[object, str | None]:
+    """Returns the row and None, or None and what is wrong with it."""
     try:
         row = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
@@ -112,8 +117,9 @@ def _parsed(text: str) -> tuple[Any, str | None]:
     return (None, broken) if broken else (row, None)
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's parser would keep the last of two keys of one name and lose the first without a word."""
+def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
+    """Returns the pairs as a dict. Raises ValueError for two equal keys, of which JSON's
+    parser would keep the last in silence."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -121,8 +127,8 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _check_first_line(path: Path, row: Any, fault: str | None) -> None:
-    """Raises `DataError` if the first line shows that the file as a whole is no JSON Lines."""
+def _check_first_line(path: Path, row: object, fault: str | None) -> None:
+    """Raises `DataError` if the first line shows that the file as a whole is not JSON Lines."""
     why = list_in_a_line(row)
     if fault is not None:
         with _open(path) as file:
@@ -132,7 +138,7 @@ def _check_first_line(path: Path, row: Any, fault: str | None) -> None:
 
 
 def _json(path: Path) -> Rows:
-    """A list of rows, or an object with one list of them; rows are counted from 1."""
+    """Yields the rows of a list, or of an object with one list of them; rows are counted from 1."""
     with _open(path) as file:
         content = file.read()
     try:
@@ -172,7 +178,10 @@ def _json(path: Path) -> Rows:
 
 
 def _csv(path: Path) -> Rows:
-    """One row per record, named by the first; its line is where it begins (a quoted text may have many)."""
+    """Yields one row per record, with columns named by the first.
+
+    The line of a row is where it begins, because a quoted text may have many lines.
+    """
     csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
     with _open(path) as file:
         lines = _good_lines(path, file)
@@ -196,7 +205,7 @@ def _csv(path: Path) -> Rows:
 
 
 def _text(path: Path) -> Rows:
-    """Documents as `text_layout` finds them, each with the line it begins in."""
+    """Yields documents as `text_layout` separates them, each with the line in which it begins."""
     by_line = text_layout(path) == "lines"
     with _open(path) as file:
         begin, collected = 0, []
@@ -239,8 +248,11 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without its null fields: Arrow cannot tell them from absent ones, and has filled most of them in."""
+def without_nulls(value: object) -> object:
+    """Returns the value without its null fields.
+
+    Arrow cannot tell them from absent ones, and has filled most of them in.
+    """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -262,7 +274,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _decoded(file: IO[bytes]) -> Iterator[tuple[int, str, str | None]]:
-    """Lines as text, each decoded alone, so that a wrong byte is found in its line."""
+    """Yields lines as text, each decoded alone, so that a wrong byte is found in its line."""
     for line, raw in enumerate(file, start=1):
         try:
             yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8"), None
@@ -271,6 +283,7 @@ def _decoded(file: IO[bytes]) -> Iterator[tuple[int, str, str | None]]:
 
 
 def _good_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    """Yields lines as text. Raises `DataError` at the first one that is faulty."""
     for line, text, fault in _decoded(file):
         if fault:
             raise DataError(f"{path}:{line}: {fault}")

@@ -1,4 +1,4 @@
-"""A row with more tokens than fit: dropped, shortened, split or refused, and counted in any case."""
+"""Drop, shorten, split or refuse a row that has more tokens than fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qlora_sft.config_data import Overlong
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import DataError
 
@@ -22,13 +22,15 @@ def fit(
     overlong: Overlong,
     render: Callable[[Conversation], Rendered],
 ) -> list[Rendered] | str:
-    """Documents of at most ``max_length`` tokens, or the reason why there is none.
+    """Returns documents of at most ``max_length`` tokens, or the reason why there is none.
 
-    A row without a single supervised token is dropped: a step made of such rows would learn nothing and report a loss
-    of zero.
-    A plain text is split into consecutive pieces. A conversation is dropped; or loses its earliest turns until it
-    fits (``truncate_left_turns``; the system message stays, and it begins with a user's turn), or its last tokens
-    (``truncate``). ``render`` renders a shortened conversation. ``overlong: error`` raises `DataError`.
+    A row without a supervised token is dropped: a step made of such rows would learn nothing and report a loss of zero.
+
+    A longer plain text is split into consecutive pieces. A longer conversation is dropped, or it loses its earliest
+    turns until it fits (``truncate_left_turns``; the system message stays, and the rest begins with a user's turn), or
+    it loses its last tokens (``truncate``). ``overlong: error`` raises `DataError`.
+
+    render: renders a shortened conversation.
     """
     length = len(document.input_ids)
     if not any(document.weights[1:]):
@@ -49,7 +51,10 @@ def fit(
 
 
 def _pieces(document: Rendered, max_length: int) -> list[Rendered]:
-    """Nothing predicts the first token of a piece, so a last piece of one token would train nothing."""
+    """Splits a plain text into pieces of at most ``max_length`` tokens.
+
+    A last piece of one token is left out, because nothing predicts the first token of a piece.
+    """
     pieces = [
         replace(
             document,

@@ -1,25 +1,20 @@
-"""Rows in any of the usual forms (see `forms`) -> conversations."""
+"""Convert rows in any of the usual forms (see `forms`) to conversations."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from qlora_sft.config_data import FORMS
 from qlora_sft.data.calls import read_tools
-from qlora_sft.data.forms import Form as Form
+from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.forms import RowForm as RowForm
 from qlora_sft.data.forms import detect as detect
-from qlora_sft.data.messages import MESSAGE_KEYS, Message, read_message
+from qlora_sft.data.messages import MESSAGE_KEYS, read_message
 from qlora_sft.data.parts import text_of_blocks
 from qlora_sft.data.prerendered import ends_a_turn, refuse_rendered_prompt
 from qlora_sft.data.thinking import has_lone_close
 from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
 from qlora_sft.data.values import EMPTY, anything, from_json_text, idle_keys, kind
 from qlora_sft.errors import DataError
-
-Conversation = dict[str, Any]
-"""``messages``: list of {role, content, reasoning?, tool_calls?, name?, tool_call_id?, train?, weight?}; ``tools``?;
-``chat_template_kwargs``?; ``paired``? (every tool result stands behind its call); or else ``text``; and ``file`` and
-``line``: where it stood (the row's number in files without lines), with ``notes``? (what is remarkable about it)."""
+from qlora_sft.json_types import JsonList, JsonObject
 
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -30,11 +25,11 @@ _SHAREGPT_ROLES = {
 _SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 
 
-def convert(row: dict[str, Any], form: Form, unused: set[str], notes: set[str] | None = None) -> Conversation:
-    """The row as a conversation (without file and line).
+def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | None = None) -> Conversation:
+    """Returns the row as a conversation, without file and line.
 
-    What holds something and is not used (columns, keys of messages) is added to ``unused``, what is remarkable and no
-    fault to ``notes``. Raises `DataError` naming the fault and its cure.
+    Columns and message keys that hold something and are not used are added to ``unused``; remarkable facts that are not
+    faults are added to ``notes``. Raises `DataError` naming the fault and its cure.
     """
     needed, optional = FORMS[form.name]
     missing = [column for column in form.needs() if row.get(column) is None]
@@ -56,8 +51,8 @@ def convert(row: dict[str, Any], form: Form, unused: set[str], notes: set[str] |
     return _conversation(messages, values, form, unused, set() if notes is None else notes)
 
 
-def _tools(row: dict[str, Any], column: str, used: set[str]) -> Any:
-    """What the tools column holds, or else the functions, as OpenAI called them once, if that is what they are."""
+def _tools(row: JsonObject, column: str, used: set[str]) -> object:
+    """Returns the content of the tools column, or of OpenAI's older column of functions if it describes some."""
     tools = anything(row.get(column), "'tools'")
     try:
         functions = anything(row.get("functions"), "'functions'")
@@ -71,7 +66,7 @@ def _tools(row: dict[str, Any], column: str, used: set[str]) -> Any:
     return functions if tools is None and described else tools
 
 
-def _refuse_preferences(row: dict[str, Any], used: set[str]) -> None:
+def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
     chosen = row.get("chosen")
     if "chosen" not in used and isinstance(chosen, str | list | dict) and chosen:
         raise DataError(
@@ -80,8 +75,9 @@ def _refuse_preferences(row: dict[str, Any], used: set[str]) -> None:
         )
 
 
-def convert_noting(row: dict[str, Any], form: Form) -> Conversation:
-    """`convert` with what is remarkable about the row, keys that are not used among it, under ``notes``."""
+def convert_noting(row: JsonObject, form: RowForm) -> Conversation:
+    """Converts the row as `convert` does and keeps what is remarkable about it, unused
+    keys included, under ``notes``."""
     unused: set[str] = set()
     notes: set[str] = set()
     conversation = convert(row, form, unused, notes)
@@ -93,7 +89,7 @@ CURE = "set format: and columns: of the source"
 
 
 def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
-    """A row's own ``enable_thinking`` is stronger than its source's."""
+    """Returns the conversation with its source's ``enable_thinking``, unless the row has its own."""
     if thinking == "auto" or "messages" not in conversation:
         return conversation
     kwargs = {"enable_thinking": thinking == "on", **(conversation.get("chat_template_kwargs") or {})}
@@ -101,7 +97,7 @@ def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
 
 
 def _conversation(
-    messages: list[Message], values: dict[str, Any], form: Form, unused: set[str], notes: set[str]
+    messages: list[Message], values: JsonObject, form: RowForm, unused: set[str], notes: set[str]
 ) -> Conversation:
     system = _system(values.get("system"), unused)
     if system:
@@ -133,8 +129,8 @@ def _conversation(
     return conversation
 
 
-def _system(system: Any, unused: set[str]) -> str:
-    """The system column: a text, or Anthropic's list of text blocks."""
+def _system(system: object, unused: set[str]) -> str:
+    """Returns the text of the system column: a text, or Anthropic's list of text blocks."""
     if system in EMPTY:
         return ""
     if not isinstance(system, str | list):
@@ -145,11 +141,11 @@ def _system(system: Any, unused: set[str]) -> str:
 # ------------------------------------------------------------------ one reader per form
 
 
-def _from_messages(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
+def _from_messages(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     return _messages(values["messages"], form.column("messages"), form, unused)
 
 
-def _messages(turns: Any, column: str, form: Form, unused: set[str]) -> list[Message]:
+def _messages(turns: object, column: str, form: RowForm, unused: set[str]) -> list[Message]:
     result = []
     for index, turn in enumerate(_list_of_turns(turns, column)):
         try:
@@ -159,7 +155,7 @@ def _messages(turns: Any, column: str, form: Form, unused: set[str]) -> list[Mes
     return result
 
 
-def _from_sharegpt(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
+def _from_sharegpt(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
     result: list[Message] = []
     for index, turn in enumerate(_list_of_turns(values["conversations"], form.column("conversations"))):
         try:
@@ -175,14 +171,17 @@ def _from_sharegpt(values: dict[str, Any], form: Form, unused: set[str]) -> list
 
 
 def _words_before_a_call(words: Message, call: Message) -> bool:
-    """Whether both are one turn of the assistant: what its call adds is the call, and its loss is as theirs."""
+    """Says whether a text and the tool call after it are one turn of the assistant.
+
+    They are if the second has nothing but its call and both have the same weight in the loss.
+    """
     if not (words["role"] == call["role"] == "assistant" and "tool_calls" in call and "tool_calls" not in words):
         return False
     alike = all(words.get(key) == call.get(key) for key in ("train", "weight", "name"))
     return alike and not call["content"] and "reasoning" not in call
 
 
-def _sharegpt_turn(turn: Any, unused: set[str]) -> Message:
+def _sharegpt_turn(turn: object, unused: set[str]) -> JsonObject:
     if not isinstance(turn, dict):
         raise DataError(f"expected an object with 'from' and 'value', got {kind(turn)}")
     role = _SHAREGPT_ROLES.get(str(turn.get("from")))
@@ -198,18 +197,23 @@ def _sharegpt_turn(turn: Any, unused: set[str]) -> Message:
     return {"role": "assistant", "content": "", **kept, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-def _from_alpaca(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
-    """The question: instruction, blank line, input. ``history`` holds earlier [question, answer] pairs."""
+def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
+    """Reads an Alpaca row. The question is instruction, blank line, input; ``history``
+    holds earlier [question, answer] pairs."""
     messages = []
     history = anything(values.get("history"), "'history'") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError("'history' must be a list of [question, answer] pairs")
     for question, answer in history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    asked: list[str] = []
     for key in ("instruction", "input"):
-        if values[key] is not None and not isinstance(values[key], str):
-            raise DataError(f"{form.column(key)!r} must be a text, got {kind(values[key])}")
-    question = "\n\n".join(text for text in (values["instruction"], values["input"]) if text)
+        text = values[key]
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{form.column(key)!r} must be a text, got {kind(text)}")
+        if text:
+            asked.append(text)
+    question = "\n\n".join(asked)
     refuse_rendered_prompt(question, form.column("instruction"))
     if not question.strip():
         raise DataError(f"{form.column('instruction')!r} is empty; fill it in or remove the row")
@@ -217,15 +221,20 @@ def _from_alpaca(values: dict[str, Any], form: Form, unused: set[str]) -> list[M
     return _messages(messages, form.column("output"), form, unused)
 
 
-def _from_pair(values: dict[str, Any], form: Form, unused: set[str]) -> list[Message]:
-    """Only the completion is supervised: assistant turns of the prompt get ``train: false`` if they have none."""
+def _from_pair(values: JsonObject, form: RowForm, unused: set[str]) -> list[Message]:
+    """Reads a prompt and its completion.
+
+    Only the completion is supervised: assistant turns of the prompt get ``train: false`` if they do not say otherwise.
+    """
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"{form.column('prompt')!r} is empty; use format: text to train on texts without a question")
     if isinstance(prompt, str):
         refuse_rendered_prompt(prompt, form.column("prompt"))
     before = _side(prompt, "user", form.column("prompt"), form, unused)
-    earlier = [{"train": False, **message} if message["role"] == "assistant" else message for message in before]
+    earlier: list[Message] = [
+        {"train": False, **message} if message["role"] == "assistant" else message for message in before
+    ]
     after = _side(completion, "assistant", form.column("completion"), form, unused)
     if after[: len(before)] == before:
         raise DataError(
@@ -235,7 +244,7 @@ def _from_pair(values: dict[str, Any], form: Form, unused: set[str]) -> list[Mes
     return earlier + after
 
 
-def _side(value: Any, role: str, column: str, form: Form, unused: set[str]) -> list[Message]:
+def _side(value: object, role: str, column: str, form: RowForm, unused: set[str]) -> list[Message]:
     turns = value if isinstance(value, list) else [{"role": role, "content": value}]
     try:
         return _messages(turns, column, form, unused)
@@ -254,7 +263,7 @@ _READERS = {
 # ------------------------------------------------------------------ looking at a row
 
 
-def _list_of_turns(turns: Any, column: str) -> list[Any]:
+def _list_of_turns(turns: object, column: str) -> JsonList:
     turns = from_json_text(turns, repr(column))
     if not isinstance(turns, list) or not turns:
         got = "an empty list" if turns == [] else kind(turns)

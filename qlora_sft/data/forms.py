@@ -1,4 +1,4 @@
-"""The forms that rows have, and how one is recognised.
+"""Recognise the form of a row.
 
 - ``messages``: ``{messages: [{role, content, ...}], tools?, system?, chat_template_kwargs?}``
 - ``sharegpt``: ``{conversations: [{from, value}], tools?, system?}``
@@ -10,19 +10,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from qlora_sft.config_data import FORMS
 from qlora_sft.data.values import from_json_text
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 # Column names that leave no doubt about which is the question and which the answer.
 _PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"), ("problem", "solution"))
 
 
 @dataclass(frozen=True)
-class Form:
-    """How rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
+class RowForm:
+    """Says how rows are read: one of `FORMS`, and which column holds what (``columns[ours] = theirs``)."""
 
     name: str
     columns: dict[str, str] = field(default_factory=dict)
@@ -30,13 +30,15 @@ class Form:
     """Whether ``<think>`` in an answer is its reasoning, and not a text like any other."""
 
     def column(self, ours: str) -> str:
+        """Returns the column of the rows that holds what we call ``ours``."""
         return self.columns.get(ours, ours)
 
     def needs(self) -> list[str]:
+        """Returns the columns that every row must have."""
         return [self.column(ours) for ours in FORMS[self.name][0]]
 
     def describe(self) -> str:
-        """``sharegpt (conversations: from/value)``: the form and its mapping, for people."""
+        """Returns the form and its mapping for people: ``sharegpt (conversations: from/value)``."""
         column = self.column
         mapping = {
             "messages": f"{column('messages')}: role/content",
@@ -48,30 +50,34 @@ class Form:
         return f"{self.name} ({mapping[self.name]})"
 
 
-def detect(row: dict[str, Any], columns: dict[str, str] | None = None) -> Form | None:
-    """The form of a row, from its columns (renamed by ``columns``) and what they hold; None if it has none.
+def detect(row: JsonObject, columns: dict[str, str] | None = None) -> RowForm | None:
+    """Returns the form of a row, judged by its columns (renamed by ``columns``) and what they hold; None if it has
+    none.
 
-    The order decides: a row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
-    many published sets have it, is taken for the first of the two, and the other column is reported as unused.
+    The order decides. A row with ``messages`` and ``prompt``, or with ``instruction`` and the rendered ``text``, as
+    many published sets have it, has the first of the two forms, and the other column is reported as unused.
     """
     columns = dict(columns or {})
     for name, ours, theirs in (("messages", "messages", "conversations"), ("sharegpt", "conversations", "messages")):
         # Either name is in use with either kind of turn; the keys of the turn decide.
         for column in dict.fromkeys((columns.get(ours, ours), columns.get(theirs, theirs))):
             if _turn_form(row.get(column), default=name if column == ours else "") == name:
-                return Form(name, {**_without(columns, theirs), **({ours: column} if column != ours else {})})
+                return RowForm(name, {**_without(columns, theirs), **({ours: column} if column != ours else {})})
     for name in ("alpaca", "prompt_completion"):
-        if _has(row, form := Form(name, columns)):
+        if _has(row, form := RowForm(name, columns)):
             return form
     for prompt, completion in _PAIRS if not columns else ():
-        if _has(row, form := Form("prompt_completion", {"prompt": prompt, "completion": completion})):
+        if _has(row, form := RowForm("prompt_completion", {"prompt": prompt, "completion": completion})):
             return form
-    return form if _has(row, form := Form("text", columns)) else None
+    return form if _has(row, form := RowForm("text", columns)) else None
 
 
-def _turn_form(turns: Any, default: str) -> str:
-    """``messages`` or ``sharegpt`` for a list of turns (or JSON text of one), by the keys of its first turn;
-    ``default`` for an empty list, and "" for what is no list."""
+def _turn_form(turns: object, default: str) -> str:
+    """Returns ``messages`` or ``sharegpt`` for a list of turns (or its JSON text), judged by the keys of its first
+    turn.
+
+    An empty list gives ``default``; anything but a list gives an empty text.
+    """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             turns = from_json_text(turns, "")
@@ -84,7 +90,7 @@ def _turn_form(turns: Any, default: str) -> str:
     return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] and "role" not in turns[0] else "messages"
 
 
-def _has(row: dict[str, Any], form: Form) -> bool:
+def _has(row: JsonObject, form: RowForm) -> bool:
     return all(row.get(column) is not None for column in form.needs())
 
 

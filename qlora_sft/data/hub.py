@@ -1,5 +1,8 @@
-"""Hugging Face data sets -> rows: from the Arrow files that `datasets` keeps in its cache and memory-maps, of a stream
-from a file of our own."""
+"""Read Hugging Face data sets as rows.
+
+They are read from the Arrow files that `datasets` keeps in its cache and memory-maps; a stream is read from a file of
+our own.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_sft.cache import scratch_file
 from qlora_sft.config_data import SourceConfig
 from qlora_sft.data.files import Rows, without_nulls
 from qlora_sft.errors import DataError
 
+DatasetRows = Iterable[object]
+"""The rows of a data set, to be iterated over as often as wanted."""
+Loaded = TypeVar("Loaded")
 
-def open_dataset(source: SourceConfig, folder: Path | None) -> tuple[str, Any]:
-    """Label and rows (iterable) of ``owner/name[:configuration]`` on the Hub, or of a local folder laid out like one.
+
+def open_dataset(source: SourceConfig, folder: Path | None) -> tuple[str, DatasetRows]:
+    """Returns label and rows of ``owner/name[:configuration]`` on the Hub, or of a local folder laid out like one.
 
     The first ``max_rows`` rows of a stream are written to disk as they come. Raises `DataError`.
     """
@@ -31,31 +38,31 @@ def open_dataset(source: SourceConfig, folder: Path | None) -> tuple[str, Any]:
             )
         return str(folder), datasets.load_from_disk(str(folder))
 
-    def load() -> Any:
-        loaded = _load(source, folder, split)
+    def load() -> DatasetRows:
+        loaded: DatasetRows = _load(source, folder, split)
         return _Stored(islice(loaded, source.max_rows)) if source.streaming else loaded
 
     return label, _reached(load, label, source)
 
 
-def open_splits(source: SourceConfig) -> list[tuple[str, Any]]:
-    """(label, rows) of every split of a data set of the Hub but ``train``; of that if there is no other."""
+def open_splits(source: SourceConfig) -> list[tuple[str, DatasetRows]]:
+    """Returns label and rows of every split of a data set of the Hub but ``train``, or of that if there is no other."""
     splits = _reached(lambda: _load(source, None, None), source.path, source)
     chosen = [name for name in splits if name != "train"] or list(splits)
     return [(f"{source.path}[{name}]", splits[name]) for name in chosen]
 
 
-def dataset_rows(dataset: Any) -> Rows:
-    """Rows of a loaded data set, counted from 1."""
-    rows: Iterator[Any] = iter(dataset)
-    for number, row in enumerate(rows, start=1):
+def dataset_rows(dataset: DatasetRows) -> Rows:
+    """Yields the rows of a loaded data set, counted from 1."""
+    for number, row in enumerate(dataset, start=1):
         yield number, without_nulls(row), None
 
 
 class _Stored:
-    """Rows that come once, to be iterated over as often as wanted, from a file and not from memory."""
+    """Stores rows that come only once, so that they can be iterated over repeatedly, from
+    a file and not from memory."""
 
-    def __init__(self, rows: Iterable[Any]):
+    def __init__(self, rows: DatasetRows):
         self._file = scratch_file()
         self._starts = [0]
         for row in rows:
@@ -63,7 +70,7 @@ class _Stored:
             self._file.write(json.dumps(row, default=str).encode() + b"\n")
             self._starts.append(self._file.tell())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for start in self._starts[:-1]:
             self._file.seek(start)  # another iteration may be under way
             yield json.loads(self._file.readline())
@@ -78,7 +85,7 @@ def _load(source: SourceConfig, folder: Path | None, split: str | None) -> Any:
     )
 
 
-def _reached(load: Callable[[], Any], label: str, source: SourceConfig) -> Any:
+def _reached(load: Callable[[], Loaded], label: str, source: SourceConfig) -> Loaded:
     import datasets
     import huggingface_hub.errors
 
@@ -90,7 +97,7 @@ def _reached(load: Callable[[], Any], label: str, source: SourceConfig) -> Any:
 
 
 def _reason(error: Exception, source: SourceConfig) -> str:
-    """What went wrong and what to do, by what `datasets` 4 says; its own words stand in brackets."""
+    """Returns what went wrong and what to do, judged by the message of `datasets` 4, which is quoted in brackets."""
     said = " ".join(str(error).split())[:300]
     name, _, configuration = source.path.partition(":")
     if "onfig name is missing" in said:

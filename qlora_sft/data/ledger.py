@@ -1,4 +1,4 @@
-"""What became of every row: kept, shortened, dropped for which reason, and how much of it is supervised."""
+"""Account for every row: kept, shortened, dropped for which reason, and how much of it is supervised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_sft.data.coverage import describe_lost
 
 @dataclass
 class Drop:
-    """Rows to which one thing happened: how many, and the first three (file:line)."""
+    """Counts rows to which one thing happened, and keeps the place (file:line) of the first three."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
@@ -26,14 +26,14 @@ class Drop:
 
 @dataclass
 class Note(Drop):
-    """Kept rows of which one thing is remarkable, and how often it occurs in all of them."""
+    """Counts kept rows that have one remarkable thing, and how often it occurs in all of them."""
 
     times: int = 0
 
 
 @dataclass
 class SourceLedger:
-    """What became of the rows of one source: ``read`` = ``not_drawn`` + rows of all ``dropped`` + ``kept``."""
+    """Accounts for the rows of one source: ``read`` = ``not_drawn`` + rows of all ``dropped`` + ``kept``."""
 
     path: str
     files: list[str] = field(default_factory=list)
@@ -44,13 +44,13 @@ class SourceLedger:
     kept: int = 0
     """Rows that are trained on, whole or shortened."""
     shortened: int = 0
-    """Kept rows that were truncated, or split in several documents."""
+    """Kept rows that were truncated, or split into several documents."""
     lost: dict[str, int] = field(default_factory=dict)
-    """Characters that the vocabulary cannot hold, and how many of each the kept rows have."""
+    """Characters that the vocabulary cannot represent, and how many of each the kept rows have."""
     lost_in: Drop = field(default_factory=Drop)
-    """The kept rows that have some."""
+    """The kept rows that have such characters."""
     notes: dict[str, Note] = field(default_factory=dict)
-    """What is remarkable about kept rows and no fault: keys that were not used, calls without results, ..."""
+    """Remarkable facts about kept rows that are not faults: unused keys, calls without results, ..."""
     tokens: int = 0
     supervised: int = 0
     p50: int = 0
@@ -61,13 +61,14 @@ class SourceLedger:
 
     @property
     def share(self) -> float:
+        """Returns the share of tokens that are supervised."""
         return self.supervised / self.tokens if self.tokens else 0.0
 
     def drop(self, reason: str, places: list[str]) -> None:
         self.dropped.setdefault(reason, Drop()).add(places)
 
     def note(self, notes: dict[str, int], place: str) -> None:
-        """Notes what is remarkable about a kept row, and how often it occurs there."""
+        """Notes remarkable facts about a kept row, and how often each occurs there."""
         for what, times in notes.items():
             note = self.notes.setdefault(what, Note())
             note.add([place])
@@ -81,7 +82,7 @@ class SourceLedger:
 
 
 def ledger_table(ledger: dict[str, SourceLedger]) -> str:
-    """The ledger as text: a line per source, and one per reason for which rows were dropped."""
+    """Returns the ledger as text: a line per source, and one per reason for which rows were dropped."""
     lines = [
         f"{'source':<16}{'read':>9}{'kept':>9}{'dropped':>9}{'tokens':>13}{'supervised':>20}"
         f"{'p50':>7}{'p95':>7}{'p99':>7}{'longest':>9}"

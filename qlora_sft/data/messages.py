@@ -1,20 +1,19 @@
-"""One message of a chat, as people write it -> the one shape the rest of the package knows.
+"""Convert one message of a chat, as people write it, to the one shape that the rest of the package knows (`Message`).
 
-``{role, content: str, reasoning?, tool_calls?, name?, tool_call_id?, train?, weight?}``, with ``role`` one of `ROLES`
-and every call ``{type: function, function: {name, arguments: dict}, id?}``. Every fault is a `DataError` that names
-cause and cure but not file and line: the caller knows them.
+Every fault is a `DataError` that names cause and cure but not file and line, which the caller knows.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
 
 from qlora_sft.data.calls import read_calls, read_id
-from qlora_sft.data.parts import Parts
+from qlora_sft.data.conversation import Message, ToolCall, checked_message
+from qlora_sft.data.parts import ContentParts
 from qlora_sft.data.thinking import has_lone_close, split_thinking
 from qlora_sft.data.values import EMPTY, anything, idle_keys, joined, kind, only
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 ROLES = ("system", "user", "assistant", "tool")
 # OpenAI's newer name for the system prompt, and its older one for a tool's result.
@@ -28,17 +27,16 @@ MESSAGE_KEYS = {
     *("role", "content", "tool_calls", "function_call", "name"),
     *(*_REASONING_KEYS, *_TRAIN_KEYS, *_WEIGHT_KEYS, *_RESULT_KEYS),
 }
-# What float32 can tell from zero and from infinity when it is multiplied and added up.
+# The weights that float32 still tells from zero and from infinity when they are multiplied and added up.
 WEIGHTS = (1e-6, 1e6)
 
-Message = dict[str, Any]
 
+def read_message(message: object, unused: set[str], think_tags: bool = True) -> list[Message]:
+    """Returns the message in our shape, or several if it carries tool results beside its text.
 
-def read_message(message: Any, unused: set[str], think_tags: bool = True) -> list[Message]:
-    """The message in our shape; several if it carries tool results beside its text.
+    think_tags: whether ``<think>`` in an answer is markup, and not a text like any other.
 
-    Keys that mean nothing here and hold something are added to ``unused``. ``think_tags``: whether ``<think>`` in an
-    answer is markup, and not a text like any other. Raises `DataError`.
+    Keys that hold something and mean nothing here are added to ``unused``. Raises `DataError`.
     """
     if not isinstance(message, dict):
         raise DataError(f"expected an object with 'role' and 'content', got {kind(message)}")
@@ -46,7 +44,7 @@ def read_message(message: Any, unused: set[str], think_tags: bool = True) -> lis
         return [{"role": message["role"], "content": message["content"]}]
     role = _role(message.get("role"))
     unused |= idle_keys(message, MESSAGE_KEYS, "message key") | _without_effect(message, role)
-    parts = Parts(message.get("content"), role, unused)
+    parts = ContentParts(message.get("content"), role, unused)
     calls = [*read_calls(message.get("tool_calls"), unused), *parts.calls]
     older = anything(message.get("function_call"), "'function_call'")
     if older is not None:
@@ -56,33 +54,25 @@ def read_message(message: Any, unused: set[str], think_tags: bool = True) -> lis
     content, reasoning = _reasoning(message, parts, role, think_tags)
     settings, identity = _settings(message), _identity(message) if role == "tool" else _name(message)
     of_results = identity if role == "tool" else {}
-    result = [{"role": "tool", **joined(each, of_results), **settings} for each in parts.results]
+    result = [checked_message({"role": "tool", **joined(each, of_results), **settings}) for each in parts.results]
     if result and not content and not calls:
         if role != "tool" and identity:
             unused.add("message key 'name' of a message with nothing but tool results")
         return result
     _check_content(content, role, calls)
-    return [
-        *result,
-        {
-            "role": role,
-            "content": content or "",
-            **reasoning,
-            **({"tool_calls": calls} if calls else {}),
-            **identity,
-            **settings,
-        },
-    ]
+    fields: JsonObject = {"role": role, "content": content or "", **reasoning}
+    fields |= {"tool_calls": calls} if calls else {}
+    return [*result, checked_message({**fields, **identity, **settings})]
 
 
-def _is_plain(message: Message) -> bool:
-    """Nothing to do: most messages of most files, at a fifth of the time."""
-    content: Any = message.get("content")
-    plain = len(message) == 2 and message.get("role") in ROLES and isinstance(content, str) and content
-    return bool(plain) and "think>" not in content
+def _is_plain(message: JsonObject) -> bool:
+    """Says whether nothing needs converting. That holds for most messages of most files, at a fifth of the time."""
+    content = message.get("content")
+    plain = len(message) == 2 and message.get("role") in ROLES
+    return plain and isinstance(content, str) and bool(content) and "think>" not in content
 
 
-def _role(role: Any) -> str:
+def _role(role: object) -> str:
     role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         close = get_close_matches(str(role), ROLES, n=1)
@@ -91,8 +81,8 @@ def _role(role: Any) -> str:
     return str(role)
 
 
-def _without_effect(message: Message, role: str) -> set[str]:
-    """Keys that we know and that do nothing for a message of this role."""
+def _without_effect(message: JsonObject, role: str) -> set[str]:
+    """Returns the known keys that have no effect on a message of this role."""
     idle = set() if role == "tool" else {key for key in _RESULT_KEYS if message.get(key) not in EMPTY}
     if role != "assistant":
         idle |= {key for key in _TRAIN_KEYS if message.get(key) is True}
@@ -100,16 +90,22 @@ def _without_effect(message: Message, role: str) -> set[str]:
     return {f"message key {key!r} of a {role} message" for key in idle}
 
 
-def _reasoning(message: Message, parts: Parts, role: str, think_tags: bool) -> tuple[str | None, dict[str, str]]:
-    """Content without its reasoning, and the reasoning, wherever it was written."""
-    found = {f"key {key!r}": message[key] for key in _REASONING_KEYS if message.get(key) not in EMPTY}
-    wrong = [key for key, value in found.items() if not isinstance(value, str)]
-    if wrong:
-        raise DataError(f"{wrong[0]} must be a text with the reasoning")
+def _reasoning(
+    message: JsonObject, parts: ContentParts, role: str, think_tags: bool
+) -> tuple[str | None, dict[str, str]]:
+    """Returns the content without its reasoning, and the reasoning, wherever it was written."""
+    found: dict[str, str] = {}
+    for key in _REASONING_KEYS:
+        value = message.get(key)
+        if value in EMPTY:
+            continue
+        if not isinstance(value, str):
+            raise DataError(f"key {key!r} must be a text with the reasoning")
+        found[f"key {key!r}"] = value
     content = parts.text
     if parts.reasoning:
         found["content parts"] = parts.reasoning
-    # Where the reasoning is given apart, a closing tag alone is a slip of the text, and no end of a reasoning.
+    # If the reasoning is given apart, a closing tag alone is a slip of the text and ends no reasoning.
     if role == "assistant" and content and think_tags and not (found and has_lone_close(content)):
         thought, content = split_thinking(content)
         if thought:
@@ -121,7 +117,7 @@ def _reasoning(message: Message, parts: Parts, role: str, think_tags: bool) -> t
     return content, {"reasoning": next(iter(found.values()))} if found else {}
 
 
-def _check_content(content: str | None, role: str, calls: list[Any]) -> None:
+def _check_content(content: str | None, role: str, calls: list[ToolCall]) -> None:
     if role == "tool":
         return  # a function may return nothing
     if content is None and not calls:
@@ -130,13 +126,13 @@ def _check_content(content: str | None, role: str, calls: list[Any]) -> None:
         raise DataError("an assistant turn with neither content nor tool_calls; fill it in or remove the row")
 
 
-def _identity(message: Message) -> dict[str, Any]:
-    """Of a result: the call it belongs to, by id and by name."""
+def _identity(message: JsonObject) -> JsonObject:
+    """Returns id and name of the call that a tool result belongs to."""
     identity = read_id(only(message, "tool_call_id", "tool_use_id", "call_id"), "'tool_call_id'")
     return {**_name({"name": only(message, "name", "tool_name")}), **({"tool_call_id": identity} if identity else {})}
 
 
-def _name(message: Message) -> dict[str, Any]:
+def _name(message: JsonObject) -> JsonObject:
     name = message.get("name")
     if name in EMPTY:
         return {}
@@ -145,9 +141,9 @@ def _name(message: Message) -> dict[str, Any]:
     return {"name": name}
 
 
-def _settings(message: Message) -> dict[str, Any]:
-    """``train`` and ``weight``, checked, under whatever name they were given."""
-    result = {}
+def _settings(message: JsonObject) -> JsonObject:
+    """Returns ``train`` and ``weight``, checked, under whatever name they were given."""
+    result: JsonObject = {}
     for ours, keys, kinds, wanted in (
         ("train", _TRAIN_KEYS, bool, "true or false"),
         ("weight", _WEIGHT_KEYS, int | float, "a number"),
@@ -159,6 +155,7 @@ def _settings(message: Message) -> dict[str, Any]:
         if given:
             result[ours] = only(given, *keys)
     weight = result.get("weight", 0)
+    assert isinstance(weight, int | float)
     if not (weight == 0 or WEIGHTS[0] <= weight <= WEIGHTS[1]):
         raise DataError(f"'weight' must not be negative or infinite (0 leaves it out, else 1e-6 to 1e6), got {weight}")
     return result

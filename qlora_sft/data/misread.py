@@ -1,6 +1,6 @@
-"""Files and cells that are not what they seem: recognised by how they begin, so that one error names the cause.
+"""Recognise files and cells that are not what they seem by how they begin, so that one error names the cause.
 
-Read as what their name says they would give a fault per line, none of which says what is wrong.
+Read as what their name says, they would give a fault per line, none of which says what is wrong.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
-# Enough to hold the first object of a file.
+# Bytes that are enough to hold the first object of a file.
 HEAD = 2**20
 _MAGIC = {
     b"PAR1": "it is a Parquet file; name it .parquet",
@@ -40,9 +40,9 @@ def check_beginning(path: Path, begin: bytes) -> None:
 
 
 def no_lines_of_json(head: str, ending: str) -> str | None:
-    """Says why a file whose first line is no JSON is none of JSON Lines; None if that line alone is at fault.
+    """Returns why a file whose first line is not JSON is not JSON Lines; None if only that line is at fault.
 
-    ``head``: how the file begins; ``ending``: of its name.
+    head: the beginning of the file. ending: the ending of its name.
     """
     text = head.lstrip("\ufeff \t\r\n")
     first = text.split("\n", 1)[0].strip()
@@ -58,7 +58,7 @@ def no_lines_of_json(head: str, ending: str) -> str | None:
 
 
 def rows_in_a_text(line: str) -> str | None:
-    """Says that a .txt file holds rows of JSON Lines, if its first line is one; their braces would be trained on."""
+    """Returns a fault if the first line of a .txt file is a row of JSON Lines, whose braces would be trained on."""
     if not line.lstrip().startswith("{"):
         return None
     try:
@@ -69,8 +69,8 @@ def rows_in_a_text(line: str) -> str | None:
     return "it holds JSON Lines, which would be trained on as text; name it .jsonl" if known & row.keys() else None
 
 
-def list_in_a_line(row: Any) -> str | None:
-    """Says what a row that is a list should have been; None if it is none."""
+def list_in_a_line(row: object) -> str | None:
+    """Returns what a row that is a list should have been; None if it is not a list."""
     if not isinstance(row, list):
         return None
     inside = [item for item in row if isinstance(item, dict)]
@@ -102,14 +102,17 @@ def _reads(text: str) -> bool:
 
 
 def pythons_quotes(text: str) -> str | None:
-    """Says that a text is what Python prints of a list, if it is, with the cure."""
+    """Returns a fault with its cure if a text is what Python prints of a list."""
     if re.match(r"\s*(array\()?[\[({\s]*[\[{]\s*'", text):
         return "it has Python's quotes, as str() and pandas write them; write it with json.dumps"
     return None
 
 
-def half_character(row: Any) -> str | None:
-    """A fault if a text holds half of a surrogate pair: JSON can escape one, and no tokenizer can encode it."""
+def half_character(row: object) -> str | None:
+    """Returns a fault if a text holds half of a surrogate pair.
+
+    JSON can escape one, and no tokenizer can encode it.
+    """
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -118,9 +121,8 @@ def half_character(row: Any) -> str | None:
     return None
 
 
-def broken_cell(row: dict[str, Any], columns: dict[str, str] | None) -> str | None:
-    """Says why a column that should hold messages is not read as such: it is a text that is no JSON. None if all is
-    well with it."""
+def broken_cell(row: JsonObject, columns: dict[str, str] | None) -> str | None:
+    """Returns why a column that should hold messages cannot be read: it is a text that is not JSON. None if it can."""
     for ours in ("messages", "conversations"):
         column = (columns or {}).get(ours, ours)
         text = row.get(column)
@@ -136,7 +138,7 @@ def broken_cell(row: dict[str, Any], columns: dict[str, str] | None) -> str | No
 
 
 def wrong_separator(header: list[str], separator: str) -> str | None:
-    """Says which separator a table seems to have if its header is one column when parted by ``separator``."""
+    """Returns which separator a table seems to have if its header is one column when split at ``separator``."""
     if len(header) != 1:
         return None
     name, count = max(((name, header[0].count(each)) for each, name in _SEPARATORS.items()), key=lambda pair: pair[1])

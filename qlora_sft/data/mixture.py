@@ -1,6 +1,6 @@
-"""Which row of which source is trained on when: shares, counts and the order of a whole run.
+"""Decide which row of which source is trained on when: shares, counts and the order of a whole run.
 
-Everything is exact arithmetic on counts, and `random.Random` with text seeds, so the same configuration, counts and
+Everything is exact arithmetic on counts, and `random.Random` with text seeds. So the same configuration, counts and
 seed give the same order on every machine.
 """
 
@@ -12,20 +12,19 @@ import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate, islice, pairwise
-from typing import Any
 
 from qlora_sft.config_data import DataConfig, source_name
 
 Pick = tuple[str, int]
-"""Name of a source and the number of one of its rows, counted from 0 among those that are kept."""
+"""Names a source and the number of one of its documents, counted from 0 among those that are kept."""
 
-# A curriculum is packed in this many stretches; each loses at most about one row of room.
+# A curriculum is packed in this many stretches; each leaves at most about one packed sequence unfilled.
 _STRETCHES = 20
 _LEAST_ROWS = 64
 
 
 def shares(rows: dict[str, int], config: DataConfig) -> dict[str, Fraction]:
-    """Share p_k of each training source in the rows of an epoch, from ``rows[k]``, the rows it offers (N_k * repeat_k).
+    """Returns the share p_k of each training source in an epoch, from ``rows[k]``, the rows it offers (N_k * repeat_k).
 
     proportional: p_k = N_k / sum N;  temperature: p_k ~ N_k^(1/T);  quality: p_k ~ N_k q_k;  explicit: p_k ~ weight_k.
     """
@@ -47,7 +46,7 @@ def shares(rows: dict[str, int], config: DataConfig) -> dict[str, Fraction]:
 
 
 def largest_remainder(parts: Sequence[Fraction], total: int) -> list[int]:
-    """Whole numbers that sum to ``total``, each less than one away from ``total * part`` (parts sum to 1).
+    """Returns whole numbers that sum to ``total``, each less than one away from ``total * part`` (parts sum to 1).
 
     All are rounded down; what is missing goes to those with the largest remainder, the earlier first.
     """
@@ -60,9 +59,9 @@ def largest_remainder(parts: Sequence[Fraction], total: int) -> list[int]:
 
 
 def epoch_counts(rows: dict[str, int], config: DataConfig) -> dict[str, int]:
-    """Rows of each training source in one epoch, which has sum(N_k * repeat_k) rows in all.
+    """Returns the rows of each training source in one epoch, which has sum(N_k * repeat_k) rows in all.
 
-    ``rows``: source -> rows that it has (N_k).
+    rows: maps a source to the number of its rows (N_k).
     """
     repeat = {source_name(source): _exact(source.repeat) for source in config.train}
     offered = {name: max(1, round(count * repeat[name])) for name, count in rows.items()}
@@ -71,18 +70,20 @@ def epoch_counts(rows: dict[str, int], config: DataConfig) -> dict[str, int]:
 
 
 def replay_count(trained: int, share: float) -> int:
-    """Rows R of replay that make up ``share`` of all rows: R = share / (1 - share) * trained, rounded."""
+    """Returns the rows R of replay that make up ``share`` of all rows: R = share / (1 - share) * trained, rounded."""
     return round(trained * _exact(share) / (1 - _exact(share)))
 
 
 def plan_order(rows: dict[str, int], config: DataConfig, epochs: int, seed: int) -> list[list[Pick]]:
-    """The rows of the whole run in order, in stretches: packing may reorder within a stretch and not across.
+    """Returns the rows of the whole run in order, in stretches: packing may reorder within a stretch and not across.
 
-    ``rows``: source (training sources and replay) -> rows that it has. Without a curriculum a stretch is an epoch. A
-    source that gives fewer rows per epoch than it has goes on in the next epoch where it stopped, so that no row comes
-    a second time before all have come once; none comes more often than ceil(rows drawn / rows there are).
+    rows: maps a source (training sources and replay) to the number of its rows.
 
-    Replay is spread evenly, or, for ``curriculum: progressive``, so that its share falls from 2 * share at the
+    Without a curriculum a stretch is an epoch. A source that gives fewer rows per epoch than it has goes on in the next
+    epoch where it stopped, so that no row comes a second time before all have come once. None comes more often than
+    ceil(rows drawn / rows there are).
+
+    Replay is spread evenly, or, with ``curriculum: progressive``, so that its share falls from 2 * share at the
     beginning to 0 at the end: after a part x of the run, R * (2x - x^2) of its R rows have come (R * x without).
     """
     replay = source_name(config.replay) if config.replay else None
@@ -108,13 +109,13 @@ def plan_order(rows: dict[str, int], config: DataConfig, epochs: int, seed: int)
     ]
 
 
-def order_digest(order: Any) -> str:
-    """sha256 of an order (nested lists of numbers and texts), for the manifest: equal if and only if the order is."""
+def order_digest(order: object) -> str:
+    """Returns the sha256 of an order (nested lists of numbers and texts): equal if and only if the order is."""
     return hashlib.sha256(json.dumps(order, separators=(",", ":")).encode()).hexdigest()
 
 
 def _passes(name: str, rows: int, seed: int) -> Iterator[int]:
-    """All rows in random order, again and again, each pass in an order of its own."""
+    """Yields all rows in random order, again and again, each pass in an order of its own."""
     number = 0
     while rows:
         order = list(range(rows))
@@ -124,7 +125,7 @@ def _passes(name: str, rows: int, seed: int) -> Iterator[int]:
 
 
 def _merge(trained: list[Pick], general: list[Pick], *, progressive: bool) -> list[Pick]:
-    """``general`` among ``trained``, both in their order, at the places that `plan_order` describes."""
+    """Returns ``general`` among ``trained``, both in their order, at the places that `plan_order` describes."""
     count, total = len(general), len(trained) + len(general)
 
     def come(position: int) -> int:
@@ -146,7 +147,7 @@ def _stretches(picks: list[Pick]) -> list[list[Pick]]:
 
 
 def _exact(value: float) -> Fraction:
-    """The decimal number that was written: 0.05 is 1/20, not the nearest binary fraction."""
+    """Returns the decimal number that was written: 0.05 is 1/20, not the nearest binary fraction."""
     return Fraction(str(value))
 
 
@@ -154,10 +155,10 @@ def _exact(value: float) -> Fraction:
 
 
 def mixture_table(order: list[list[Pick]], facts: dict[str, list[tuple[int, int, float]]]) -> str:
-    """Per source: rows, tokens and supervised tokens of the whole run, the shares of each, and how often a row comes.
+    """Returns a table of rows, tokens and supervised tokens of the whole run, their shares, and repeats, per source.
 
-    ``facts``: source -> (tokens, supervised tokens, weight of the loss) of each row. The last column is the share of
-    the loss that its rows have, which is what moves the model.
+    facts: maps a source to (tokens, supervised tokens, weight of the loss) of each document. The column ``loss`` is the
+    share of the loss that its documents have, which is what moves the model.
     """
     sums = {name: [0, 0, 0, 0.0] for name in facts}
     for picks in order:

@@ -1,4 +1,4 @@
-"""Where the model begins to write a turn: behind the header, whatever the marks of a template say.
+"""Find where the model begins to write a turn: behind the header, whatever the marks of a template say.
 
 The generation prompt decides. It is what a runtime puts before the answer, so the model never has to write it.
 """
@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-Before = Callable[[bool], str]
-"""The conversation before the turn as the template writes it, with the generation prompt (True) or without."""
+from qlora_sft.data.conversation import Message
+
+PromptBefore = Callable[[bool], str]
+"""Returns the conversation before the turn as the template writes it, with the generation prompt (True) or without."""
 
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
-# What a generation prompt may open behind its header.
+# The think block that a generation prompt may open behind its header.
 _OPENER = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
-def turn_start(text: str, start: int, end: int, message: dict[str, Any], before: Before) -> int:
-    """The first character of ``text[start:end]``, the marked turn, that the model has to write.
+def turn_start(text: str, start: int, end: int, message: Message, before: PromptBefore) -> int:
+    """Returns the first character of ``text[start:end]``, the marked turn, that the model has to write.
 
-    Some marks take in the header (DeepSeek's), or a part of it (Qwen2.5's its newline), or the opening ``<think>`` that
-    the prompt ends in.
+    Some marks include the header (DeepSeek's), or a part of it (Qwen2.5's its newline), or the opening ``<think>`` in
+    which the prompt ends.
     """
     content = message.get("content") or ""
     if content[:1].strip() and text.startswith(content, start) and not content.startswith("<think>"):
@@ -38,14 +39,18 @@ def turn_start(text: str, start: int, end: int, message: dict[str, Any], before:
     return start if message.get("reasoning") else _behind_empty_thinking(text, start, end)
 
 
-def prompt_gap(text: str, start: int, before: Before) -> str:
-    """What the generation prompt ends in and the text before the turn (``text[:start]``) lacks; usually nothing."""
+def prompt_gap(text: str, start: int, before: PromptBefore) -> str:
+    """Returns the end of the generation prompt that the text before the turn
+    (``text[:start]``) lacks; usually nothing."""
     prompt = before(True)
     return prompt[start:] if prompt.startswith(text[:start]) else ""
 
 
 def _behind_header(text: str, start: int, end: int, prompt: str, without: str) -> int:
-    """``start``, moved behind what of the header stands there; the template may write the turns before differently."""
+    """Returns ``start``, moved behind the part of the header that stands there.
+
+    The template may write the turns before differently, so the header is looked for around ``start``.
+    """
     written = prompt[len(without) :] if prompt.startswith(without) else ""
     for header in (written, _OPENER.sub("", written)):
         for place in range(start - len(header), start + 1):

@@ -1,11 +1,10 @@
-"""Held-out documents that are trained on: what is measured with them is memory, not ability."""
+"""Find held-out documents that are trained on: what is measured with them is memory, not ability."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,10 @@ from qlora_sft.data.render import Rendered
 
 
 def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[str, Sequence[Rendered]]) -> str:
-    """Text: of which held-out source how many documents are, token by token, training documents too; "" if none is."""
+    """Returns a text that says how many documents of which held-out source are training documents, token by token.
+
+    It is empty if there is none.
+    """
     wanted = {name: Counter(_digest(document) for document in documents) for name, documents in held_out.items()}
     of_any = {digest for digests in wanted.values() for digest in digests}
     lengths = {len(document.input_ids) for documents in held_out.values() for document in documents}
@@ -37,12 +39,13 @@ def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[
     return "\n".join(lines)
 
 
-def _of_lengths(documents: Sequence[Any], lengths: set[int]) -> Any:
-    """Numbers of the documents of one of these lengths; the others need not be read."""
+def _of_lengths(documents: Sequence[Rendered], lengths: set[int]) -> list[int]:
+    """Returns the numbers of the documents that have one of these lengths; the others need not be read."""
     bounds = getattr(documents, "bounds", None)
     if bounds is None:
         return [number for number, document in enumerate(documents) if len(document.input_ids) in lengths]
-    return np.flatnonzero(np.isin(np.diff(bounds), list(lengths))).tolist()
+    found: list[int] = np.flatnonzero(np.isin(np.diff(bounds), list(lengths))).tolist()
+    return found
 
 
 def _digest(document: Rendered) -> bytes:

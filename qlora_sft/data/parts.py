@@ -1,13 +1,14 @@
-"""Content that is a list of typed parts, in the dialects of OpenAI and Anthropic, taken apart."""
+"""Take apart content that is a list of typed parts, in the dialects of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from qlora_sft.data.calls import read_call, read_id
+from qlora_sft.data.conversation import ToolCall
 from qlora_sft.data.values import EMPTY, idle_keys, joined, kind, only, short, without
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonList, JsonObject
 
 _TEXT = ("value", "text")
 _REASONING = ("value", "text", "reasoning", "thinking", "content")
@@ -15,18 +16,18 @@ _RESULT = ("value", "content", "text")
 _CALL = ("value", "tool_call", "tool_use")
 
 
-class Parts:
-    """Content, taken apart: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``
-    ({content, tool_call_id?, name?}).
+class ContentParts:
+    """Holds the parts of a content: ``text`` (None if there is none), ``reasoning``, ``calls``, and tool ``results``.
 
-    Typed parts carry their text under ``value`` or under their type's own name, as the various formats have it.
+    A result is ``{content, tool_call_id?, name?}``. Typed parts carry their text under ``value`` or under their type's
+    own name, as the various formats have it.
     """
 
-    def __init__(self, content: Any, role: str, unused: set[str]):
+    def __init__(self, content: object, role: str, unused: set[str]):
         self.text: str | None = content if isinstance(content, str) else None
         self.reasoning = ""
-        self.calls: list[dict[str, Any]] = []
-        self.results: list[dict[str, Any]] = []
+        self.calls: list[ToolCall] = []
+        self.results: list[JsonObject] = []
         if isinstance(content, list) and not (role == "tool" and not _is_typed(content)):
             for part in content:
                 self._add({"type": "text", "text": part} if isinstance(part, str) else part, role, unused)
@@ -36,7 +37,7 @@ class Parts:
         elif content is not None and not isinstance(content, str):
             raise DataError(f"'content' must be a text or a list of typed parts, got {kind(content)}")
 
-    def _add(self, part: Any, role: str, unused: set[str]) -> None:
+    def _add(self, part: object, role: str, unused: set[str]) -> None:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise DataError(f"a part of 'content' needs a 'type' and a 'value', got {short(part)}")
         name = part["type"]
@@ -63,16 +64,16 @@ class Parts:
             )
 
 
-def text_of_blocks(content: Any, what: str, unused: set[str]) -> str:
-    """A text, or the texts of a list of text parts, joined. Raises `DataError` for parts of another kind."""
-    parts = Parts(content, "user", unused)
+def text_of_blocks(content: object, what: str, unused: set[str]) -> str:
+    """Returns a text, or the joined texts of a list of text parts. Raises `DataError` for parts of another kind."""
+    parts = ContentParts(content, "user", unused)
     if parts.reasoning or parts.calls or parts.results:
         raise DataError(f"{what} may hold texts only, got {short(content)}")
     return parts.text or ""
 
 
-def _call(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
-    """The call may be the part itself, or stand in it under a key; its id may stand at either place."""
+def _call(part: JsonObject, unused: set[str]) -> ToolCall:
+    """Reads a call that is the part itself or stands in it under a key; its id may stand at either place."""
     inner = only(part, *_CALL)
     if inner is None:
         return read_call(without(part, {"type"}), unused)
@@ -81,11 +82,14 @@ def _call(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
     unused |= idle_keys(part, {"type", "id", *_CALL}, "content part key")
     call = read_call(inner, unused)
     identity = read_id(part.get("id"), "the id of a tool call")
-    return joined(call, {"id": identity}) if identity else call
+    if not identity:
+        return call
+    joined({"id": call.get("id")}, {"id": identity})  # which raises if they are two
+    return {**call, "id": identity}
 
 
-def _result(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
-    """Anthropic's result is a text or a list of text blocks; any other value is shown as its JSON."""
+def _result(part: JsonObject, unused: set[str]) -> JsonObject:
+    """Reads a result. Anthropic's is a text or a list of text blocks; any other value is shown as its JSON."""
     known = {"type", "tool_use_id", "tool_call_id", "name", *_RESULT}
     unused |= idle_keys(part, known, "content part key")
     given = next((part[key] for key in _RESULT if part.get(key) is not None), None)
@@ -100,11 +104,11 @@ def _result(part: dict[str, Any], unused: set[str]) -> dict[str, Any]:
     return {"content": text, **({"tool_call_id": identity} if identity else {}), **({"name": name} if name else {})}
 
 
-def _is_typed(content: list[Any]) -> bool:
+def _is_typed(content: JsonList) -> bool:
     return any(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
-def _text_of(part: dict[str, Any], keys: tuple[str, ...], unused: set[str]) -> str:
+def _text_of(part: JsonObject, keys: tuple[str, ...], unused: set[str]) -> str:
     unused |= idle_keys(part, {"type", *keys}, "content part key")
     text = only(part, *keys)
     if text is None:

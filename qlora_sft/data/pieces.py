@@ -1,69 +1,85 @@
-"""A conversation -> the pieces of its rendered text that are encoded one by one, each with its weight."""
+"""Cut a conversation's rendered text into the pieces that are encoded one by one, each with its weight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.data.complete import is_silent, unwritten_keys
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.prerendered import refuse_rendered_chat
 from qlora_sft.data.shield import any_of, control_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Supervise = Literal["assistant", "last", "all"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the rendered text that is encoded by itself; its tokens all have the same weight."""
+    """Holds a part of the rendered text that is encoded by itself; its tokens all have the same weight."""
 
     text: str
     weight: float
     ends_turn: int | None = None
     """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
     apart: bool = False
-    """Whether it must not be encoded in one with the piece before: together they spell a control token."""
+    """Whether the piece must not be encoded together with the one before it, because
+    together they spell a control token."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is encoded of a row, and what is remarkable about it: note -> how often."""
+class RowPieces:
+    """Holds what is encoded of a row, and how often each remarkable thing occurs in it."""
 
     pieces: list[Piece]
     notes: dict[str, int] = field(default_factory=dict)
 
 
-def plan_row(
-    row: dict[str, Any], tokenizer: Any, style: ChatFormat | None, supervise: Supervise, allow_special: bool
-) -> Plan:
-    """The pieces of a conversation, or of a plain text. Raises `DataError`."""
-    if style is None or "text" in row:
+def cut_row(
+    row: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat | None,
+    supervise: Supervise,
+    allow_special: bool,
+) -> RowPieces:
+    """Returns the pieces of a conversation, or of a plain text. Raises `DataError`."""
+    if chat_format is None or "text" in row:
         return _of_text(row["text"], tokenizer, supervise)
     notes: set[str] = set()
     if not row.get("paired"):
         row = {**row, "messages": paired(row["messages"], notes)}
-    plan = _of_conversation(row, tokenizer, style, supervise, allow_special)
-    return Plan(plan.pieces, {**dict.fromkeys(sorted(notes), 1), **plan.notes})
+    plan = _of_conversation(row, tokenizer, chat_format, supervise, allow_special)
+    return RowPieces(plan.pieces, {**dict.fromkeys(sorted(notes), 1), **plan.notes})
 
 
-def _of_text(text: str, tokenizer: Any, supervise: Supervise) -> Plan:
+def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, supervise: Supervise) -> RowPieces:
     if supervise != "all":
         refuse_rendered_chat(text)
     begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
     control = len(any_of(control_tokens(tokenizer)).findall(text))
     notes = {"control tokens in plain texts, which act as such": control} if control else {}
-    return Plan([Piece(begin + text + tokenizer.eos_token, 1.0)], notes)
+    return RowPieces([Piece(begin + text + tokenizer.eos_token, 1.0)], notes)
 
 
 def _of_conversation(
-    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat, supervise: Supervise, allow_special: bool
-) -> Plan:
-    """Disguised control tokens are still in the text, cut in their turn by `shield.parts`."""
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
+    supervise: Supervise,
+    allow_special: bool,
+) -> RowPieces:
+    """Returns the pieces of a conversation.
+
+    Disguised control tokens are still in the text; `shield.parts` cuts them.
+    """
     shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
-    shielded, text, spans = render_whole(shielded, tokenizer, style)
+    shielded, text, spans = render_whole(shielded, tokenizer, chat_format)
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
     if supervise == "last":
         weights = {message: weight if message == spans[-1].message else 0.0 for message, weight in weights.items()}
@@ -77,22 +93,24 @@ def _of_conversation(
         for number, part in enumerate(cut):
             last = span is not None and weight > 0 and number == len(cut) - 1
             pieces.append(Piece(part, weight, span.message if span and last else None, apart=number > 0))
-    notes = _unread(shielded, text, tokenizer, style)
+    notes = _unread(shielded, text, tokenizer, chat_format)
     kept_as_text = sum(text.count(character) for character in disguises)
     if kept_as_text:
         notes["control tokens in messages kept as text (allow_special: true lets them act)"] = kept_as_text
     for span in spans:
-        if weights[span.message] > 0 and (gap := gap_before(span, text, shielded, tokenizer, style)):
+        if weights[span.message] > 0 and (gap := gap_before(span, text, shielded, tokenizer, chat_format)):
             what = f"turns trained without {gap!r}, in which the generation prompt ends"
             notes[what] = notes.get(what, 0) + 1
-    return Plan(pieces, notes)
+    return RowPieces(pieces, notes)
 
 
-def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: ChatFormat) -> dict[str, int]:
-    """What the row says to the template and the template does not hear."""
+def _unread(
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> dict[str, int]:
+    """Returns notes on what the row says to the template and the template does not use."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
-        if key not in variables(style.template):
+        if key not in variables(chat_format.template):
             notes[f"rows with {key!r} in chat_template_kwargs, which the chat template does not read"] = 1
     for key in sorted(unwritten_keys(conversation.get("tools") or [], text)):
         notes[f"rows with the key {key!r} in tools, which the chat template does not write"] = 1
@@ -103,18 +121,21 @@ def _unread(conversation: dict[str, Any], text: str, tokenizer: Any, style: Chat
     forgotten = sum(1 for m in messages if m.get("past") and m.get("reasoning") and m["reasoning"].strip() not in text)
     if forgotten:
         notes["reasonings of earlier turns that the chat template leaves out, as it does at inference"] = forgotten
-    # Of a tool's result the name is used: it says whose result it is.
+    # The name of a tool's result is used to find its call; other names may go unused.
     if any(message.get("name") and message["role"] != "tool" for message in messages):
-        nameless = [
-            {key: value for key, value in message.items() if key != "name" or message["role"] == "tool"}
-            for message in messages
-        ]
-        if apply({**conversation, "messages": nameless}, tokenizer, style.template)[0] == text:
+        nameless = [message if message["role"] == "tool" else _without_name(message) for message in messages]
+        if apply({**conversation, "messages": nameless}, tokenizer, chat_format.template)[0] == text:
             notes["rows with the key 'name' in messages, which the chat template does not write"] = 1
     return notes
 
 
-def _refuse_untrained_others(conversation: dict[str, Any]) -> None:
+def _without_name(message: Message) -> Message:
+    changed: Message = {**message}
+    changed.pop("name", None)
+    return changed
+
+
+def _refuse_untrained_others(conversation: Conversation) -> None:
     for number, message in enumerate(conversation["messages"]):
         if message["role"] != "assistant" and message.get("train") is False:
             raise DataError(
@@ -124,7 +145,7 @@ def _refuse_untrained_others(conversation: dict[str, Any]) -> None:
 
 
 def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | None]]:
-    """The text from end to end: what lies between the spans (None) and the spans, without empty parts."""
+    """Yields the text from end to end, without empty parts: the spans, and what lies between them (None)."""
     position = 0
     for span in spans:
         if position < span.start:
@@ -135,7 +156,7 @@ def _segments(text: str, spans: list[Span]) -> Iterator[tuple[int, int, Span | N
         yield position, len(text), None
 
 
-def _weight(message: dict[str, Any]) -> float:
+def _weight(message: Message) -> float:
     if message.get("train") is False:
         return 0.0
     return float(1.0 if message.get("weight") is None else message["weight"])

@@ -1,41 +1,45 @@
-"""Conversations -> labelled documents -> packed rows in training order, or the same from the cache."""
+"""Make labelled documents and packed sequences of conversations, or take them from the cache."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.data import store
 from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.overlap import shared_documents
-from qlora_sft.data.prepare import Prepared, plan_bins, render_sources
+from qlora_sft.data.prepare import Prepared, plan_sequences, render_sources
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def plan_data(
     config: Config,
     train_sources: list[Source],
     held_out_sources: list[Source],
-    tokenizer: Any,
-    style: ChatFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
     say: Say,
 ) -> tuple[Prepared, Prepared, list[list[int]]]:
-    """(training split, held-out split, bins of training documents in order); says what became of every row.
+    """Returns the training split, the held-out split, and the packed sequences of training documents in order.
 
-    Kept in the user's cache, so that a second start with the same files, settings, template and tokenizer takes no
-    time. Data sets of the Hub are prepared anew each time. Raises one `DataError` for the faults of both splits.
+    It says what became of every row. The result is kept in the user's cache, so that a second start with the same
+    files, settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
+    `DataError` for the faults of both splits.
     """
-    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, style)
+    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format)
     kept = store.load(key) if key else None
     if kept:
-        train, held_out, bins, said = kept
+        train, held_out, sequences, said = kept
         say("data: unchanged since it was last prepared, taken from the cache")
         for text in said:
             say(text)
-        return train, held_out, bins
+        return train, held_out, sequences
     said = []
 
     def say_and_keep(text: str) -> None:
@@ -45,7 +49,7 @@ def plan_data(
     splits, problems = [], []
     for sources in (train_sources, held_out_sources):
         try:
-            splits.append(render_sources(sources, config.data, tokenizer, style))
+            splits.append(render_sources(sources, config.data, tokenizer, chat_format))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -56,7 +60,7 @@ def plan_data(
         say_and_keep("held-out data\n" + ledger_table(held_out.ledger))
     if shared := shared_documents(train.documents, held_out.documents):
         say_and_keep(shared)
-    bins = plan_bins(train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep)
+    sequences = plan_sequences(train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep)
     if key:
-        store.save(key, train, held_out, bins, said)
-    return train, held_out, bins
+        store.save(key, train, held_out, sequences, said)
+    return train, held_out, sequences

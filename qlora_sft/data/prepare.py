@@ -1,4 +1,4 @@
-"""Sources -> rendered documents -> bins, with a ledger of what became of every row."""
+"""Render sources to documents and pack them, with a ledger of what became of every row."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config_data import DataConfig
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
 from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
-from qlora_sft.data.formats import Conversation, with_thinking
+from qlora_sft.data.formats import with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.mixture import Pick, mixture_table, plan_order
 from qlora_sft.data.packing import pack
-from qlora_sft.data.render import Rendered, render_conversation, render_many
+from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.data.unroll import UNROLLED, unrolled
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass
 class Prepared:
-    """Documents of one split, by source, and the ledger that accounts for every row."""
+    """Holds the documents of one split, by source, and the ledger that accounts for every row."""
 
     documents: dict[str, Documents]
     ledger: dict[str, SourceLedger]
@@ -39,13 +43,13 @@ class Prepared:
 
 
 def render_sources(
-    sources: list[Source], config: DataConfig, tokenizer: Any, style: ChatFormat | None = None
+    sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None
 ) -> Prepared:
     """Renders every conversation and accounts for it.
 
-    Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source), also
-    when a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without complaint.
-    (Plain text is supervised whole, and may be.)
+    Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source). It is
+    also raised if a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without
+    complaint. Plain text is supervised whole, and may be.
     """
     prepared = Prepared({}, {})
     problems: list[str] = []
@@ -56,7 +60,7 @@ def render_sources(
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
         try:
-            documents, whole = _render_source(source, config, tokenizer, style, ledger)
+            documents, whole = _render_source(source, config, tokenizer, chat_format, ledger)
             _count(ledger, documents)
             _check_mask(source, ledger, config, whole)
         except DataError as error:
@@ -70,12 +74,17 @@ def render_sources(
 
 
 def _render_source(
-    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None, ledger: SourceLedger
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat | None,
+    ledger: SourceLedger,
 ) -> tuple[Documents, bool]:
-    """(documents that fit, whether all of them may be supervised whole); the rest goes into the ledger."""
+    """Returns the documents that fit, and whether all of them may be supervised whole;
+    the rest goes into the ledger."""
     settings = source.settings
     documents, whole, problems = Writer(source.name), True, []
-    for conversation, rendered, fitting in _fitted(source, config, tokenizer, style):
+    for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
         whole = whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
             problems.append(f"{place(conversation)}: {fitting}")
@@ -97,9 +106,12 @@ def _render_source(
     return documents.finish(), whole
 
 
-def render_rows(source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None) -> Iterator[Rendered]:
-    """The documents of ``source`` that fit, rendered as they are taken. Raises `DataError` at the first faulty row."""
-    for conversation, _, fitting in _fitted(source, config, tokenizer, style):
+def render_rows(
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
+) -> Iterator[Rendered]:
+    """Yields the documents of ``source`` that fit, rendered as they are taken. Raises
+    `DataError` at the first faulty row."""
+    for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
         for part in fitting:
@@ -108,17 +120,17 @@ def render_rows(source: Source, config: DataConfig, tokenizer: Any, style: ChatF
 
 
 Fitting = list[list[Rendered] | str]
-"""Per document that a row was rendered to: the documents of it that fit, or why it is dropped."""
+"""Holds, for each document that a row was rendered to, the documents of it that fit, or why it is dropped."""
 
 
 def _fitted(
-    source: Source, config: DataConfig, tokenizer: Any, style: ChatFormat | None
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
-    """Every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
+    """Yields every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
     settings = source.settings
-    options: dict[str, Any] = {
+    options: RenderOptions = {
         "source": source.name,
-        "style": style,
+        "chat_format": chat_format,
         "supervise": settings.supervise,
         "allow_special": settings.allow_special,
     }
@@ -145,7 +157,7 @@ def _fitted(
 def _per_turn(
     conversation: Conversation, fault: DataError, render: Callable[[Conversation], Rendered], supervise: str
 ) -> list[tuple[Conversation, Rendered]]:
-    """A row that cannot be one document, as one per turn. Raises ``fault`` if that is no way out either."""
+    """Renders a row that cannot be one document as one per turn. Raises ``fault`` if that fails, too."""
     parts = unrolled(conversation, supervise)
     try:
         rendered = [(part, render(part)) for part in parts]
@@ -157,7 +169,7 @@ def _per_turn(
 
 
 def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered]) -> None:
-    """Notes what is remarkable about a kept row and what it loses, once, in however many documents it is."""
+    """Notes what is remarkable about a kept row and what it loses, once, however many documents it has."""
     notes = Counter[str]()
     lost = Counter[str]()
     for document in documents:
@@ -170,7 +182,7 @@ def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Re
     ledger.note(dict(notes), place(conversation))
 
 
-def _render_one(tokenizer: Any, options: dict[str, Any], conversation: Conversation) -> Rendered:
+def _render_one(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, conversation: Conversation) -> Rendered:
     return render_conversation(conversation, tokenizer, **options)
 
 
@@ -206,15 +218,15 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
         )
 
 
-def plan_bins(
+def plan_sequences(
     documents: Sequence[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
 ) -> list[list[int]]:
-    """Bins of document indices in training order, the whole run.
+    """Returns the packed sequences of the whole run in training order, as indices of documents.
 
-    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several bins. Each
-    stretch of its order (an epoch, a part of a curriculum, ``packing_window`` documents of those) is packed alone and
-    its bins are shuffled, so that bins hold what the mixture has at that time. The same seed gives the same order on
-    every machine.
+    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences.
+    Each stretch of its order is packed alone: an epoch, a part of a curriculum, or ``packing_window`` documents of
+    those. Its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the
+    same order on every machine.
     """
     of_each = sizes(documents)
     numbers: dict[str, list[int]] = {}
@@ -228,9 +240,9 @@ def plan_bins(
         shuffled = Random(f"bins {seed} {number}")
         for window in _windows(indices, config.packing_window):
             packed = pack([of_each.tokens[index] for index in window], config.max_length, strategy=config.packing)
-            bins = [[window[i] for i in each] for each in packed]
-            shuffled.shuffle(bins)
-            planned += bins
+            sequences = [[window[i] for i in each] for each in packed]
+            shuffled.shuffle(sequences)
+            planned += sequences
     if config.packing != "none":
         say(describe_packing(planned, of_each.tokens, config))
     return planned
@@ -243,7 +255,7 @@ def _windows(indices: list[int], size: int | None) -> list[list[int]]:
 def describe_order(
     order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: int
 ) -> str:
-    """The mixture as text: the strategy, and a table of what the run will really train on."""
+    """Returns the mixture as text: the strategy, and a table of what the run will really train on."""
     facts = {
         name: [(of_each.tokens[i], of_each.supervised[i], of_each.weight[i]) for i in indices]
         for name, indices in numbers.items()
@@ -255,11 +267,11 @@ def describe_order(
     return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
 
 
-def describe_packing(bins: list[list[int]], tokens: list[int], config: DataConfig) -> str:
-    lengths = [tokens[index] for each in bins for index in each]
-    filled = sum(lengths) / (len(bins) * config.max_length)
+def describe_packing(sequences: list[list[int]], tokens: list[int], config: DataConfig) -> str:
+    lengths = [tokens[index] for each in sequences for index in each]
+    filled = sum(lengths) / (len(sequences) * config.max_length)
     padded = sum(lengths) / (len(lengths) * max(lengths))
     return (
-        f"packing ({config.packing}): {len(lengths):,} documents in {len(bins):,} rows of {config.max_length:,} "
-        f"tokens, {filled:.1%} filled (one padded row per document: {padded:.1%})"
+        f"packing ({config.packing}): {len(lengths):,} documents in {len(sequences):,} packed sequences "
+        f"of {config.max_length:,} tokens, {filled:.1%} filled (one padded sequence per document: {padded:.1%})"
     )

@@ -1,4 +1,4 @@
-"""A chat that somebody's template has already written into a ``text`` column, which would be trained whole."""
+"""Refuse a chat that a template has already written into a ``text`` column, because all of it would be trained."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def _in_plain_words(text: str) -> bool:
 
 
 def ends_a_turn(answer: str) -> bool:
-    """Whether the answer has an end of turn of some template written at its end; ours is written behind it."""
+    """Says whether the answer has the end of turn of some template written at its end; ours is written behind it."""
     return _ENDS.search(answer) is not None
 
 
 def refuse_rendered_chat(text: str) -> None:
-    """Raises `DataError` for a text that begins as a chat template's does, or is in one of the old formats that have no
-    tokens: of a plain text every token is trained, the user's too."""
+    """Raises `DataError` for a text that begins as a chat template's does, or is in an old format that has no tokens.
+
+    Every token of a plain text is trained, the user's included.
+    """
     if _BEGINS.match(text) or _in_plain_words(text):
         raise DataError(
             f"the text is a chat that a template has written already ({text.strip()[:30]!r}...), and every token of it "
@@ -56,7 +58,8 @@ def refuse_rendered_chat(text: str) -> None:
 
 
 def refuse_rendered_prompt(text: str, column: str) -> None:
-    """Raises `DataError` for a prompt with its turns already in it: the template would write a turn around them."""
+    """Raises `DataError` for a prompt that contains its turns already, since the template
+    would write a turn around them."""
     if _BEGINS.match(text):
         raise DataError(
             f"{column!r} is a prompt that a template has written already ({text.strip()[:30]!r}...), and another would "

@@ -1,7 +1,7 @@
-"""A conversation -> token ids and labels, together, so that they cannot drift apart.
+"""Render a conversation to token ids and labels together, so that they cannot drift apart.
 
-The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own, as it is
-at inference, where the prompt ends where the answer begins.
+The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own. So it is at
+inference, where the prompt ends where the answer begins.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
-from qlora_sft.data.pieces import Piece, Plan, Supervise, plan_row
+from qlora_sft.data.pieces import Piece, RowPieces, Supervise, cut_row
 from qlora_sft.data.shield import parts, shield
-from qlora_sft.data.template import ChatFormat, apply, chat_format
+from qlora_sft.data.template import ChatFormat, apply, choose_chat_format
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
 
-# Consists of byte tokens, which merge with nothing.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# This character is encoded as byte tokens, which merge with nothing.
 _ANCHOR = "\uf8ff"
 # Rows encoded in one call: enough to keep the tokenizer's threads busy, little enough to stay in memory.
 _BATCH = 512
@@ -28,46 +32,70 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Rendered:
-    """``input_ids[i]`` is a training target iff ``weights[i] > 0``; the first token never is (nothing predicts it)."""
+    """Holds one document. ``input_ids[i]`` is a label iff ``weights[i] > 0``; the first
+    token never is, as nothing predicts it."""
 
     input_ids: list[int]
     weights: list[float]
     source: str
     lost: Lost = field(default_factory=dict, compare=False)
-    """Characters that the vocabulary cannot hold and that are therefore not in ``input_ids``, and how many of each."""
+    """Characters that the vocabulary cannot represent and that are therefore not in
+    ``input_ids``, and how many of each."""
     notes: dict[str, int] = field(default_factory=dict, compare=False)
-    """What is remarkable and no fault, and how often it occurs."""
+    """Remarkable facts that are not faults, and how often each occurs."""
 
     @property
     def n_supervised(self) -> int:
         return len(self.weights) - self.weights.count(0.0)  # weights are never negative
 
 
-Ids = tuple[list[int], list[float], DataError | None]
-"""Token ids, their weights, and what is wrong with the row, if anything is."""
+class RenderOptions(TypedDict):
+    """Holds what `render_conversation` takes beside the conversation and the tokenizer."""
+
+    source: str
+    chat_format: ChatFormat | None
+    supervise: Supervise
+    allow_special: bool
+
+
+class Encoded(TypedDict):
+    """Holds what a tokenizer returns for several texts."""
+
+    input_ids: list[list[int]]
+    offset_mapping: list[list[tuple[int, int]]]
+    """Characters [first, last) of each token; there only if they were asked for."""
+
+
+EncodedRow = tuple[list[int], list[float], DataError | None]
+"""Holds token ids, their weights, and what is wrong with the row, if anything is."""
 
 
 def render_conversation(
-    conversation: dict[str, Any],
-    tokenizer: Any,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
-    style: ChatFormat | None = None,
+    chat_format: ChatFormat | None = None,
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Rendered:
-    """Token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
+    """Returns token ids and label weights of one conversation, or of a plain text (``{"text": ...}``).
 
-    Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token
-    that ends the turn (``supervise``: of all of them, of the ``last`` one, or ``all`` tokens of the conversation).
-    A message with ``train: false`` is not, one with ``weight: w`` counts w-fold. A plain text is supervised whole; one
-    that is a rendered chat is refused unless ``supervise`` is ``all``.
+    Supervised is what the model has to produce: reasoning, text and tool calls of assistant turns, and the token that
+    ends the turn. ``supervise`` says whether that applies to all turns, to the ``last`` one, or to ``all`` tokens of
+    the conversation. A message with ``train: false`` is not supervised; one with ``weight: w`` counts w-fold. A plain
+    text is supervised whole. One that is a rendered chat is refused unless ``supervise`` is ``all``.
 
-    Raises `DataError` (without file and line, the caller knows them) if the template does not say which text
-    belongs to which turn, or leaves out something the conversation contains.
+    Raises `DataError` (without file and line, which the caller knows) if the template does not say which text belongs
+    to which turn, or leaves out something that the conversation contains.
     """
     (result,) = render_many(
-        [conversation], tokenizer, source=source, style=style, supervise=supervise, allow_special=allow_special
+        [conversation],
+        tokenizer,
+        source=source,
+        chat_format=chat_format,
+        supervise=supervise,
+        allow_special=allow_special,
     )
     if isinstance(result, DataError):
         raise result
@@ -75,15 +103,15 @@ def render_conversation(
 
 
 def render_many(
-    conversations: Iterable[dict[str, Any]],
-    tokenizer: Any,
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "",
-    style: ChatFormat | None = None,
+    chat_format: ChatFormat | None = None,
     supervise: Supervise = "assistant",
     allow_special: bool = False,
 ) -> Iterator[Rendered | DataError]:
-    """`render_conversation` for many, in order, an error in place of each row that has one.
+    """Yields what `render_conversation` returns for each of many rows, in order, or the error of a faulty row.
 
     Many rows are encoded in one call, which is several times faster, while the next ones are rendered.
     """
@@ -91,15 +119,15 @@ def render_many(
     with ThreadPoolExecutor(1) as worker:  # the tokenizer works without the interpreter's lock
         ahead: Future[list[Rendered | DataError]] | None = None
         while batch := list(islice(rows, _BATCH)):
-            planned: list[Plan | DataError] = []
+            planned: list[RowPieces | DataError] = []
             for row in batch:
                 try:
-                    style = style or (None if "text" in row else chat_format(tokenizer))
-                    planned.append(plan_row(row, tokenizer, style, supervise, allow_special))
+                    chat_format = chat_format or (None if "text" in row else choose_chat_format(tokenizer))
+                    planned.append(cut_row(row, tokenizer, chat_format, supervise, allow_special))
                 except DataError as error:
                     planned.append(error)
-            stops = style.stops if style else frozenset[int]()
-            encoding = worker.submit(_encoded, planned, tokenizer, stops, source)
+            stop_token_ids = chat_format.stop_token_ids if chat_format else frozenset[int]()
+            encoding = worker.submit(_encoded, planned, tokenizer, stop_token_ids, source)
             if ahead:
                 yield from ahead.result()
             ahead = encoding
@@ -107,14 +135,15 @@ def render_many(
             yield from ahead.result()
 
 
-def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> list[int]:
-    """Token ids of the conversation and the generation prompt behind it: what a model is given to answer."""
+def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
+    """Returns the token ids of the conversation and the generation prompt behind it: what
+    a model is given to answer."""
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
     shielded, disguises = shield(conversation, tokenizer)
-    text, _ = apply(shielded, tokenizer, style.template, prompt=True)
+    text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
     pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
-    (result,) = _encoded([Plan(pieces)], tokenizer, style.stops, "")
+    (result,) = _encoded([RowPieces(pieces)], tokenizer, chat_format.stop_token_ids, "")
     if isinstance(result, DataError):
         raise result
     return result.input_ids
@@ -124,11 +153,14 @@ def render_prompt(conversation: dict[str, Any], tokenizer: Any, style: ChatForma
 
 
 def _encoded(
-    planned: list[Plan | DataError], tokenizer: Any, stops: frozenset[int], source: str
+    planned: list[RowPieces | DataError],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+    source: str,
 ) -> list[Rendered | DataError]:
-    rows = [plan.pieces for plan in planned if isinstance(plan, Plan)]
+    rows = [plan.pieces for plan in planned if isinstance(plan, RowPieces)]
     encode = _whole_rows if _writes_spaces(tokenizer) else _piecewise
-    encoded = iter(encode(rows, tokenizer, stops))
+    encoded = iter(encode(rows, tokenizer, stop_token_ids))
     results: list[Rendered | DataError] = []
     for plan in planned:
         if isinstance(plan, DataError):
@@ -146,9 +178,11 @@ def _encoded(
     return results
 
 
-def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
-    """Each piece by itself, as at inference, where the prompt ends where the answer begins."""
-    # What a template writes between the turns is the same in every row.
+def _piecewise(
+    rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[EncodedRow]:
+    """Encodes each piece by itself, as at inference, where the prompt ends where the answer begins."""
+    # The text between the turns is the same in every row, so each text is encoded once.
     texts = list(dict.fromkeys(piece.text for pieces in rows for piece in pieces))
     encoded = dict(zip(texts, _batch(texts, tokenizer)["input_ids"], strict=True))
     for pieces in rows:
@@ -159,16 +193,19 @@ def _piecewise(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -
             new = encoded[piece.text]
             ids += new
             weights += [piece.weight] * len(new)
-            fault = fault or _unended(piece, new[-1] if new else -1, tokenizer, stops)
+            fault = fault or _unended(piece, new[-1] if new else -1, tokenizer, stop_token_ids)
         yield ids, weights, fault
 
 
-def _whole_rows(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) -> Iterator[Ids]:
-    """The whole text at once; a token belongs to the piece that holds its last character (a control token, its first).
+def _whole_rows(
+    rows: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[EncodedRow]:
+    """Encodes the whole text at once; a token belongs to the piece that holds its last character.
 
-    For tokenizers that put a space before whatever they are given, or whose control tokens swallow white space:
-    their pieces come out differently alone. Only where a message spells a control token is the text cut, and what
-    follows is encoded behind a private-use character, so that it is not taken for the beginning of a text.
+    A control token belongs to the piece that holds its first character. This is for tokenizers that put a space before
+    whatever they are given, or whose control tokens swallow white space: their pieces come out differently alone. Only
+    where a message spells a control token is the text cut. What follows is encoded behind a private-use character, so
+    that it is not taken for the beginning of a text.
     """
     groups = [_groups(pieces) for pieces in rows]
     texts = [
@@ -183,7 +220,9 @@ def _whole_rows(rows: list[list[Piece]], tokenizer: Any, stops: frozenset[int]) 
         weights: list[float] = []
         fault = None
         for number, group in enumerate(row):
-            new, new_weights, new_fault = _assign(group, *next(each), len(_ANCHOR) if number else 0, tokenizer, stops)
+            new, new_weights, new_fault = _assign(
+                group, *next(each), len(_ANCHOR) if number else 0, tokenizer, stop_token_ids
+            )
             ids, weights, fault = ids + new, weights + new_weights, fault or new_fault
         yield ids, weights, fault
 
@@ -198,9 +237,14 @@ def _groups(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def _assign(
-    group: list[Piece], ids: list[int], offsets: list[tuple[int, int]], skip: int, tokenizer: Any, stops: frozenset[int]
-) -> Ids:
-    """Ids and weights of one text; its first ``skip`` characters are the anchor."""
+    group: list[Piece],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    skip: int,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+) -> EncodedRow:
+    """Returns ids and weights of one text; its first ``skip`` characters are the anchor."""
     kept: list[int] = []
     weights: list[float] = []
     fault = None
@@ -212,33 +256,36 @@ def _assign(
         # A control token begins where it is written and may swallow what follows; a word may begin with a space
         # that still belongs to the header.
         while (first + 1 if token in control else last) > end:
-            fault = fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+            fault = fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stop_token_ids)
             number += 1
             end += len(group[number].text)
         kept.append(token)
         weights.append(group[number].weight)
-    return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stops)
+    return kept, weights, fault or _unended(group[number], kept[-1] if kept else -1, tokenizer, stop_token_ids)
 
 
-def _unended(piece: Piece, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError | None:
-    if piece.ends_turn is None or last in stops:
+def _unended(
+    piece: Piece, last: int, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> DataError | None:
+    """Returns a fault if ``piece`` must end its turn and ``last`` is not a token at which generation stops."""
+    if piece.ends_turn is None or last in stop_token_ids:
         return None
-    return _endless(piece.ends_turn, last, tokenizer, stops)
+    return _endless(piece.ends_turn, last, tokenizer, stop_token_ids)
 
 
-def _endless(message: int, last: int, tokenizer: Any, stops: frozenset[int]) -> DataError:
+def _endless(message: int, last: int, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]) -> DataError:
     ending = tokenizer.decode([last]) if last >= 0 else ""
     return DataError(
         f"message {message}: the turn would end in {ending!r}, which does not stop generation "
-        f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stops))}). Name the token in model.stop_tokens "
-        "if it ends turns, else use another chat template"
+        f"(the model stops at {tokenizer.convert_ids_to_tokens(sorted(stop_token_ids))}). Name the token in "
+        "model.stop_tokens if it ends turns, else use another chat template"
     )
 
 
-def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
+def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> Encoded:
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(
+    encoded: Encoded = tokenizer(
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
@@ -246,11 +293,13 @@ def _batch(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
         return_offsets_mapping=offsets,
         verbose=False,  # it would warn of long texts, which are split or dropped later
     )
+    return encoded
 
 
 @lru_cache(maxsize=8)
-def _writes_spaces(tokenizer: Any) -> bool:
-    """Whether a text's ids depend on its standing at the beginning, or control tokens swallow what is around them."""
+def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether a text's ids depend on its standing at the beginning, or control
+    tokens swallow what is around them."""
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return True
     alone, behind = _batch(["x", tokenizer.eos_token + "x"], tokenizer)["input_ids"]

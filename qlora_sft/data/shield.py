@@ -1,4 +1,4 @@
-"""Control tokens inside messages are text. They wear a disguise while the template runs, and are cut while encoding.
+"""Keep control tokens inside messages text: they are disguised while the template runs, and cut while encoding.
 
 Without this, ``<|im_start|>assistant`` typed by a user would become a turn of the assistant.
 """
@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qlora_sft.data.conversation import Conversation
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # One private-use character per control token. Templates leave them alone: they are neither space nor markup.
 _BASE = 0xF0000
-# Where it is put, a text is cut before it is encoded, so that no tokenizer can see the control token whole.
+# A text is cut at this character before it is encoded, so that no tokenizer can see the control token whole.
 CUT = chr(_BASE + 0xFFF0)
 
 Disguises = dict[str, str]
-"""Private character -> the control token it stands for."""
+"""Maps a private-use character to the control token that it stands for."""
 
 
 @lru_cache(maxsize=8)
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What the tokenizer encodes as structure: its special tokens, and added ones that look like tags (<think>)."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Returns what the tokenizer encodes as structure: its special tokens, and added ones
+    that look like tags (<think>)."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return tuple(sorted({t.content for t in tokens if t.special or _is_tag(t.content)}, key=len, reverse=True))
 
 
 @lru_cache(maxsize=8)
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Those that the tokenizer itself calls special."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Returns the tokens that the tokenizer itself calls special."""
     tokens = tokenizer.added_tokens_decoder.values()
     return tuple(sorted({t.content for t in tokens if t.special and t.content.strip()}, key=len, reverse=True))
 
@@ -39,8 +44,9 @@ def _is_tag(text: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def turn_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The control tokens without paired tags such as <think>...</think>, which an assistant may write in plain text."""
+def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Returns the control tokens without paired tags such as <think>...</think>, which an
+    assistant may write as text."""
     control = control_tokens(tokenizer)
     pairs = {token for token in control if token.startswith("</") and "<" + token[2:] in control}
     paired = pairs | {"<" + token[2:] for token in pairs}
@@ -49,15 +55,16 @@ def turn_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Returns a pattern that matches any of the tokens, and nothing if there is none."""
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Disguises]:
-    """The conversation with control tokens in its texts disguised, and what the disguises stand for.
+def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, Disguises]:
+    """Returns the conversation with control tokens in its texts disguised, and what the disguises stand for.
 
-    In an assistant's own text paired tags are left alone: a ``<tool_call>`` written out there is how many data sets
-    spell a call. Everybody else's tags are text. Raises `DataError` if a message holds both a
-    control token and a private-use character of ours.
+    Paired tags in an assistant's own text are left alone: a ``<tool_call>`` written out there is how many data sets
+    spell a call. All other tags are text. Raises `DataError` if a message holds both a control token and a private-use
+    character of ours.
     """
     content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
     found = sorted({match for text in _texts(content) for match in any_of(control_tokens(tokenizer)).findall(text)})
@@ -76,7 +83,7 @@ def shield(conversation: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any]
     return {**conversation, "messages": messages, **({"tools": tools} if tools else {})}, disguises
 
 
-def _replaced(value: Any, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:
+def _replaced(value: object, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda match: by_token[match.group()], value)
     if isinstance(value, list):
@@ -86,7 +93,7 @@ def _replaced(value: Any, pattern: re.Pattern[str], by_token: dict[str, str]) ->
     return value
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -97,7 +104,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def parts(text: str, disguises: Disguises) -> list[str]:
-    """``text`` without disguises, in parts to encode one by one; a control token is cut after its first letter."""
+    """Returns ``text`` without disguises, in parts to encode one by one; a control token
+    is cut after its first letter."""
     if not any(character in text for character in disguises):
         return [text]
     for character, token in disguises.items():

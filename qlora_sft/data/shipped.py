@@ -1,4 +1,4 @@
-"""The shipped templates: the control tokens that each of them writes, and by which a base of its family is known."""
+"""Describe the shipped templates: the control tokens that each of them writes, and those that tell its family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ FOLDER = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Shipped:
-    """``control``: what the template writes as structure and must be one token each. Tags that a model can spell, like
-    <think>, are not among it. ``end``: the one that ends a turn; empty where that is the base's own eos token."""
+    """Describes one shipped template."""
 
     known_by: tuple[str, ...]
+    """Tokens that a base of the family has in its vocabulary."""
     control: tuple[str, ...]
+    """Structure that the template writes, one token each, without tags that a model can spell (<think>)."""
     end: str
+    """The token that ends a turn; empty if that is the base's own eos token."""
 
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
@@ -39,12 +41,13 @@ SHIPPED = {
 
 
 def suitable(vocabulary: Container[str]) -> str:
-    """The shipped template whose family the vocabulary is of; ChatML, which every base can learn, if none."""
+    """Returns the shipped template for the family of the vocabulary; ChatML, which every
+    base can learn, if there is none."""
     return next((name for name, each in SHIPPED.items() if all(t in vocabulary for t in each.known_by)), "chatml-think")
 
 
 def template_text(name: str) -> str:
-    """A shipped template by its name, or what is in the file of that name. Raises `ConfigError` if it is neither."""
+    """Returns the text of a shipped template, or of the file of that name. Raises `ConfigError` if it is neither."""
     file = FOLDER / f"{name}.jinja" if name in SHIPPED else as_path(name)
     if not file.is_file():
         names = ", ".join(sorted(SHIPPED))

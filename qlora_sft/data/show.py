@@ -1,4 +1,4 @@
-"""What is trained, made visible: supervised tokens, masked ones, control tokens, weights, document bounds."""
+"""Show what is trained: supervised tokens, masked ones, control tokens, weights, document bounds."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.shield import control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREEN, DIM, CYAN, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[36m", "\x1b[1m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens of one kind."""
+class TokenRun:
+    """Holds neighbouring tokens of one kind."""
 
     text: str
     weight: float
     control: bool
 
 
-def runs(document: Rendered, tokenizer: Any) -> list[Run]:
-    """The document's tokens, in order, joined while weight and kind stay the same."""
+def token_runs(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[TokenRun]:
+    """Returns the document's tokens, in order, joined while weight and kind stay the same."""
     control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
     tokens = [(i, weight, i in control) for i, weight in zip(document.input_ids, document.weights, strict=True)]
     return [
-        Run(tokenizer.decode([i for i, _, _ in group]), weight, is_control)
+        TokenRun(tokenizer.decode([i for i, _, _ in group]), weight, is_control)
         for (weight, is_control), group in groupby(tokens, key=lambda token: token[1:])
     ]
 
@@ -37,19 +40,22 @@ def caption(document: Rendered) -> str:
     return f"{document.source}: {len(document.input_ids)} tokens, {document.n_supervised} supervised"
 
 
-def as_text(bins: Iterable[list[Rendered]], tokenizer: Any, colour: bool) -> str:
-    """For a terminal: supervised green, masked dim, control tokens cyan. Without colour: supervised in [[ ]]."""
+def as_text(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """Returns the packed documents for a terminal: supervised green, masked dim, control tokens cyan.
+
+    Without colour, supervised tokens stand in [[ ]].
+    """
     lines = []
-    for number, documents in enumerate(bins):
+    for number, documents in enumerate(sequences):
         total = sum(len(document.input_ids) for document in documents)
-        lines.append(_paint(f"━━ packed row {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
+        lines.append(_paint(f"━━ packed sequence {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
         for document in documents:
             lines.append(_paint(f"── {caption(document)}", BOLD, colour))
-            lines.append("".join(_run_as_text(run, colour) for run in runs(document, tokenizer)))
+            lines.append("".join(_run_as_text(run, colour) for run in token_runs(document, tokenizer)))
     return "\n".join(lines)
 
 
-def _run_as_text(run: Run, colour: bool) -> str:
+def _run_as_text(run: TokenRun, colour: bool) -> str:
     weight = f"×{run.weight:g} " if run.weight not in (0.0, 1.0) else ""
     if not colour:
         return f"[[{weight}{run.text}]]" if run.weight else run.text
@@ -77,28 +83,28 @@ pre {{ overflow-x: auto; font-size: .8rem }}
 sup {{ color: #b35900 }}
 </style></head><body><h1>{title}</h1>
 <p><span class="s">supervised</span>, <span style="color:#777">masked</span>, <span class="c">control token</span>,
-<sup>×0.5</sup> weight of what follows. A box is a packed row; documents in it do not see each other.</p>
+<sup>×0.5</sup> weight of what follows. A box is a packed sequence; its documents do not see each other.</p>
 <pre>{tables}</pre>
 {rows}
 </body></html>
 """
 
 
-def as_page(bins: Iterable[list[Rendered]], tokenizer: Any, title: str, tables: str) -> str:
-    """A page of its own, without scripts or links, that reads well on a phone."""
+def as_page(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
+    """Returns a web page of its own, without scripts or links, that reads well on a phone."""
     rows = []
-    for number, documents in enumerate(bins):
+    for number, documents in enumerate(sequences):
         shown = "".join(
             f'<div class="doc"><small>{html.escape(caption(document))}</small>'
-            + "".join(_run_as_html(run) for run in runs(document, tokenizer))
+            + "".join(_run_as_html(run) for run in token_runs(document, tokenizer))
             + "</div>"
             for document in documents
         )
-        rows.append(f'<div class="row"><h2>packed row {number}</h2>{shown}</div>')
+        rows.append(f'<div class="row"><h2>packed sequence {number}</h2>{shown}</div>')
     return _PAGE.format(title=html.escape(title), tables=html.escape(tables), rows="\n".join(rows))
 
 
-def _run_as_html(run: Run) -> str:
+def _run_as_html(run: TokenRun) -> str:
     classes = " ".join(name for name, on in (("s", run.weight > 0), ("c", run.control)) if on)
     weight = f"<sup>×{run.weight:g}</sup>" if run.weight not in (0.0, 1.0) else ""
     text = html.escape(run.text)

@@ -1,7 +1,7 @@
-"""Where training data comes from: files, folders, globs, Hugging Face data sets -> conversations.
+"""Read training data from files, folders, globs and Hugging Face data sets as conversations.
 
-A source is read once to find every fault and the form of its rows, and then as often as somebody iterates over it. Only
-the numbers of the rows in use are kept, so a source may be larger than memory.
+A source is read once to find every fault and the form of its rows, and again in every iteration. Only the numbers of
+the rows in use are kept, so a source may be larger than memory.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import glob
 import random
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.columns import wrong_columns
-from qlora_sft.data.formats import CURE, Conversation, Form, convert, convert_noting, detect
+from qlora_sft.data.conversation import Conversation
+from qlora_sft.data.formats import CURE, RowForm, convert, convert_noting, detect
 from qlora_sft.data.misread import broken_cell, list_in_a_line
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
@@ -31,19 +31,22 @@ MAX_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file (or data set) of a source: its label in messages, how to read its rows, and what they look like."""
+class SourcePart:
+    """Describes one file (or data set) of a source: its label in messages, how to read its rows, and their form."""
 
     label: str
     read: Callable[[], files.Rows]
-    form: Form
+    form: RowForm
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The conversations of a source, read anew in every iteration; ``chosen`` has the numbers of the rows in use."""
+    """Holds the conversations of a source, read anew in every iteration.
 
-    parts: list[Part]
+    ``chosen`` has the numbers of the rows in use.
+    """
+
+    parts: list[SourcePart]
     chosen: array[int]
 
     def __len__(self) -> int:
@@ -65,34 +68,35 @@ class Conversations:
                 return
 
     def without(self, positions: set[int]) -> Conversations:
-        """The same without those that come at these positions (counted from 0) when iterating."""
+        """Returns the same without those that come at these positions (counted from 0) when iterating."""
         return replace(self, chosen=array("Q", (n for i, n in enumerate(self.chosen) if i not in positions)))
 
 
 @dataclass(frozen=True)
 class Source:
-    """The conversations of one source of the configuration."""
+    """Holds the conversations of one source of the configuration."""
 
     name: str
     path: Path
     rows: Conversations
     read: int
-    """Rows that it has; ``rows`` are those drawn by ``fraction`` and ``max_rows`` and not removed since."""
+    """Rows that the source has. ``rows`` are those drawn by ``fraction`` and ``max_rows`` and not removed since."""
     files: list[Path] = field(default_factory=list)
-    """Local files it was read from; none for a data set of the Hub."""
+    """Local files that it was read from; none for a data set of the Hub."""
     settings: SourceConfig = field(default_factory=lambda: SourceConfig(""))
     removed: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> file:line of the rows that were removed for it."""
+    """Maps a reason to file:line of the rows that were removed for it."""
 
 
 def place(conversation: Conversation) -> str:
+    """Returns file:line of the row that a conversation was read from."""
     return f"{conversation['file']}:{conversation['line']}"
 
 
-def read_sources(sources: list[Any], seed: int, say: Say = lambda _: None) -> list[Source]:
-    """Every source's conversations, checked. Prints what was detected and what is not used.
+def read_sources(sources: Sequence[SourceConfig], seed: int, say: Say = lambda _: None) -> list[Source]:
+    """Returns every source's conversations, checked, and says what was detected and what is not used.
 
-    ``sources``: `SourceConfig`s. All faulty files are reported at once, in one `DataError`.
+    Raises one `DataError` for all faulty files.
     """
     result, problems = [], []
     for source in sources:
@@ -106,7 +110,7 @@ def read_sources(sources: list[Any], seed: int, say: Say = lambda _: None) -> li
 
 
 def resolve_path(path: str) -> Path:
-    """``demo:train/fields.jsonl`` names a file of the generated demo data; anything else is a path."""
+    """Returns the path of a source. ``demo:train/fields.jsonl`` names a file of the generated demo data."""
     if path.startswith("demo:"):
         from qlora_sft.demo import data_path
 
@@ -117,7 +121,7 @@ def resolve_path(path: str) -> Path:
 def open_parts(
     source: SourceConfig, say: Say = lambda _: None
 ) -> list[tuple[str, Callable[[], files.Rows], Path | None]]:
-    """Label, reader and (if it is one) file of everything a source's path names. Raises `DataError`."""
+    """Returns label, reader and (if it is one) file of everything that a source's path names. Raises `DataError`."""
     path = resolve_path(source.path)
     if path.is_file():
         _refuse_dataset_keys(source, "file")
@@ -140,8 +144,10 @@ def open_parts(
 
 
 def open_evaluation(path: str) -> list[tuple[str, Callable[[], files.Rows], Path | None]]:
-    """`open_parts` of a set that must not be trained on. Of a data set of the Hub: the split in brackets
-    (``owner/name[test]``), or all but ``train``, which is what one trains on."""
+    """Opens a set that must not be trained on, as `open_parts` does.
+
+    A data set of the Hub is read in the split in brackets (``owner/name[test]``), or in all but ``train``.
+    """
     named = re.fullmatch(r"([\w.-]+/[\w.-]+(?::[\w.-]+)?)\[([\w.-]+)\]", path)
     if named and not glob.glob(path):
         return open_parts(SourceConfig(named[1], split=named[2]))
@@ -153,7 +159,7 @@ def open_evaluation(path: str) -> list[tuple[str, Callable[[], files.Rows], Path
 
 
 def _is_hub_name(path: str) -> bool:
-    """A name with the ending of a file is a file that is missing, not a data set of the Hub."""
+    """Says whether ``path`` names a data set of the Hub. A name with the ending of a file is a file that is missing."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and files.kind_of(Path(path)) not in files.READERS
     return bool(named) and not resolve_path(path).exists()
 
@@ -164,7 +170,7 @@ def _is_hub_name(path: str) -> bool:
 def _read(source: SourceConfig, seed: int, say: Say) -> Source:
     name = source_name(source)
     opened = open_parts(source, say)
-    parts: list[Part] = []
+    parts: list[SourcePart] = []
     problems: list[str] = []
     found: dict[str, list[str]] = {}
     unused: dict[str, str] = {}
@@ -177,7 +183,7 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
             form, count, faults = None, 0, [str(error)]
         problems += faults
         if form is not None:
-            parts.append(Part(label, read, form))
+            parts.append(SourcePart(label, read, form))
             found.setdefault(_description(form, source, file), []).append(label)
             total += count
     problems = wrong_columns(source, [part.form for part in parts], seen) + problems
@@ -201,10 +207,12 @@ def _read(source: SourceConfig, seed: int, say: Say) -> Source:
 
 def _scan(
     label: str, read: Callable[[], files.Rows], source: SourceConfig, unused: dict[str, str], seen: set[str]
-) -> tuple[Form | None, int, list[str]]:
-    """Form, number of rows and faults of one file; ``unused`` is filled with what first went unused where, ``seen``
-    with the columns of all rows."""
-    form = None if source.format == "auto" else Form(source.format, source.columns or {}, _tags(source))
+) -> tuple[RowForm | None, int, list[str]]:
+    """Returns form, number of rows and faults of one file.
+
+    ``unused`` is filled with what first went unused where, ``seen`` with the columns of all rows.
+    """
+    form = None if source.format == "auto" else RowForm(source.format, source.columns or {}, _tags(source))
     first, count, problems = 0, 0, []
     for line, row, fault in read():
         count += 1
@@ -225,8 +233,11 @@ def _scan(
     return form, count, problems
 
 
-def _settle_form(row: Any, line: int, form: Form | None, first: int, source: SourceConfig) -> tuple[Form, int]:
-    """The form of the file and the line that settled it; raises `DataError` if the row has none or another one."""
+def _settle_form(row: object, line: int, form: RowForm | None, first: int, source: SourceConfig) -> tuple[RowForm, int]:
+    """Returns the form of the file and the line that settled it.
+
+    Raises `DataError` if the row has no form or another one.
+    """
     if why := list_in_a_line(row):
         raise DataError(why)
     if not isinstance(row, dict):
@@ -253,7 +264,7 @@ def _tags(source: SourceConfig) -> bool:
     return source.think_tags == "reasoning"
 
 
-def _description(form: Form, source: SourceConfig, file: Path | None) -> str:
+def _description(form: RowForm, source: SourceConfig, file: Path | None) -> str:
     verb = "detected" if source.format == "auto" else "configured"
     layout = ""
     if file is not None and files.kind_of(file) == ".txt":
@@ -264,7 +275,10 @@ def _description(form: Form, source: SourceConfig, file: Path | None) -> str:
 
 
 def _draw(source: SourceConfig, name: str, total: int, seed: int) -> array[int]:
-    """Numbers of the rows to use, in the order of the file; the same for the same seed, name and number of rows."""
+    """Returns the numbers of the rows to use, in the order of the file.
+
+    They are the same for the same seed, name and number of rows.
+    """
     wanted = max(1, round(total * source.fraction))
     if source.max_rows is not None:
         wanted = min(wanted, source.max_rows)

@@ -1,4 +1,4 @@
-"""Training and held-out sources of a configuration, as far as they can be had without a tokenizer."""
+"""Read the training and held-out sources of a configuration, as far as that takes no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_sft.say import Say
 
 
 class RunSources(NamedTuple):
-    """What a run reads: training sources (replay last), held-out sources, and the rows that were taken out."""
+    """Holds what a run reads: training sources (replay last), held-out sources, and the rows that were removed."""
 
     train: list[Source]
     held_out: list[Source]
@@ -19,9 +19,9 @@ class RunSources(NamedTuple):
 
 
 def read_data(config: Config, say: Say) -> RunSources:
-    """Reads all sources and takes duplicates and contaminated rows out of those for training.
+    """Reads all sources and removes duplicates and contaminated rows from those for training.
 
-    Needs no torch, so a bad file is reported at once. Raises `DataError`.
+    It needs no torch, so a bad file is reported at once. Raises `DataError`.
     """
     data = config.data
     trained = [*data.train, *([data.replay] if data.replay else [])]

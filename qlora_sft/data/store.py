@@ -1,4 +1,4 @@
-"""Rendered and packed data, kept in the user's cache under a hash of everything that it depends on."""
+"""Keep rendered and packed data in the user's cache, under a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
@@ -20,14 +21,35 @@ from qlora_sft.data.prepare import Prepared
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 
-Bins = list[list[int]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PackedSequences = list[list[int]]
+IntArray = NDArray[np.int64]
 
 
-def fingerprint(config: Config, sources: list[Source], tokenizer: Any, style: ChatFormat) -> str | None:
-    """Hash of the files' contents, the data settings, the tokenizer, the template and this code; None if a source is
-    not made of local files."""
+class SplitFacts(TypedDict):
+    """Holds what is kept of a split beside its documents."""
+
+    sources: list[str]
+    ledger: dict[str, dict[str, Any]]
+
+
+def fingerprint(
+    config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> str | None:
+    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code.
+
+    None if a source is not made of local files.
+    """
     digest = hashlib.sha256()
-    settings = (asdict(config.data), config.training.epochs, config.seed, style.template, sorted(style.stops))
+    settings = (
+        asdict(config.data),
+        config.training.epochs,
+        config.seed,
+        chat_format.template,
+        sorted(chat_format.stop_token_ids),
+    )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
@@ -43,19 +65,20 @@ def fingerprint(config: Config, sources: list[Source], tokenizer: Any, style: Ch
     return digest.hexdigest()[:32]
 
 
-def load(key: str) -> tuple[Prepared, Prepared, Bins, list[str]] | None:
-    """(training split, held-out split, bins, what was said while they were made), or None if they are not kept."""
+def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | None:
+    """Returns the training split, the held-out split, the packed sequences, and what was
+    said; None if they are not kept."""
     folder = cache_dir("prepared") / key
     if not folder.is_dir():
         return None
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     splits = [_split(folder / name, facts[name]) for name in ("train", "held_out")]
-    bins = np.load(folder / "bins.npz")
-    return splits[0], splits[1], _unflat(bins["values"], bins["bounds"]), facts["said"]
+    sequences = np.load(folder / "sequences.npz")
+    return splits[0], splits[1], _unflat(sequences["values"], sequences["bounds"]), facts["said"]
 
 
-def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[str]) -> Path:
-    """Keeps them for `load`; returns the folder."""
+def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequences, said: list[str]) -> Path:
+    """Keeps them for `load` and returns the folder."""
     folder = cache_dir("prepared") / key
     with written_folder(folder) as beside:
         facts: dict[str, Any] = {"said": said}
@@ -67,14 +90,14 @@ def save(key: str, train: Prepared, held_out: Prepared, bins: Bins, said: list[s
                 "sources": list(split.documents),
                 "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
             }
-        values, bounds = _flat(bins, np.int64)
-        np.savez(beside / "bins.npz", values=values, bounds=bounds)
+        values, bounds = _flat(sequences)
+        np.savez(beside / "sequences.npz", values=values, bounds=bounds)
         (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     return folder
 
 
-def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
-    """Mapped, not read: a document is in memory while somebody looks at it."""
+def _split(prefix: Path, facts: SplitFacts) -> Prepared:
+    """Returns a split whose arrays are mapped and not read: a document is in memory only while it is used."""
     documents = {}
     for number, source in enumerate(facts["sources"]):
         ids, weights, bounds = (
@@ -89,12 +112,12 @@ def _split(prefix: Path, facts: dict[str, Any]) -> Prepared:
     return Prepared(documents, ledger)
 
 
-def _flat(rows: list[list[Any]], dtype: Any) -> tuple[Any, Any]:
-    """(all values behind one another, bounds of the rows)."""
+def _flat(rows: list[list[int]]) -> tuple[IntArray, IntArray]:
+    """Returns all values one after the other, and the bounds of the lists."""
     bounds = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.array([value for row in rows for value in row], dtype=dtype), bounds
+    return np.array([value for row in rows for value in row], dtype=np.int64), bounds
 
 
-def _unflat(values: Any, bounds: Any) -> list[list[Any]]:
+def _unflat(values: IntArray, bounds: IntArray) -> list[list[int]]:
     flat, edges = values.tolist(), bounds.tolist()
     return [flat[a:b] for a, b in pairwise(edges)]

@@ -1,17 +1,18 @@
-"""What the chat template writes, and which characters of it the model has to write itself.
+"""Render a chat template and find the characters that the model has to write itself.
 
-The text is never searched for marker strings. A template with ``{% generation %}`` marks says it; for one without,
-a turn is what follows its own generation prompt, provided that both renderings are beginnings of the whole text.
+The text is never searched for marker strings. A template with ``{% generation %}`` marks says which characters they
+are. Without marks, a turn is what follows its own generation prompt, provided that both renderings are beginnings of
+the whole text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 import jinja2.ext
@@ -19,11 +20,15 @@ import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.complete import check_nothing_lost
-from qlora_sft.data.opening import Before, prompt_gap, turn_start
+from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
 from qlora_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _THINK = re.compile(r"</?think>")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -31,7 +36,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of the rendered text, to be written by the model in message number ``message``."""
+    """Marks characters [start, end) of the rendered text, which the model writes in message number ``message``."""
 
     start: int
     end: int
@@ -40,11 +45,11 @@ class Span:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a run writes conversations: the template, why this one, and the tokens at which generation stops."""
+    """Says how a run writes conversations: the template, why this one, and the tokens at which generation stops."""
 
     template: str
     reason: str
-    stops: frozenset[int]
+    stop_token_ids: frozenset[int]
     day: date | None = None
     """The date that the template writes into every conversation, if it writes today's."""
 
@@ -53,14 +58,22 @@ def has_marks(template: str) -> bool:
     return _MARK.search(template) is not None
 
 
-def chat_format(
-    tokenizer: Any, stops: Iterable[int] = (), name: str | None = None, day: date | None = None
+def choose_chat_format(
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Iterable[int] = (),
+    name: str | None = None,
+    day: date | None = None,
 ) -> ChatFormat:
-    """The format to train with. ``stops``: what the model's generation config stops at, beside the eos token; ``name``:
-    the template that is configured in place of the tokenizer's own; ``day``: what a template writes as today's date.
+    """Returns the format to train with.
+
+    stop_token_ids: tokens at which the model's generation config stops, beside the eos token.
+
+    name: the template that is configured in place of the tokenizer's own.
+
+    day: what a template writes as today's date.
 
     The template is the tokenizer's own, unless it has no marks and TRL ships a training version of exactly this
-    template, which writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
+    template. That version writes the same text for one turn and, unlike some originals, does not rewrite earlier ones.
     Raises `DataError` if there is no template at all.
     """
     own = tokenizer.chat_template
@@ -70,7 +83,7 @@ def chat_format(
         raise DataError(
             f"the tokenizer has no chat template; name one, e.g. model.chat_template={suitable(tokenizer.get_vocab())}"
         )
-    all_stops = frozenset({tokenizer.eos_token_id, *stops})
+    all_stops = frozenset({tokenizer.eos_token_id, *stop_token_ids})
     called = name or "the tokenizer's own"
     if has_marks(own):
         return _dated(own, f"{called}; its {{% generation %}} marks say what is supervised", all_stops, day)
@@ -81,19 +94,20 @@ def chat_format(
     return _dated(own, f"{called}; what is supervised follows from its generation prompt", all_stops, day)
 
 
-def _dated(template: str, reason: str, stops: frozenset[int], day: date | None) -> ChatFormat:
-    """The format, with the date held still if the template writes one. Raises `DataError` if it is not valid Jinja."""
+def _dated(template: str, reason: str, stop_token_ids: frozenset[int], day: date | None) -> ChatFormat:
+    """Returns the format, with the date fixed if the template writes one. Raises
+    `DataError` if it is not valid Jinja."""
     _check_syntax(template)
     if not writes_date(template):
-        return ChatFormat(template, reason, stops)
+        return ChatFormat(template, reason, stop_token_ids)
     day = day or today()
     reason += f"; it writes today's date into every conversation: {day}, kept with the run"
-    return ChatFormat(with_date(template, day), reason, stops, day)
+    return ChatFormat(with_date(template, day), reason, stop_token_ids, day)
 
 
 @lru_cache(maxsize=8)
 def _check_syntax(template: str) -> None:
-    """Raises `DataError` for a template that cannot be compiled: once, and not for every row."""
+    """Raises `DataError` for a template that cannot be compiled, once and not for every row."""
     # The marks are transformers' own; blocks of Jinja stand in for them.
     plain = re.sub(r"\bendgeneration\b", "endif", _MARK.sub("{% if true %}", template))
     try:
@@ -108,13 +122,13 @@ def _no_jinja(error: jinja2.TemplateSyntaxError) -> DataError:
 
 @lru_cache(maxsize=8)
 def variables(template: str) -> frozenset[str]:
-    """What the template reads beside its own variables."""
+    """Returns the variables that the template reads beside its own."""
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
     parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(plain)
     return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
-def _trl_training_template(tokenizer: Any) -> str | None:
+def _trl_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
@@ -125,55 +139,60 @@ def _trl_training_template(tokenizer: Any) -> str | None:
 
 
 def render_whole(
-    conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
-) -> tuple[dict[str, Any], str, list[Span]]:
-    """`render_text` with nothing of the conversation left out, and the conversation as it was rendered.
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[Conversation, str, list[Span]]:
+    """Returns the conversation as it was rendered, its text and its spans, with nothing left out.
 
-    Where a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning stands in the
-    text. Raises `DataError`.
+    If a template knows ``<think>`` but no key for the reasoning (DeepSeek-R1-Distill's), the reasoning is put into the
+    content. Raises `DataError`.
     """
     try:
-        return conversation, *_checked(conversation, tokenizer, style)
+        return conversation, *_checked(conversation, tokenizer, chat_format)
     except DataError:
-        inline = _with_inline_reasoning(conversation) if _THINK.search(style.template) else conversation
+        inline = _with_inline_reasoning(conversation) if _THINK.search(chat_format.template) else conversation
         if inline is conversation:
             raise
         try:
-            return inline, *_checked(inline, tokenizer, style)
+            return inline, *_checked(inline, tokenizer, chat_format)
         except DataError:
             pass  # the first fault is that of the row as it was written
         raise
 
 
-def _checked(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
-    text, spans = render_text(conversation, tokenizer, style)
+def _checked(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[str, list[Span]]:
+    text, spans = render_text(conversation, tokenizer, chat_format)
     check_nothing_lost(conversation, text, spans)
     return text, spans
 
 
-def _with_inline_reasoning(conversation: dict[str, Any]) -> dict[str, Any]:
-    """The conversation with every reasoning in its turn's text; itself if it has none."""
+def _with_inline_reasoning(conversation: Conversation) -> Conversation:
+    """Returns the conversation with every reasoning in its turn's content; itself if it has none."""
     if not any(message.get("reasoning") for message in conversation["messages"]):
         return conversation
     messages = []
     for message in conversation["messages"]:
         thought = message.get("reasoning")
         text = f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}"
-        rest = {key: value for key, value in message.items() if key != "reasoning"}
-        messages.append({**rest, "content": text} if thought else message)
+        changed: Message = {**message, "content": text}
+        changed.pop("reasoning", None)
+        messages.append(changed if thought else message)
     return {**conversation, "messages": messages}
 
 
-def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> tuple[str, list[Span]]:
-    """The template's text and one span per assistant message, in order; end-of-turn token included, headers not. Of
-    messages that are ``past`` (see `unroll`) there may be none.
+def render_text(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[str, list[Span]]:
+    """Returns the template's text and one span per assistant message, in order.
 
+    A span includes the end-of-turn token, but no header. Messages that are ``past`` (see `unroll`) may have none.
     Raises `DataError` if the spans cannot be derived without guessing.
     """
     messages = conversation["messages"]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if has_marks(style.template):
-        text, bounds = apply(conversation, tokenizer, style.template, marks=True)
+    if has_marks(chat_format.template):
+        text, bounds = apply(conversation, tokenizer, chat_format.template, marks=True)
         if len(bounds) > len(turns):
             # Phi-3's marks another eos after the last turn, long after generation has stopped.
             only_control = any_of(special_tokens(tokenizer))
@@ -181,22 +200,25 @@ def render_text(conversation: dict[str, Any], tokenizer: Any, style: ChatFormat)
         if len(bounds) != len(turns):
             raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
     else:
-        text, _ = apply(conversation, tokenizer, style.template)
+        text, _ = apply(conversation, tokenizer, chat_format.template)
         turns = [turn for turn in turns if not messages[turn].get("past")]
-        bounds = [_by_prefix(conversation, turn, text, tokenizer, style.template) for turn in turns]
+        bounds = [_by_prefix(conversation, turn, text, tokenizer, chat_format.template) for turn in turns]
     spans = [Span(start, end, turn) for (start, end), turn in zip(bounds, turns, strict=True)]
-    exact = [_exact(span, text, conversation, tokenizer, style) for span in spans]
+    exact = [_exact(span, text, conversation, tokenizer, chat_format) for span in spans]
     if any(message.get("past") for message in messages):
-        return _as_prompted(text, exact[-1], conversation, tokenizer, style)
+        return _as_prompted(text, exact[-1], conversation, tokenizer, chat_format)
     return text, exact
 
 
 def _as_prompted(
-    text: str, span: Span, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat
+    text: str, span: Span, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
-    """The last turn behind its own prompt: gpt-oss' leaves out, of a finished conversation, the reasoning before a tool
-    call that it shows the model while there is no answer yet."""
-    before = _before(conversation, span.message, tokenizer, style.template)
+    """Returns the last turn behind its own prompt.
+
+    In a finished conversation gpt-oss' template leaves out the reasoning before a tool call, which it shows the model
+    while there is no answer yet.
+    """
+    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     prompt, without = before(True), before(False)
     header = prompt[len(without) :] if prompt.startswith(without) else ""
     if text.startswith(prompt) or not header or not text.endswith(header, 0, span.start):
@@ -206,9 +228,17 @@ def _as_prompted(
 
 
 def apply(
-    conversation: dict[str, Any], tokenizer: Any, template: str, *, marks: bool = False, prompt: bool = False
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    marks: bool = False,
+    prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text, bounds of what stands between marks); ``prompt``: with the generation prompt at the end."""
+    """Returns the rendered text, and the bounds of what stands between marks if ``marks`` is true.
+
+    prompt: adds the generation prompt at the end. Raises `DataError` if the template refuses the conversation.
+    """
     try:
         texts, bounds = render_jinja_template(
             [[_with_aliases(message) for message in conversation["messages"]]],
@@ -232,15 +262,20 @@ def apply(
     return texts[0], bounds[0] if marks else []
 
 
-def _with_aliases(message: dict[str, Any]) -> dict[str, Any]:
-    """Families call the reasoning by different names; a template reads the one it knows."""
+def _with_aliases(message: Message) -> Mapping[str, object]:
+    """Returns the message with its reasoning under all names that families use; a template reads the one it knows."""
     if not message.get("reasoning"):
         return message
     return {**message, "reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
 
 
-def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: Any, template: str) -> tuple[int, int]:
-    """What the turn adds to its generation prompt. A template that rewrites history breaks the premise."""
+def _by_prefix(
+    conversation: Conversation, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[int, int]:
+    """Returns the bounds of what the turn adds to its generation prompt.
+
+    Raises `DataError` for a template that rewrites history, which breaks the premise.
+    """
     messages = conversation["messages"]
     prompt, _ = apply({**conversation, "messages": messages[:turn]}, tokenizer, template, prompt=True)
     until, _ = apply({**conversation, "messages": messages[: turn + 1]}, tokenizer, template)
@@ -254,31 +289,40 @@ def _by_prefix(conversation: dict[str, Any], turn: int, text: str, tokenizer: An
     return len(prompt), len(until)
 
 
-def _exact(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> Span:
-    """The span without what the template adds (a header, an empty think block, what follows the end of turn), and with
-    the end of turn where the marks stop right before it: the model has to write it, whatever they say. Where there is
-    none at all the renderer raises."""
+def _exact(
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> Span:
+    """Returns the span of exactly what the model has to write.
+
+    What the template adds is taken out: a header, an empty think block, what follows the end of turn. The end of turn
+    is taken in where the marks stop right before it, because the model has to write it. If there is none at all, the
+    renderer raises.
+    """
     message = conversation["messages"][span.message]
-    before = _before(conversation, span.message, tokenizer, style.template)
+    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
     start, end = turn_start(text, span.start, span.end, message, before), span.end
-    # Gemma's <end_of_turn> is no special token, but it is where generation stops.
-    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(style.stops)))
-    ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stops)).finditer(text, start, end)]
+    # Gemma's <end_of_turn> is no special token, but it is where generation stop_token_ids.
+    stop_token_ids = tuple(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids)))
+    ends = [match.end() for match in any_of((*special_tokens(tokenizer), *stop_token_ids)).finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
         end = ends[-1]
-    if not text.endswith(stops, start, end):
-        behind = any_of(stops).match(text, end)
+    if not text.endswith(stop_token_ids, start, end):
+        behind = any_of(stop_token_ids).match(text, end)
         end = behind.end() if behind else end
     return Span(start, end, span.message)
 
 
-def _before(conversation: dict[str, Any], turn: int, tokenizer: Any, template: str) -> Before:
-    earlier = {**conversation, "messages": conversation["messages"][:turn]}
+def _prompt_before(
+    conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, template: str
+) -> PromptBefore:
+    earlier: Conversation = {**conversation, "messages": conversation["messages"][:turn]}
     return lambda prompt: apply(earlier, tokenizer, template, prompt=prompt)[0]
 
 
-def gap_before(span: Span, text: str, conversation: dict[str, Any], tokenizer: Any, style: ChatFormat) -> str:
-    """What the generation prompt of a turn ends in and its training text lacks, tried once for turns of one shape."""
+def gap_before(
+    span: Span, text: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> str:
+    """Returns the end of a turn's generation prompt that its training text lacks, tried once for turns of one shape."""
     messages, turn = conversation["messages"], span.message
     message = messages[turn]
     shape = (
@@ -290,16 +334,18 @@ def gap_before(span: Span, text: str, conversation: dict[str, Any], tokenizer: A
         bool(message.get("tool_calls")),
         (message.get("content") or "").startswith("<think>"),
     )
-    known = _gaps(style.template)
+    known = _gaps(chat_format.template)
     if shape not in known:
         try:
-            known[shape] = prompt_gap(text, span.start, _before(conversation, turn, tokenizer, style.template))
+            known[shape] = prompt_gap(
+                text, span.start, _prompt_before(conversation, turn, tokenizer, chat_format.template)
+            )
         except DataError:  # some templates refuse a conversation that nobody has begun
             known[shape] = ""
     return known[shape]
 
 
 @lru_cache(maxsize=8)
-def _gaps(template: str) -> dict[tuple[Any, ...], str]:
-    """Shape of a turn -> its gap; filled as they come."""
+def _gaps(template: str) -> dict[tuple[object, ...], str]:
+    """Returns the map from the shape of a turn to its gap, which is filled as shapes come."""
     return {}

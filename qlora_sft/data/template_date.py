@@ -1,8 +1,8 @@
-"""Today's date in a chat template, held still for a whole run.
+"""Fix today's date in a chat template for a whole run.
 
 Some templates (Llama 3.2's, gpt-oss') write the date of the rendering into every conversation, by the function
 ``strftime_now`` that transformers gives them. A run that goes on the next day, or its cache, would hold other tokens.
-So the template gets a function of that name in its own text, which writes the date that the run began with.
+So the template gets a function of that name in its own text, which writes the date on which the run began.
 """
 
 from __future__ import annotations

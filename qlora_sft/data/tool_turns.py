@@ -1,17 +1,16 @@
-"""Tool results belong to calls: which to which, and in which order.
+"""Put tool results behind their calls, in the order of the calls.
 
-Most templates write no ids, so a model reads the results of several calls in the order of the calls. That is the order
-they get here, by id, else by name, else as they stand. What cannot be told apart is a `DataError`.
+Most templates write no ids, so a model reads the results of several calls in the order of the calls. Results get that
+order here by id, else by name, else as they stand. What cannot be told apart is a `DataError`.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from qlora_sft.data.conversation import Message, ToolCall, function_of
 from qlora_sft.errors import DataError
-
-Message = dict[str, Any]
+from qlora_sft.json_types import JsonObject
 
 REORDERED = "rows whose tool results were put into the order of their calls"
 JOINED = "rows whose neighbouring turns with tool calls were joined into one"
@@ -24,11 +23,11 @@ UNANSWERED = "rows whose last turn is not the assistant's, so that nothing answe
 
 
 def paired(messages: list[Message], notes: set[str], together: bool = False) -> list[Message]:
-    """The messages, every tool call followed by its results in the order of the calls, each with the id of its call.
+    """Returns the messages with every tool call followed by its results in order, each with the id of its call.
 
-    What is remarkable and no fault is added to ``notes``. Several calls may have one result if it is a list of as many,
-    or if ``together`` says so, as ShareGPT has it. Raises `DataError` for a result that belongs to no call, and for a
-    call that lacks one where others of its turn have theirs.
+    Remarkable facts that are not faults are added to ``notes``. Several calls may have one result if it is a list of as
+    many, or if ``together`` says so, as ShareGPT has it. Raises `DataError` for a result that belongs to no call, and
+    for a call that lacks one where others of its turn have theirs.
     """
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return messages
@@ -55,20 +54,22 @@ def paired(messages: list[Message], notes: set[str], together: bool = False) -> 
     return result
 
 
-def undeclared(messages: list[Message], tools: list[dict[str, Any]]) -> bool:
-    """Whether a tool is called that is not among ``tools``."""
-    names = {tool.get("function", tool).get("name") for tool in tools}
+def undeclared(messages: list[Message], tools: list[JsonObject]) -> bool:
+    """Says whether a tool is called that is not among ``tools``."""
+    names = {function_of(tool).get("name") for tool in tools}
     return any(_name(call) not in names for message in messages for call in message.get("tool_calls") or [])
 
 
 def _joined(messages: list[Message], notes: set[str]) -> list[Message]:
-    """Turns of the assistant that call tools one behind the other, before any result, are the parallel calls of one
-    turn: in a chat nothing stands between them either. Those that cannot be one turn are refused: whose results would
-    follow?"""
+    """Joins neighbouring turns of the assistant that call tools before any result into one turn with parallel calls.
+
+    In a chat nothing stands between them either. Raises `DataError` for turns that cannot be one, since nobody could
+    tell whose results would follow.
+    """
     calling = [message["role"] == "assistant" and bool(message.get("tool_calls")) for message in messages]
     result: list[Message] = []
     for number, message in enumerate(messages):
-        before = result[-1] if result else {}
+        before: Message = result[-1] if result else {"role": "", "content": ""}
         next_other = next((n for n in range(number, len(messages)) if not calling[n]), len(messages))
         answered = next_other < len(messages) and messages[next_other]["role"] == "tool"
         if not (calling[number] and before.get("tool_calls") and answered):
@@ -86,7 +87,10 @@ def _joined(messages: list[Message], notes: set[str]) -> list[Message]:
 
 
 def _without_call(message: Message, results: list[Message], notes: set[str]) -> list[Message]:
-    """Some data sets spell calls out in the text; anything else would be a result out of nowhere."""
+    """Returns results behind a text that calls no tool, because some data sets spell calls out in the text.
+
+    Raises `DataError` for any other result without a call.
+    """
     if results:
         named = next((each["tool_call_id"] for each in results if each.get("tool_call_id")), None)
         if named is not None:
@@ -98,9 +102,9 @@ def _without_call(message: Message, results: list[Message], notes: set[str]) -> 
 
 
 def _in_order(
-    calls: list[dict[str, Any]], results: list[Message], last: bool, together: bool, notes: set[str]
+    calls: list[ToolCall], results: list[Message], last: bool, together: bool, notes: set[str]
 ) -> list[Message]:
-    """The results in the order of the calls; ``last``: nothing comes behind them."""
+    """Returns the results in the order of the calls. ``last``: no message follows them."""
     if not results:
         if not last:
             notes.add(WITHOUT_RESULT)
@@ -125,11 +129,11 @@ def _in_order(
     order = [places[number] for number in sorted(places)]
     if order != sorted(order):
         notes.add(REORDERED)
-    return [{**results[places[n]], **_id_of(calls[n])} for n in sorted(places)]
+    return [_with_id(results[places[n]], calls[n]) for n in sorted(places)]
 
 
-def _place(result: Message, calls: list[dict[str, Any]], places: dict[int, int]) -> int:
-    """The number of the call that the result belongs to."""
+def _place(result: Message, calls: list[ToolCall], places: dict[int, int]) -> int:
+    """Returns the number of the call that the result belongs to."""
     identity, name = result.get("tool_call_id"), result.get("name")
     fits = [n for n, call in enumerate(calls) if not identity or call.get("id") == identity]
     if not fits:
@@ -145,7 +149,7 @@ def _place(result: Message, calls: list[dict[str, Any]], places: dict[int, int])
 
 
 def _count(content: str) -> int:
-    """Of how many results a text is the list."""
+    """Returns how many results a text is the JSON list of; 0 if it is none."""
     try:
         found = json.loads(content) if content.lstrip().startswith("[") else None
     except json.JSONDecodeError:
@@ -157,10 +161,9 @@ def _says_whose(result: Message) -> int:
     return 2 if result.get("tool_call_id") else 1 if result.get("name") else 0
 
 
-def _id_of(call: dict[str, Any]) -> dict[str, str]:
-    return {"tool_call_id": call["id"]} if call.get("id") else {}
+def _with_id(result: Message, call: ToolCall) -> Message:
+    return {**result, "tool_call_id": call["id"]} if call.get("id") else result
 
 
-def _name(call: dict[str, Any]) -> str:
-    name: str = call.get("function", call).get("name", "")
-    return name
+def _name(call: ToolCall) -> str:
+    return str(function_of(call).get("name", ""))

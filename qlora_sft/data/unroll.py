@@ -1,20 +1,22 @@
-"""One conversation per turn, for templates that write a turn differently when more turns follow.
+"""Unroll a conversation into one per turn, for templates that write a turn differently when more turns follow.
 
-Qwen3's own leaves out earlier reasoning, gpt-oss' also ends earlier answers in another token than the last. No single
-text then shows every turn as the model will have to write it. One document per turn does: what a runtime shows the
-model before the turn, and the turn.
+Qwen3's own leaves out earlier reasoning; gpt-oss' also ends earlier answers in another token than the last. So no
+single text shows every turn as the model will have to write it. One document per turn does: it holds what a runtime
+shows the model before the turn, and the turn.
 """
 
 from __future__ import annotations
 
-from qlora_sft.data.formats import Conversation
+from qlora_sft.data.conversation import Conversation, Message
 
 UNROLLED = "rows rendered once per turn, because the chat template writes earlier turns differently"
 
 
 def unrolled(conversation: Conversation, supervise: str) -> list[Conversation]:
-    """The conversation up to each turn that is trained, with all turns before it marked as ``past``; none if that would
-    help nothing: there is one turn only, or everything is to be trained."""
+    """Returns the conversation up to each turn that is trained, with all earlier turns marked as ``past``.
+
+    The list is empty if that would not help: there is only one turn, or everything is to be trained.
+    """
     messages = conversation.get("messages", [])
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if len(turns) < 2 or supervise == "all":
@@ -26,5 +28,5 @@ def unrolled(conversation: Conversation, supervise: str) -> list[Conversation]:
     ]
 
 
-def _past(message: dict[str, object]) -> dict[str, object]:
+def _past(message: Message) -> Message:
     return {**message, "train": False, "past": True} if message["role"] == "assistant" else message

@@ -1,19 +1,24 @@
-"""What stands in a cell or under a key: whether it is anything, and what its JSON says."""
+"""Read what stands in a cell or under a key: whether it holds anything, and what its JSON says."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_sft.data.misread import half_character, pythons_quotes
 from qlora_sft.errors import DataError
+from qlora_sft.json_types import JsonObject
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """All of these mean that there is nothing. Arrow and CSV cannot leave a field out, so they fill in one of them."""
 
 
-def from_json_text(value: Any, what: str) -> Any:
-    """What the JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is."""
+def from_json_text(value: object, what: str) -> object:
+    """Returns what a JSON text says (CSV and Parquet files hold lists that way); anything but a text as it is.
+
+    Raises `DataError`.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -28,17 +33,20 @@ def from_json_text(value: Any, what: str) -> Any:
     return content
 
 
-def anything(value: Any, what: str) -> Any:
-    """The value, or what its JSON text says; None for all that means nothing, also as a text (``[]``, ``null``)."""
+def anything(value: object, what: str) -> object:
+    """Returns the value, or what its JSON text says; None for all that means nothing,
+    also as a text (``[]``, ``null``)."""
     if isinstance(value, str) and not value.strip():
         return None
     value = from_json_text(value, what)
     return None if value in EMPTY else value
 
 
-def only(fields: dict[str, Any], *keys: str) -> Any:
-    """What stands under the one of these keys that holds something, None if none does. Raises `DataError` if two hold
-    different things: one of them would be lost."""
+def only(fields: Mapping[str, object], *keys: str) -> object:
+    """Returns the value of the one key that holds something; None if none does.
+
+    Raises `DataError` if two hold different things, since one of them would be lost.
+    """
     found = {key: fields[key] for key in keys if fields.get(key) not in EMPTY}
     values = list(found.values())
     if any(value != values[0] for value in values[1:]):
@@ -46,8 +54,9 @@ def only(fields: dict[str, Any], *keys: str) -> Any:
     return values[0] if values else None
 
 
-def joined(inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
-    """Both in one; an empty field is filled from the other. Raises `DataError` where both hold different things."""
+def joined(inner: Mapping[str, object], outer: Mapping[str, object]) -> JsonObject:
+    """Returns both in one; an empty field is filled from the other. Raises `DataError`
+    where both hold different things."""
     result = dict(inner)
     for key, value in outer.items():
         if result.get(key) in EMPTY:
@@ -57,19 +66,22 @@ def joined(inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def idle_keys(fields: dict[str, Any], known: set[str], what: str) -> set[str]:
-    """``what 'key'`` for every key that holds something and is none of the known ones."""
+def idle_keys(fields: Mapping[str, object], known: set[str], what: str) -> set[str]:
+    """Returns ``what 'key'`` for every key that holds something and is none of the known ones."""
     return {f"{what} {key!r}" for key in fields.keys() - known if fields[key] not in EMPTY}
 
 
-def without(fields: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+def without(fields: Mapping[str, object], keys: set[str]) -> JsonObject:
+    """Returns the fields without ``keys``."""
     return {key: value for key, value in fields.items() if key not in keys}
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
+    """Returns what kind of value it is, for messages."""
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
+    """Returns the value as a text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""``python -m qlora_sft.demo``: see `qlora_sft.demo_run`."""
+"""Run ``python -m qlora_sft.demo``; see `qlora_sft.demo_run`."""
 
 import sys
 

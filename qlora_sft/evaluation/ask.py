@@ -76,7 +76,7 @@ def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: A
 def _document(item: Item, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Rendered:
     plain = "text" in item.conversation
     try:
-        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, style=style)
+        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, chat_format=style)
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
 
@@ -93,7 +93,7 @@ def ask_choices(subject: Subject, questions: Questions) -> Scores:
         questions.prompts,
         questions.letters,
         subject.dtype,
-        subject.style.stops,
+        subject.style.stop_token_ids,
     )
     right = [letter == item.reference for (letter, _), item in zip(chosen, items, strict=True)]
     begun = [float(good and first) for good, (_, first) in zip(right, chosen, strict=True)]
@@ -114,7 +114,7 @@ def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
         repeated,
         settings.max_new_tokens,
         subject.dtype,
-        subject.style.stops,
+        subject.style.stop_token_ids,
         temperature,
     )
     texts = [decoded(subject.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]

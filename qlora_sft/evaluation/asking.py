@@ -74,7 +74,7 @@ def ask_task(subject: Subject, questions: Questions, base: bool, seed: int, say:
 def _style(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
     """Plain texts are read without a template, which the tokenizer of a base model may not have."""
     if all("text" in item.conversation for task in tasks for item in task.items):
-        return ChatFormat("", "plain texts", text.stops)
+        return ChatFormat("", "plain texts", text.stop_token_ids)
     try:
         return text.chat_format
     except DataError:

@@ -27,7 +27,7 @@ def evaluate(
     subject: Subject, config: Config, held_out: Prepared, prompts: list[Prompt], say: Say, when: str
 ) -> Evaluation:
     """As ``config.evaluation`` asks; prints the figures. The model is left in training mode."""
-    model, tokenizer, dtype, stops = subject.model, subject.tokenizer, subject.dtype, subject.style.stops
+    model, tokenizer, dtype, stops = subject.model, subject.tokenizer, subject.dtype, subject.style.stop_token_ids
     result = Evaluation()
     if config.evaluation.loss and held_out.documents:
         result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)

@@ -26,7 +26,7 @@ def held_out_loss(
                 batch = to_device(flatten([rows[index] for index in each]), model.device)
                 with torch.no_grad(), autocast(model.device, dtype):
                     output = batch_loss(model, batch)
-                total += float((output.nll * batch["row_weights"]).sum())
+                total += float((output.nll * batch["position_weights"]).sum())
                 weight += batch["weight_sum"]
             result[source] = total / weight
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.render import render_conversation, render_prompt
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
@@ -34,10 +35,10 @@ def prompt_of(item: Item, thinking: str, tokenizer: Any, style: ChatFormat) -> l
 
 def answered(item: Item, answer: str | None, tokenizer: Any, style: ChatFormat) -> tuple[list[int], list[int]]:
     """(prompt, answer) in token ids; default: the item's own answer."""
-    message = item.answer if answer is None else {"role": "assistant", "content": answer}
-    conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
+    message: Message = item.answer if answer is None else {"role": "assistant", "content": answer}
+    conversation: Conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
     try:
-        prompt = prompts_of(render_conversation(conversation, tokenizer, style=style, supervise="last"))[-1]
+        prompt = prompts_of(render_conversation(conversation, tokenizer, chat_format=style, supervise="last"))[-1]
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
     return prompt.input_ids, prompt.reference_ids

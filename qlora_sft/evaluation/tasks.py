@@ -18,8 +18,8 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from qlora_sft.config import TaskConfig, task_name
-from qlora_sft.data.formats import Conversation, convert, detect, with_thinking
-from qlora_sft.data.messages import Message
+from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.formats import convert, detect, with_thinking
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.grade import last_number, marked_number
@@ -36,7 +36,7 @@ class Item:
 
     place: str
     conversation: Conversation
-    answer: Message = field(default_factory=lambda: {"role": "assistant", "content": "None"})
+    answer: Message = field(default_factory=lambda: Message(role="assistant", content="None"))
     """What stands in the place of the model's."""
     reference: str = ""
     """The right letter, number or text; nothing for code."""
@@ -145,7 +145,9 @@ def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused:
         raise DataError("the last message is a tool call, which no task grades; measure it as held-out data")
     elif not reference:
         raise DataError("the last message is empty")
-    kept = {key: answer[key] for key in ("role", "content", "reasoning") if key in answer}
+    kept: Message = {"role": answer["role"], "content": answer["content"]}
+    if "reasoning" in answer:
+        kept["reasoning"] = answer["reasoning"]
     return Item(place, {**conversation, "messages": before}, kept, reference)
 
 

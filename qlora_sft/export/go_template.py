@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 
@@ -118,11 +118,12 @@ def writes_bos(tokenizer: Any) -> bool:
 
 def rendered(conversation: dict[str, Any], tokenizer: Any, template: str) -> str | None:
     """The prompt, or None if the template refuses this conversation."""
+    from qlora_sft.data.conversation import Conversation
     from qlora_sft.data.template import apply
     from qlora_sft.errors import DataError
 
     try:
-        return apply(conversation, tokenizer, template, prompt=True)[0]
+        return apply(cast(Conversation, conversation), tokenizer, template, prompt=True)[0]
     except DataError:
         return None
 

@@ -183,9 +183,9 @@ class _Merge:
         if not any(_does_something(change) for change in changes.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        tensors = read_model(base)
-        known = in_files(base, tensors, config, changes, through_nf4)
-        plan = plan_merge(tensors, config, known.changes, known.through_nf4, wanted, str(adapter), known.stacked)
+        stored = read_model(base)
+        known = in_files(base, stored, config, changes, through_nf4)
+        plan = plan_merge(stored, config, known.changes, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
@@ -208,9 +208,9 @@ def write_trained_base(run: Run, target: Path) -> None:
 
     base = base_folder(run.base)
     config = trained_config(run, base)
-    tensors = read_model(base)
-    known = in_files(base, tensors, config, {}, set(run.quantized_modules))
-    plan = plan_merge(tensors, config, {}, known.through_nf4, None, str(base), known.stacked)
+    stored = read_model(base)
+    known = in_files(base, stored, config, {}, set(run.quantized_modules))
+    plan = plan_merge(stored, config, {}, known.through_nf4, None, str(base), known.stacked)
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:
         for file, tensors in plan.shards().items():

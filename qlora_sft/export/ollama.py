@@ -127,9 +127,9 @@ def _system(wanted: str | None, trained: Trained) -> list[str]:
 
 def _stops(run: Path, tokenizer: Any) -> list[str]:
     """Every token at which the model stops, as text."""
-    from qlora_sft.model.load import saved_stops
+    from qlora_sft.model.load import saved_stop_token_ids
 
-    ids = saved_stops(run, tokenizer)
+    ids = saved_stop_token_ids(run, tokenizer)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
 
 

@@ -19,7 +19,7 @@ from qlora_sft.export.nf4 import Rows, ThroughNF4
 from qlora_sft.export.tensors import Stored
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.experts import parts_of, stack_shape, stacks
-from qlora_sft.model.skeleton import skeleton
+from qlora_sft.model.meta_model import meta_model
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Layout:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        model = skeleton(AutoConfig.from_pretrained(folder))
+        model = meta_model(AutoConfig.from_pretrained(folder))
         found = {
             f"{path}.{name}": _Stack(stack_shape(module, name)[1], bool(module.is_transposed), parts_of(module, name))
             for path, module, name in stacks(model)

@@ -1,4 +1,4 @@
-"""How torch's GPU allocator cuts its memory, set before CUDA starts."""
+"""Sets how torch's GPU allocator cuts its memory, before CUDA starts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def obstacle() -> str | None:
-    """Returns why segments cannot grow here; None if they can. The driver of Windows, which WSL has too, and that of
-    Tegra (Jetson) refuse the memory at the first allocation."""
+    """Returns why segments cannot grow here; None if they can.
+
+    The driver of Windows, which WSL has too, and that of Tegra (Jetson) refuse the memory at the first allocation.
+    """
     if not sys.platform.startswith("linux"):
         return f"this is {sys.platform}"
     if "microsoft" in os.uname().release.lower() or "WSL_DISTRO_NAME" in os.environ:
@@ -32,7 +34,7 @@ def use_expandable_segments() -> None:
 
 
 def describe_allocator() -> str:
-    """Returns what is in force, with the reason, to print."""
+    """Returns the allocator's settings that are in force, with the reason, to print."""
     if os.environ.get(VARIABLES[0]) == EXPANDABLE:
         return f"{EXPANDABLE} (sequences differ in length from step to step; fixed segments would leave gaps)"
     for variable in VARIABLES:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
 from qlora_sft.model.base import base_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_sft.model.base import CausalModel
 
 NAME = "qlora_documents"
 # The same, one call of sdpa per document where a GPU could take all at once: faster where documents are long.
@@ -43,7 +48,7 @@ def document_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     one_by_one: bool = False,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, d], key and value [1, Hkv, T, d], bounds int32 [D + 1] -> [1, T, H, d].
 
@@ -74,30 +79,36 @@ def document_attention(
     return plain_documents(query, key, value, cu_seq_lens_q, scaling, dropout, window, softcap, s_aux), None
 
 
-class Path(NamedTuple):
+class AttentionPath(NamedTuple):
     name: Literal["varlen", "sdpa", "flex", "plain"]
     reason: str
 
 
 @cache
-def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> Path:
+def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> AttentionPath:
     """How documents are attended to; ``capped``: the model caps its logits or has sinks, which FlashAttention lacks."""
     if device.type != "cuda":
         if capped:
-            return Path("plain", "document by document in plain products, because the model caps logits or has sinks")
-        return Path("sdpa", f"document by document, on a {device.type}")
+            return AttentionPath(
+                "plain", "document by document in plain products, because the model caps logits or has sinks"
+            )
+        return AttentionPath("sdpa", f"document by document, on a {device.type}")
     if capped:
-        return Path("flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks")
+        return AttentionPath(
+            "flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks"
+        )
     slower = "document by document, slower with many short ones: FlashAttention"
     if dtype not in (torch.bfloat16, torch.float16):
-        return Path("sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}")
+        return AttentionPath(
+            "sdpa", f"{slower} computes in 16 bits only, this run in {str(dtype).removeprefix('torch.')}"
+        )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return Path("sdpa", f"{slower} needs compute capability 8.0")
+        return AttentionPath("sdpa", f"{slower} needs compute capability 8.0")
     if head_size > 256:
-        return Path("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+        return AttentionPath("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
     if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
-        return Path("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
-    return Path("varlen", "FlashAttention over all documents at once")
+        return AttentionPath("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
+    return AttentionPath("varlen", "FlashAttention over all documents at once")
 
 
 def _one_by_one(
@@ -164,12 +175,12 @@ def lengths_of(bounds: Tensor) -> list[int]:
     return found
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def _no_mask(*_: object, **__: object) -> None:
     """transformers builds a mask for every attention function; the bounds make one unnecessary."""
     return None
 
 
-def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") -> str:
+def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str = "") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
 
     way: for a GPU that could do either. varlen takes all documents in one call; sdpa one by one, with the fastest of
@@ -199,14 +210,14 @@ def use_document_attention(model: Any, way: Way = "varlen", reason: str = "") ->
     return f"{way} ({said}{': ' if reason else ''}{reason})"
 
 
-def _capped(base: Any) -> bool:
+def _capped(base: PreTrainedModel) -> bool:
     """Whether attention does something to its logits that sdpa and FlashAttention do not do."""
     softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     return softcap is not None or not getattr(base, "_supports_sdpa", True)
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def plain_attention(model: CausalModel) -> Iterator[None]:
     """Within it, ``model`` uses transformers' own attention, for padded batches and generation: sdpa, or eager where
     sdpa would leave out a cap on the logits or attention sinks."""
     base = base_of(model)

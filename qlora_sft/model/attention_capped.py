@@ -26,7 +26,7 @@ VARIANTS = 64
 
 
 def in_band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [length, length]: query i sees key j iff ``i - window < j <= i``."""
+    """Returns bool [length, length]: query i sees key j iff ``i - window < j <= i``."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() if window is None else ones.tril().triu(1 - window)
 
@@ -35,7 +35,10 @@ def plain_documents(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float,
     window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """query [1, H, T, d], key and value [1, Hkv, T, d], sinks [H] -> [1, T, H, d]. Memory: the square of a document."""
+    """Attends in plain products: query [1, H, T, d], key and value [1, Hkv, T, d], sinks [H] -> [1, T, H, d].
+
+    It takes memory for the square of a document.
+    """
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = (bounds[1:] - bounds[:-1]).tolist()

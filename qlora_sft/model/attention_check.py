@@ -7,7 +7,7 @@ recurrent states). Training would go on, with every document conditioned on stra
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +17,20 @@ from qlora_sft.model.attention import Way, use_document_attention
 from qlora_sft.model.base import base_of, has_unsloths_forward
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_sft.model.base import CausalModel
+
 LENGTHS = (11, 1, 23)
 # Relative difference of the hidden states that rounding explains. Packed and alone, matrix products have other shapes
 # and add up in another order; in a type of spacing eps that grows to about eps * sqrt(layers). A leak gives 0.1 to 1.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
-def use_checked_attention(model: Any, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = "") -> None:
+def use_checked_attention(
+    model: CausalModel, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = ""
+) -> None:
     """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
     base = base_of(model)
     try:
@@ -43,7 +50,7 @@ def use_checked_attention(model: Any, dtype: torch.dtype, say: Say, way: Way = "
     say(f"attention check: {len(LENGTHS)} documents packed and alone agree within {difference:.0e}")
 
 
-def packed_against_separate(model: Any, dtype: torch.dtype) -> float:
+def packed_against_separate(model: CausalModel, dtype: torch.dtype) -> float:
     """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode."""
     base = base_of(model)
     vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -59,7 +66,7 @@ def packed_against_separate(model: Any, dtype: torch.dtype) -> float:
         model.train(training)
 
 
-def _hidden_states(base: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _hidden_states(base: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """ids [T], documents of ``lengths`` behind one another -> [T, D], float32."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
@@ -75,7 +82,7 @@ def _difference(packed: Tensor, alone: Tensor) -> float:
     return float((packed - alone).norm() / alone.norm())
 
 
-def _cure(base: Any) -> str:
+def _cure(base: PreTrainedModel) -> str:
     if has_unsloths_forward(base):
         return "Set model.backend=transformers: this may be Unsloth's version of the model."
     return "Rows hold several documents here, so this model cannot be trained; take one whose layers only attend."

@@ -1,4 +1,4 @@
-"""Which way a GPU attends inside documents, where it can do either: all in one call, or one call per document.
+"""Chooses how a GPU attends inside documents where it can do either: all in one call, or one call per document.
 
 Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 128) on an H200, torch 2.11, in ms::
 
@@ -28,24 +28,28 @@ FEW = 32
 MEASURED = (9, 0)
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     way: Way
     reason: str
 
 
-def choose_way(wanted: Literal["auto", "varlen", "sdpa"], device: torch.device, lengths: Sequence[int]) -> Choice:
+def choose_way(
+    wanted: Literal["auto", "varlen", "sdpa"], device: torch.device, lengths: Sequence[int]
+) -> AttentionChoice:
     """Returns the way to attend for a run of documents with ``lengths`` tokens, and why."""
     if wanted != "auto":
-        return Choice(wanted, f"model.attention={wanted}")
+        return AttentionChoice(wanted, f"model.attention={wanted}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != MEASURED:
-        return Choice("varlen", "")
+        return AttentionChoice("varlen", "")
     different = len(set(lengths))
     if different > FEW:
-        return Choice("varlen", f"{different:,} different lengths, and cuDNN builds a plan for each")
+        return AttentionChoice("varlen", f"{different:,} different lengths, and cuDNN builds a plan for each")
     typical = typical_length(lengths)
     if typical >= LONG:
-        return Choice("sdpa", f"a token's document has {typical:,.0f} tokens on average; from {LONG:,} on it is faster")
-    return Choice("varlen", f"a token's document has {typical:,.0f} tokens on average, fewer than {LONG:,}")
+        return AttentionChoice(
+            "sdpa", f"a token's document has {typical:,.0f} tokens on average; from {LONG:,} on it is faster"
+        )
+    return AttentionChoice("varlen", f"a token's document has {typical:,.0f} tokens on average, fewer than {LONG:,}")
 
 
 def typical_length(lengths: Sequence[int]) -> float:

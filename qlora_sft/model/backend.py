@@ -1,4 +1,4 @@
-"""Unsloth or plain transformers: which one loads and patches the model, and why."""
+"""Decides whether Unsloth or plain transformers loads and patches the model, and says why."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Any, Literal, NamedTuple
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError
 
-Name = Literal["unsloth", "transformers"]
+BackendName = Literal["unsloth", "transformers"]
 
 
 class Backend(NamedTuple):
-    name: Name
+    """Names the backend, with the reason."""
+
+    name: BackendName
     reason: str
 
 
 def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], experts: bool = False) -> Backend:
-    """The backend to use, with the reason. Imports Unsloth if that is the choice.
+    """Chooses the backend, and imports Unsloth if that is the choice.
 
     experts: whether the base is a mixture of experts, which this project quantises and trains itself. Call it before
-    anything imports trl, transformers or peft: Unsloth patches them while it is imported.
-    Raises `ConfigError` if Unsloth was asked for by name and cannot be had.
+    anything imports trl, transformers or peft: Unsloth patches them while it is imported. Raises `ConfigError` if
+    Unsloth was asked for by name and cannot be had.
     """
     if wanted == "transformers":
         return Backend("transformers", "as configured")
@@ -47,7 +49,7 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], experts: 
 
 
 def _import_unsloth() -> str | None:
-    """Imports it; returns None, or in one line why it cannot be used."""
+    """Imports Unsloth. Returns None, or in one line why it cannot be used."""
     if importlib.util.find_spec("unsloth") is None:
         return "not installed"
     early = [name for name in ("trl", "peft", "transformers") if name in sys.modules]
@@ -65,5 +67,5 @@ def _import_unsloth() -> str | None:
 
 
 def fast_language_model() -> Any:
-    """Unsloth's loader; `choose_backend` must have imported it."""
+    """Returns Unsloth's loader; `choose_backend` must have imported it."""
     return importlib.import_module("unsloth").FastLanguageModel

@@ -1,4 +1,4 @@
-"""Whether a base can be trained at all: its weights, its tokenizer and the settings fit one another.
+"""Checks whether a base can be trained at all: whether its weights, its tokenizer and the settings fit one another.
 
 Everything is known from config.json, the headers of the weights and the tokenizer, so nothing is loaded for it. Without
 these checks a token that has no embedding ends a run in the middle (on a GPU with an assertion that names nothing), and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
 from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
+from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.skeleton import check_layers, read_settings, skeleton
-from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Names of the input embedding and the output head in the files of the families there are.
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out)\.weight")
@@ -79,7 +82,7 @@ def check_weights(config: Config, base: str, settings: dict[str, Any]) -> None:
             )
     if not headers or settings.get("quantization_config"):
         return
-    wanted = skeleton(read_settings(config, base)).num_parameters()
+    wanted = meta_model(read_settings(config, base)).num_parameters()
     held = sum(_count(header) for header in headers.values())
     if held < wanted:
         raise ConfigError(
@@ -115,7 +118,9 @@ def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> 
         )
 
 
-def check_ids(documents: Iterable[Documents], model: ModelConfig, base: str, tokenizer: Any) -> None:
+def check_ids(
+    documents: Iterable[Documents], model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises `DataError` for a rendered token without a row in the embedding, as placeholders for images have none."""
     count = _rows_of(base, read_config(base))
     new = new_rows(model, base)
@@ -141,14 +146,14 @@ def _rows_of(base: str, settings: dict[str, Any]) -> int | None:
 
 def check_chat(model: ModelConfig, base: str) -> None:
     """Raises `ConfigError` or `DataError` if tokenizer, chat template and stop tokens cannot write a conversation."""
-    from qlora_sft.data.template import chat_format
+    from qlora_sft.data.template import choose_chat_format
 
     tokenizer = load_tokenizer(model, base)
-    chat_format(tokenizer, stop_ids(model, base, tokenizer))
+    choose_chat_format(tokenizer, stop_token_ids(model, base, tokenizer))
 
 
 def _headers(base: str) -> dict[str, Header]:
-    """Of all tensors; empty for a model whose weights are in other files."""
+    """Returns the headers of all tensors; none for a model whose weights are in files of another kind."""
     try:
         return read_headers(base)
     except ConfigError as error:
@@ -158,12 +163,13 @@ def _headers(base: str) -> dict[str, Header]:
 
 
 def _embedding_rows(name: str, header: Header) -> int:
-    """Rows of an embedding or output head that is not packed into bytes; 0 for any other tensor."""
+    """Returns the rows of an embedding or output head that is not packed into bytes; 0 for any other tensor."""
     fits = _EMBEDDINGS.fullmatch(name) and len(header.shape) == 2 and header.dtype != "U8"
     return header.shape[0] if fits else 0
 
 
 def _count(header: Header) -> int:
+    """Returns the values of a tensor."""
     count = 1
     for size in header.shape:
         count *= size

@@ -1,4 +1,4 @@
-"""What can be known of a base model without its weights: config.json, and the headers of its safetensors files."""
+"""Reads what is known of a base model without its weights: config.json and the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from qlora_sft.text import as_path
 
 
 class Header(NamedTuple):
+    """Describes one tensor of a safetensors file."""
+
     dtype: str
-    """As safetensors names it: BF16, F16, F32, U8."""
+    """The type as safetensors names it: BF16, F16, F32, U8."""
     shape: tuple[int, ...]
     nbytes: int
 
@@ -51,7 +53,10 @@ def read_config(base: str) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part that describes the language model: models that also see have it in a section of its own."""
+    """Returns the part of a config.json that describes the language model.
+
+    Models that also see have it in a section of its own.
+    """
     inner: dict[str, Any] = config.get("text_config") or config
     return inner
 
@@ -87,9 +92,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """(name -> dtype, shape and data_offsets of every tensor, where in the file the data begin).
+    """Returns (dtype, shape and data_offsets of every tensor by name, position in the file where the data begin).
 
-    The file begins with 8 bytes, the length of the JSON that follows. Raises OSError or ValueError if it is none.
+    The file begins with 8 bytes, the length of the JSON that follows. Raises OSError or ValueError if it is no
+    safetensors file.
     """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

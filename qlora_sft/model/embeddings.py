@@ -1,11 +1,12 @@
-"""The input embedding in host memory (`memory.offload_embeddings`): frozen, and of a batch only its rows are needed.
+"""Keeps the input embedding in host memory (`memory.offload_embeddings`).
 
-A vocabulary of 128,256 words 4,096 wide takes 0.98 GiB of a card in 16 bits; its rows for 4,096 tokens 32 MiB.
+It is frozen, and a batch needs only its own rows. A vocabulary of 128,256 tokens 4,096 wide takes 0.98 GiB of a card in
+16 bits; its rows for 4,096 tokens take 32 MiB.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,15 @@ from torch import Tensor
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
+
 
 class HostEmbedding(torch.nn.Module):
-    """Looks the rows up in host memory and copies them to ``device``. Asking a GPU for the ids keeps the host waiting
-    once per forward, before there is anything else to wait for."""
+    """Looks the rows up in host memory and copies them to ``device``.
+
+    Asking a GPU for the token ids keeps the host waiting once per forward, before there is anything else to wait for.
+    """
 
     def __init__(self, embedding: torch.nn.Embedding, device: torch.device):
         super().__init__()
@@ -32,8 +38,8 @@ class HostEmbedding(torch.nn.Module):
         return F.embedding(ids.cpu(), self.weight).to(self.device, non_blocking=True)
 
 
-def use_host_embedding(model: Any) -> str:
-    """Moves the input embedding of ``model`` to host memory. Returns what was done, to print.
+def use_host_embedding(model: CausalModel) -> str:
+    """Moves the input embedding of ``model`` to host memory, and returns what was done, to print.
 
     Raises `ConfigError` where the rows are trained, scaled, or needed on the device as output head.
     """
@@ -50,7 +56,7 @@ def use_host_embedding(model: Any) -> str:
             "scales them); remove the setting"
         )
     host = HostEmbedding(embedding, base.device)
-    # That its result requires a gradient, which checkpointed layers need, is asked for by a hook.
+    # A hook of the embedding makes its result require a gradient, which checkpointed layers need; it moves along.
     host._forward_hooks.update(embedding._forward_hooks)
     base.set_input_embeddings(host)
     return f"in host memory ({host.weight.nbytes / 2**30:.2f} GiB, as configured)"

@@ -54,7 +54,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
 class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         module, name = get_module_from_name(model, full_layer_name)
         if name not in stack_names(module):

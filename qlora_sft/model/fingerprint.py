@@ -1,4 +1,7 @@
-"""Which weights a base model has, in one short text: so that an adapter is not merged into others of the same shape."""
+"""Makes a short text that says which weights a base model has.
+
+With it an adapter is not merged into other weights of the same shape.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 from qlora_sft.model.base_files import safetensors_header
 
-# Of the middle of each tensor. Fine-tuning changes every one of them, and reading them all would take minutes.
+# Bytes that are read from the middle of each tensor. Fine-tuning changes every tensor, and reading all of them whole
+# would take minutes.
 SAMPLE = 4096
 
 
@@ -34,6 +38,7 @@ def fingerprint(base: str | Path) -> str | None:
 
 
 def _sample(file: Path, begin: int, offsets: list[int]) -> bytes:
+    """Returns some bytes from the middle of a tensor."""
     start, stop = offsets
     middle = max(start, (start + stop - SAMPLE) // 2)
     with file.open("rb") as handle:

@@ -1,13 +1,14 @@
-"""The output head in NF4 (`model.head_in_4bit`): 128,256 words 4,096 wide take 0.98 GiB in 16 bits, 0.25 GiB so.
+"""Quantises the output head to NF4 (`model.head_in_4bit`).
 
-A choice about the model and not only about memory: the loss is that of the rounded head, and what is exported has to
-have it too. So the run says which layers went through NF4, and a merge onto the dequantised base takes the head along.
+A head of 128,256 tokens 4,096 wide takes 0.98 GiB in 16 bits and 0.25 GiB in NF4. This is a choice about the model and
+not only about memory: the loss is that of the rounded head, and what is exported has to have it too. So the run says
+which layers went through NF4, and a merge onto the dequantised base takes the head along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from qlora_kernels.packed_ce import NF4Head, PatchedHead
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BLOCK = 64  # weights that share a scale in NF4
 
 
-def quantize_head(model: Any, dtype: torch.dtype) -> None:
+def quantize_head(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replaces the head of a base model that has no adapters yet. Raises `ConfigError` as `check_head` does."""
     check_head(model)
     head = model.get_output_embeddings()
@@ -35,7 +39,7 @@ def check_frozen_head(settings: ModelConfig, new_rows: Sequence[int]) -> None:
         )
 
 
-def check_head(model: Any) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Raises `ConfigError` where the head cannot be in NF4."""
     head = model.get_output_embeddings()
     if head is None or head.weight is model.get_input_embeddings().weight:
@@ -50,7 +54,7 @@ def check_head(model: Any) -> None:
 
 
 def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A frozen layer of bitsandbytes with ``weight`` in NF4, doubly quantised, on the device of that tensor."""
+    """Returns a frozen layer of bitsandbytes with ``weight`` in NF4, doubly quantised, on the device of that tensor."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(
@@ -63,18 +67,21 @@ def nf4_linear(like: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module
     return layer
 
 
-def loss_weight(head: Any) -> Tensor | NF4Head | PatchedHead:
-    """The head [V, D] as `packed_linear_cross_entropy` takes it."""
+def loss_weight(head: nn.Module) -> Tensor | NF4Head | PatchedHead:
+    """Returns the head [V, D] as `packed_linear_cross_entropy` takes it."""
     patched = _patched(head)
     if patched is not None:
         return patched
-    state = getattr(head.weight, "quant_state", None)
-    return head.weight if state is None else NF4Head.from_bitsandbytes(head.weight.data, state)
+    weight = cast(Tensor, head.weight)
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else NF4Head.from_bitsandbytes(weight.data, state)
 
 
-def _patched(head: Any) -> PatchedHead | None:
-    """If PEFT trains some rows of the head: those, and the rest as it is. Its own ``weight`` would be a whole copy, and
-    its gradient another."""
+def _patched(head: nn.Module) -> PatchedHead | None:
+    """Returns the frozen head with its trained rows if PEFT trains some of them, else None.
+
+    PEFT's own ``weight`` would be a whole copy of the head, and its gradient another.
+    """
     layer = getattr(head, "token_adapter", None)
     if layer is None or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
         return None

@@ -1,4 +1,4 @@
-"""What one decoder layer of this model takes for a row of T tokens, measured on short rows."""
+"""Measures on short sequences what one decoder layer of this model takes for a sequence of T tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from qlora_kernels.offload import ATTENTION_OPERATORS, LayerBytes
@@ -21,31 +21,43 @@ from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
 
-# Tokens of the shorter row that is run; the longer has twice as many. What a layer takes is a constant (dequantised
-# weights) plus a part proportional to the tokens, as attention keeps no matrix of scores: two points give the line.
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+    from qlora_sft.model.base import CausalModel
+
+# Tokens of the shorter sequence that is run; the longer has twice as many. What a layer takes is a constant
+# (dequantised weights) plus a part proportional to the tokens, as attention keeps no matrix of scores. So two points
+# give the line.
 SHORT = 256
 
 
-def measure_layer(model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
-    """Bytes of the largest decoder layer for a row of ``tokens``. Changes neither the model nor the random numbers."""
+def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
+    """Returns the bytes of the largest decoder layer for a sequence of ``tokens``.
+
+    It changes neither the model nor the random numbers.
+    """
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, TiledMLP):
-        return _at(layer, model, tokens, dtype, SHORT)
+        return _extrapolate(layer, model, tokens, dtype, SHORT)
     before = mlp.recompute
     try:
         # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _at(layer, model, tokens, dtype, mlp.tile)
+        kept = _extrapolate(layer, model, tokens, dtype, mlp.tile)
         set_recompute(layer, True, tokens)
-        again = _at(layer, model, tokens, dtype, mlp.tile)
+        again = _extrapolate(layer, model, tokens, dtype, mlp.tile)
     finally:
         mlp.recompute = before
     return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))
 
 
-def _at(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
-    """On the line through two measured rows, ``short`` tokens and twice as many; a shorter row is measured itself."""
+def _extrapolate(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
+    """Returns the bytes for ``tokens`` on the line through two measured lengths, ``short`` tokens and twice as many.
+
+    A shorter sequence is measured itself.
+    """
     long = 2 * short
     if model.device.type == "cuda":
         _measured(layer, model, min(short, tokens), dtype)  # cuBLAS and Triton take workspaces at their first call
@@ -56,7 +68,8 @@ def _at(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype, short: in
     return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
 
 
-def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> LayerBytes:
+def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
+    """Runs one layer forward and backward for ``tokens`` and returns what it took."""
     device = model.device
     was_training = model.training
     model.train()
@@ -65,22 +78,31 @@ def _measured(layer: nn.Module, model: Any, tokens: int, dtype: torch.dtype) -> 
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
-            args, kwargs = _call_of(layer, model, tokens)
-            return _run(layer, args, kwargs)
+            return _run(layer, _call_of(layer, model, tokens))
     finally:
         model.train(was_training)
 
 
 class _Captured(Exception):
-    pass
+    """Ends a forward as soon as it has called the layer in question."""
 
 
-def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model gives to ``layer`` for two documents of ``tokens``: each family has keywords of its own."""
-    call: list[Any] = []
+class LayerCall(NamedTuple):
+    """Holds the arguments with which the model calls a decoder layer."""
 
-    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.extend((args, kwargs))
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, object]
+
+
+def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
+    """Returns the arguments that the model gives to ``layer`` for two documents of ``tokens``.
+
+    Each family of models has keywords of its own.
+    """
+    calls: list[LayerCall] = []
+
+    def capture(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+        calls.append(LayerCall(args, kwargs))
         raise _Captured
 
     hook = layer.register_forward_pre_hook(capture, with_kwargs=True)
@@ -89,10 +111,11 @@ def _call_of(layer: nn.Module, model: Any, tokens: int) -> tuple[tuple[Any, ...]
             last_hidden_states(model, _documents(model, tokens))
     finally:
         hook.remove()
-    return call[0], call[1]
+    return calls[0]
 
 
-def _documents(model: Any, tokens: int) -> Batch:
+def _documents(model: CausalModel, tokens: int) -> Batch:
+    """Returns a batch of two documents without a supervised token."""
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
@@ -103,17 +126,18 @@ def _documents(model: Any, tokens: int) -> Batch:
         input_ids=(torch.arange(tokens) % vocabulary).to(model.device)[None],
         position_ids=positions[None],
         cu_seqlens=edges,
-        rows=none, targets=none, row_weights=none.float(), row_documents=none,
+        positions=none, targets=none, position_weights=none.float(), position_documents=none,
         n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
     )  # fmt: skip
 
 
-def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBytes:
-    hidden = args[0].detach().requires_grad_()
+def _run(layer: nn.Module, call: LayerCall) -> LayerBytes:
+    """Runs forward and backward of the layer and measures both."""
+    hidden = call.args[0].detach().requires_grad_()
     with memory_use(hidden.device) as use, _AttentionBytes() as attention:
         with torch.enable_grad():
             # Not layer(...), which would run the checkpointing that the loader has switched on.
-            result = layer.forward(hidden, *args[1:], **kwargs)
+            result = layer.forward(hidden, *call.args[1:], **call.kwargs)
         output = _tensors(result)[0]
         # The output is the next layer's input, and gone when this layer's backward begins.
         kept = hidden.nbytes + use.live() - output.nbytes
@@ -124,18 +148,21 @@ def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lay
     return LayerBytes(hidden.nbytes, attention.nbytes, kept, max(0, hidden.nbytes + use.peak() - kept))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
+    """Returns all tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _AttentionBytes(TorchDispatchMode):
-    """Bytes of the results of all attention operators."""
+    """Adds up the bytes of the results of all attention operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nbytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func.name() in ATTENTION_OPERATORS:
             self.nbytes += sum(tensor.nbytes for tensor in _tensors(result))
@@ -143,7 +170,7 @@ class _AttentionBytes(TorchDispatchMode):
 
 
 class MemoryUse(Protocol):
-    """Bytes allocated since it began."""
+    """Counts the bytes that were allocated since it began."""
 
     def live(self) -> int: ...
     def peak(self) -> int: ...
@@ -151,7 +178,10 @@ class MemoryUse(Protocol):
 
 @contextlib.contextmanager
 def memory_use(device: torch.device) -> Iterator[MemoryUse]:
-    """What is done inside takes: by torch's allocator on a GPU, by the results of all operators on a CPU."""
+    """Measures what is done inside.
+
+    On a GPU torch's allocator is asked, on a CPU the results of all operators are counted.
+    """
     if device.type == "cuda":
         yield _CudaUse(device)
     else:
@@ -161,7 +191,10 @@ def memory_use(device: torch.device) -> Iterator[MemoryUse]:
 
 
 class _CudaUse:
-    """Requested bytes: allocated ones include up to 1 MiB of rounding per tensor, which a long row has no more of."""
+    """Counts requested bytes.
+
+    Allocated ones include up to 1 MiB of rounding per tensor, of which a long sequence has no more than a short one.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -179,7 +212,10 @@ class _CudaUse:
 
 
 class _CpuUse(TorchDispatchMode):
-    """Follows the storage of every new tensor until it is freed; what an operator takes inside, it does not see."""
+    """Follows the storage of every new tensor until it is freed.
+
+    What an operator takes inside, it does not see.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +228,9 @@ class _CpuUse(TorchDispatchMode):
     def peak(self) -> int:
         return self._peak
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):

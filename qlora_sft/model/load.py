@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from qlora_kernels.cpu import bfloat16_products
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.model.backend import Name, fast_language_model
+from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
@@ -20,9 +20,15 @@ from qlora_sft.model.experts import in_nf4, router_names, stacks, target_paramet
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.rope import check_rope, scaled_config
-from qlora_sft.model.tokenizer import stop_ids
+from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qlora_sft.model.base import CausalModel
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -37,7 +43,7 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
     return torch.bfloat16 if faster else torch.float32, reason
 
 
-def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> Any:
+def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendName) -> PeftModel:
     """A PeftModel in training mode: NF4 (or ``dtype``) base, frozen; LoRA in float32, initialised with the seed.
 
     Raises `ConfigError` if the base cannot be loaded.
@@ -56,7 +62,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: Name) -> 
     return model
 
 
-def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
+def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> PeftModel:
     fast = fast_language_model()
     rope = config.model.rope_scaling
     scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope))}
@@ -89,7 +95,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
         )
 
 
-def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> Any:
+def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> PeftModel:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -118,7 +124,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     return peft
 
 
-def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> Any:
+def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> PreTrainedModel:
     """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
@@ -145,12 +151,12 @@ def _quantization(base: str, dtype: torch.dtype) -> Any:
     )
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    parameters: dict[str, Any] = config.get_text_config().rope_parameters
+def _rope_parameters(config: PretrainedConfig) -> dict[str, object]:
+    parameters: dict[str, object] = config.get_text_config().rope_parameters
     return dict(parameters)
 
 
-def load_trained_base(path: Path) -> Any:
+def load_trained_base(path: Path) -> PreTrainedModel:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
@@ -163,7 +169,7 @@ def load_trained_base(path: Path) -> Any:
     return base
 
 
-def load_for_inference(path: Path) -> Any:
+def load_for_inference(path: Path) -> CausalModel:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
     if not is_run(path):
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
@@ -171,11 +177,13 @@ def load_for_inference(path: Path) -> Any:
 
     base = load_trained_base(path)
     # The base's own list does not have the end of turn that a template brought.
-    base.generation_config.eos_token_id = sorted(saved_stops(path, AutoTokenizer.from_pretrained(path / "adapter")))
+    base.generation_config.eos_token_id = sorted(
+        saved_stop_token_ids(path, AutoTokenizer.from_pretrained(path / "adapter"))
+    )
     return with_adapter(base, path / "adapter")
 
 
-def with_adapter(base: Any, folder: Path) -> Any:
+def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """``base`` with a saved adapter, in evaluation mode."""
     from peft import PeftModel
 
@@ -187,15 +195,15 @@ def with_adapter(base: Any, folder: Path) -> Any:
     return model
 
 
-def saved_stops(path: Path, tokenizer: Any) -> set[int]:
+def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which the model of a run, or in a folder, stops."""
     if not is_run(path):
-        return stop_ids(ModelConfig(str(path)), str(path), tokenizer)
+        return stop_token_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
-    return stop_ids(run.model, run.base, tokenizer)
+    return stop_token_ids(run.model, run.base, tokenizer)
 
 
-def quantized_modules(model: Any) -> list[str]:
+def quantized_modules(model: CausalModel) -> list[str]:
     """Paths, in the base model, of the layers whose weights are NF4, and of stacks of experts, as parameters: what a
     merge has to send through NF4 too."""
     from bitsandbytes.nn import Linear4bit
@@ -206,7 +214,7 @@ def quantized_modules(model: Any) -> list[str]:
     return layers + [f"{path}.{name}" for path, name in experts]
 
 
-def target_modules(model: Any, lora: LoraConfig) -> list[str]:
+def target_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head, and
     not those that route to experts.
 
@@ -224,7 +232,7 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     return [name for name in lora.target_modules if name in linear]
 
 
-def disable_inference_repacking(model: Any) -> None:
+def disable_inference_repacking(model: CausalModel) -> None:
     """Keeps bitsandbytes from repacking NF4 weights for its AVX512 inference kernel.
 
     It does so in place at the first forward without gradients and never undoes it; every gradient afterwards is

@@ -1,14 +1,21 @@
-"""A batch -> its loss, from the last hidden states: the logits of the whole row are never formed."""
+"""Computes the loss of a batch from the last hidden states; the logits of the whole sequence are never formed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from qlora_kernels.packed_ce import CEOutput, Targets, choose_path, packed_linear_cross_entropy
-from qlora_kernels.packed_ce.backend import Path
-from torch import Tensor
+from qlora_kernels.packed_ce import (
+    CEOutput,
+    PathChoice,
+    PathName,
+    Targets,
+    choose_path,
+    packed_linear_cross_entropy,
+)  # fmt: skip
+from torch import Tensor, nn
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
@@ -17,23 +24,27 @@ from qlora_sft.model.balance import balance_loss
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
 
-PathName = Literal["torch", "triton"]
-# Where the choice is kept: on the model, like its attention.
-PATH = "_packed_ce_path"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qlora_sft.model.base import CausalModel
+
+# The implementation that `use_loss` has chosen for each model, kept for as long as the model lives.
+_chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
 
 
-def use_loss(model: Any, requested: Literal["auto", "triton", "torch"]) -> str:
+def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
     """Chooses the implementation for all losses of ``model``, once. Returns the choice with its reason, to print.
 
-    Raises ConfigError when ``triton`` is demanded where it cannot run.
+    Raises `ConfigError` when ``triton`` is demanded where it cannot run.
     """
     base = base_of(model)
     path = choose_loss(requested, base.device)
-    setattr(base, PATH, path.name)
+    _chosen[base] = path.name
     return f"{path.name} ({path.reason})"
 
 
-def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> Path:
+def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.device) -> PathChoice:
     """Names the implementation for a model on ``device``. Raises `ConfigError` for one that cannot run there."""
     try:
         return choose_path(requested, device)
@@ -41,19 +52,18 @@ def choose_loss(requested: Literal["auto", "triton", "torch"], device: torch.dev
         raise ConfigError(f"model.loss: {error}") from None
 
 
-def path_of(model: Any) -> PathName | None:
-    """The implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
-    path: PathName | None = getattr(base_of(model), PATH, None)
-    return path
+def path_of(model: CausalModel) -> PathName | None:
+    """Returns the implementation that `use_loss` has chosen for ``model``; None if nothing has been chosen yet."""
+    return _chosen.get(base_of(model))
 
 
-def last_hidden_states(model: Any, batch: Batch) -> Tensor:
-    """[1, T, D], behind the last norm, before the output head."""
+def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
+    """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
     return cast(Tensor, _decoded(model, batch).last_hidden_state)
 
 
-def _decoded(model: Any, batch: Batch) -> Any:
-    """What the decoder returns."""
+def _decoded(model: CausalModel, batch: Batch) -> Any:
+    """Returns all that the decoder returns."""
     base = base_of(model)
     remember_lengths(batch["cu_seqlens"], batch["lengths"])
     return base.get_decoder()(
@@ -67,24 +77,25 @@ def _decoded(model: Any, batch: Batch) -> Any:
     )
 
 
-def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutput:
-    """Cross-entropy of the supervised rows of ``batch``, divided by ``n_items`` (default: its own weight).
+def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
+    """Computes the cross-entropy of the supervised positions of ``batch``, divided by ``n_items``.
 
-    In training a mixture's load-balance loss is added, where config.json has one; over an accumulation group it is the
-    mean of its batches', each with the weight of its supervised rows.
+    By default the divisor is the batch's own weight. In training a mixture's load-balance loss is added, where
+    config.json has one; over an accumulation group it is the mean of its batches', each with the weight of its
+    supervised positions.
     """
     base = base_of(model)
     decoded = _decoded(model, batch)
     hidden: Tensor = decoded.last_hidden_state
     n_documents = batch["cu_seqlens"].numel() - 1
-    targets = Targets.from_host(batch["rows"], batch["targets"], batch["row_documents"], n_documents)
+    targets = Targets.from_host(batch["positions"], batch["targets"], batch["position_documents"], n_documents)
     head = base.get_output_embeddings()
     output = packed_linear_cross_entropy(
         hidden.squeeze(0),
         loss_weight(head),
         targets,
         n_items=n_items,
-        row_weights=batch["row_weights"],
+        token_weights=batch["position_weights"],
         bias=getattr(head, "bias", None),
         path=path_of(base) or "auto",
         **logit_transform(base.config),
@@ -96,10 +107,20 @@ def batch_loss(model: Any, batch: Batch, n_items: float | None = None) -> CEOutp
     return replace(output, loss=output.loss + share * balance)
 
 
-def logit_transform(config: Any) -> dict[str, Any]:
-    """What the model does to its logits after the head, under the names each family gives it."""
+class LogitTransform(TypedDict, total=False):
+    """Names the options of `packed_linear_cross_entropy` that a model's configuration asks for."""
+
+    softcap: float
+    logit_scale: float
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """Returns what the model does to its logits after the head.
+
+    Each family has names of its own for it.
+    """
     text = config.get_text_config()
-    options: dict[str, Any] = {}
+    options: LogitTransform = {}
     softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
     if softcap:
         options["softcap"] = float(softcap)

@@ -1,21 +1,27 @@
-"""Bytes between the forward of the layers and their backward, from shapes alone: last norm, loss, rotation."""
+"""Counts the bytes between the forward of the layers and their backward, from shapes alone.
+
+They are those of the last norm, of the loss and of the rotation.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.offload import LayerBytes
-from qlora_kernels.packed_ce import HeadShape, backward_bytes, workspace_bytes
+from qlora_kernels.packed_ce import HeadShape, PathName, backward_bytes, workspace_bytes
 
-from qlora_sft.model.loss import PathName, logit_transform
+from qlora_sft.model.loss import logit_transform
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BATCH_BYTES = 2 * 8 + 4 * 4
 
 
 def between_bytes(
-    config: Any,
+    config: PretrainedConfig,
     tokens: int,
     dtype: torch.dtype,
     on_gpu: bool,
@@ -23,30 +29,30 @@ def between_bytes(
     head: HeadShape | None = None,
     path: PathName | None = None,
 ) -> int:
-    """For a row that is supervised throughout. ``config``: transformers' configuration of the language model.
+    """Returns the bytes between forward and backward for a sequence that is supervised throughout.
 
-    lean_norms: the last norm keeps its input in 16 bits. head: default: dense, in ``dtype``. path: of the loss;
-    default: Triton on a GPU.
+    config: transformers' configuration of the language model. lean_norms: whether the last norm keeps its input in 16
+    bits. head: by default dense, in ``dtype``. path: the implementation of the loss; by default Triton on a GPU.
     """
     loss = loss_bytes(config, tokens, dtype, on_gpu, lean_norms, head, path)
-    return loss + standing_bytes(config, tokens, dtype)
+    return loss + persistent_bytes(config, tokens, dtype)
 
 
-def standing_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def persistent_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Returns the bytes that are there during the whole step: the batch, and the cosines and sines of all layers.
 
-    Of a batch: ids and positions in int64, and of every supervised position its number, label, weight and document.
+    A batch has ids and positions in int64, and the number, label, weight and document of every supervised position.
     """
     return tokens * BATCH_BYTES + rotation_bytes(config, tokens, dtype)
 
 
-def with_standing(layer: LayerBytes, standing: int) -> LayerBytes:
+def with_persistent(layer: LayerBytes, persistent: int) -> LayerBytes:
     """Returns ``layer`` with what is there during the whole step counted to its backward."""
-    return replace(layer, backward=layer.backward + standing)
+    return replace(layer, backward=layer.backward + persistent)
 
 
 def loss_bytes(
-    config: Any,
+    config: PretrainedConfig,
     tokens: int,
     dtype: torch.dtype,
     on_gpu: bool,
@@ -54,9 +60,12 @@ def loss_bytes(
     head: HeadShape | None = None,
     path: PathName | None = None,
 ) -> int:
-    """The last norm's input (in float32) and its reciprocal root, the last hidden states, the gradient of the
-    supervised rows; and what packed_ce says it needs, or after it the gradient of the hidden states with what the
-    trained rows of the head need."""
+    """Returns the most bytes that last norm and loss take.
+
+    They are the last norm's input (in float32) and its reciprocal root, the last hidden states, and the gradient of the
+    supervised positions. To them comes what packed_ce says it needs or, after it, the gradient of the hidden states
+    with what the trained rows of the head need.
+    """
     hidden, size = int(config.hidden_size), dtype.itemsize
     head = head or HeadShape(int(config.vocab_size), hidden, dtype)
     path = path or ("triton" if on_gpu else "torch")
@@ -67,7 +76,7 @@ def loss_bytes(
     return kept + max(tokens * hidden * size + backward_bytes(head, tokens), forward)
 
 
-def rotation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Cosines and sines, one pair for all layers."""
+def rotation_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of the cosines and sines, one pair for all layers."""
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return 2 * tokens * size * dtype.itemsize

@@ -1,17 +1,18 @@
-"""What each decoder layer keeps between its forward and its backward: measured, chosen, installed and printed."""
+"""Measures, chooses, installs and prints what each decoder layer keeps between its forward and its backward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.offload import (
-    Choice,
     HostSlab,
     LayerBytes,
     Schedule,
     Tier,
+    TierChoice,
     choose_tiers,
     describe,
     engine_for,
@@ -20,6 +21,7 @@ from qlora_kernels.offload import (
     peak_bytes,
 )  # fmt: skip
 from qlora_kernels.packed_ce import HeadShape
+from torch import nn
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
@@ -27,30 +29,36 @@ from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.loss import path_of
-from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
+from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
+from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budget
 from qlora_sft.model.mlp import set_recompute
 from qlora_sft.model.norms import has_lean_norms
-from qlora_sft.model.room import Room, device_room, host_room
 from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
+
 
 class Memory:
-    """The tiers of a model, in force. As a context: frees the host memory at its end, however it ends."""
+    """Holds the tiers that are in force for a model.
 
-    def __init__(self, model: Any, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
+    As a context it frees the host memory at its end, however that comes.
+    """
+
+    def __init__(self, model: CausalModel, config: Config, layer: LayerBytes, between: int, tokens: int, say: Say):
         self.model, self.config, self.layer, self.between, self.tokens, self.say = (
             model, config, layer, between, tokens, say,
         )  # fmt: skip
-        self.choice: Choice | None = None
-        """What is in force."""
+        self.choice: TierChoice | None = None
+        """The split that is in force."""
         self.slab: HostSlab | None = None
         self.resident: dict[str, int] = {}
-        """What the device held when training began; empty on a CPU."""
+        """The bytes that the device held when training began; empty on a CPU."""
         self.measured: dict[str, int] | None = None
-        """Most that torch had allocated and reserved during the training, on a GPU."""
+        """The most bytes that torch had allocated and reserved during the training, on a GPU."""
 
-    def use(self, choice: Choice) -> None:
+    def use(self, choice: TierChoice) -> None:
         """Installs the tiers, and says so."""
         if self.slab is not None:
             self.slab.close()
@@ -65,7 +73,7 @@ class Memory:
 
     @property
     def report(self) -> MemoryReport:
-        """What the manifest says of it."""
+        """Returns what the manifest says about the tiers."""
         choice = self.choice
         assert choice is not None, "no tiers are installed yet"
         return MemoryReport(
@@ -80,9 +88,12 @@ class Memory:
             measured=self.measured,
         )
 
-    def make_room(self, why: str) -> bool:
-        """The split that takes least, whatever was chosen: a GPU was full after all. False if it is in force."""
-        host = host_room(self.config).nbytes if self.model.device.type == "cuda" else 0
+    def keep_less(self, why: str) -> bool:
+        """Installs the split that takes least, whatever was chosen before, because the GPU was full after all.
+
+        Returns False if that split is in force already. why: the reason, to be printed.
+        """
+        host = host_budget(self.config).nbytes if self.model.device.type == "cuda" else 0
         choice = _least(len(decoder_layers(self.model)), self.layer, self.between, host, why)
         if self.choice is not None and choice.tiers == self.choice.tiers:
             return False
@@ -105,8 +116,10 @@ class Memory:
 
 
 def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
-    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``, which
-    starts anew. Empty on a CPU."""
+    """Returns the most bytes that torch had allocated and reserved on a GPU since the last call with ``begin``.
+
+    A call with ``begin`` starts the count anew. On a CPU the result is empty.
+    """
     if device.type != "cuda":
         return {}
     if begin:
@@ -118,8 +131,8 @@ def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
     }
 
 
-def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
-    """Decides what every layer keeps for rows of up to ``tokens``, and installs it. Call before training.
+def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
+    """Decides what every layer keeps for sequences of up to ``tokens``, and installs it. Call it before training.
 
     Raises `ConfigError` if the model cannot be checkpointed layer by layer, or if a configured budget is too small.
     """
@@ -129,74 +142,84 @@ def use_memory(model: Any, config: Config, tokens: int, dtype: torch.dtype, say:
     layer = measure_layer(model, tokens, dtype)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
-    standing = standing_bytes(settings, tokens, dtype)
+    persistent = persistent_bytes(settings, tokens, dtype)
     if has_unsloths_forward(base_of(model)):
-        standing += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
-    layer = with_standing(layer, standing)
+        persistent += layer.input  # the embedding's result, which `install` leaves a leaf of the graph
+    layer = with_persistent(layer, persistent)
     between = between_bytes(settings, tokens, dtype, on_gpu, has_lean_norms(model), HeadShape.of(head), path_of(model))
     if has_unsloths_forward(base_of(model)):
         between += layer.input
-    choice = choose(config, len(layers), layer, between, device_room(model, config), on_gpu, say)
+    choice = choose(config, len(layers), layer, between, device_budget(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)
     return memory
 
 
-def choose(config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say) -> Choice:
-    """The tier of every layer, by ``memory.policy``. loss: bytes between forward and backward."""
+def choose(
+    config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
+) -> TierChoice:
+    """Chooses the tier of every layer by ``memory.policy``.
+
+    loss: the bytes between forward and backward.
+    """
     policy = config.memory.policy
     if policy == "auto":
-        return _choose_by_room(config, n_layers, layer, loss, room, on_gpu, say)
-    tiers = _times("keep" if policy == "none" else "checkpoint", n_layers)
+        return _choose_by_budget(config, n_layers, layer, loss, budget, on_gpu, say)
+    tiers = _repeat("keep" if policy == "none" else "checkpoint", n_layers)
     reason = f"memory.policy={policy}"
     if policy == "offload":
-        host = host_room(config)
+        host = host_budget(config)
         offloaded = min(n_layers, host.nbytes // layer.input)
         # The first layers wait longest for their backward.
-        tiers[:offloaded] = _times("offload", offloaded)
+        tiers[:offloaded] = _repeat("offload", offloaded)
         if offloaded < n_layers:
             reason += f"; host memory holds the inputs of {offloaded} layers ({host.reason})"
     return _choice(tiers, layer, loss, reason)
 
 
-def _choose_by_room(
-    config: Config, n_layers: int, layer: LayerBytes, loss: int, room: Room, on_gpu: bool, say: Say
-) -> Choice:
+def _choose_by_budget(
+    config: Config, n_layers: int, layer: LayerBytes, loss: int, budget: MemoryBudget, on_gpu: bool, say: Say
+) -> TierChoice:
+    """Chooses the fastest tiers that fit the budget."""
     if config.memory.gpu_budget_gib is not None and not on_gpu:
         say("memory.gpu_budget_gib has no effect here: the model is on the CPU")
     # On a CPU host and device are the same memory: to copy an input there would only cost time.
-    host = host_room(config).nbytes if on_gpu else 0
+    host = host_budget(config).nbytes if on_gpu else 0
     try:
-        choice = choose_tiers(n_layers, layer, room.nbytes, host, loss=loss)
+        choice = choose_tiers(n_layers, layer, budget.nbytes, host, loss=loss)
     except ValueError as error:
         if on_gpu and (config.memory.gpu_budget_gib is not None or config.memory.host_budget_gib is not None):
             raise ConfigError(
-                f"memory: {error} ({room.reason}). Shorten data.max_length, lower training.batch_size, or raise "
+                f"memory: {error} ({budget.reason}). Shorten data.max_length, lower training.batch_size, or raise "
                 "memory.gpu_budget_gib or memory.host_budget_gib"
             ) from None
         # What is free is known only roughly; what was not forbidden is tried.
-        say(f"memory: {error} ({room.reason}); trying the least that is possible. If it fails, shorten data.max_length")
+        say(
+            f"memory: {error} ({budget.reason}); trying the least that is possible. If it fails, shorten "
+            "data.max_length"
+        )
         return _least(n_layers, layer, loss, host, "the least memory that is possible")
-    return _choice(choice.tiers, layer, loss, f"{choice.reason}: {room.reason}")
+    return _choice(choice.tiers, layer, loss, f"{choice.reason}: {budget.reason}")
 
 
-def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> Choice:
-    """The inputs of as many layers as ``host`` bytes hold in host memory, of the others on the device."""
+def _least(n_layers: int, layer: LayerBytes, loss: int, host: int, reason: str) -> TierChoice:
+    """Returns the split with as many inputs in host memory as ``host`` bytes hold, and the others on the device."""
     offloaded = min(n_layers, host // layer.input)
-    tiers = _times("offload", offloaded) + _times("checkpoint", n_layers - offloaded)
+    tiers = _repeat("offload", offloaded) + _repeat("checkpoint", n_layers - offloaded)
     return _choice(tiers, layer, loss, reason)
 
 
-def _times(tier: Tier, count: int) -> list[Tier]:
+def _repeat(tier: Tier, count: int) -> list[Tier]:
     return [tier] * count
 
 
-def _choice(tiers: Any, layer: LayerBytes, loss: int, reason: str) -> Choice:
-    return Choice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
+def _choice(tiers: Sequence[Tier], layer: LayerBytes, loss: int, reason: str) -> TierChoice:
+    """Returns a split with what it takes."""
+    return TierChoice(tuple(tiers), peak_bytes(tiers, layer, loss), tiers.count("offload") * layer.input, reason)
 
 
-def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
-    """Sets how each layer of ``model`` is run, and takes the host memory that it needs, which is returned."""
+def install(model: CausalModel, tiers: Sequence[Tier], tokens: int, input_bytes: int, say: Say) -> HostSlab | None:
+    """Sets how each layer of ``model`` is run. Takes the host memory that it needs, and returns it."""
     base = base_of(model)
     slab = schedule = None
     if "offload" in tiers:
@@ -219,7 +242,8 @@ def install(model: Any, tiers: Any, tokens: int, input_bytes: int, say: Say) -> 
     return slab
 
 
-def _require_checkpointing(layers: Any, config: Config) -> None:
+def _require_checkpointing(layers: Sequence[nn.Module], config: Config) -> None:
+    """Raises `ConfigError` if a layer cannot be checkpointed."""
     lacking = sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "gradient_checkpointing")})
     if lacking:
         raise ConfigError(

@@ -6,7 +6,7 @@ names, PEFT and what is saved stay as they were.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from qlora_kernels.nf4_lora import Activation, Projection, default_tile, lora_mlp
@@ -15,6 +15,9 @@ from torch import Tensor
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.projection import base_dtype, projection_of
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 # Modules whose forward is known to be down_proj(act_fn(gate_proj(x)) * up_proj(x)), by their class's name.
@@ -56,14 +59,14 @@ class TiledMLP(torch.nn.Module):
         return lora_mlp(x, *layers, self.activation, tile=self.tile, recompute=self.recompute, dtype=dtype)
 
     def plain(self, x: Tensor) -> Tensor:
-        """What the module in whose place this one stands computes."""
+        """Computes what the module that was replaced would compute."""
         layers: Any = self  # its children are not known to the type checker
         hidden = layers.act_fn(layers.gate_proj(x)) * layers.up_proj(x)
         return cast(Tensor, layers.down_proj(hidden))
 
 
 def projections_of(mlp: Any, training: bool) -> tuple[Projection, Projection, Projection] | str:
-    """gate, up and down as they are now, or what keeps them from being computed here."""
+    """Returns gate, up and down as they are now, or what keeps them from being computed here."""
     found = [projection_of(getattr(mlp, name), training) for name in LAYERS]
     for reason in found:
         if isinstance(reason, str):
@@ -74,7 +77,7 @@ def projections_of(mlp: Any, training: bool) -> tuple[Projection, Projection, Pr
     return gate, up, down
 
 
-def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
+def use_tiled_mlp(model: CausalModel, requested: Requested, tokens: int) -> str:
     """Replaces the MLPs of ``model`` as ``requested``; returns the choice with its reason, to print.
 
     tokens: longest row of the run. ``auto`` is on wherever it can be: measured on a CPU, a layer is 1.2 to 1.3 times as
@@ -95,7 +98,10 @@ def use_tiled_mlp(model: Any, requested: Requested, tokens: int) -> str:
 
 
 def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
-    """Of the decoder layers of a model with adapters; "" if their MLPs are to be tiled. `ConfigError` as above."""
+    """Says why the MLPs of these decoder layers, which have their adapters, are not tiled; "" if they are to be.
+
+    Raises `ConfigError` when ``on`` is demanded where it cannot be.
+    """
     if requested == "off":
         return "as configured"
     obstacle = next((reason for block in blocks if (reason := obstacle_of(block))), "")
@@ -104,12 +110,12 @@ def why_not_tiled(blocks: list[Any], requested: Requested) -> str:
     return obstacle
 
 
-def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
-    """Whether the MLP of a decoder layer, if it is tiled, keeps gate and up for its backward.
+def set_recompute(block: torch.nn.Module, checkpointed: bool, tokens: int) -> None:
+    """Sets whether the MLP of a decoder layer, if it is tiled, computes gate and up again in its backward.
 
-    It does in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only if it
-    ends with a norm it has to run its MLP in the recomputation anyway; there short rows keep gate and up from that, and
-    long ones save the memory.
+    It keeps them in a layer that is not computed again. A checkpointed layer computes them again once, by tiles. Only
+    if it ends with a norm it has to run its MLP in the recomputation anyway; there short sequences keep gate and up
+    from that, and long ones save the memory.
     """
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):
@@ -117,12 +123,12 @@ def set_recompute(block: Any, checkpointed: bool, tokens: int) -> None:
 
 
 def recomputes(tokens: int, tile: int, norm_after: bool) -> bool:
-    """Whether the MLP of a checkpointed layer computes gate and up by tiles in its backward."""
+    """Returns whether the MLP of a checkpointed layer computes gate and up by tiles in its backward."""
     return tokens > tile or not norm_after
 
 
-def obstacle_of(block: Any) -> str | None:
-    """Why this decoder layer's MLP must stay as it is."""
+def obstacle_of(block: torch.nn.Module) -> str | None:
+    """Returns why this decoder layer's MLP must stay as it is; None if it can be tiled."""
     mlp = getattr(block, "mlp", None)
     if isinstance(mlp, TiledMLP):
         return "its MLPs are tiled already"

@@ -6,16 +6,19 @@ PEFT and what is saved stay as they were. Results are the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from qlora_kernels.rms_norm import Form, rms_norm
+from qlora_kernels.rms_norm import NormFormula, rms_norm
 from torch import Tensor
 
 from qlora_sft.model.base import base_of
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
+
 # Modules whose forward is known, by their class's name.
-FORMS: dict[str, Form] = {
+FORMS: dict[str, NormFormula] = {
     "LlamaRMSNorm": "llama", "Qwen2RMSNorm": "llama", "Qwen3RMSNorm": "llama", "MistralRMSNorm": "llama",
     "SmolLM3RMSNorm": "llama", "Phi3RMSNorm": "llama",
     "GemmaRMSNorm": "gemma", "Gemma2RMSNorm": "gemma", "Gemma3RMSNorm": "gemma",
@@ -27,13 +30,13 @@ PROBE_ROWS = 32
 class LeanRMSNorm(torch.nn.Module):
     """Takes the place of a transformers RMSNorm, and has its attributes (``variance_epsilon`` or ``eps``)."""
 
-    def __init__(self, norm: Any, form: Form):
+    def __init__(self, norm: Any, form: NormFormula):
         super().__init__()
         for name, value in vars(norm).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
         self.weight = norm.weight
-        self.form: Form = form
+        self.form: NormFormula = form
         self.epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
         self.train(norm.training)
 
@@ -44,7 +47,7 @@ class LeanRMSNorm(torch.nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 
-def use_lean_norms(model: Any) -> str:
+def use_lean_norms(model: CausalModel) -> str:
     """Replaces the RMSNorms of ``model``'s decoder: those of its layers and the last one. Returns the choice with its
     reason, to print.
 
@@ -77,12 +80,13 @@ def use_lean_norms(model: Any) -> str:
     return f"on for {replaced} norms (kept: their input as it is, no float32 copy{'; ' + as_is if as_is else ''})"
 
 
-def has_lean_norms(model: Any) -> bool:
+def has_lean_norms(model: CausalModel) -> bool:
+    """Returns whether any norm of ``model`` was replaced."""
     return any(isinstance(module, LeanRMSNorm) for module in model.modules())
 
 
 def obstacle_of(norm: Any) -> str | None:
-    """Why this module must stay as it is."""
+    """Returns why this module must stay as it is; None if it can be replaced."""
     kind = type(norm).__name__
     if kind == LeanRMSNorm.__name__:
         return "replaced already"
@@ -95,7 +99,10 @@ def obstacle_of(norm: Any) -> str | None:
 
 @torch.no_grad()
 def same_bits(norm: Any, lean: LeanRMSNorm) -> bool:
-    """A later transformers, or a patched class, may have the name and another formula."""
+    """Returns whether both norms give the same bits for a probe.
+
+    A later transformers, or a patched class, may have the name and another formula.
+    """
     weight = norm.weight
     x = torch.linspace(-3, 3, PROBE_ROWS * len(weight), device=weight.device).sin().to(weight.dtype)
     x = x.view(PROBE_ROWS, -1)

@@ -1,4 +1,4 @@
-"""A linear layer of a PEFT model as qlora_kernels sees it, or the reason why it has to compute in its own way."""
+"""Describes a linear layer of a PEFT model for qlora_kernels, or says why it has to compute in its own way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from qlora_kernels.nf4_lora import NF4Weight, Projection
 
 
 def projection_of(layer: torch.nn.Module, training: bool) -> Projection | str:
-    """The frozen weight with the one active adapter, read anew from ``layer``; or why that is not what it computes.
+    """Returns the frozen weight with the one active adapter, read anew from ``layer``; or why it computes something
+    else.
 
     training: whether LoRA dropout would act.
     """
@@ -33,7 +34,7 @@ def projection_of(layer: torch.nn.Module, training: bool) -> Projection | str:
 
 
 def frozen_weight(base: Any) -> torch.Tensor | NF4Weight:
-    """Raises ValueError for a 4-bit weight that is not NF4 or not quantised yet."""
+    """Returns the weight of a layer. Raises ValueError for a 4-bit weight that is not NF4 or not quantised yet."""
     if type(base).__name__ != "Linear4bit":
         return base.weight  # type: ignore[no-any-return]
     state = getattr(base.weight, "quant_state", None)
@@ -43,7 +44,10 @@ def frozen_weight(base: Any) -> torch.Tensor | NF4Weight:
 
 
 def active_factors(layer: Any, training: bool) -> tuple[torch.Tensor, torch.Tensor, float] | str | None:
-    """(A, B, scale) of a PEFT LoRA layer; None if it adds nothing now; or the feature that has no formula here."""
+    """Returns (A, B, scale) of a PEFT LoRA layer, or None if it adds nothing now.
+
+    A text names the feature that has no formula here.
+    """
     if not hasattr(layer, "lora_A"):
         return f"{type(layer).__name__} adapters"
     if layer.merged:
@@ -68,6 +72,6 @@ def active_factors(layer: Any, training: bool) -> tuple[torch.Tensor, torch.Tens
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
 
 
-def base_dtype(layer: Any) -> torch.dtype | None:
-    """The type in which bitsandbytes' layer multiplies whatever its input is; None for other layers."""
+def base_dtype(layer: object) -> torch.dtype | None:
+    """Returns the type in which bitsandbytes' layer multiplies, whatever its input is; None for other layers."""
     return getattr(getattr(layer, "base_layer", layer), "compute_dtype", None)

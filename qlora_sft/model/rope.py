@@ -1,13 +1,18 @@
-"""Rows longer than the positions a model was trained on: refused, or trained with the scaling that is configured."""
+"""Refuses sequences that are longer than the positions of a model, or scales its positions as configured."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config, RopeScaling
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import read_config, text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qlora_sft.model.base import CausalModel
 
 
 def check_context(config: Config, base: str) -> None:
@@ -34,16 +39,17 @@ def check_context(config: Config, base: str) -> None:
 
 
 def _factor(wanted: int, positions: int) -> int:
+    """Returns the smallest whole factor that makes ``wanted`` positions."""
     return -(-wanted // positions)
 
 
 def context_length(settings: dict[str, Any], rope: RopeScaling) -> int:
-    """Positions of the scaled model; ``settings``: the text part of a config.json."""
+    """Returns the positions of the scaled model; ``settings``: the text part of a config.json."""
     return int(rope.factor * (rope.original_max_position_embeddings or settings["max_position_embeddings"]))
 
 
 def with_rope_scaling(config: dict[str, Any], rope: RopeScaling | None) -> dict[str, Any]:
-    """A config.json with the scaling, as transformers 5 spells it: everything about positions in ``rope_parameters``.
+    """Returns a config.json with the scaling, as transformers 5 spells it: all about positions in ``rope_parameters``.
 
     Models with a set of parameters per type of layer get it where attention is global; windows need no more positions.
     """
@@ -66,6 +72,7 @@ def with_rope_scaling(config: dict[str, Any], rope: RopeScaling | None) -> dict[
 
 
 def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, original: int) -> dict[str, Any]:
+    """Returns one set of parameters with the scaling."""
     kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if old.get(key) is not None}
     if "rope_theta" not in kept and text.get("rope_theta") is not None:
         kept["rope_theta"] = text["rope_theta"]
@@ -78,8 +85,8 @@ def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, origin
     return new
 
 
-def scaled_config(base: str, rope: RopeScaling | None) -> Any:
-    """transformers' configuration of ``base`` with the scaling."""
+def scaled_config(base: str, rope: RopeScaling | None) -> PretrainedConfig:
+    """Returns transformers' configuration of ``base`` with the scaling."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base)
@@ -88,7 +95,7 @@ def scaled_config(base: str, rope: RopeScaling | None) -> Any:
     return type(config).from_dict(with_rope_scaling(read_config(base), rope))
 
 
-def check_rope(model: Any, config: Any) -> None:
+def check_rope(model: CausalModel, config: PretrainedConfig) -> None:
     """Raises `RunError` unless the loaded ``model`` turns its positions as ``config`` (from `scaled_config`) says."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -1,16 +1,16 @@
-"""A base model -> a model ready to be trained: NF4 and LoRA, attention by document, our norms, MLPs and loss."""
+"""Makes a base model ready to be trained: NF4 and LoRA, attention by document, our norms, MLPs and loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
-from qlora_sft.model.backend import Name
+from qlora_sft.model.backend import BackendName
 from qlora_sft.model.balance import describe_balance
 from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
@@ -22,10 +22,19 @@ from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def prepare_model(
-    config: Config, base: str, dtype: torch.dtype, backend: Name, tokens: int, say: Say, lengths: Sequence[int] = ()
-) -> Any:
+    config: Config,
+    base: str,
+    dtype: torch.dtype,
+    backend: BackendName,
+    tokens: int,
+    say: Say,
+    lengths: Sequence[int] = (),
+) -> PeftModel:
     """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only.
 
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.

@@ -1,8 +1,8 @@
-"""The base's tokenizer as a run uses it: its chat template, new control tokens, and where answers end."""
+"""Loads the base's tokenizer as a run uses it: with its chat template, new control tokens, and where answers end."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
@@ -10,16 +10,20 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> Any:
-    """The base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
 
-    Control tokens that a shipped template writes and the base lacks are added, and said. Raises `ConfigError`.
+def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> PreTrainedTokenizerBase:
+    """Loads the base's tokenizer, with ``model.chat_template`` in place of its own if one is configured.
+
+    Control tokens that a shipped template writes and the base lacks are added, with a message. Raises `ConfigError` if
+    there is no tokenizer, or one without an eos token.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
     if model.chat_template:
@@ -32,13 +36,13 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     return tokenizer
 
 
-def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
-    """Tokens at which the model stops: its generation config's, the eos token, the end of turn of a shipped template,
-    and ``model.stop_tokens``.
+def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the tokens at which the model stops.
 
-    Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
+    They are those of its generation config, the eos token, the end of turn of a shipped template, and
+    ``model.stop_tokens``. Raises `ConfigError` for a stop token that the vocabulary does not have as one token.
     """
-    ids = _generation_stops(base)
+    ids = _generation_stop_token_ids(base)
     if unknown := sorted(id for id in ids if tokenizer.convert_ids_to_tokens(id) is None):
         raise ConfigError(
             f"model.path: generation_config.json of {base} stops at token {unknown[0]}, which its tokenizer does not "
@@ -55,24 +59,26 @@ def stop_ids(model: ModelConfig, base: str, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *ids}
 
 
-def end_turns(tokenizer: Any, model: ModelConfig, base: str, say: Say) -> None:
-    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already:
-    runtimes stop where the saved tokenizer says.
+def end_turns(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, base: str, say: Say) -> None:
+    """Makes the end of turn of a shipped template the eos token of ``tokenizer``, unless the base stops at it already.
 
-    To be called when all is rendered, because a plain text ends in the base's own eos token.
+    Runtimes stop where the saved tokenizer says. Call it when all is rendered, because a plain text ends in the base's
+    own eos token.
     """
     end = _end_of_turn(model)
-    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stops(base)}:
+    if end and tokenizer.convert_tokens_to_ids(end) not in {tokenizer.eos_token_id, *_generation_stop_token_ids(base)}:
         say(f"eos token of the adapter's tokenizer: {end}, which ends turns, instead of {tokenizer.eos_token}")
         tokenizer.eos_token = end
 
 
 def _end_of_turn(model: ModelConfig) -> str:
+    """Returns the token that ends turns in a shipped template; an empty text for any other template."""
     shipped = SHIPPED.get(model.chat_template or "")
     return shipped.end if shipped else ""
 
 
-def _generation_stops(base: str) -> set[int]:
+def _generation_stop_token_ids(base: str) -> set[int]:
+    """Returns the tokens at which the base's generation config stops."""
     from transformers import GenerationConfig
 
     try:

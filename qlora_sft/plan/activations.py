@@ -1,7 +1,8 @@
-"""Bytes that a decoder layer keeps from its forward to its backward, and what that takes, from shapes alone.
+"""Computes from shapes alone what a decoder layer keeps from its forward to its backward, and what that takes.
 
-What autograd saves in transformers' Llama-like layers with PEFT's LoRA on bitsandbytes' linear layers. Per token, with
-D hidden, F intermediate, H query and G key heads of size d, r the rank, s bytes per value (2 under autocast)::
+The formula counts what autograd saves in transformers' Llama-like layers with PEFT's LoRA on bitsandbytes' linear
+layers. Per token, with D hidden, F intermediate, H query and G key heads of size d, r the rank, s bytes per value (2
+under autocast)::
 
     RMSNorm over w values      4 w + 4       its input in float32, and the reciprocal root
            lean                s w + 4       its input as it is; of the first norm that is the layer's own, kept anyway
@@ -34,7 +35,7 @@ from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.loss_bytes import between_bytes, standing_bytes, with_standing
+from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
 
@@ -47,12 +48,15 @@ DOWN = {"down_proj"}
 def layer_bytes(
     blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
 ) -> LayerBytes:
-    """Of the largest decoder layer, for one row of ``tokens``. `ConfigError` if they are not Llama-like.
+    """Returns the bytes of the largest decoder layer for one packed sequence of ``tokens``.
 
-    joined: on a GPU, documents are attended to one by one, and their results are joined into a copy.
+    joined: on a GPU, documents are attended to one by one, and their results are joined into a copy. Raises
+    `ConfigError` if the layers are not Llama-like.
     """
     heads, _, size = blueprint.heads
-    each = [_Layer(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)]
+    each = [
+        _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)
+    ]
     for layer in each:
         layer.require_known()
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
@@ -66,40 +70,51 @@ def layer_bytes(
     )
 
 
-Row = Callable[[int], tuple[LayerBytes, int]]
-"""Tokens of a row -> (bytes of a layer, bytes between forward and backward)."""
+SequenceBytes = Callable[[int], tuple[LayerBytes, int]]
+"""Maps the tokens of a sequence to (bytes of a layer, bytes between forward and backward)."""
 
 
-def row_bytes(blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False) -> Row:
-    def row(tokens: int) -> tuple[LayerBytes, int]:
+def sequence_bytes(
+    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
+) -> SequenceBytes:
+    """Returns the function that computes the bytes of a layer, and those between forward and backward, from a length.
+
+    joined: as in `layer_bytes`.
+    """
+
+    def bytes_for(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
         between = between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head)
         layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
-        return with_standing(layer, standing_bytes(blueprint.config, tokens, dtype)), between
+        return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype)), between
 
-    return row
+    return bytes_for
 
 
-class Part(NamedTuple):
-    """Of a layer, in the order of its forward. Bytes."""
+class LayerPart(NamedTuple):
+    """Holds the bytes of one part of a decoder layer. The parts stand in the order of the forward."""
 
     saved: int
-    """From forward to backward."""
+    """Bytes that stay from its forward to its backward."""
     backward: int
-    """What its backward takes beside that."""
+    """Bytes that its backward takes beside those."""
 
 
-def _saved(parts: list[Part]) -> int:
+def _saved(parts: list[LayerPart]) -> int:
+    """Returns the bytes that all ``parts`` together keep from the forward to the backward."""
     return sum(part.saved for part in parts)
 
 
-def _peak(parts: list[Part]) -> int:
-    """A part's backward finds all that was saved before it, and its own."""
+def _peak(parts: list[LayerPart]) -> int:
+    """Returns the most bytes at any time of the backward.
+
+    When a part's backward runs, everything is there that the parts before it and the part itself have saved.
+    """
     return max(saved + part.backward for saved, part in zip(accumulate(p.saved for p in parts), parts, strict=True))
 
 
-class _Layer:
-    """One decoder layer: the terms of the formula above."""
+class _LayerFormula:
+    """Computes the terms of the formula above for one decoder layer."""
 
     def __init__(
         self, blueprint: Blueprint, number: int, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool,
@@ -112,9 +127,12 @@ class _Layer:
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
         self.recast = self.size == 2 and not (on_gpu and all(x.quantized for x in self.linears if x.adapted))
 
-    def parts(self, again: bool) -> list[Part]:
-        """again: of a layer that is computed again in the backward, the recomputation included."""
-        places: dict[str, list[Part]] = {place: [] for place in ("first", "heads", "middle", "last")}
+    def parts(self, again: bool) -> list[LayerPart]:
+        """Returns the parts of the layer in the order of its forward.
+
+        again: the layer is computed again in the backward, and the bytes of that recomputation are meant.
+        """
+        places: dict[str, list[LayerPart]] = {place: [] for place in ("first", "heads", "middle", "last")}
         for norm in self.norms:
             places[_place(norm)].append(self.norm(norm))
         mlp = self.tiled_mlp(again) if self.tiled else self.mlp()
@@ -124,6 +142,7 @@ class _Layer:
         ]  # fmt: skip
 
     def require_known(self) -> None:
+        """Raises `ConfigError` if the layer has a part for which there is no formula here."""
         known = QKV | OUT | GATE_UP | DOWN
         odd = sorted({linear.short for linear in self.linears} - known)
         odd += sorted({norm.kind for norm in self.norms if "RMSNorm" not in norm.kind})
@@ -133,14 +152,19 @@ class _Layer:
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
             )
 
-    def input(self) -> Part:
+    def input(self) -> LayerPart:
         # It is kept by whoever computes the layer again; in float32 it is what the first norm keeps.
+        """Returns the bytes of the layer's input."""
         counted = self.size == 2 or self.blueprint.lean_norms
-        return Part(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
+        return LayerPart(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
 
-    def norm(self, norm: Norm) -> Part:
-        """Backward: the gradient of the residual; float32 copies or, if it is lean, gradients of its result and input;
-        in a norm of the heads also the gradients of its result and of what has come from k and v."""
+    def norm(self, norm: Norm) -> LayerPart:
+        """Returns the bytes of one norm.
+
+        Its backward takes the gradient of the residual, and float32 copies or, if the norm is lean, the gradients of
+        its result and its input. In a norm of the heads the gradients of its result and of what has come from k and v
+        are there as well.
+        """
         heads, groups, size = self.blueprint.heads
         short = norm.name.rsplit(".", 1)[-1]
         width = {"q_norm": heads * size, "k_norm": groups * size}.get(short, self.blueprint.hidden)
@@ -151,20 +175,23 @@ class _Layer:
             # Its backward takes no more in float32 than a block of tokens.
             values = self.tokens * width
             blocks = 12 * min(values, GPU_BLOCK if self.on_gpu else CPU_BLOCK)
-            return Part(self.tokens * (own + roots), self.tokens * (beside + 2 * self.size * width) + blocks)
+            return LayerPart(self.tokens * (own + roots), self.tokens * (beside + 2 * self.size * width) + blocks)
         shifted = 4 * norm.width if norm.kind.startswith("Gemma") else 0  # 1 + weight
         wide = (20 if self.size == 2 else 16) * width
-        return Part(self.tokens * (4 * width + roots) + shifted, self.tokens * (beside + wide))
+        return LayerPart(self.tokens * (4 * width + roots) + shifted, self.tokens * (beside + wide))
 
-    def linear(self, group: set[str]) -> Part:
-        """Backward: the gradients of the residual, of its result and of its input (from LoRA, from the frozen weight,
-        and the sum), and the weight dequantised."""
+    def linear(self, group: set[str]) -> LayerPart:
+        """Returns the bytes of a group of linear layers that share their input.
+
+        The backward takes the gradients of the residual, of the result and of the input (from LoRA, from the frozen
+        weight, and their sum), and the dequantised weight.
+        """
         inputs = max(x.inputs for x in self.linears if x.short in group)
         taken = self.size * self.tokens * (2 * self.blueprint.hidden + 3 * inputs) + self.weight(group)
-        return Part(self.lora_saved(group), taken)
+        return LayerPart(self.lora_saved(group), taken)
 
     def lora_saved(self, group: set[str]) -> int:
-        """Inputs, what A makes of them, and LoRA's weights in 16 bits."""
+        """Returns what LoRA saves: inputs, their products with A, and the adapter's weights in 16 bits."""
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
         if not adapted:
             return 0
@@ -179,8 +206,12 @@ class _Layer:
         cast = sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
         return self.tokens * per_token + cast
 
-    def attention(self) -> Part:
-        """Backward: gradients of its result, of q, k and v and of the residual; on a GPU FlashAttention's workspace."""
+    def attention(self) -> LayerPart:
+        """Returns the bytes of attention.
+
+        Its backward takes the gradients of its result, of q, k and v and of the residual, and on a GPU the workspace of
+        FlashAttention.
+        """
         heads, groups, size = self.blueprint.heads
         qkv = [linear.outputs for linear in self.linears if linear.short == "qkv_proj"]
         # The values of a joint projection are a view of all of it; only the GPU path copies them out.
@@ -189,25 +220,27 @@ class _Layer:
         saved = self.size * (heads * size + groups * size + values + results * heads * size) + 4 * heads
         taken = self.size * (2 * heads * size + 2 * groups * size + self.blueprint.hidden)
         workspace = flash_workspace(self.blueprint, self.size) if self.on_gpu else 0
-        return Part(self.tokens * saved, self.tokens * (taken + workspace))
+        return LayerPart(self.tokens * saved, self.tokens * (taken + workspace))
 
-    def mlp(self) -> Part:
-        """transformers' own. Backward, in down_proj: the gradient of the layer's result, which is the residual's, those
-        of its input from LoRA and from the frozen weight [T, F], and that weight dequantised.
+    def mlp(self) -> LayerPart:
+        """Returns the bytes of transformers' own MLP.
 
-        Where PEFT casts, computing the layer again may need more: down_proj's input a second time, and in float32.
+        The peak of its backward is in down_proj: the gradient of the layer's result, which is also the residual's, the
+        two gradients of down_proj's input [T, F], from LoRA and from the frozen weight, and that weight dequantised.
+        Where PEFT casts, computing the layer again may need more: down_proj's input a second time, in float32.
         """
         hidden, wide = self.blueprint.hidden, self.down.inputs
         saved = self.lora_saved(GATE_UP) + self.lora_saved(DOWN) + self.tokens * 3 * self.size * wide
         backward = self.size * self.tokens * (self.incoming() + 2 * wide) + self.weight(GATE_UP | DOWN)
         again = self.tokens * (wide * (4 + self.size) + 2 * hidden * self.size) if self.recast else 0
-        return Part(saved, max(backward, again))
+        return LayerPart(saved, max(backward, again))
 
-    def tiled_mlp(self, again: bool) -> Part:
-        """Backward: the gradients of result and input, three weights dequantised, three values per column and the
-        gradient of the input for a tile, and LoRA's gradients.
+    def tiled_mlp(self, again: bool) -> LayerPart:
+        """Returns the bytes of the tiled MLP.
 
-        A row a little longer than a tile is cut into smaller ones; a whole one is counted: more tokens, more bytes.
+        Its backward takes the gradients of result and input, three dequantised weights, three values per column and the
+        gradient of the input for one tile, and LoRA's gradients. A sequence a little longer than a tile is cut into
+        smaller tiles; a whole one is counted, so that more tokens never seem to take fewer bytes.
         """
         hidden, wide = self.blueprint.hidden, self.down.inputs
         tile = default_tile(hidden)
@@ -217,15 +250,20 @@ class _Layer:
         adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
         gradients = self.tokens * (self.incoming() + hidden)
         taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
-        return Part(self.size * self.tokens * (hidden + kept), taken)
+        return LayerPart(self.size * self.tokens * (hidden + kept), taken)
 
     def incoming(self) -> int:
-        """Per token: the gradient of the MLP's result; the residual's is the same, unless a norm stands between."""
+        """Returns the values per token of the gradients that reach the MLP.
+
+        The gradient of its result is also the residual's, unless a norm stands between.
+        """
         return self.blueprint.hidden * (2 if self.norm_after else 1)
 
     def pointwise(self, values: int) -> int:
-        """Float32 buffers between the products: on a CPU as many blocks as `gated_backward` has at once, with those of
-        the block before; none on a GPU."""
+        """Returns the bytes of the float32 buffers between the products; a GPU has none.
+
+        On a CPU they are as many blocks as `gated_backward` has at once, together with those of the block before.
+        """
         if self.on_gpu:
             return 0
         alone, followed = (3, 5) if self.size == 4 else (6, 9)
@@ -233,28 +271,33 @@ class _Layer:
 
     @property
     def norm_after(self) -> bool:
+        """Returns whether a norm stands behind the MLP."""
         return any(_place(norm) == "last" for norm in self.norms)
 
     def weight(self, group: set[str]) -> int:
-        """The largest one, dequantised."""
+        """Returns the bytes of the largest weight of a group when it is dequantised."""
         quantized = [x.inputs * x.outputs for x in self.linears if x.short in group and x.quantized]
         return self.size * max(quantized, default=0)
 
     @property
     def down(self) -> Linear:
+        """Returns the layer that leads out of the MLP."""
         return next(linear for linear in self.linears if linear.short in DOWN)
 
 
 def flash_workspace(blueprint: Blueprint, itemsize: int) -> int:
-    """Bytes per token of FlashAttention's backward beside its results: a float32 sum for q, one number for every
-    head and, where heads share keys, gradients of k and v for every head. From FlashAttention's source (flash_api.cpp,
-    mha_varlen_bwd); on an H200 (torch 2.11) it took 0.05% more. cuDNN's takes as much there."""
+    """Returns the bytes per token that FlashAttention's backward takes beside its results.
+
+    They are a float32 sum for q, one number for every head and, where heads share keys, gradients of k and v for every
+    head. Source: FlashAttention's flash_api.cpp, mha_varlen_bwd. On an H200 (torch 2.11) it took 0.05% more, and
+    cuDNN's backward took as much.
+    """
     heads, groups, size = blueprint.heads
     return heads * (4 + size * (4 + (2 * itemsize if groups < heads else 0)))
 
 
 def _place(norm: Norm) -> str:
-    """Where in the forward of its layer a norm stands: whose input it shares and what is freed before it."""
+    """Returns where in the forward of its layer a norm stands, which decides whose input it shares."""
     short = norm.name.rsplit(".", 1)[-1]
     if short in ("q_norm", "k_norm"):
         return "heads"

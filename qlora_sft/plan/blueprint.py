@@ -1,14 +1,14 @@
-"""A model without its weights: every tensor's shape and what becomes of it when the model is loaded for training.
+"""Reads the shape of a model without its weights: every tensor, and what becomes of it when it is loaded for training.
 
 transformers builds the model on the meta device, from config.json alone, so shapes, ties and names are those of the
-real one; which layers bitsandbytes quantises is asked of transformers' own rule.
+real model. Which layers bitsandbytes quantises is asked of transformers' own rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from qlora_kernels.packed_ce import HeadShape
@@ -16,13 +16,19 @@ from qlora_kernels.packed_ce import HeadShape
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.skeleton import read_settings, skeleton, why_mlp_stays
+from qlora_sft.model.meta_model import meta_model, read_settings, why_mlp_stays
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``inputs`` -> ``outputs``; ``block``: number of its decoder layer, None outside of them."""
+    """Describes a linear layer from ``inputs`` to ``outputs`` features.
+
+    block: the number of its decoder layer; None outside of them.
+    """
 
     name: str
     inputs: int
@@ -33,11 +39,14 @@ class Linear:
 
     @property
     def short(self) -> str:
+        """Returns the last part of the layer's name."""
         return self.name.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
 class Norm:
+    """Describes a normalisation layer."""
+
     name: str
     kind: str
     """Name of its class."""
@@ -46,16 +55,18 @@ class Norm:
 
 @dataclass(frozen=True)
 class Blueprint:
+    """Describes the tensors of a model and what becomes of them in training."""
+
     kind: str
-    """Class of the model."""
-    config: Any
+    """The class of the model."""
+    config: PretrainedConfig
     """transformers' configuration of the language model."""
     parameters: dict[str, torch.Size]
-    """Tied ones once."""
+    """The shape of every parameter; a tied one stands here once."""
     buffer_bytes: int
     linears: list[Linear]
     norms: list[list[Norm]]
-    """Per decoder layer."""
+    """The norms of every decoder layer."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
     input_embedding: int = 0
@@ -67,7 +78,7 @@ class Blueprint:
     trained_matrices: int = 0
     """The matrices with such rows: the embedding, and the head where it is another."""
     grown: int = 0
-    """Of the parameters, those that the files do not have: embedding and head may have to grow for added tokens."""
+    """Parameters that the files lack, because embedding and head have to grow for added tokens."""
 
     @property
     def n_layers(self) -> int:
@@ -87,7 +98,7 @@ class Blueprint:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """(query heads, key and value heads, size of a head)"""
+        """Returns (query heads, key and value heads, size of a head)."""
         count = int(self.config.num_attention_heads)
         groups = int(getattr(self.config, "num_key_value_heads", None) or count)
         return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
@@ -97,15 +108,19 @@ class Blueprint:
         return any(linear.quantized for linear in self.linears if linear.block is None)
 
     def head(self, dtype: torch.dtype) -> HeadShape:
-        """The output head as the loss meets it."""
+        """Returns the output head as the loss meets it."""
         return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
 
     def layer(self, number: int) -> list[Linear]:
+        """Returns the linear layers of the decoder layer of this number."""
         return [linear for linear in self.linears if linear.block == number]
 
 
 def read_blueprint(config: Config, base: str) -> Blueprint:
-    """Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer."""
+    """Reads the shape of the model ``base`` from its config.json and its tokenizer.
+
+    Raises `ConfigError` for a model that transformers does not know, or without decoder layers or tokenizer.
+    """
     settings = read_settings(config, base)
     try:
         rows = new_rows(config.model, base)
@@ -114,13 +129,13 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
     return blueprint_of(settings, config, rows)
 
 
-def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blueprint:
-    """The same, from transformers' configuration object and the ids of tokens that are added."""
+def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int] = ()) -> Blueprint:
+    """Describes a model by transformers' configuration object and the ids of the tokens that are added (``rows``)."""
     from qlora_sft.model.head import check_head
     from qlora_sft.model.load import target_modules
     from qlora_sft.model.norms import FORMS
 
-    model = skeleton(settings)
+    model = meta_model(settings)
     try:
         blocks = model.get_decoder().layers
         targets = target_modules(model, config.lora)
@@ -152,12 +167,14 @@ def blueprint_of(settings: Any, config: Config, rows: Sequence[int] = ()) -> Blu
     return replace(blueprint, why_not_tiled=why_mlp_stays(model, targets, config), lean_norms=lean)
 
 
-def _input_embedding(model: Any) -> int:
+def _input_embedding(model: PreTrainedModel) -> int:
+    """Returns the values of the input embedding; 0 if the output head is the same matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
-def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> list[Linear]:
+def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
+    """Describes all linear layers of a model."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -182,15 +199,25 @@ def _linears(model: Any, prefix: str, targets: list[str], config: Config) -> lis
     ]  # fmt: skip
 
 
-def _is_norm(module: Any) -> bool:
+def _is_norm(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
 
 
-def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
-    """What the files hold: {bytes, parameters, note}. The note says what does not fit the configuration.
+@dataclass(frozen=True)
+class WeightFiles:
+    """Holds what the headers of a model's files say of its weights."""
 
-    Also for a checkpoint in 4 bits, whose packed tensors count two parameters per byte.
+    nbytes: int
+    parameters: int
+    note: str
+    """What does not fit the configuration; empty if all does."""
+
+
+def check_headers(blueprint: Blueprint, base: str) -> WeightFiles:
+    """Reads what the weights' files of ``base`` hold and compares it with its configuration.
+
+    A checkpoint in 4 bits counts too: its packed tensors hold two parameters per byte.
     """
     headers = read_headers(base)
     packed = any("quant_state" in name for name in headers)
@@ -206,10 +233,11 @@ def check_headers(blueprint: Blueprint, base: str) -> dict[str, Any]:
         note = (
             f"the files hold {spare:,} parameters that a language model does not use (images, sound, or a second head)"
         )
-    return {"bytes": sum(header.nbytes for header in headers.values()), "parameters": held, "note": note}
+    return WeightFiles(sum(header.nbytes for header in headers.values()), held, note)
 
 
 def _parameters(name: str, header: Header) -> int:
+    """Returns the parameters that one tensor of a file holds; 0 for the tensors that only undo a quantisation."""
     if any(mark in name for mark in (".absmax", ".quant_map", ".nested_", ".quant_state")):
         return 0
     count = 1

@@ -1,6 +1,6 @@
-"""What a run will need, from its base and its data: memory, disk, time, and the longest row on cards of common sizes.
+"""Adds up what a run will need of memory, disk and time, and finds the longest sequence on cards of common sizes.
 
-Import it only when the backend is chosen, as `make_plan` does.
+Import this module only when the backend is chosen, as `make_plan` does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from qlora_kernels.offload.tiers import Choice as Split
+from qlora_kernels.offload.tiers import TierChoice
 from qlora_kernels.offload.tiers import describe as describe_tiers
 
 from qlora_sft.config import Config
@@ -19,8 +19,8 @@ from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.memory import choose
-from qlora_sft.model.room import available_ram, host_room, room_on
-from qlora_sft.plan.activations import row_bytes
+from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
+from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
     CardPlan,
@@ -59,11 +59,11 @@ def needs_of(
     dtype, dtype_reason = compute_dtype(config.model.dtype)
     optimizer, optimizer_reason = choose_optimizer(config, on_gpu)
     held = residents(blueprint, config, dtype, optimizer, on_gpu)
-    tokens = workload.longest_row if workload else config.data.max_length * config.training.batch_size
+    tokens = workload.longest_sequence if workload else config.data.max_length * config.training.batch_size
     documents = workload.documents if workload else [config.data.max_length]
     memory, choice = _this_run(blueprint, config, dtype, documents, tokens, held, say)
     return PlanReport(
-        model=_model(blueprint, config, files["note"]),
+        model=_model(blueprint, config, files.note),
         choices={
             "backend": Choice(*backend),
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
@@ -76,13 +76,14 @@ def needs_of(
         this_run=memory,
         cards=_cards(blueprint, config),
         host=_host(choice, memory, on_gpu),
-        disk=_disk(blueprint, config, held, files["bytes"], workload, base),
+        disk=_disk(blueprint, config, held, files.nbytes, workload, base),
         data=describe(workload) if workload else None,
         time=_time(blueprint, config, dtype, workload, choice, say) if timing and choice else None,
     )
 
 
 def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
+    """Describes the model for the report."""
     return ModelPlan(
         path=config.model.path,
         kind=blueprint.kind,
@@ -104,17 +105,20 @@ def _this_run(
     tokens: int,
     held: Residents,
     say: Say,
-) -> tuple[DevicePlan, Split | None]:
-    """Activations of the longest row on the device that is here. documents: tokens of those in a typical row."""
+) -> tuple[DevicePlan, TierChoice | None]:
+    """Plans the activations of the longest sequence on the device that is here.
+
+    documents: the tokens of each document in a typical sequence.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     joined = choose_way(config.model.attention, device, documents).way == "sdpa"
     name = torch.cuda.get_device_name() if on_gpu else "CPU, no GPU here"
     memory = torch.cuda.mem_get_info()[1] if on_gpu else available_ram()
-    room = room_on(device, config, held.gradients + held.optimizer, held.loaded)
+    budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
-        layer, loss = row_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
-        choice = choose(config, blueprint.n_layers, layer, loss, room, on_gpu, say)
+        layer, loss = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined)(tokens)
+        choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
     context = CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else 0
@@ -130,26 +134,26 @@ def _this_run(
         offloaded=choice.host_bytes,
         context=context,
         peak=held.total + choice.gpu_bytes + context,
-        fits=choice.gpu_bytes <= room.nbytes,
+        fits=choice.gpu_bytes <= budget.nbytes,
     )
     return plan, choice
 
 
 def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
-    """The longest row on each card: with the host memory that is here, and with as much as it takes."""
+    """Finds the longest sequence on each card: with the host memory that is here, and with any amount of it."""
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
-    row = row_bytes(blueprint, config.lora, dtype, on_gpu=True)
-    host, reason = host_room(config)
+    bytes_for = sequence_bytes(blueprint, config.lora, dtype, on_gpu=True)
+    host, reason = host_budget(config)
     try:
-        row(1)
+        bytes_for(1)
     except ConfigError as error:
         return CardsPlan(note=str(error), rows=[])
     rows = []
     for gib in CARDS:
-        here = fit_card(gib, blueprint.n_layers, row, held.total, host)
-        most = fit_card(gib, blueprint.n_layers, row, held.total, 2**50)
+        here = fit_card(gib, blueprint.n_layers, bytes_for, held.total, host)
+        most = fit_card(gib, blueprint.n_layers, bytes_for, held.total, 2**50)
         rows.append(
             CardPlan(
                 gib=gib,
@@ -166,7 +170,7 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
 
 
 def _positions(blueprint: Blueprint, config: Config) -> int | None:
-    """Positions that the model has, scaled as configured."""
+    """Returns the positions that the model has, scaled as configured."""
     rope = config.model.rope_scaling
     positions: int | None = getattr(blueprint.config, "max_position_embeddings", None)
     if positions and rope and rope.rope_type == "dynamic":
@@ -174,7 +178,8 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(choice: Split | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
+def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
+    """Plans the host memory of the run."""
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.peak or 0
     return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
@@ -186,7 +191,10 @@ def _host(choice: Split | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
 def _disk(
     blueprint: Blueprint, config: Config, held: Residents, weights: int, workload: Workload | None, base: str
 ) -> DiskPlan:
-    """Merged in 16 bits; a GGUF in q8_0 has 34 bytes for 32 weights."""
+    """Plans the disk space of the run.
+
+    A merged model has 2 bytes per weight, and a GGUF in q8_0 has 34 bytes for 32 weights.
+    """
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     return DiskPlan(
@@ -201,13 +209,14 @@ def _disk(
 
 
 def _time(
-    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: Split, say: Say
+    blueprint: Blueprint, config: Config, dtype: torch.dtype, workload: Workload | None, choice: TierChoice, say: Say
 ) -> TimePlan:
+    """Measures one layer and extrapolates the time of the run from it."""
     say(f"measuring one layer for {SECONDS:.0f} s")
     documents = workload.documents if workload else [config.data.max_length]
     share = workload.supervised / workload.tokens if workload else 1.0
     speed = measure(blueprint, config, dtype, documents, share)
-    seconds = speed.row(choice.tiers)
+    seconds = speed.seconds_for(choice.tiers)
     return TimePlan(
         measured=MeasuredPlan(**asdict(speed)),
         tokens_per_second=speed.tokens / seconds,

@@ -1,20 +1,28 @@
-"""A model of a given shape with random weights, as it would be loaded for training: NF4 base, LoRA, on the device.
+"""Builds a model of a given shape with random weights, as it would be loaded for training: NF4 base and LoRA.
 
-For measurements that need no model. One tensor at a time, so that no more than the largest exists in full precision.
+Measurements use it that need no trained model. One tensor is made at a time, so that never more than the largest exists
+in full precision.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig
 
-def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-    """PeftModel in training mode, attending by document. ``settings``: transformers' configuration object."""
+
+def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
+    """Returns a PeftModel in training mode that attends by document.
+
+    settings: transformers' configuration object.
+    """
     from accelerate import init_empty_weights
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -45,7 +53,7 @@ def random_model(settings: Any, config: Config, dtype: torch.dtype, device: torc
     return peft
 
 
-def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
     from qlora_sft.model.head import nf4_linear
 
@@ -56,6 +64,7 @@ def _quantize(layers: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives every parameter that has no values yet random ones, on ``device``."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -66,7 +75,7 @@ def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _random(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Matrices small, as trained ones are; scales of norms (and biases) at one."""
+    """Returns small random values for a matrix, as trained ones are, and ones for a norm or a bias."""
     if like.dim() < 2:
         return torch.ones(like.shape, dtype=dtype, device=device)
     return torch.empty(like.shape, dtype=dtype, device=device).normal_(std=0.02)

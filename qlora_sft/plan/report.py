@@ -1,4 +1,4 @@
-"""What a plan says, as typed values. Bytes and seconds."""
+"""Defines the typed values of a plan. Sizes are in bytes and times in seconds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from qlora_sft.run.report import LEFT_OUT, Choice, Report
 
 @dataclass(frozen=True)
 class ModelPlan(Report):
+    """Describes the base model."""
+
     path: str
     kind: str = field(metadata={"key": "class"})
     parameters: int
     layers: int
     quantized_layers: int
     note: str
-    """What of the files does not fit the configuration."""
+    """What does not fit the configuration; empty if all does."""
 
 
 @dataclass(frozen=True)
 class ResidentPlan(Report):
-    """What stays on the device all the time."""
+    """Holds the bytes that stay on the device all the time."""
 
     nf4: int
     full: int
@@ -33,7 +35,7 @@ class ResidentPlan(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan(Report):
-    """Memory of this run on the device that is here. Without a split nothing is known of activations."""
+    """Holds the memory of this run on the device that is here. Without a split nothing is known of activations."""
 
     device: str
     memory: int
@@ -51,7 +53,7 @@ class DevicePlan(Report):
 
 @dataclass(frozen=True)
 class CardPlan(Report):
-    """The longest row on a card of ``gib``."""
+    """Holds the longest sequence that fits on a card of ``gib``."""
 
     gib: int
     tokens: int
@@ -60,12 +62,14 @@ class CardPlan(Report):
     """Host memory that it takes."""
     limit: str
     tokens_with_host: int
-    """The longest row if there is as much host memory as it takes."""
+    """The longest sequence if there is as much host memory as it takes."""
     host_needed: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardsPlan(Report):
+    """Holds the longest sequences on cards of common sizes."""
+
     note: str
     """What the rows rest on, or why there are none."""
     resident: int | None = field(default=None, metadata=LEFT_OUT)
@@ -76,6 +80,8 @@ class CardsPlan(Report):
 
 @dataclass(frozen=True)
 class HostPlan(Report):
+    """Holds the host memory of the run."""
+
     process: int
     offloaded: int
     device: int
@@ -86,18 +92,22 @@ class HostPlan(Report):
 
 @dataclass(frozen=True)
 class DiskPlan(Report):
+    """Holds the disk space of the run."""
+
     download: int
     prepared_data: int
     adapter: int
     checkpoints: int
     merged: int
-    """In 16 bits."""
+    """The merged model in 16 bits."""
     gguf_q8_0: int
     free: int
 
 
 @dataclass(frozen=True)
 class DataPlan(Report):
+    """Holds the counts of what is trained on."""
+
     steps: int
     rows: int
     tokens: int
@@ -107,7 +117,7 @@ class DataPlan(Report):
 
 @dataclass(frozen=True)
 class MeasuredPlan(Report):
-    """Seconds of one layer on a row of ``tokens``, and of the loss."""
+    """Holds the seconds of one layer on a sequence of ``tokens``, and of the loss."""
 
     tokens: int
     documents: int
@@ -119,15 +129,17 @@ class MeasuredPlan(Report):
 
 @dataclass(frozen=True)
 class TimePlan(Report):
+    """Holds the time of the run, extrapolated from one layer."""
+
     measured: MeasuredPlan
     tokens_per_second: float
     training: float | None
-    """Of the whole run; None if its data was not read."""
+    """The training of the whole run; None if its data was not read."""
 
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What a run will need; `plan_table` makes it text."""
+    """Holds what a run will need; `plan_table` makes it text."""
 
     model: ModelPlan
     choices: dict[str, Choice]

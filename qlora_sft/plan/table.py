@@ -1,4 +1,4 @@
-"""A plan as plain text: what, how much, and why."""
+"""Writes a plan as plain text: what, how much, and why."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _line(name: str, count: int, reason: str) -> str:
 
 
 def size(count: float) -> str:
-    """With three digits: 1.23 GiB, 45.6 MiB."""
+    """Writes a number of bytes with three digits: 1.23 GiB, 45.6 MiB."""
     power = 0
     while count >= 1000 and power < 3:
         count, power = count / 1024, power + 1
@@ -121,6 +121,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Writes a time in the unit that suits it: 45 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

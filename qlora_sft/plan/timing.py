@@ -1,7 +1,8 @@
-"""Seconds of a run, from one decoder layer and the loss measured on this machine for a few seconds.
+"""Estimates the seconds of a run from one decoder layer and the loss, measured on this machine for a few seconds.
 
-A layer of the model's shape with random NF4 weights and LoRA takes a row like those of the run, forward and backward.
-Extrapolated over layers, their tiers and the run's tokens. Not in it: loading, evaluation, the optimizer's step.
+A layer of the model's shape with random NF4 weights and LoRA takes a sequence like those of the run, forward and
+backward. The time is extrapolated over layers, their tiers and the run's tokens. Loading, evaluation and the
+optimizer's steps are not in it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_sft.config import Config
 from qlora_sft.model.head import loss_weight, nf4_linear
@@ -24,6 +25,8 @@ from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.plan.blueprint import Blueprint
 from qlora_sft.plan.random_model import random_model
+
+Result = TypeVar("Result")
 
 SECONDS = 10.0
 # Tokens of the row that is measured, at most, so that it ends in time. Of longer documents attention takes a larger
@@ -33,26 +36,29 @@ LONGEST = {"cuda": 32_768, "cpu": 2_048}
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for one row of ``tokens``."""
+    """Holds the measured seconds of one layer and of the loss for one sequence of ``tokens``."""
 
     tokens: int
     documents: int
     forward: float
     backward: float
-    """Of a layer whose forward was kept."""
+    """The backward of a layer whose forward was kept."""
     loss: float
     """The output head and the loss, with their gradient."""
     repeats: int
 
-    def row(self, tiers: tuple[Tier, ...]) -> float:
-        """Forward, what is computed again, and backward of all layers, and the loss."""
+    def seconds_for(self, tiers: tuple[Tier, ...]) -> float:
+        """Returns the seconds of one step: forward, recomputation and backward of all layers, and the loss."""
         again = {"keep": 0.0, "attention": 1 - ATTENTION_SHARE, "checkpoint": 1.0, "offload": 1.0}
         layers = sum(self.forward * (1 + again[tier]) + self.backward for tier in tiers)
         return layers + self.loss
 
 
 def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents: list[int], supervised: float) -> Speed:
-    """``documents``: lengths in the row that is measured; ``supervised``: share of its tokens."""
+    """Measures one layer and the loss of the model.
+
+    documents: the lengths of the documents in the measured sequence. supervised: the share of its tokens that are.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = shortened(documents, LONGEST[device.type])
     tokens = sum(documents)
@@ -80,7 +86,7 @@ def measure(blueprint: Blueprint, config: Config, dtype: torch.dtype, documents:
 
 
 def shortened(documents: list[int], most: int) -> list[int]:
-    """As many documents as ``most`` tokens hold; the first is cut if it alone is longer."""
+    """Returns as many documents as ``most`` tokens hold. The first one is cut if it alone is longer."""
     total = 0
     kept: list[int] = []
     for length in documents:
@@ -90,8 +96,8 @@ def shortened(documents: list[int], most: int) -> list[int]:
     return kept or [most]
 
 
-def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-    """The decoder with its first layer only."""
+def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Returns the decoder of the model's shape with its first layer only."""
     settings = deepcopy(blueprint.config)
     settings.num_hidden_layers, settings.vocab_size = 1, 8
     settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
@@ -100,12 +106,14 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
     model = random_model(settings, config, dtype, device)
     use_lean_norms(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
-    return model.get_base_model().get_decoder()
+    decoder: nn.Module = model.get_base_model().get_decoder()
+    return decoder
 
 
 def _loss(
     blueprint: Blueprint, dtype: torch.dtype, device: torch.device, tokens: int, supervised: int
 ) -> Callable[[], float]:
+    """Returns the function that measures one forward and backward of the loss."""
     from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy
 
     head: Any = torch.randn(blueprint.vocabulary, blueprint.hidden, dtype=dtype, device=device) * 0.02
@@ -126,7 +134,8 @@ def _loss(
     return lambda: _timed(device, once)[0]
 
 
-def _timed(device: torch.device, action: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(device: torch.device, action: Callable[[], Result]) -> tuple[float, Result]:
+    """Runs ``action`` and returns its seconds and its result, when the device has finished."""
     _wait(device)
     start = time.perf_counter()
     result = action()
@@ -135,5 +144,6 @@ def _timed(device: torch.device, action: Callable[[], Any]) -> tuple[float, Any]
 
 
 def _wait(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Bytes of what stays on the device all the time: weights, adapters, their gradients, the optimizer's states. Exact.
+"""Counts the bytes that stay on the device all the time: weights, adapters, gradients and optimizer states. Exact.
 
 Every function is checked, tensor by tensor, against a loaded model after an optimizer step.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.model.room import optimizer_bytes
+from qlora_sft.model.memory_budget import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, Linear
 
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
@@ -22,11 +22,11 @@ LORA_BYTES = 4  # LoRA and its gradients are float32
 
 @dataclass(frozen=True)
 class Residents:
-    """Bytes."""
+    """Holds the bytes that stay on the device, by what they are for."""
 
     nf4: int
     full: int
-    """What stays in the compute type: embeddings, head, norms, biases."""
+    """Tensors that stay in the compute type: embeddings, head, norms, biases."""
     buffers: int
     adapters: int
     gradients: int
@@ -34,18 +34,22 @@ class Residents:
 
     @property
     def loaded(self) -> int:
-        """The model, before it is trained."""
+        """Returns the bytes of the model before it is trained."""
         return self.nf4 + self.full + self.buffers + self.adapters
 
     @property
     def total(self) -> int:
+        """Returns the bytes of everything that stays on the device."""
         return self.loaded + self.gradients + self.optimizer
 
 
 def residents(
     blueprint: Blueprint, config: Config, dtype: torch.dtype, optimizer: str, on_gpu: bool = False
 ) -> Residents:
-    """Of the device that the layers are on: with ``memory.offload_embeddings`` a GPU has no input embedding."""
+    """Counts what stays on the device that has the layers.
+
+    With ``memory.offload_embeddings`` a GPU has no input embedding.
+    """
     quantized = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
     full = sum(shape.numel() for name, shape in blueprint.parameters.items() if name not in quantized)
     if on_gpu and config.memory.offload_embeddings:
@@ -63,19 +67,19 @@ def residents(
 
 
 def nf4_bytes(count: int) -> int:
-    """``count`` weights in NF4 with double quantisation: 4.127 bits each, and the tables."""
+    """Returns the bytes of ``count`` weights in NF4 with double quantisation: 4.127 bits each, and the tables."""
     blocks = _ceil(count, NF4_BLOCK)
     return _ceil(count, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + NF4_TABLES
 
 
 def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
-    """Elements of every A [rank, inputs] and B [outputs, rank], and of the rows of added tokens."""
+    """Returns the elements of every A [rank, inputs] and B [outputs, rank], and of the trained rows of added tokens."""
     lora = [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
     return lora + row_tensors(blueprint)
 
 
 def row_tensors(blueprint: Blueprint) -> list[int]:
-    """Elements of the trained rows of each matrix that has some."""
+    """Returns the elements of the trained rows of each matrix that has some."""
     return [blueprint.added_rows * blueprint.hidden] * blueprint.trained_matrices
 
 

@@ -1,11 +1,11 @@
-"""How much a run will compute: steps, rows, tokens. From the data as training would read it, and its cache."""
+"""Counts how much a run will compute (steps, sequences, tokens), from its data and the cache of that data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_row
+from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
@@ -14,17 +14,19 @@ from qlora_sft.training.steps import count_steps
 
 @dataclass(frozen=True)
 class Workload:
+    """Holds the counts of what a run will compute."""
+
     steps: int
-    rows: int
-    """Packed rows that are trained on; fewer than there are if ``max_steps`` ends the run before."""
+    sequences: int
+    """Packed sequences that are trained on; fewer than there are if ``max_steps`` ends the run before."""
     tokens: int
     supervised: int
-    longest_row: int
-    """Tokens of the longest micro-batch, which is one row."""
+    longest_sequence: int
+    """Tokens of the longest micro-batch, which is one flat sequence."""
     documents: list[int]
-    """Lengths of the documents of a typical row, for the measurement."""
+    """Lengths of the documents of a typical sequence, for the measurement."""
     prepared_tokens: int
-    """Of all documents, held-out ones included: what memory and the cache hold."""
+    """Tokens of all documents, held-out ones included: what memory and the cache hold."""
 
 
 def workload_of(data: RunData, config: Config) -> Workload:
@@ -32,20 +34,21 @@ def workload_of(data: RunData, config: Config) -> Workload:
     of_each = sizes(data.documents)
     lengths = of_each.tokens
     t = config.training
-    steps = count_steps(len(data.bins), config)
-    trained = data.bins[: steps * t.batch_size * t.gradient_accumulation]
-    rows = [sum(lengths[index] for index in each) for each in trained]
-    typical = sorted(range(len(trained)), key=rows.__getitem__)[len(trained) // 2]
+    steps = count_steps(len(data.sequences), config)
+    trained = data.sequences[: steps * t.batch_size * t.gradient_accumulation]
+    tokens_of_each = [sum(lengths[index] for index in each) for each in trained]
+    typical = sorted(range(len(trained)), key=tokens_of_each.__getitem__)[len(trained) // 2]
     return Workload(
         steps=steps,
-        rows=len(trained),
-        tokens=sum(rows),
+        sequences=len(trained),
+        tokens=sum(tokens_of_each),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
-        longest_row=longest_row(lengths, trained, t.batch_size),
+        longest_sequence=longest_micro_batch(lengths, trained, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )
 
 
 def describe(workload: Workload) -> DataPlan:
-    return DataPlan(workload.steps, workload.rows, workload.tokens, workload.supervised, workload.longest_row)
+    """Returns the counts as the report has them."""
+    return DataPlan(workload.steps, workload.sequences, workload.tokens, workload.supervised, workload.longest_sequence)

@@ -1,4 +1,4 @@
-"""A finished run on disk: what its manifest says of it, and where its parts are."""
+"""Open a finished run on disk: read what its manifest says, and find its parts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qlora_sft.config import Config, ModelConfig, RopeScaling, load_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
 
 
 def is_run(path: Path) -> bool:
-    """Whether ``path`` is the folder of a run, and not that of a model."""
+    """Says whether ``path`` is the folder of a run, and not that of a model."""
     return (path / "adapter").is_dir()
 
 
@@ -34,15 +35,18 @@ def kept_day(run: Path) -> date | None:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a finished run. Reads what it is asked for; raises `ConfigError` naming what an old one lacks."""
+    """Represents the folder of a finished run.
+
+    It reads what it is asked for and raises `ConfigError` naming what an old run lacks.
+    """
 
     path: Path
-    manifest: dict[str, Any] = field(repr=False)
-    """The content of ``manifest.json``; whatever else reads it belongs in this class."""
+    manifest: JsonObject = field(repr=False)
+    """The content of ``manifest.json``. Whatever else reads it belongs in this class."""
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Raises `ConfigError` if there is no finished run at ``path``."""
+        """Opens the run at ``path``. Raises `ConfigError` if there is no finished run."""
         path = Path(path)
         file = path / "manifest.json"
         if not file.is_file():
@@ -61,12 +65,12 @@ class Run:
 
     @property
     def merged(self) -> Path:
-        """Where its merged model is, or would be."""
+        """Returns the folder of its merged model, whether it exists or not."""
         return self.path / "merged"
 
     @property
     def ggufs(self) -> Path:
-        """The folder of its GGUF files."""
+        """Returns the folder of its GGUF files."""
         return self.path / "gguf"
 
     @property
@@ -75,12 +79,12 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """The answers to held-out prompts."""
+        """Returns the file with the answers to held-out prompts."""
         return self.path / "samples.jsonl"
 
     @property
     def exports(self) -> dict[str, Any]:
-        """What ``export.json`` has of its merged model and GGUF files."""
+        """Returns what ``export.json`` says of its merged model and GGUF files."""
         file = self.path / "export.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -88,15 +92,16 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
-        """The configuration of the run. Raises `ConfigError` where ``config.yaml`` is none of this version."""
+        """Returns the configuration of the run. Raises `ConfigError` if ``config.yaml`` is not of this version."""
         return load_config(self.path / "config.yaml")
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The section ``model`` of its configuration, as far as this version knows it."""
-        given: dict[str, Any] = self._of("config").get("model") or {}
+        """Returns the section ``model`` of its configuration, without keys that this version does not know."""
+        given = self._of("config").get("model") or {}
+        assert isinstance(given, dict)
         known = {each.name for each in dataclasses.fields(ModelConfig)}
-        values = {name: value for name, value in given.items() if name in known and value is not None}
+        values: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
         if isinstance(rope := values.get("rope_scaling"), dict):
             values["rope_scaling"] = RopeScaling(**rope)
         return ModelConfig(**{"path": self.base, **values})
@@ -105,27 +110,28 @@ class Run:
 
     @property
     def base(self) -> str:
-        """Folder or Hub id of the base model."""
+        """Returns the folder or Hub id of the base model."""
         return str(self._reported("base"))
 
     @property
     def base_sha256(self) -> str | None:
-        """Fingerprint of the base's weights; None in runs from before there was one."""
-        return self._of("report").get("base_sha256")
+        """Returns the fingerprint of the base's weights; None for a run that was made before fingerprints."""
+        found = self._of("report").get("base_sha256")
+        return None if found is None else str(found)
 
     @property
     def dtype(self) -> str:
-        """The type that it computed in, which ``auto`` need not mean on this machine."""
-        return self._of("report").get("dtype") or self.model.dtype
+        """Returns the type that it computed in; ``auto`` may mean another one on this machine."""
+        return str(self._of("report").get("dtype") or self.model.dtype)
 
     @property
     def quantized_modules(self) -> list[str]:
-        """Layers of the base whose weights went through NF4."""
+        """Returns the layers of the base whose weights went through NF4."""
         return list(self._reported("quantized_modules"))
 
     @cached_property
     def report(self) -> RunReport:
-        """All that it reported."""
+        """Returns all that it reported."""
         try:
             return RunReport.from_json(self._of("report"))
         except KeyError as error:
@@ -133,18 +139,18 @@ class Run:
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
-        """The ledger of every source, with the sha256 of its files."""
-        return self._of("data")
+        """Returns the ledger of every source, with the sha256 of its files."""
+        return cast(dict[str, dict[str, Any]], self._of("data"))
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the packages that it was made with."""
-        return self._of("versions")
+        """Returns the versions of the packages that it was made with."""
+        return {name: str(version) for name, version in self._of("versions").items()}
 
-    def _of(self, section: str) -> dict[str, Any]:
-        if section not in self.manifest:
+    def _of(self, section: str) -> JsonObject:
+        found = self.manifest.get(section)
+        if not isinstance(found, dict):
             raise self._lacks(f"its manifest.json has no {section!r}")
-        found: dict[str, Any] = self.manifest[section]
         return found
 
     def _reported(self, name: str) -> Any:

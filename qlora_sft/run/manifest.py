@@ -1,4 +1,4 @@
-"""What a run was made of: versions, machine, data, choices with their reasons, results."""
+"""Write down what a run was made of: versions, machine, data, choices with their reasons, results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.atomic import write_json
 from qlora_sft.config import Config
 from qlora_sft.data.ledger import SourceLedger
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
 
 PACKAGES = (
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Installed version of every package that shapes the result; absent ones are left out."""
+    """Returns the installed version of every package that shapes the result; absent ones are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,8 +30,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_data(ledger: dict[str, SourceLedger]) -> dict[str, Any]:
-    """The ledger of every source, with the sha256 of its files behind one another (None for a data set of the Hub)."""
+def describe_data(ledger: dict[str, SourceLedger]) -> JsonObject:
+    """Returns the ledger of every source with the sha256 of its files, one after the
+    other (None for a data set of the Hub)."""
     return {name: {**asdict(row), "share": row.share, "sha256": _sha256(row.files)} for name, row in ledger.items()}
 
 
@@ -45,7 +46,7 @@ def _sha256(files: list[str]) -> str | None:
 
 
 def write_manifest(file: Path, config: Config, data: dict[str, SourceLedger], report: RunReport) -> None:
-    """Writes ``manifest.json``, with which a run is finished."""
+    """Writes ``manifest.json``; with it a run is finished."""
     facts = {"data": describe_data(data), "report": report.to_json()}
     manifest = {"config": asdict(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)

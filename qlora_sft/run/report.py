@@ -1,4 +1,4 @@
-"""What a command has achieved, as a typed value; its JSON is what ``--json`` prints and the manifest keeps."""
+"""Define the results of commands as typed values; their JSON is what ``--json`` prints and the manifest keeps."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Self
 
+from qlora_sft.json_types import JsonObject
+
 LEFT_OUT: dict[str, bool] = {"left_out": True}
-"""Metadata of a field that is not in the JSON where it is None."""
+"""Marks a field that is left out of the JSON where it is None."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Base of all results. ``report["name"]`` is what stands under that name in its JSON."""
+    """Is the base of all results. ``report["name"]`` is what stands under that name in its JSON."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns the fields as JSON has them, in their order."""
         values = [(each, getattr(self, each.name)) for each in fields(self)]
         return {
@@ -25,10 +27,10 @@ class Report:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` wrote. Keys that are not known are left out; raises KeyError for one that is missing."""
+    def from_json(cls, content: Mapping[str, object]) -> Self:
+        """Reads what `to_json` wrote and leaves out unknown keys. Raises KeyError for a missing one."""
         hints = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
+        values: JsonObject = {}
         for each in fields(cls):
             key = each.metadata.get("key", each.name)
             if key in content or (each.default is MISSING and each.default_factory is MISSING):
@@ -39,8 +41,8 @@ class Report:
         return self.to_json()[name]
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """``value`` as ``hint`` names it: a report, or a section of reports; all else is plain already."""
+def _typed(hint: object, value: object) -> object:
+    """Returns ``value`` as ``hint`` names it: a report, a dict of reports, or itself."""
     for option in (hint, *typing.get_args(hint)):
         if isinstance(option, type) and issubclass(option, Report) and isinstance(value, Mapping):
             if option is hint or type(None) in typing.get_args(hint):
@@ -49,7 +51,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Report):
         return value.to_json()
     if isinstance(value, Mapping):
@@ -59,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Choice(Report):
-    """Something that was chosen, and why."""
+    """Holds something that was chosen, and why."""
 
     name: str
     reason: str
@@ -67,7 +69,7 @@ class Choice(Report):
 
 @dataclass(frozen=True)
 class Pair(Report):
-    """A figure before and after training."""
+    """Holds a figure before and after training."""
 
     before: float
     after: float
@@ -75,52 +77,56 @@ class Pair(Report):
 
 @dataclass(frozen=True)
 class Course(Report):
-    """The training loss where it began and where it ended, as means over the supervised tokens of some steps."""
+    """Holds the training loss at its beginning and its end, as means over the supervised tokens of some steps."""
 
     first: float
     last: float
     first_steps: int = 1
     """How many steps ``first`` is the mean of."""
     last_steps: int = 1
+    """How many steps ``last`` is the mean of."""
     base: float | None = None
-    """The loss of the first step, before any update; runs of earlier versions do not say."""
+    """The loss of the first step, before any update; None in runs of earlier versions."""
     rose: bool = False
-    """Whether the model is worse at its training data than before."""
+    """Whether the model is worse at its training data than before training."""
 
 
 @dataclass(frozen=True)
 class MemoryReport(Report):
-    """What each decoder layer keeps for its backward."""
+    """Says what each decoder layer keeps for its backward."""
 
     tiers: list[Literal["keep", "attention", "checkpoint", "offload"]]
     split: str
-    """The same in words."""
+    """The tiers in words."""
     reason: str
     tokens: int
-    """Of the longest row, for which the bytes are."""
+    """Tokens of the longest micro-batch, to which the bytes apply."""
     device_bytes: int
     host_bytes: int
     layer: dict[str, int]
-    """Bytes of the largest layer, by what they are for."""
+    """Bytes of the largest layer, by purpose."""
     between: int | None = None
-    """Bytes between forward and backward; runs of earlier versions do not say."""
+    """Bytes between forward and backward; None in runs of earlier versions."""
     measured: dict[str, int] | None = None
-    """On a GPU: bytes before training, and the most that torch had allocated and reserved during it."""
+    """Bytes before training on a GPU, and the most that torch had allocated and reserved during it."""
 
 
 @dataclass(frozen=True)
 class OrderReport(Report):
-    """The packed sequences of a run; ``order.json`` holds them."""
+    """Describes the packed sequences of a run; ``order.json`` holds them."""
 
     sha256: str
     rows: int
     removed: int
-    """Rows of the sources that were taken out as duplicates or contaminated; ``removed.jsonl`` names them."""
+    """Rows of the sources that were removed as duplicates or contaminated; ``removed.jsonl`` names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Report):
-    """What a finished training run has achieved, and on what. Fields with a default are not in every older manifest."""
+    """Says what a finished training run has achieved, and on what.
+
+    Older manifests may lack the fields that have a default.
+    """
 
     output: str
     """The run folder."""
@@ -128,7 +134,7 @@ class RunReport(Report):
     base: str
     """Folder or Hub id of the base model."""
     base_sha256: str | None = None
-    """Fingerprint of its weights."""
+    """Fingerprint of the base's weights."""
     data_sha256: str | None = None
     dtype: str
     quantized_modules: list[str]
@@ -141,7 +147,7 @@ class RunReport(Report):
     steps_left_out: int = 0
     """Steps whose gradient was not finite."""
     resumed_at: int | None = None
-    """Step from which it went on, if it was interrupted."""
+    """Step from which the run went on, if it was interrupted."""
     train_loss: Course
     tokens: int
     supervised_tokens: int
@@ -150,4 +156,4 @@ class RunReport(Report):
     memory: MemoryReport | None = None
     order: OrderReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time of every stage."""
+    """Seconds of every stage."""

@@ -1,4 +1,7 @@
-"""Checkpoints of a run, from which `--resume` goes on: where they are, and whether what would go on is the same run."""
+"""Finds, writes and compares the checkpoints of a run, from which `--resume` goes on.
+
+A run goes on only as the run that it was: its configuration, data, base, type and backend have to be the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
 FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
-# Beside the configuration, what "auto" and the files have come to.
+# What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
     "base_sha256": "the base model is another; set model.path to the one this run began with",
@@ -32,29 +35,33 @@ CURES = {
 
 
 def folder_of(run: Path, step: int) -> Path:
+    """Returns the folder of the checkpoint that is written after ``step``."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
+    """Returns the number of optimizer steps that were done when ``checkpoint`` was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """Oldest first. Each is complete: none gets this name before it is."""
+    """Lists the checkpoints of ``run``, the oldest first. All are complete: none gets this name before it is."""
     return sorted(path for path in run.glob("checkpoints/step-*") if (path / "trainer_state.json").is_file())
 
 
-def newest(run: Path) -> Path | None:
+def latest_checkpoint(run: Path) -> Path | None:
+    """Returns the last checkpoint of ``run``, or None if it has none."""
     return next(reversed(all_checkpoints(run)), None)
 
 
 def what_is_left(run: Path) -> str:
-    checkpoint = newest(run)
+    """Says for an error message whether ``run`` can go on after it, and from which checkpoint."""
+    checkpoint = latest_checkpoint(run)
     return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
 
 
 def publish(unfinished: Path, folder: Path, keep: int) -> None:
-    """Gives a complete checkpoint its name, in one step, and removes the oldest beyond ``keep``."""
+    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``."""
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
@@ -63,13 +70,16 @@ def publish(unfinished: Path, folder: Path, keep: int) -> None:
 
 
 def clear_unfinished(run: Path) -> None:
-    """What a killed run was writing."""
+    """Removes the checkpoint that a killed run was still writing."""
     for folder in run.glob(".unfinished-*"):
         shutil.rmtree(folder)
 
 
 def survive_full_disk(error: Exception, folder: Path, say: Say) -> None:
-    """A checkpoint that has no room is no reason to lose the run: it may be freed before the next one."""
+    """Lets training go on if ``error`` means that the disk was too full for a checkpoint, and raises any other error.
+
+    There may be space again before the next checkpoint, so a full disk is no reason to lose the run.
+    """
     full = disk_error(error, folder)
     if full is None:
         raise error
@@ -80,11 +90,13 @@ def survive_full_disk(error: Exception, folder: Path, say: Say) -> None:
 
 
 def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
-    """The newest checkpoint of ``run``; None, and said so, if it has none. `ConfigError` if ``config`` is another run's
-    or the run is finished."""
+    """Returns the newest checkpoint of ``run``, or None, with a message, if there is none yet.
+
+    Raises `ConfigError` if ``config`` belongs to another run or if the run is finished.
+    """
     if (run / "manifest.json").exists():
         raise ConfigError(f"--resume: {run} holds a finished run; choose another output=... or add --overwrite")
-    checkpoint = newest(run)
+    checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         say(f"resume: {run} has no checkpoint yet, so it begins at step 0")
         return None
@@ -99,8 +111,8 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     return checkpoint
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever two configurations would not train the same."""
+def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, object, object]]:
+    """Yields (dotted key, old value, new value) wherever two configurations would not train the same model."""
     if key in FREE:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -119,12 +131,12 @@ def check_same(run: Path, beginning: Beginning) -> None:
         raise ConfigError([f"--resume: {problem}" for problem in problems])
 
 
-def data_digest(documents: Iterable[Documents], bins: list[list[int]]) -> str:
-    """sha256 of every token, every weight and the order of the rows: of all that is trained on."""
+def data_digest(documents: Iterable[Documents], sequences: list[list[int]]) -> str:
+    """Returns a sha256 over everything that is trained on: every token, every weight and the order of the sequences."""
     from qlora_sft.data.mixture import order_digest
 
-    digest = hashlib.sha256(order_digest(bins).encode())
+    digest = hashlib.sha256(order_digest(sequences).encode())
     for each in documents:
         for values in (each.ids, each.weights, each.bounds):
-            digest.update(values)
+            digest.update(values.data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The steps of a run, from the first or from a checkpoint to the last."""
+"""Runs the optimizer steps of a run, from the first one or from a checkpoint, to the last one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,25 +25,30 @@ from qlora_sft.training.progress import Progress
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.model.base import CausalModel
+
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what, and where it is kept."""
+    """Holds what is trained, the data it is trained on, and where the results are kept."""
 
     config: Config
     run: Path
     say: Say
-    model: Any
-    tokenizer: Any
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     documents: Sequence[Rendered]
-    bins: list[list[int]]
+    sequences: list[list[int]]
     """Packed sequences in training order, as indices into ``documents``."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Steps, losses and speed of a run that has come to its end; `RunReport` has the same fields."""
+    """Holds the steps, losses and speed of a run that has come to its end. `RunReport` has the same fields."""
 
     steps: int
     steps_left_out: int
@@ -55,17 +60,19 @@ class Fitted:
     optimizer: str
 
 
-def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
-    """Trains, from ``checkpoint`` on if there is one.
+def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
+    """Trains from the beginning, or from ``checkpoint`` if there is one, and returns what was measured.
 
-    make_room: called with the reason when the GPU is full; False if there is none to be had. Raises `RunError` when
-    the run fails and `Interrupted` after Ctrl-C.
+    keep_less: called with the reason when the GPU is full. It makes every layer keep less, and returns False if the
+    layers keep the least already.
+
+    Raises `RunError` when the run fails and `Interrupted` after Ctrl-C.
     """
     config, run, say = training.config, training.run, training.say
-    steps = count_steps(len(training.bins), config)
+    steps = count_steps(len(training.sequences), config)
     t = config.training
-    # What would not be trained on would still be skipped, one by one, by a run that goes on.
-    bins = training.bins[: steps * t.batch_size * t.gradient_accumulation]
+    # The trainer gets only the sequences that it will reach: a resumed run skips all others one by one.
+    sequences = training.sequences[: steps * t.batch_size * t.gradient_accumulation]
     clear_unfinished(run)
     # On the same disk as the run, so that what is complete there needs no copying.
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
@@ -74,10 +81,10 @@ def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path |
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
         finite = FiniteSteps(
-            lambda step: sources_of(step, config, training.documents, bins), lambda: what_is_left(run), say
+            lambda step: sources_of(step, config, training.documents, sequences), lambda: what_is_left(run), say
         )
         trainer = PackedSFTTrainer(
-            training.model, training.documents, bins, run, make_room, say,
+            training.model, training.documents, sequences, run, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
         )  # fmt: skip
         progress.trainer = trainer
@@ -111,9 +118,9 @@ def fit(training: Training, make_room: Callable[[str], bool], checkpoint: Path |
     )
 
 
-def sources_of(step: int, config: Config, documents: Sequence[Rendered], bins: list[list[int]]) -> str:
-    """Where to look for what the step of this number, from 0, learns from."""
+def sources_of(step: int, config: Config, documents: Sequence[Rendered], sequences: list[list[int]]) -> str:
+    """Says where to look for the examples that the optimizer step of this number, counted from 0, learns from."""
     size = config.training.batch_size * config.training.gradient_accumulation
-    rows = bins[step * size : (step + 1) * size]
-    names = sorted({documents[index].source for row in rows for index in row})
-    return f"rows {step * size} to {step * size + len(rows) - 1} of order.json, from {', '.join(names)}"
+    group = sequences[step * size : (step + 1) * size]
+    names = sorted({documents[index].source for sequence in group for index in sequence})
+    return f"rows {step * size} to {step * size + len(group) - 1} of order.json, from {', '.join(names)}"

@@ -1,10 +1,13 @@
-"""What saves a run from a bad step: one whose gradient is not finite is left out, one that found the GPU full is done
-again with less kept."""
+"""Saves a run from a bad step.
+
+A step whose gradient is not finite is left out. A step that finds the GPU full is done again while the layers keep less
+(`PackedSFTTrainer.training_step`); what that needs is here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,37 +16,60 @@ from transformers import TrainerCallback
 from qlora_sft.errors import RunError, first_line
 from qlora_sft.say import Say
 
-# So many left out one after the other are no accident.
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+# After this many steps in a row without a finite gradient the run ends: that is no accident any more.
 MOST_SKIPPED = 3
 
 
 class FiniteSteps(TrainerCallback):  # type: ignore[misc]
-    """Leaves out a step whose gradient is not finite: it would make every weight NaN, and all that was learned with it.
-    Ends the run after an update that was not finite all the same, before a checkpoint of it can be written.
+    """Leaves out every step whose gradient is not finite, because such a step would make all weights NaN.
 
-    In float16 gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
+    If an update is not finite all the same, it ends the run before a checkpoint of it can be written. In float16
+    gradients are left to the gradient scaler, which leaves such a step out itself and lowers its scale.
     """
 
     def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):
-        """``describe`` says what the step of a number was about to learn from, ``saved`` what a run can go on from."""
+        """Takes what the messages need.
+
+        ``describe`` says which examples the step of a given number was about to learn from, and ``saved`` says which
+        checkpoint a new run can go on from.
+        """
         self.describe, self.saved, self.say = describe, saved, say
         self._in_a_row = 0
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: object,
+    ) -> None:
+        """Raises `RunError` if the update has left a trained value that is not finite."""
         if all_finite(model):
             return
-        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        rate = optimizer.param_groups[0]["lr"]
         raise RunError(
             f"step {state.global_step + 1} made values of the adapter that are not finite (learning rate {rate:g}, "
             f"{self.describe(state.global_step)}); lower training.learning_rate, or look at these rows with `preview`; "
             f"{self.saved()}"
         )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+    ) -> None:
+        """Drops the gradients before the optimizer sees them if one of them is not finite."""
         if args.fp16:
             return
         trained = [p for p in model.parameters() if p.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in trained])):
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             self._in_a_row = 0
             return
         for parameter in trained:
@@ -59,32 +85,37 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def all_finite(model: Any) -> bool:
+def all_finite(model: nn.Module) -> bool:
     """Tells whether every trained value of ``model`` is a finite number."""
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     # The largest magnitude of all is finite exactly if each value is; asking for it waits for a GPU once.
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(trained, norm_type=torch.inf)))
 
 
-class RandomStates:
-    """Where torch's random numbers stand, to draw the same ones again."""
+class RngState:
+    """Holds the state of torch's random number generators, so that the same numbers can be drawn again."""
 
     def __init__(self) -> None:
         self.cpu: Tensor = torch.get_rng_state()
         self.gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     def restore(self) -> None:
+        """Sets the generators back to where they were."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu)
 
 
 def too_full(obstacle: str, saved: str) -> RunError:
+    """Returns the error for a step that does not fit the GPU even though every layer keeps as little as it can."""
     return _full(f"with as little kept as possible ({obstacle})", "a smaller training.batch_size", saved)
 
 
 def update_too_full(error: Exception, saved: str) -> RunError:
-    """Not done again: some weights may have been updated, others not."""
+    """Returns the error for an optimizer update that found the GPU full.
+
+    Such an update is not repeated, because some weights may have been updated already and others not.
+    """
     cure = "training.optimizer=paged_adamw_8bit, a smaller lora.r"
     return _full(f"where the optimizer makes its states and updates the weights ({first_line(error)})", cure, saved)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, or a scheduler's SIGTERM, ends training after the step that is running, with a checkpoint."""
+"""Ends training after the running step, with a checkpoint, on Ctrl-C or on a scheduler's SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import contextlib
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from qlora_sft.say import Say
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """As a context it listens; as a callback it lets the trainer save and stop. A second signal stops at once."""
+    """Listens for signals while it is entered as a context, and tells the trainer to save and stop as its callback.
+
+    A second signal stops at once.
+    """
 
     def __init__(self, say: Say):
         self.say = say
@@ -40,6 +46,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
         with contextlib.suppress(RuntimeError):  # in the middle of other output
             self.say("stopping after this step, with a checkpoint (once more: at once, without one)")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Asks the trainer for a checkpoint and an end if a signal has come."""
         if self.requested:
             control.should_save = control.should_training_stop = True

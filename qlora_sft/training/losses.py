@@ -1,4 +1,4 @@
-"""The training loss of a run in a few figures: where it began, where it ended, and whether it rose."""
+"""Summarises the training loss of a run: where it began, where it ended, and whether it rose."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 from qlora_sft.run.report import Course
 
-# The loss of one step may rest on a few tokens. The mean over so many no longer hangs on which tokens they were.
+# The loss of one step may rest on few tokens. A mean over this many depends little on which tokens they are.
 ENOUGH_TOKENS = 1000
-# A smaller rise is noise.
+# A rise by a smaller factor is taken for noise.
 RISE = 1.02
 
 
 class StepLoss(NamedTuple):
+    """Holds the loss of one optimizer step and the number of tokens that it is a mean over."""
+
     loss: float
     """Mean over the supervised tokens of the step, in nats."""
     tokens: int
@@ -21,12 +23,13 @@ class StepLoss(NamedTuple):
 
 
 def summarize_losses(steps: Sequence[StepLoss]) -> Course:
-    """Returns the mean loss of the ``first`` and of the ``last`` steps, over how many steps, that of the ``base`` (the
-    first step, before any update), and whether it ``rose``.
+    """Returns the mean loss of the ``first`` and of the ``last`` steps, the number of steps in both means, the loss of
+    the ``base`` (the first step, before any update), and whether the loss ``rose``.
 
-    As many steps are taken from each end as hold `ENOUGH_TOKENS` supervised tokens together, but at most half of all.
-    A loss has risen if its last mean is above its first, or if it was never again as low as at the first step: a rate
-    that is far too large spoils the model at once, and from there on the loss may well fall.
+    From each end as many steps are taken as hold `ENOUGH_TOKENS` supervised tokens together, but at most half of all
+    steps. A loss counts as risen if its last mean is above its first one, or if it was never again as low as at the
+    first step: a learning rate that is far too large spoils the model at once, and from there on the loss may well
+    fall.
     """
     first, last = _enough(steps), _enough(steps[::-1])
     means = _mean(first), _mean(last)
@@ -42,6 +45,7 @@ def summarize_losses(steps: Sequence[StepLoss]) -> Course:
 
 
 def _enough(steps: Sequence[StepLoss]) -> Sequence[StepLoss]:
+    """Returns the first of ``steps`` that hold `ENOUGH_TOKENS` supervised tokens together, at most half of them."""
     most = max(1, len(steps) // 2)
     tokens = 0
     for number, step in enumerate(steps[:most], start=1):
@@ -52,4 +56,5 @@ def _enough(steps: Sequence[StepLoss]) -> Sequence[StepLoss]:
 
 
 def _mean(steps: Sequence[StepLoss]) -> float:
+    """Returns the mean loss of ``steps``, in which every supervised token counts the same."""
     return sum(step.loss * step.tokens for step in steps) / sum(step.tokens for step in steps)

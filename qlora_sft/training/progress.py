@@ -1,4 +1,4 @@
-"""What the user sees while it trains, and what ``metrics.jsonl`` keeps of every step."""
+"""Shows the progress of training, and writes one line per step to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -16,12 +16,22 @@ from qlora_sft.atomic import written_file
 from qlora_sft.training.losses import StepLoss
 from qlora_sft.training.trainer import PackedSFTTrainer
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar (loss, learning rate, supervised tokens/s, time left) on stderr and one JSON line per step."""
+    """Draws a bar on stderr (loss, rate, supervised tokens per second, time left) and logs every step as JSON."""
 
     def __init__(self, metrics_file: Path, steps: int, begin: int = 0):
-        """``begin``: steps that an earlier part of the run has done; what it measured of them counts, the rest goes."""
+        """Reads what an earlier part of the run has measured.
+
+        ``begin``: the number of steps that are done already. Lines of ``metrics_file`` up to there are counted and
+        kept, later ones are dropped.
+        """
         self.metrics_file = metrics_file
         self.steps = steps
         self.trainer: PackedSFTTrainer | None = None
@@ -38,7 +48,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file: IO[str] | None = None
         self._step_started = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         with written_file(self.metrics_file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         self._file = self.metrics_file.open("a", encoding="utf-8")
@@ -49,14 +61,29 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             mininterval=interval,
         )  # fmt: skip
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._step_started = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Optimizer,
+        **_: object,
+    ) -> None:
         # Read here: once the step is done the scheduler has moved on to the next one's rate.
-        self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.learning_rate = optimizer.param_groups[0]["lr"]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
         if self.trainer is None or not logs or "grad_norm" not in logs:
             return  # the summary at the end of training
         totals = self.trainer.totals
@@ -86,6 +113,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._bar.update(state.global_step - self._bar.n)
 
     def _count(self, row: dict[str, Any]) -> None:
+        """Adds one line of ``metrics.jsonl`` to the totals."""
         self.supervised += row["supervised_tokens"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
@@ -95,7 +123,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.losses.append(StepLoss(row["loss"], row["supervised_tokens"]))
 
     def close(self) -> None:
-        """Safe to call at any time, also after an error in the middle of a step."""
+        """Closes the bar and the file. It may be called at any time, also after an error in the middle of a step."""
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:

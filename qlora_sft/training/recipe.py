@@ -1,6 +1,7 @@
-"""The recipe of a run, top to bottom: what it begins with -> model -> before -> fit -> after -> report.
+"""Trains a model, top to bottom: facts to resume by, model, evaluation before, fit, evaluation after, report.
 
-Import it only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported here.
+Import this module only when the backend is chosen (`qlora_sft.prepare` does that): Unsloth patches what is imported
+here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_row
+from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
@@ -35,7 +36,10 @@ from qlora_sft.training.run_folder import Beginning, begin_run, record_data, sav
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
 ) -> RunReport:
-    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one. Errors as in `train`."""
+    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
+
+    Raises the errors of `train`.
+    """
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         beginning = begins_with(data, dtype)
@@ -46,12 +50,12 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         lengths = sizes(data.documents).tokens
-        tokens = longest_row(lengths, data.bins, config.training.batch_size)
+        tokens = longest_micro_batch(lengths, data.sequences, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
         memory = use_memory(model, config, tokens, dtype, say)
-    training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.bins)
+    training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences)
     subject = Subject(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
@@ -64,9 +68,9 @@ def run_recipe(
     if checkpoint is None:
         begin_run(run, config, beginning)
         keep_before(run, before, asked)
-    order = record_data(run, data.bins, data.removed)
+    order = record_data(run, data.sequences, data.removed)
     with watch("train"), memory:
-        fitted = fit(training, memory.make_room, checkpoint)
+        fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
@@ -97,7 +101,7 @@ def run_recipe(
 def begins_with(data: RunData, dtype: torch.dtype) -> Beginning:
     """What a run that goes on must find again."""
     return Beginning(
-        data_sha256=data_digest(data.train.documents.values(), data.bins),
+        data_sha256=data_digest(data.train.documents.values(), data.sequences),
         base_sha256=fingerprint(data.base),
         dtype=str(dtype).removeprefix("torch."),
         backend=data.backend.name,

@@ -1,4 +1,4 @@
-"""What a run has achieved: figures before and after, as data and as text."""
+"""Reports what a run has achieved: figures before and after training, as data and as text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qlora_sft.run.report import Pair, RunReport
 
 
 def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, Pair]:
-    """Source -> its figure before and after."""
+    """Returns for every source its figure before and after training."""
     return {source: Pair(before[source], after[source]) for source in after}
 
 
 def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int) -> str:
-    """The report as text: some answers before and after (of every source in turn), then the table."""
+    """Returns the report as text: some answers before and after, taken from every source in turn, then the table."""
     lines = []
     pairs = list(zip(before.records, after.records, strict=True))
     by_source = [[p for p in pairs if p[1]["source"] == source] for source in after.exact_match]

@@ -1,4 +1,7 @@
-"""The run folder: claimed before anything is done, cleared only when training begins, written file by file."""
+"""Claims, clears and fills the run folder.
+
+The folder is claimed before anything is done and cleared only when training begins; its files are written one by one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
@@ -16,9 +19,14 @@ from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
-    from qlora_sft.data.dedup import Removed
+    from collections.abc import Mapping, Sequence
 
-# What a finished or interrupted run leaves behind; --overwrite removes these and nothing else.
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.data.dedup import Removed
+    from qlora_sft.model.base import CausalModel
+
+# The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
 RUN_FILES = (
     "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter "
     "checkpoints merged merged-evaluation gguf export.json evaluation demo.json"
@@ -26,7 +34,10 @@ RUN_FILES = (
 
 
 def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
-    """The run folder. Refuses to write over an earlier run unless told to, or to go on with it."""
+    """Returns the run folder of ``config``.
+
+    Raises `ConfigError` if the folder holds an earlier run and neither ``overwrite`` nor ``resume`` is given.
+    """
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = as_path(config.output)
@@ -42,7 +53,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
 
 
 def _check_writable(run: Path) -> None:
-    """Raises `ConfigError` if ``run`` cannot be made a folder: not only when a model has been loaded for it."""
+    """Raises `ConfigError` if ``run`` cannot be made a folder, so that this shows before a model is loaded."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: {existing} is a file; name a folder")
@@ -52,20 +63,25 @@ def _check_writable(run: Path) -> None:
 
 @dataclass(frozen=True)
 class Beginning(Report):
-    """What a run begins with, beside its configuration: what "auto" and the files have come to. ``begun.json``."""
+    """Holds the facts that a run begins with beside its configuration: what "auto" and the files have come to.
+
+    They are kept in ``begun.json``.
+    """
 
     data_sha256: str
     base_sha256: str | None
     dtype: str
     backend: str
     template_date: str | None = None
-    """What the chat template wrote as today's date, if it writes one."""
+    """The date that the chat template wrote as today; None if it writes none."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
-    """Only now, with everything checked, does an earlier run that may be overwritten go.
+    """Removes the earlier run that may be overwritten and writes ``config.yaml`` and ``begun.json``.
 
-    ``beginning``: what this one must find again when it is resumed.
+    It is called when everything has been checked, so that an error before does not cost the earlier run.
+
+    beginning: the facts that must be the same when this run is resumed.
     """
     for name in RUN_FILES:
         path = run / name
@@ -78,14 +94,16 @@ def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
     write_json(run / "begun.json", beginning.to_json())
 
 
-def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> OrderReport:
-    """Writes the order of the run (``order.json``) and the removed rows (``removed.jsonl``); returns what the manifest
-    says of them."""
+def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -> OrderReport:
+    """Writes the order of the packed sequences (``order.json``) and the removed rows (``removed.jsonl``).
+
+    Returns what the manifest says about them.
+    """
     from qlora_sft.data.mixture import order_digest
 
-    order = OrderReport(order_digest(bins), len(bins), len(removed))
+    order = OrderReport(order_digest(sequences), len(sequences), len(removed))
     with written_file(run / "order.json") as beside:
-        content = {"sha256": order.sha256, "rows": order.rows, "bins": bins}
+        content = {"sha256": order.sha256, "rows": order.rows, "bins": sequences}
         beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
     if removed:
         from qlora_sft.data.dedup import removed_lines
@@ -95,13 +113,13 @@ def record_data(run: Path, bins: list[list[int]], removed: list[Removed]) -> Ord
     return order
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A PEFT adapter that plain peft loads, with the tokenizer and the chat template it was trained with."""
+def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a PEFT adapter that plain peft loads, with the tokenizer and the chat template that it was trained with."""
     with written_folder(folder) as beside:
         write_adapter(model, tokenizer, beside)
 
 
-def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes adapter and tokenizer into ``folder``. Raises `RunError` if a value of the adapter is not finite."""
     from qlora_sft.model.peft_targets import write_portable_targets
     from qlora_sft.training.guards import all_finite
@@ -116,8 +134,8 @@ def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_samples(run: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-    """``samples.jsonl``: the answers after training, each with the answer before."""
+def write_samples(run: Path, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
+    """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
         rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run's settings come to before anything is loaded: its steps, and its optimizer. Imports nothing heavy."""
+"""Computes a run's number of steps and its optimizer from the configuration alone. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 from qlora_sft.config import Config
 
 
-def count_steps(n_bins: int, config: Config) -> int:
-    """Optimizer steps of the run. The last group of an epoch may be smaller."""
+def count_steps(n_sequences: int, config: Config) -> int:
+    """Returns the optimizer steps of a run over ``n_sequences`` packed sequences. The last group may be smaller."""
     t = config.training
-    steps = math.ceil(math.ceil(n_bins / t.batch_size) / t.gradient_accumulation)
+    steps = math.ceil(math.ceil(n_sequences / t.batch_size) / t.gradient_accumulation)
     return min(steps, t.max_steps) if t.max_steps else steps
 
 
 def choose_optimizer(config: Config, on_gpu: bool) -> tuple[str, str]:
-    """(name as transformers knows it, reason)."""
+    """Returns the optimizer's name, as transformers knows it, and the reason for it."""
     if config.training.optimizer != "auto":
         return config.training.optimizer, "as configured"
     if on_gpu:

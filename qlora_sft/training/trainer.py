@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer (Unsloth's patched one where Unsloth runs) fed with our batches and our loss.
+"""Adapts TRL's SFTTrainer (Unsloth's patched one where Unsloth runs) to our batches and our loss.
 
 Import this module only after `qlora_sft.model.backend.choose_backend`: it imports trl at the top.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -24,85 +24,96 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import BinCollator
+from qlora_sft.data.batch import Batch, PackedCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
-from qlora_sft.training.as_loaded import Loaded, remember, require_unchanged, restore
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
-from qlora_sft.training.guards import RandomStates, too_full
+from qlora_sft.training.guards import RngState, too_full
+from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from qlora_sft.model.base import CausalModel
 
 
 @dataclass
 class StepTotals:
-    """What one optimizer step saw so far; tensors stay on the device until somebody asks."""
+    """Sums up what one optimizer step has seen so far.
+
+    Tensors stay on the device until somebody asks for a value.
+    """
 
     weighted_nll: Tensor | float = 0.0
-    hits: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
     weight: float = 0.0
     supervised: int = 0
     tokens: int = 0
 
     @property
     def loss(self) -> float:
-        """Weighted mean of the token losses of the whole accumulation group, in nats; NaN if none was supervised."""
+        """Returns the weighted mean of the group's token losses, in nats; NaN if no token was supervised."""
         return float(self.weighted_nll) / self.weight if self.weight else math.nan
 
     @property
     def accuracy(self) -> float:
-        """Share of the supervised tokens that the model ranked first; NaN if none was supervised."""
-        return float(self.hits) / self.supervised if self.supervised else math.nan
+        """Returns the share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
+        return float(self.correct) / self.supervised if self.supervised else math.nan
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer without its data preparation, its packing and its loss; all three are ours.
+    """Replaces SFTTrainer's data preparation, packing and loss by ours.
 
-    One micro-batch is one flat row of documents (`Batch`). The loss of a token is divided by the weight of the
-    whole accumulation group, so accumulating is the same as one large batch.
+    One micro-batch is one flat sequence of documents (`Batch`). The loss of every token is divided by the weight of the
+    whole accumulation group, so accumulating gives the same gradient as one large batch.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: CausalModel,
         documents: Sequence[Rendered],
-        bins: list[list[int]],
+        sequences: list[list[int]],
         run: Path,
-        make_room: Callable[[str], bool],
+        keep_less: Callable[[str], bool],
         say: Say,
         **kwargs: Any,
     ):
-        """make_room: given why, lets the layers keep less; False if they keep the least already."""
-        self.run, self.make_room, self.say = run, make_room, say
-        self._loaded: Loaded | None = remember(model)
+        """Builds the trainer and restores what TRL's constructor changes in ``model``.
+
+        keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
+        """
+        self.run, self.keep_less, self.say = run, keep_less, say
+        self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
-            data_collator=BinCollator(documents),
-            train_dataset=Dataset.from_dict({"documents": bins}),
+            data_collator=PackedCollator(documents),
+            train_dataset=Dataset.from_dict({"documents": sequences}),
             **kwargs,
         )
-        restore(model, self._loaded)
+        restore(model, self._snapshot)
         self.totals = StepTotals()
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        """The bins are in training order already, for all epochs."""
+    def _get_train_sampler(self, *_: object, **__: object) -> SequentialSampler:
+        """Returns the sequences in the order in which they stand: it is the training order, for all epochs."""
         return SequentialSampler(self.train_dataset)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Rises over the warm-up, then falls linearly to zero; no step is spent at a rate of zero."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """Creates a schedule that rises over the warm-up and then falls linearly to zero, without a step at zero."""
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
             partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps),
         )
         return self.lr_scheduler
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The trainer's own checkpoint, made beside the run's and given its name when it is complete."""
+    def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
+        """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete."""
         folder = folder_of(self.run, self.state.global_step)
         unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
@@ -113,17 +124,17 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter as it is saved at the end of the run; no pickled arguments."""
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
+        """Writes the adapter as it is saved at the end of the run, without the trainer's pickled arguments."""
         write_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """A checkpoint is for going on; what is published gets a card of ours."""
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """Writes no card: a checkpoint serves to resume, and what is published gets a card of ours."""
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], float]:
-        """The micro-batches of one optimizer step, and the weight of all their supervised tokens (on the host)."""
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], float]:
+        """Returns the micro-batches of one optimizer step and the weight of all their supervised tokens."""
         batches = []
         for _ in range(num_batches):
             try:
@@ -133,38 +144,45 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._begin_group(batches)
         return batches, sum(batch["weight_sum"] for batch in batches)
 
-    def _begin_group(self, batches: list[Any]) -> None:
+    def _begin_group(self, batches: list[Batch]) -> None:
+        """Starts the totals of an accumulation group, none of whose micro-batches is done."""
         self.totals = StepTotals()
         self._group, self._done = batches, 0
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: float | None = None) -> Tensor:
-        """Forward and backward of one micro-batch. If the GPU is full, those of its group so far are done again with
-        less kept by every layer, with the same random numbers: the step is the one it would have been."""
-        if self._loaded is not None:
-            # What prepares a model for training, ours or not, has run by now.
-            require_unchanged(self.model, self._loaded)
-            self._loaded = None
+    def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
+        """Runs forward and backward of one micro-batch and returns its loss.
+
+        If the GPU is full, the micro-batches of the group up to this one are done again while every layer keeps less.
+        They get the same random numbers, so the step is the one that it would have been.
+        """
+        if self._snapshot is not None:
+            # By now everything that prepares the model for training has run, so its work can be checked.
+            require_unchanged(self.model, self._snapshot)
+            self._snapshot = None
         if self._done == 0:
-            # Not before: a run that is resumed sets them when it has taken its first rows.
-            self._random = RandomStates()
-        loss, obstacle = self._tried(model, [inputs], num_items_in_batch)
+            # A resumed run sets the random numbers only when it has taken its first batch, so they are read here.
+            self._rng_state = RngState()
+        loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
-            self._forget_group(model)
-            if self.make_room(obstacle):
-                loss, obstacle = self._tried(model, so_far, num_items_in_batch)
+            self._reset_group(model)
+            if self.keep_less(obstacle):
+                loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
             if obstacle is not None:
-                self._forget_group(model)
-                raise too_full(obstacle, self._saved())
+                self._reset_group(model)
+                raise too_full(obstacle, self._save_finished_steps())
             self._done = len(so_far) - 1
         self._done += 1
         assert loss is not None
         return loss
 
-    def _tried(
-        self, model: Any, batches: list[Any], num_items_in_batch: float | None
+    def _try_batches(
+        self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
     ) -> tuple[Tensor | None, str | None]:
-        """(loss of the last one, None), or (None, why there was no room). By then what the error held is free."""
+        """Returns the loss of the last of ``batches`` and None, or None and the reason if the GPU was full.
+
+        When it returns, the memory that the failed graph held is free.
+        """
         loss = None
         try:
             for batch in batches:
@@ -173,30 +191,32 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return None, first_line(error)
         return loss, None
 
-    def _forget_group(self, model: Any) -> None:
+    def _reset_group(self, model: CausalModel) -> None:
+        """Drops all gradients of the group and sets the random numbers back to its first micro-batch."""
         drop_failed_graphs()
         model.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._random.restore()
+        self._rng_state.restore()
         self._begin_group(self._group)
 
-    def _saved(self) -> str:
-        """A checkpoint of the steps that are done, where the run ends. Returns what to say of it."""
+    def _save_finished_steps(self) -> str:
+        """Writes a checkpoint of the finished steps before the run ends, and returns what to say about it."""
         if self.state.global_step:
             self._save_checkpoint(self.model, None)
         return what_is_left(self.run)
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: float | None = None
+        self, model: CausalModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: float | None = None
     ) -> Tensor:
+        """Returns the loss of one micro-batch, divided by the weight of its accumulation group."""
         if num_items_in_batch is None:
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
         # A group without a single supervised token has loss 0, not 0 / 0.
         output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         totals = self.totals
-        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["row_weights"]).sum()
-        totals.hits = totals.hits + output.hit.sum()
+        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["position_weights"]).sum()
+        totals.correct = totals.correct + output.correct.sum()
         totals.weight += inputs["weight_sum"]
         totals.supervised += inputs["n_supervised"]
         totals.tokens += inputs["input_ids"].numel()
@@ -204,15 +224,20 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def rate_factor(warmup: int, steps: int, step: int) -> float:
-    """Share of the learning rate at ``step``, from 0: ``(step + 1) / (warmup + 1)``, then
-    ``(steps - step) / (steps - warmup)``."""
+    """Returns the share of the learning rate at ``step``, counted from 0.
+
+    It is ``(step + 1) / (warmup + 1)`` during the warm-up and ``(steps - step) / (steps - warmup)`` after it.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return max(0.0, (steps - step) / (steps - warmup))
 
 
 def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
-    """Our settings in TRL's words, and the optimizer with the reason. ``scratch``: a folder TRL may use."""
+    """Returns our settings as TRL's configuration, and the optimizer with its reason.
+
+    scratch: a folder that TRL may use.
+    """
     on_gpu = torch.cuda.is_available()
     optimizer, reason = choose_optimizer(config, on_gpu)
     args = SFTConfig(

@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_sft.config_data import DataConfig, TrainSourceConfig
-from qlora_sft.data.batch import BinCollator, flatten
+from qlora_sft.data.batch import PackedCollator, flatten
 from qlora_sft.data.packing import pack
-from qlora_sft.data.prepare import plan_bins
+from qlora_sft.data.prepare import plan_sequences
 from qlora_sft.data.render import Rendered
 
 weight = st.sampled_from([0.0, 0.5, 1.0])
@@ -26,13 +26,13 @@ def expected_pairs(document: Rendered) -> list[tuple[int, int, float]]:
 
 @given(documents)
 def test_labels_survive_packing(docs: list[Rendered]) -> None:
-    bins = pack([len(d.input_ids) for d in docs], 16)
-    collate = BinCollator(docs)
+    sequences = pack([len(d.input_ids) for d in docs], 16)
+    collate = PackedCollator(docs)
     found = []
-    for each in bins:
+    for each in sequences:
         batch = collate([{"documents": each}])
         ids = batch["input_ids"][0]
-        for row, target, w in zip(batch["rows"].long(), batch["targets"], batch["row_weights"], strict=True):
+        for row, target, w in zip(batch["positions"].long(), batch["targets"], batch["position_weights"], strict=True):
             found.append((int(ids[row]), int(target), float(w)))
     assert sorted(found) == sorted(pair for d in docs for pair in expected_pairs(d))
 
@@ -45,9 +45,9 @@ def test_the_flat_row_describes_its_documents(docs: list[Rendered]) -> None:
     assert batch["position_ids"][0].tolist() == [p for d in docs for p in range(len(d.input_ids))]
     assert bounds == [0, *torch.tensor([len(d.input_ids) for d in docs]).cumsum(0).tolist()]
     assert batch["longest"] == max(len(d.input_ids) for d in docs)
-    assert batch["n_supervised"] == len(batch["rows"]) == len(batch["targets"])
-    assert batch["weight_sum"] == float(batch["row_weights"].sum())
-    for row, document in zip(batch["rows"].tolist(), batch["row_documents"].tolist(), strict=True):
+    assert batch["n_supervised"] == len(batch["positions"]) == len(batch["targets"])
+    assert batch["weight_sum"] == float(batch["position_weights"].sum())
+    for row, document in zip(batch["positions"].tolist(), batch["position_documents"].tolist(), strict=True):
         # The token a row predicts lies in the row's own document.
         assert bounds[document] <= row < row + 1 < bounds[document + 1]
 
@@ -55,9 +55,9 @@ def test_the_flat_row_describes_its_documents(docs: list[Rendered]) -> None:
 def test_the_order_depends_on_the_seed_alone_and_every_epoch_has_its_own() -> None:
     docs = [Rendered([1] * (1 + i % 9), [1.0] * (1 + i % 9), "s") for i in range(60)]
     config = DataConfig([TrainSourceConfig("s")], max_length=16)
-    planned = plan_bins(docs, config, epochs=2, seed=3)
-    assert planned == plan_bins(docs, config, epochs=2, seed=3)
-    assert planned != plan_bins(docs, config, epochs=2, seed=4)
+    planned = plan_sequences(docs, config, epochs=2, seed=3)
+    assert planned == plan_sequences(docs, config, epochs=2, seed=3)
+    assert planned != plan_sequences(docs, config, epochs=2, seed=4)
     half = len(planned) // 2
     assert planned[:half] != planned[half:]
     for epoch in (planned[:half], planned[half:]):

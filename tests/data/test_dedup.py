@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
-from qlora_sft.data.dedup import Removed, clean_sources, evaluation_runs, removed_lines
+from qlora_sft.data.dedup import Removed, clean_sources, evaluation_ngrams, removed_lines
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError
 
@@ -108,10 +108,10 @@ def test_rows_that_share_a_run_of_words_with_an_evaluation_are_dropped(tmp_path:
 
 def test_an_evaluation_that_cannot_be_read_and_a_source_with_nothing_left(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        evaluation_runs([str(tmp_path / "exam.jsonl")], 13)
+        evaluation_ngrams([str(tmp_path / "exam.jsonl")], 13)
     (tmp_path / "exam.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(DataError, match=r"exam\.jsonl:2: not valid JSON"):
-        evaluation_runs([str(tmp_path / "exam.jsonl")], 13)
+        evaluation_ngrams([str(tmp_path / "exam.jsonl")], 13)
     first, copy = (write(tmp_path / f"{name}.jsonl", ("q", "1")) for name in "ab")
     with pytest.raises(DataError) as caught:
         clean(first, copy, deduplicate="exact")

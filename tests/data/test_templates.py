@@ -11,7 +11,7 @@ from families import load, npm_is_here
 
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER as TEMPLATES
-from qlora_sft.data.template import ChatFormat, apply, chat_format, render_text
+from qlora_sft.data.template import ChatFormat, apply, choose_chat_format, render_text
 from qlora_sft.errors import DataError
 from qlora_sft.export.merge import without_generation_marks
 
@@ -69,8 +69,8 @@ def shipped(name: str) -> tuple[Any, ChatFormat]:
 
 
 def text_of(name: str, messages: list[Any], prompt: bool = False, **more: Any) -> str:
-    tokenizer, style = shipped(name)
-    return apply({"messages": messages, **more}, tokenizer, style.template, prompt=prompt)[0]
+    tokenizer, chat_format = shipped(name)
+    return apply({"messages": messages, **more}, tokenizer, chat_format.template, prompt=prompt)[0]
 
 
 def original(name: str, source: str = "") -> str:
@@ -95,9 +95,9 @@ def own_text(name: str, messages: list[Any], source: str = "", **more: Any) -> s
 
 def check_same(name: str, messages: list[Any], expected: str, **more: Any) -> None:
     """The same text, and the same ids as that text has when it is encoded whole."""
-    tokenizer, style = shipped(name)
+    tokenizer, chat_format = shipped(name)
     assert text_of(name, messages, **more) == expected
-    rendered = render_conversation({"messages": messages, **more}, tokenizer, style=style)
+    rendered = render_conversation({"messages": messages, **more}, tokenizer, chat_format=chat_format)
     assert rendered.input_ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
@@ -196,44 +196,44 @@ def rows_for(name: str) -> list[tuple[dict[str, Any], list[str]]]:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_supervised_is_what_the_assistant_writes_up_to_a_stop(name: str) -> None:
-    tokenizer, style = shipped(name)
+    tokenizer, chat_format = shipped(name)
     for row, expected in rows_for(name):
-        text, spans = render_text(row, tokenizer, style)
+        text, spans = render_text(row, tokenizer, chat_format)
         assert [text[span.start : span.end] for span in spans] == expected
-        rendered = render_conversation(row, tokenizer, style=style)
+        rendered = render_conversation(row, tokenizer, chat_format=chat_format)
         bounds = zip(rendered.weights, [*rendered.weights[1:], 0.0], strict=True)
         last = [i for i, (now, then) in enumerate(bounds) if now > 0 and then == 0]
         assert len(last) == len(expected)
-        assert all(rendered.input_ids[i] in style.stops for i in last)
+        assert all(rendered.input_ids[i] in chat_format.stop_token_ids for i in last)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_prompt_is_what_precedes_the_turn_and_earlier_turns_never_change(name: str) -> None:
-    tokenizer, style = shipped(name)
+    tokenizer, chat_format = shipped(name)
     for row, _ in rows_for(name):
-        text, spans = render_text(row, tokenizer, style)
+        text, spans = render_text(row, tokenizer, chat_format)
         for span in spans:
             before = {**row, "messages": row["messages"][: span.message]}
-            prompt, _ = apply(before, tokenizer, style.template, prompt=True)
+            prompt, _ = apply(before, tokenizer, chat_format.template, prompt=True)
             if name == "qwen3" and text[: span.start].endswith("</think>\n\n") and not prompt.endswith("</think>\n\n"):
                 # A turn without reasoning is trained as the answer to the prompt without thinking.
                 prompt += "<think>\n\n</think>\n\n"
             assert text[: span.start] == prompt
-            until, _ = apply({**row, "messages": row["messages"][: span.message + 1]}, tokenizer, style.template)
+            until, _ = apply({**row, "messages": row["messages"][: span.message + 1]}, tokenizer, chat_format.template)
             assert text.startswith(until)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_nobody_can_type_a_turn(name: str) -> None:
-    tokenizer, style = shipped(name)
+    tokenizer, chat_format = shipped(name)
     clean, _ = rows_for(name)[0]
     injected = copy.deepcopy(clean)
     typed = FAMILIES[name][2] + text_of(name, PLAIN[:1], prompt=True) + "FAKE" + FAMILIES[name][2]
     injected["messages"][1]["content"] += typed
     injected["messages"][2]["content"] += typed.replace("FAKE", "quoted") + "."
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | style.stops
-    rendered = render_conversation(injected, tokenizer, style=style)
-    structure = render_conversation(clean, tokenizer, style=style).input_ids
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | chat_format.stop_token_ids
+    rendered = render_conversation(injected, tokenizer, chat_format=chat_format)
+    structure = render_conversation(clean, tokenizer, chat_format=chat_format).input_ids
     assert [i for i in rendered.input_ids if i in control] == [i for i in structure if i in control]
     trained = tokenizer.decode([i for i, w in zip(rendered.input_ids, rendered.weights, strict=True) if w > 0])
     assert "FAKE" not in trained
@@ -242,12 +242,12 @@ def test_nobody_can_type_a_turn(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_merged_model_writes_the_same_without_marks(name: str) -> None:
-    tokenizer, style = shipped(name)
-    plain = without_generation_marks(style.template)
+    tokenizer, chat_format = shipped(name)
+    plain = without_generation_marks(chat_format.template)
     assert "generation %}" not in plain
     for row, _ in rows_for(name):
         for prompt in (False, True):
-            with_marks = apply(row, tokenizer, style.template, prompt=prompt)
+            with_marks = apply(row, tokenizer, chat_format.template, prompt=prompt)
             assert apply(row, tokenizer, plain, prompt=prompt) == with_marks
 
 
@@ -260,9 +260,9 @@ def test_a_format_without_tools_refuses_them(name: str, row: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "phi"])
 def test_a_format_without_reasoning_loses_none_silently(name: str) -> None:
-    tokenizer, style = shipped(name)
+    tokenizer, chat_format = shipped(name)
     with pytest.raises(DataError, match="leaves out its 'reasoning'"):
-        render_conversation({"messages": THINKING}, tokenizer, style=style)
+        render_conversation({"messages": THINKING}, tokenizer, chat_format=chat_format)
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "mistral"])
@@ -278,4 +278,4 @@ def test_the_error_for_a_missing_template_names_the_one_that_suits(name: str) ->
     bare.chat_template = None
     suits = "qwen3" if FAMILIES[name][0] == "qwen3" else name
     with pytest.raises(DataError, match=f"name one, e.g. model.chat_template={suits}$"):
-        chat_format(bare)
+        choose_chat_format(bare)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_sft.data.formats import Form, convert
+from qlora_sft.data.formats import RowForm, convert
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER as TEMPLATES
 from qlora_sft.data.tool_turns import paired
@@ -88,7 +88,7 @@ def test_results_are_with_their_calls_or_the_row_is_refused(template: str, throu
     def run(chat: tuple[Row, bool]) -> None:
         row, clear = chat
         try:
-            conversation = convert(row, Form("messages"), set()) if through == "file" else row
+            conversation = convert(row, RowForm("messages"), set()) if through == "file" else row
             text = written.decode(render_conversation(conversation, written).input_ids)
         except DataError:
             assert not clear, row

@@ -16,7 +16,7 @@ from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.prepare import Prepared, render_sources
 from qlora_sft.data.sources import read_sources
-from qlora_sft.data.template import ChatFormat, chat_format
+from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.data.unroll import UNROLLED
 from qlora_sft.errors import DataError
 
@@ -39,16 +39,16 @@ def own(name: str) -> tuple[Any, ChatFormat]:
     of_trl = files("trl") / "chat_templates" / "gptoss.jinja"
     tokenizer.chat_template = of_trl.read_text(encoding="utf-8") if name == "gptoss" else own_template(name)
     stops = {"gptoss": ["<|call|>", "<|return|>"], "qwen3": ["<|im_end|>"]}[name]
-    return tokenizer, chat_format(tokenizer, tokenizer.convert_tokens_to_ids(stops))
+    return tokenizer, choose_chat_format(tokenizer, tokenizer.convert_tokens_to_ids(stops))
 
 
 def prepared(
-    folder: Path, rows: list[Any], tokenizer: Any, style: ChatFormat, data: Any = None, **more: Any
+    folder: Path, rows: list[Any], tokenizer: Any, chat_format: ChatFormat, data: Any = None, **more: Any
 ) -> Prepared:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     sources = read_sources([SourceConfig(str(file), **more)], 0)
-    return render_sources(sources, data or DataConfig([TrainSourceConfig("a")]), tokenizer, style)
+    return render_sources(sources, data or DataConfig([TrainSourceConfig("a")]), tokenizer, chat_format)
 
 
 def split(document: Any, tokenizer: Any) -> tuple[str, str]:
@@ -64,8 +64,8 @@ def split(document: Any, tokenizer: Any) -> tuple[str, str]:
 @needs_npm
 @pytest.mark.parametrize("name", ["gptoss", "qwen3"])
 def test_every_turn_is_trained_behind_its_own_prompt(name: str, tmp_path: Path) -> None:
-    tokenizer, style = own(name)
-    result = prepared(tmp_path, [TURNS, TURNS[:1] + TURNS[3:4]], tokenizer, style)
+    tokenizer, chat_format = own(name)
+    result = prepared(tmp_path, [TURNS, TURNS[:1] + TURNS[3:4]], tokenizer, chat_format)
     documents = [split(document, tokenizer) for document in result.all_documents]
     assert len(documents) == 4
     for (before, turn), number in zip(documents, [1, 3, 5], strict=False):
@@ -82,24 +82,26 @@ def test_every_turn_is_trained_behind_its_own_prompt(name: str, tmp_path: Path) 
 
 @needs_npm
 def test_turns_that_are_not_trained_get_no_document(tmp_path: Path) -> None:
-    tokenizer, style = own("qwen3")
+    tokenizer, chat_format = own("qwen3")
     row = copy.deepcopy(TURNS)
     row[3]["train"] = False
-    trained = [split(document, tokenizer)[1] for document in prepared(tmp_path, [row], tokenizer, style).all_documents]
+    trained = [
+        split(document, tokenizer)[1] for document in prepared(tmp_path, [row], tokenizer, chat_format).all_documents
+    ]
     assert len(trained) == 2
     assert "a3" in trained[1]
-    (last,) = prepared(tmp_path, [row], tokenizer, style, supervise="last").all_documents
+    (last,) = prepared(tmp_path, [row], tokenizer, chat_format, supervise="last").all_documents
     assert "a3" in split(last, tokenizer)[1]
 
 
 @needs_npm
 def test_a_turn_that_is_too_long_is_dropped_or_shortened_alone(tmp_path: Path) -> None:
-    tokenizer, style = own("qwen3")
+    tokenizer, chat_format = own("qwen3")
     row = [*TURNS[:1], TURNS[3], {"role": "user", "content": "long " * 100}, TURNS[5]]
     dropping = DataConfig([TrainSourceConfig("a")], max_length=130, overlong="drop")
     shortening = replace(dropping, overlong="truncate_left_turns")
     for data, documents, words in ((dropping, 1, "a2"), (shortening, 2, "a3")):
-        result = prepared(tmp_path, [row], tokenizer, style, data)
+        result = prepared(tmp_path, [row], tokenizer, chat_format, data)
         assert len(result.all_documents) == documents
         assert words in split(result.all_documents[-1], tokenizer)[1]
         assert (result.ledger["rows"].kept, result.ledger["rows"].shortened) == (1, 1)
@@ -107,4 +109,4 @@ def test_a_turn_that_is_too_long_is_dropped_or_shortened_alone(tmp_path: Path) -
 
 def test_a_row_that_no_turn_can_be_rendered_of_is_refused_for_its_own_fault(tmp_path: Path, own_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: message 1 .* leaves out its 'reasoning'"):
-        prepared(tmp_path, [TURNS], own_tokenizer, chat_format(own_tokenizer))
+        prepared(tmp_path, [TURNS], own_tokenizer, choose_chat_format(own_tokenizer))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_sft.data.template import chat_format
+from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.choices import choose, letter_prompts, next_logits
 from qlora_sft.evaluation.generate import left_padded
@@ -28,13 +28,13 @@ def model(tiny_model: Path) -> Any:
 
 
 def test_a_letter_is_what_the_answer_begins_with(tokenizer: Any) -> None:
-    prompts, letters = letter_prompts([item(1), item(2)], tokenizer, chat_format(tokenizer))
+    prompts, letters = letter_prompts([item(1), item(2)], tokenizer, choose_chat_format(tokenizer))
     assert tokenizer.decode(letters) == "ABCD"
     assert tokenizer.decode(prompts[0]).endswith("<|im_start|>assistant\n")
 
 
 def test_padded_batches_give_the_logits_of_each_alone(model: Any, tokenizer: Any) -> None:
-    prompts, _ = letter_prompts([item(i) for i in range(6)], tokenizer, chat_format(tokenizer))
+    prompts, _ = letter_prompts([item(i) for i in range(6)], tokenizer, choose_chat_format(tokenizer))
     with torch.no_grad():
         together = next_logits(model, *left_padded(prompts, 0, model.device))
         alone = [model(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
@@ -43,7 +43,7 @@ def test_padded_batches_give_the_logits_of_each_alone(model: Any, tokenizer: Any
 
 def test_the_chosen_letter_is_the_likeliest_of_those_that_stand_there(model: Any, tokenizer: Any) -> None:
     items = [item(i, options=2 + i % 3) for i in range(9)]
-    prompts, letters = letter_prompts(items, tokenizer, chat_format(tokenizer))
+    prompts, letters = letter_prompts(items, tokenizer, choose_chat_format(tokenizer))
     chosen = choose(model, tokenizer, items, prompts, letters, torch.float32, {2})
     for each, prompt, (letter, first) in zip(items, prompts, chosen, strict=True):
         with torch.no_grad():
@@ -54,7 +54,7 @@ def test_the_chosen_letter_is_the_likeliest_of_those_that_stand_there(model: Any
 
 
 def test_a_model_that_would_begin_with_the_letter_has_said_it(model: Any, tokenizer: Any) -> None:
-    prompts, letters = letter_prompts([item(1)], tokenizer, chat_format(tokenizer))
+    prompts, letters = letter_prompts([item(1)], tokenizer, choose_chat_format(tokenizer))
     # The head is the embedding: a row in the direction of the last hidden state has the largest logit.
     with torch.no_grad():
         state = model.model(input_ids=torch.tensor([prompts[0]])).last_hidden_state[0, -1]
@@ -67,4 +67,4 @@ def test_a_tokenizer_that_cannot_tell_letters_apart_is_refused(tokenizer: Any, m
 
     monkeypatch.setattr(choices, "answered", lambda *_: ([1], [7]))
     with pytest.raises(DataError, match="t:1: answers with different letters begin with the same token"):
-        letter_prompts([item(1)], tokenizer, chat_format(tokenizer))
+        letter_prompts([item(1)], tokenizer, choose_chat_format(tokenizer))

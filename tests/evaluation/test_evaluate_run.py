@@ -19,7 +19,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import TaskConfig
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER
-from qlora_sft.data.template import chat_format
+from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
@@ -248,10 +248,10 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
     tokenizer = copy.deepcopy(own_tokenizer)
     tokenizer.chat_template = (FOLDER / f"{template}.jinja").read_text()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<think>", "</think>"]})
-    style = chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
+    style = choose_chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
     asked = {"messages": [{"role": "user", "content": "How much is 1 and 1?"}]}
     answer = {"role": "assistant", "content": "Two."}
-    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, style=style)
+    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, chat_format=style)
     prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, style)
     assert prompt == prompts_of(whole)[0].input_ids
     if template == "qwen3":

@@ -93,11 +93,11 @@ def textbook(case: Case, dtype: torch.dtype, train_head: bool = False) -> list[T
         if dtype == torch.float64:
             rows = reference_linear_cross_entropy(hidden, head, case.targets, bias=bias, **o)[0]
         else:
-            z = hidden[case.targets.rows.long()] @ head.t()
+            z = hidden[case.targets.positions.long()] @ head.t()
             z = (z if bias is None else z + bias) * o.get("logit_scale", 1.0)
             cap = o.get("softcap")
             z = (z if cap is None else cap * torch.tanh(z / cap)).float()
-            smoothing, ids = o.get("label_smoothing", 0.0), case.targets.ids.long()
+            smoothing, ids = o.get("label_smoothing", 0.0), case.targets.labels.long()
             rows = torch.nn.functional.cross_entropy(z, ids, reduction="none", label_smoothing=smoothing)
             rows = rows + o.get("z_loss", 0.0) * z.logsumexp(-1).square()
         return (rows if case.weights is None else rows * case.weights).sum()
@@ -107,7 +107,7 @@ def textbook(case: Case, dtype: torch.dtype, train_head: bool = False) -> list[T
 
 def ours(case: Case, train_head: bool = False, **how: Any) -> list[Tensor]:
     def loss(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        o = {**case.options, "bias": bias, "row_weights": case.weights, "n_items": 1.0, **how}
+        o = {**case.options, "bias": bias, "token_weights": case.weights, "n_items": 1.0, **how}
         return packed_linear_cross_entropy(hidden, case.given(head), case.targets, **o).loss.sum()
 
     return differentiate(case, loss, case.hidden.dtype, train_head)

@@ -11,7 +11,14 @@ import torch
 from ce_cases import Case, assert_as_good_as_torch, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qlora_kernels.packed_ce import NF4Head, Targets, move, packed_linear_cross_entropy, triton_path, workspace
+from qlora_kernels.packed_ce import (
+    NF4Head,
+    Targets,
+    gather_scatter,
+    packed_linear_cross_entropy,
+    triton_path,
+    workspace,
+)
 from workspace_cases import KINDS, check_bytes
 
 OPTIONS: list[dict[str, Any]] = [
@@ -117,17 +124,17 @@ def test_a_workspace_full_of_nan_shows_nowhere(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_target_outside_of_the_vocabulary_reads_nothing_and_gives_nan() -> None:
     # On a GPU the host does not look; here it would, so the kernels are called below the checks.
+    from qlora_kernels.packed_ce.inputs import LossInputs
     from qlora_kernels.packed_ce.options import Options
-    from qlora_kernels.packed_ce.problem import Problem
 
     case = make([4], share=1.0)
     ids = torch.tensor([5, 101, -1], dtype=torch.int32)
-    problem = Problem(case.hidden, case.head, None, case.targets.rows, ids, None, Options(), True, False, False)
+    inputs = LossInputs(case.hidden, case.head, None, case.targets.positions, ids, None, Options(), True, False, False)
     for tile in (None, 40):
-        result = triton_path.run(problem, tile, None)
+        result = triton_path.run(inputs, tile, None)
         assert result.nll.isnan().tolist() == [False, True, True]
-        assert result.unscaled is not None
-        assert not result.unscaled[0].isnan().any()
+        assert result.grad_hidden is not None
+        assert not result.grad_hidden[0].isnan().any()
 
 
 def test_confident_tokens_keep_their_loss_and_gradient() -> None:
@@ -151,10 +158,13 @@ def test_strides_and_offsets_past_two_to_the_31() -> None:
     storage = torch.empty(far + 4, dtype=torch.float16)
     hidden = storage.as_strided((2, 4), (far, 1))
     hidden.copy_(torch.arange(8.0).view(2, 4))
-    assert move.gather_rows(hidden, torch.tensor([1, 0], dtype=torch.int32)).tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    assert gather_scatter.gather_rows(hidden, torch.tensor([1, 0], dtype=torch.int32)).tolist() == [
+        [4, 5, 6, 7],
+        [0, 1, 2, 3],
+    ]
     out = storage[: 4 * (far // 4)].view(-1, 4)
     rows, factors = torch.tensor([len(out) - 1], dtype=torch.int32), torch.tensor([2.0])
-    move.scatter_kernel[(1,)](torch.ones(1, 4, dtype=torch.float16), rows, factors, out, len(out), 4, BLOCK=4)
+    gather_scatter.scatter_kernel[(1,)](torch.ones(1, 4, dtype=torch.float16), rows, factors, out, len(out), 4, BLOCK=4)
     assert out[-1].tolist() == [2, 2, 2, 2]
     case = make(LENGTHS)
     _, gradient = call(case)
@@ -202,7 +212,7 @@ def test_any_shape_mask_and_documents(
     positions = torch.cat([torch.arange(n) for n in lengths])
     documents: dict[str, Any] = {"position_ids": positions} if by_position else {"cu_seqlens": case.bounds}
     found = Targets.from_labels(case.labels, path="triton", **documents)
-    for name in ("rows", "ids", "docs"):
+    for name in ("positions", "labels", "documents"):
         assert torch.equal(getattr(found, name), getattr(case.targets, name)), name
     assert found.n_documents == len(lengths)
     leaf = case.hidden.clone().requires_grad_()
@@ -217,14 +227,14 @@ def test_any_shape_mask_and_documents(
 
 
 def test_selection_over_many_blocks() -> None:
-    from qlora_kernels.packed_ce.select import select_rows
+    from qlora_kernels.packed_ce.select import select_positions
     from qlora_kernels.packed_ce.targets import _documents, _select_in_torch
 
     case = make([30, 1, 2, 67, 5], share=0.3)
     docs, _ = _documents(case.labels, case.bounds, None)
     wanted = _select_in_torch(case.labels, docs, -100)
     for known in (None, len(wanted[0])):
-        for a, b in zip(select_rows(case.labels, docs, -100, known, block=16), wanted, strict=True):
+        for a, b in zip(select_positions(case.labels, docs, -100, known, block=16), wanted, strict=True):
             assert torch.equal(a, b)
 
 

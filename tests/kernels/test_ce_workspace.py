@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_kernels.packed_ce import HeadShape, problem, workspace_bytes
+from qlora_kernels.packed_ce import HeadShape, inputs, workspace_bytes
 from qlora_kernels.packed_ce.workspace import vocabulary_tile
 from workspace_cases import KINDS, check_bytes
 
@@ -22,7 +22,7 @@ def test_the_path_in_torch_takes_what_it_says(
     kind: str, dtype: torch.dtype, products: bool, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``products``: whether the CPU is one that multiplies in bfloat16."""
-    monkeypatch.setattr(problem, "bfloat16_products", lambda: (products, "a test"))
+    monkeypatch.setattr(inputs, "bfloat16_products", lambda: (products, "a test"))
     check_bytes(kind, sizes, dtype, "torch")
 
 

@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_the_textbook(
     torch.testing.assert_close(output.loss.double(), wanted / 3, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double() * 3, gradient, rtol=1e-4, atol=1e-6)
     unsupervised = torch.ones(len(hidden), dtype=torch.bool)
-    unsupervised[targets.rows.long()] = False
+    unsupervised[targets.positions.long()] = False
     assert (hidden.grad[unsupervised] == 0).all()
 
 
@@ -73,8 +73,8 @@ def test_half_precision_is_no_worse_than_twice_torchs_own_error(dtype: torch.dty
     output.loss.backward()
     ours = (hidden.grad.double() - gradient).norm() / gradient.norm()
     theirs_hidden = hidden.detach().clone().requires_grad_()
-    logits = theirs_hidden[targets.rows.long()] @ head.t()
-    torch.nn.functional.cross_entropy(logits, targets.ids.long(), reduction="sum").backward()
+    logits = theirs_hidden[targets.positions.long()] @ head.t()
+    torch.nn.functional.cross_entropy(logits, targets.labels.long(), reduction="sum").backward()
     theirs = (theirs_hidden.grad.double() - gradient).norm() / gradient.norm()
     assert ours <= 2 * theirs + 1e-4
     # float16 is multiplied in float32; bfloat16 natively, but rounded only after the target's logit is taken off.
@@ -134,19 +134,19 @@ def test_the_chunk_size_changes_no_row_and_a_second_run_changes_nothing(monkeypa
     monkeypatch.setattr(workspace, "TORCH_TILE", 40)
     parts = packed_linear_cross_entropy(hidden, head, targets)
     torch.testing.assert_close(parts.nll, whole.nll, rtol=1e-6, atol=1e-6)
-    assert torch.equal(parts.hit, whole.hit)
+    assert torch.equal(parts.correct, whole.correct)
 
 
-def test_row_weights_and_accumulation() -> None:
+def test_token_weights_and_accumulation() -> None:
     hidden, head, _, targets = make_case([30, 30])
     weights = torch.rand(len(targets))
-    output = packed_linear_cross_entropy(hidden, head, targets, row_weights=weights)
+    output = packed_linear_cross_entropy(hidden, head, targets, token_weights=weights)
     torch.testing.assert_close(output.loss, (output.nll * weights).sum() / weights.sum())
     # Two halves with the common divisor add up to the whole.
     whole = packed_linear_cross_entropy(hidden, head, targets, n_items=len(targets)).loss
     half = len(targets) // 2
     parts = [
-        Targets.from_host(targets.rows[part], targets.ids[part], targets.docs[part], 2)
+        Targets.from_host(targets.positions[part], targets.labels[part], targets.documents[part], 2)
         for part in (slice(0, half), slice(half, None))
     ]
     summed = sum(packed_linear_cross_entropy(hidden, head, part, n_items=len(targets)).loss for part in parts)
@@ -177,16 +177,16 @@ def test_wrong_arguments_are_named() -> None:
         packed_linear_cross_entropy(hidden[None], head, targets)
     with pytest.raises(ValueError, match=r"head: expected floating \[V, 24\]"):
         packed_linear_cross_entropy(hidden, head[:, 1:], targets)
-    with pytest.raises(ValueError, match="row_weights: expected"):
-        packed_linear_cross_entropy(hidden, head, targets, row_weights=torch.ones(1))
-    with pytest.raises(ValueError, match=r"targets\.ids: .*100 is outside of the 50 words"):
+    with pytest.raises(ValueError, match="token_weights: expected"):
+        packed_linear_cross_entropy(hidden, head, targets, token_weights=torch.ones(1))
+    with pytest.raises(ValueError, match=r"targets\.labels: .*100 is outside of the 50 tokens"):
         high = Targets.from_host(torch.tensor([0]), torch.tensor([100]), torch.tensor([0]), 1)
         packed_linear_cross_entropy(hidden, head[:50], high)
-    with pytest.raises(ValueError, match=r"targets\.rows: 10 is outside"):
+    with pytest.raises(ValueError, match=r"targets\.positions: 10 is outside"):
         packed_linear_cross_entropy(
             hidden, head, Targets.from_host(torch.tensor([10]), torch.tensor([1]), torch.tensor([0]), 1)
         )
     with pytest.raises(ValueError, match="cu_seqlens must run from 0 to T=10"):
         Targets.from_labels(labels, torch.tensor([0, 9]))
-    with pytest.raises(ValueError, match="ids has 2 entries but rows has 1"):
+    with pytest.raises(ValueError, match="labels has 2 entries but positions has 1"):
         Targets.from_host(torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([0]), 1)

@@ -44,7 +44,7 @@ def test_a_few_trained_rows(options: dict[str, Any]) -> None:
 def test_the_selection_equals_the_one_on_the_cpu() -> None:
     case = make([3000, 1, 5, 4000, 777], width=8)
     found = Targets.from_labels(case.labels.cuda(), case.bounds.cuda(), path="triton")
-    for name in ("rows", "ids", "docs"):
+    for name in ("positions", "labels", "documents"):
         assert torch.equal(getattr(found, name).cpu(), getattr(case.targets, name))
 
 
@@ -58,9 +58,9 @@ def test_the_host_never_waits() -> None:
         targets = Targets.from_labels(case.labels, case.bounds, n_supervised=known)
         for each in (case.targets, targets):
             for head in (case.head, patched):
-                output = packed_linear_cross_entropy(hidden, head, each, row_weights=case.weights, tile=1024)
+                output = packed_linear_cross_entropy(hidden, head, each, token_weights=case.weights, tile=1024)
                 output.loss.backward()
-            packed_linear_cross_entropy(hidden, case.head, each, row_weights=case.weights).loss.backward()
+            packed_linear_cross_entropy(hidden, case.head, each, token_weights=case.weights).loss.backward()
 
     step()  # compiles
     with no_waiting():

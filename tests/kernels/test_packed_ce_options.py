@@ -90,8 +90,8 @@ def test_no_supervised_row_leaves_trained_rows_a_zero_gradient() -> None:
 def test_wrong_trained_rows_are_named() -> None:
     case = make([10])
     for base, ids, shape, message in (
-        (case.head, (3, 3), (2, 24), r"head\.ids: expected distinct rows of a head of 101, got \[3, 3\]"),
-        (case.head, (101,), (1, 24), r"head\.ids: .* got \[101\]"),
+        (case.head, (3, 3), (2, 24), r"head\.token_ids: expected distinct rows of a head of 101, got \[3, 3\]"),
+        (case.head, (101,), (1, 24), r"head\.token_ids: .* got \[101\]"),
         (case.head, (1, 2), (1, 24), r"head\.values: expected floating \[2, 24\], got torch.float32 \[1, 24\]"),
         (case.head.clone().requires_grad_(), (1,), (1, 24), r"head\.base: it is trained as a whole"),
     ):
@@ -109,7 +109,7 @@ def test_a_tied_head_gets_both_gradients() -> None:
         if ours_too:
             loss = packed_linear_cross_entropy(hidden, table, case.targets).loss
         else:
-            rows, ids = case.targets.rows.long(), case.targets.ids.long()
+            rows, ids = case.targets.positions.long(), case.targets.labels.long()
             loss = torch.nn.functional.cross_entropy(hidden[rows] @ table.t(), ids)
         return torch.autograd.grad(loss, table)[0]
 
@@ -132,10 +132,10 @@ def test_a_four_bit_head_equals_the_dense_one(nested: bool) -> None:
 def test_sums_by_document_and_by_source() -> None:
     case = make([20, 1, 15, 9], share=0.7)
     output = packed_linear_cross_entropy(case.hidden, case.head, case.targets)
-    documents = case.targets.docs.long()
+    documents = case.targets.documents.long()
     for document in range(4):
         mine = documents == document
-        sums = [output.nll[mine].sum(), mine.sum(), output.hit[mine].sum()]
+        sums = [output.nll[mine].sum(), mine.sum(), output.correct[mine].sum()]
         torch.testing.assert_close(output.per_document[document], torch.stack([s.float() for s in sums]))
     by_source = output.per_source(torch.tensor([1, 0, 1, 0]), 3)
     torch.testing.assert_close(by_source[1], (output.per_document[0] + output.per_document[2]).double())
@@ -158,7 +158,9 @@ def test_strides_and_integer_types_change_nothing() -> None:
     case = make([30])
     wanted = ours(case)
     case.hidden = case.hidden.t().contiguous().t()
-    case.targets = Targets.from_host(case.targets.rows.long(), case.targets.ids.long(), case.targets.docs.long(), 1)
+    case.targets = Targets.from_host(
+        case.targets.positions.long(), case.targets.labels.long(), case.targets.documents.long(), 1
+    )
     for a, b in zip(ours(case), wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -167,8 +169,8 @@ def test_positions_say_the_same_as_bounds() -> None:
     case = make([4, 1, 7])
     positions = torch.cat([torch.arange(n) for n in (4, 1, 7)])
     found = Targets.from_labels(case.labels, position_ids=positions, n_supervised=len(case.targets))
-    assert torch.equal(found.rows, case.targets.rows)
-    assert torch.equal(found.docs, case.targets.docs)
+    assert torch.equal(found.positions, case.targets.positions)
+    assert torch.equal(found.documents, case.targets.documents)
 
 
 def test_a_workspace_full_of_nan_shows_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,5 +201,5 @@ def test_wrong_options_are_named_with_their_value() -> None:
     assert choose_path("auto", cpu) == ("torch", "cpu device")
     with pytest.raises(ValueError, match="n_supervised: 99"):
         Targets.from_labels(case.labels, case.bounds, n_supervised=99)
-    with pytest.raises(ValueError, match="docs: expected 0 to 0 in ascending order"):
+    with pytest.raises(ValueError, match="documents: expected 0 to 0 in ascending order"):
         Targets.from_host(torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([1, 0]), 1)

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_kernels import rms_norm as module
-from qlora_kernels.rms_norm import Form, blocks, reference_rms_norm, rms_norm
+from qlora_kernels.rms_norm import NormFormula, blocks, reference_rms_norm, rms_norm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-CLASSES: dict[str, Form] = {
+CLASSES: dict[str, NormFormula] = {
     "llama.LlamaRMSNorm": "llama", "qwen2.Qwen2RMSNorm": "llama", "qwen3.Qwen3RMSNorm": "llama",
     "mistral.MistralRMSNorm": "llama", "smollm3.SmolLM3RMSNorm": "llama", "phi3.Phi3RMSNorm": "llama",
     "gemma.GemmaRMSNorm": "gemma", "gemma2.Gemma2RMSNorm": "gemma", "gemma3.Gemma3RMSNorm": "gemma",

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from qlora_kernels.nf4_lora import pointwise  # noqa: E402
-from qlora_kernels.packed_ce import move, rows, select, triton_path  # noqa: E402
+from qlora_kernels.packed_ce import gather_scatter, logit_kernels, select, triton_path  # noqa: E402
 
 CAPABILITIES = [75, 80, 86, 89, 90, 100, 120]
 PLAIN = {"HAS_BIAS": False, "HAS_CAP": False, "SMOOTH": False}
@@ -25,14 +25,14 @@ ROWS, TILES = {"BLOCK": triton_path.BLOCK, "GRAD": True}, {"BLOCK": triton_path.
 
 # name, kernel, constants, warps
 VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
-    ("rows, plain", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS}, triton_path.WARPS),
-    ("rows, all options", rows.row_kernel, {**EVERYTHING, "Z_LOSS": True, **ROWS}, triton_path.WARPS),
-    ("rows, loss only", rows.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS, "GRAD": False}, triton_path.WARPS),
-    ("tile, plain", rows.tile_kernel, {**PLAIN, **TILES}, triton_path.WARPS),
-    ("tile, all options", rows.tile_kernel, {**EVERYTHING, **TILES}, triton_path.WARPS),
-    ("gather", move.gather_kernel, {"BLOCK": 1024}, 4),
-    ("scatter", move.scatter_kernel, {"BLOCK": 1024}, 4),
-    ("documents", move.document_kernel, {"BLOCK": 256}, 4),
+    ("rows, plain", logit_kernels.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS}, triton_path.WARPS),
+    ("rows, all options", logit_kernels.row_kernel, {**EVERYTHING, "Z_LOSS": True, **ROWS}, triton_path.WARPS),
+    ("rows, loss only", logit_kernels.row_kernel, {**PLAIN, "Z_LOSS": False, **ROWS, "GRAD": False}, triton_path.WARPS),
+    ("tile, plain", logit_kernels.tile_kernel, {**PLAIN, **TILES}, triton_path.WARPS),
+    ("tile, all options", logit_kernels.tile_kernel, {**EVERYTHING, **TILES}, triton_path.WARPS),
+    ("gather", gather_scatter.gather_kernel, {"BLOCK": 1024}, 4),
+    ("scatter", gather_scatter.scatter_kernel, {"BLOCK": 1024}, 4),
+    ("documents", gather_scatter.document_kernel, {"BLOCK": 256}, 4),
     ("count", select.count_kernel, {"BLOCK": 1024}, 4),
     ("compact", select.compact_kernel, {"BLOCK": 1024}, 4),
     *(
@@ -42,17 +42,18 @@ VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
     ),
 ]
 TYPES = {
-    "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 objective=*fp32 nll=*fp32 hit=*i8 "
-    "V=i32 scale=fp32 cap=fp32 smoothing=fp32 z_loss=fp32",
-    "tile_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half ids=*i32 first=i32 width=i32 shift=*fp32 "
-    "others=*fp32 top=*fp32 z_sum=*fp32 factor=*fp32 scale=fp32 cap=fp32",
-    "gather_kernel": "X=*half stride_row=i64 stride_column=i64 rows=*i32 out=*half T=i32 D=i32",
-    "scatter_kernel": "U=*half rows=*i32 factors=*fp32 out=*half T=i32 D=i32",
-    "document_kernel": "nll=*fp32 hit=*i8 bounds=*i32 out=*fp32",
-    "count_kernel": "labels=*i64 docs=*i32 counts=*i32 T=i32 ignore=i32",
+    "row_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half labels=*i32 token_loss=*fp32 nll=*fp32 "
+    "correct=*i8 V=i32 scale=fp32 cap=fp32 smoothing=fp32 z_loss=fp32",
+    "tile_kernel": "X=*fp32 stride_x=i64 G=*half stride_g=i64 bias=*half labels=*i32 first=i32 width=i32 shift=*fp32 "
+    "sum_exp=*fp32 max_logit=*fp32 z_sum=*fp32 factor=*fp32 scale=fp32 cap=fp32",
+    "gather_kernel": "X=*half stride_row=i64 stride_column=i64 positions=*i32 out=*half T=i32 D=i32",
+    "scatter_kernel": "U=*half positions=*i32 factors=*fp32 out=*half T=i32 D=i32",
+    "document_kernel": "nll=*fp32 correct=*i8 bounds=*i32 out=*fp32",
+    "count_kernel": "labels=*i64 documents=*i32 counts=*i32 T=i32 ignore=i32",
     "gated_kernel": "G=*half U=*half H=*half n=i64",
     "gated_backward_kernel": "D=*half G=*half U=*half n=i64",
-    "compact_kernel": "labels=*i64 docs=*i32 ends=*i32 rows=*i32 ids=*i32 row_docs=*i32 T=i32 ignore=i32",
+    "compact_kernel": "labels=*i64 documents=*i32 ends=*i32 positions=*i32 kept_labels=*i32 "
+    "kept_documents=*i32 T=i32 ignore=i32",
 }
 
 

@@ -63,7 +63,7 @@ def test_both_ways_are_one_way_on_a_cpu_and_the_same_to_the_bit(tiny_model: Path
 def test_a_gpu_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window goes with FlashAttention whatever was chosen: sdpa would form the square of the document."""
     asked: list[str] = []
-    monkeypatch.setattr(attention, "choose_path", lambda *_: attention.Path("varlen", "a test"))
+    monkeypatch.setattr(attention, "choose_path", lambda *_: attention.AttentionPath("varlen", "a test"))
     monkeypatch.setattr(attention, "_varlen", lambda *_: asked.append("varlen"))
     monkeypatch.setattr(attention, "_one_by_one", lambda *_, shares_keys: asked.append(f"sdpa {shares_keys}"))
     q, bounds = torch.zeros(1, 2, 9, 8), torch.tensor([0, 9], dtype=torch.int32)

@@ -17,7 +17,7 @@ from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.model.base_check import check_base, check_quantization, check_tokenizer
 from qlora_sft.model.base_files import read_config
-from qlora_sft.model.tokenizer import stop_ids
+from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.prepare import prepare
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -160,7 +160,7 @@ def test_a_text_that_holds_such_a_token_is_refused_with_its_source(copied: Path,
 def test_a_null_among_the_stops_is_none(copied: Path) -> None:
     edited(copied, "generation_config.json", eos_token_id=[2, None])
     tokenizer = AutoTokenizer.from_pretrained(copied)
-    assert stop_ids(ModelConfig(str(copied)), str(copied), tokenizer) == {2, tokenizer.eos_token_id}
+    assert stop_token_ids(ModelConfig(str(copied)), str(copied), tokenizer) == {2, tokenizer.eos_token_id}
 
 
 def test_a_base_that_fits_and_tokens_that_a_template_adds_are_no_fault(

@@ -16,9 +16,9 @@ from qlora_kernels.offload import LayerBytes, peak_bytes
 from tests_support import documents_of
 
 from qlora_sft.config import load_config
-from qlora_sft.data.batch import flatten, longest_row
+from qlora_sft.data.batch import flatten, longest_micro_batch
 from qlora_sft.errors import ConfigError
-from qlora_sft.model import memory, room
+from qlora_sft.model import memory, memory_budget
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.load import load_model
@@ -62,7 +62,7 @@ def test_every_policy_gives_the_gradients_of_checkpointing(make_config: Any, pol
         config = make_config(f"memory.policy={each}")
         documents = documents_of(config)
         batches = [flatten(documents[:4]), flatten(documents[4:5])]
-        tokens = longest_row([len(document.input_ids) for document in documents], [[0, 1, 2, 3], [4]], 1)
+        tokens = longest_micro_batch([len(document.input_ids) for document in documents], [[0, 1, 2, 3], [4]], 1)
         with use_memory(model, config, tokens, getattr(torch, dtype), quiet) as installed:
             found.append(gradients(model, batches))
             assert installed.slab is None or (installed.slab.taken, installed.slab.slots) == (0, 2)
@@ -153,19 +153,19 @@ def test_auto_keeps_all_where_there_is_room_and_less_where_there_is_not(
     assert "everything fits" in said[-1]
     layer = LayerBytes(**report["layer"])
     least = peak_bytes(["checkpoint", "keep"], layer, between_bytes(model.config, 256, torch.float32, on_gpu=False))
-    monkeypatch.setattr(memory, "device_room", lambda *_: room.Room(least, "a test"))
+    monkeypatch.setattr(memory, "device_budget", lambda *_: memory_budget.MemoryBudget(least, "a test"))
     report = use_memory(model, config, 256, torch.float32, said.append).report
     assert report["tiers"] != ["keep", "keep"]
     assert report["device_bytes"] <= least
     assert "offload" not in report["tiers"]  # of no use on a CPU
-    monkeypatch.setattr(memory, "device_room", lambda *_: room.Room(1000, "a test"))
+    monkeypatch.setattr(memory, "device_budget", lambda *_: memory_budget.MemoryBudget(1000, "a test"))
     report = use_memory(model, config, 256, torch.float32, said.append).report
     assert report["tiers"] == ["checkpoint", "checkpoint"]
     assert "activations do not fit" in said[-2]
 
 
 def test_a_gpu_gets_the_tiers_its_budget_allows_or_an_error(make_config: Any) -> None:
-    sixty = room.Room(60 * GIB, "60")
+    sixty = memory_budget.MemoryBudget(60 * GIB, "60")
     config = make_config("memory.gpu_budget_gib=60", "memory.host_budget_gib=20")
     choice = memory.choose(config, 32, LAYER, GIB, sixty, True, quiet)
     counts = Counter(choice.tiers)
@@ -201,9 +201,9 @@ def test_gradients_and_optimizer_states_are_taken_off_the_room(make_config: Any)
     model = prepared(make_config())
     trained = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in trained)
-    assert room.training_states(model, make_config()) == 12 * trainable + 4 * len(trained)
+    assert memory_budget.training_states(model, make_config()) == 12 * trainable + 4 * len(trained)
     # No tensor of this model is large enough for 8-bit states.
-    assert room.training_states(model, make_config("training.optimizer=adamw_8bit")) == 12 * trainable
+    assert memory_budget.training_states(model, make_config("training.optimizer=adamw_8bit")) == 12 * trainable
 
 
 def test_room_on_a_card_before_and_after_the_model_is_loaded(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_room_on_a_card_before_and_after_the_model_is_loaded(make_config: Any, m
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=card - allocated: (free, card))
             monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, n=allocated: n)
             monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, n=allocated: n)
-            found.append(room.room_on(torch.device("cuda"), config, states, weights - allocated).nbytes)
+            found.append(memory_budget.budget_on(torch.device("cuda"), config, states, weights - allocated).nbytes)
         budget = config.memory.gpu_budget_gib
         assert found == [(10 * GIB if budget else card - int(0.05 * card)) - weights - states] * 2
 
@@ -222,9 +222,9 @@ def test_room_on_a_card_before_and_after_the_model_is_loaded(make_config: Any, m
 def test_room_is_measured_within_the_machine(make_config: Any) -> None:
     import psutil
 
-    assert 0 < room.available_ram() <= psutil.virtual_memory().total
+    assert 0 < memory_budget.available_ram() <= psutil.virtual_memory().total
     config = make_config("memory.policy=offload", "memory.host_budget_gib=2")
-    assert room.host_room(config) == (2 * GIB, "memory.host_budget_gib=2")
+    assert memory_budget.host_budget(config) == (2 * GIB, "memory.host_budget_gib=2")
 
 
 UNDER_UNSLOTH = """
@@ -256,7 +256,7 @@ with use_memory(model, config, 256, torch.float32, lambda text: None) as memory:
         layer._gradient_checkpointing_func = counted
     tokenizer = load_tokenizer(config.model, config.model.path)
     fit(Training(config, Path(config.output), lambda text: None, model, tokenizer, torch.float32, documents,
-        [[0, 1], [2]]), memory.make_room)
+        [[0, 1], [2]]), memory.keep_less)
     print(json.dumps([slots, memory.slab.taken]))
 """
 

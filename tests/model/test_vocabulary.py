@@ -20,7 +20,7 @@ from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.load import load_for_inference, load_model
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.tokenizer import load_tokenizer, stop_ids
+from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
 from qlora_sft.train import train
 
@@ -154,7 +154,7 @@ def test_the_end_of_turn_stops_generation_and_is_the_saved_eos(
     )
     tokenizer = load_tokenizer(config.model, str(base))
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert stop_ids(config.model, str(base), tokenizer) == {end, 0}
+    assert stop_token_ids(config.model, str(base), tokenizer) == {end, 0}
     train(config, say=lambda _: None)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token == "<|eot_id|>"
     assert load_for_inference(tmp_path / "run").generation_config.eos_token_id == [0, end]

@@ -73,7 +73,7 @@ def test_the_loss_takes_what_the_plan_says_also_with_trained_rows_of_the_head(
 ) -> None:
     from qlora_sft.model.memory import use_memory
     from qlora_sft.model.setup import prepare_model
-    from qlora_sft.plan.activations import row_bytes
+    from qlora_sft.plan.activations import sequence_bytes
     from qlora_sft.plan.blueprint import read_blueprint
 
     base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
@@ -81,7 +81,7 @@ def test_the_loss_takes_what_the_plan_says_also_with_trained_rows_of_the_head(
     model = prepare_model(config, str(base), torch.float32, "transformers", 200, quiet)
     with use_memory(model, config, 200, torch.float32, quiet) as memory:
         measured = memory.between
-    row = row_bytes(read_blueprint(config, str(base)), config.lora, torch.float32, on_gpu=False)
+    row = sequence_bytes(read_blueprint(config, str(base)), config.lora, torch.float32, on_gpu=False)
     assert row(200)[1] == measured
 
 

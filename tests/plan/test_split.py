@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlora_kernels.offload.tiers import LayerBytes, choose_tiers, peak_bytes
 
-from qlora_sft.plan.activations import Row
-from qlora_sft.plan.split import fit_card, longest_row
+from qlora_sft.plan.activations import SequenceBytes
+from qlora_sft.plan.split import fit_card, longest_sequence
 
 
-def row_of(per_token: tuple[int, int, int, int]) -> Row:
+def row_of(per_token: tuple[int, int, int, int]) -> SequenceBytes:
     inputs, attention, more, backward = per_token
 
     def row(tokens: int) -> tuple[LayerBytes, int]:
@@ -36,7 +36,7 @@ def test_the_longest_row_is_where_choosing_tiers_stops_finding_any(
             return False
         return True
 
-    tokens = longest_row(layers, row, budget, host)
+    tokens = longest_sequence(layers, row, budget, host)
     assert not found(tokens + 1)
     assert tokens == 0 or found(tokens)
 

@@ -15,7 +15,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.room import optimizer_bytes
+from qlora_sft.model.memory_budget import optimizer_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, residents
 
@@ -88,7 +88,7 @@ def test_rows_of_added_tokens(tmp_path: Path, small_tokenizer: Any, tied: bool, 
     blueprint = read_blueprint(config, str(base))
     compare(model, optimizer, blueprint, config, dtype)
     assert (blueprint.added_rows, blueprint.trained_matrices) == (3, 1 if tied else 2)
-    assert check_headers(blueprint, str(base))["note"] == ""
+    assert check_headers(blueprint, str(base)).note == ""
 
 
 @pytest.mark.parametrize("count", [64, 4095, 4096, 4097, 70_000])
@@ -110,8 +110,8 @@ def test_the_files_headers_say_what_will_be_downloaded(tiny_model: Path) -> None
     config = configured()
     facts = check_headers(read_blueprint(config, str(tiny_model)), str(tiny_model))
     file = tiny_model / "model.safetensors"
-    assert 0 < file.stat().st_size - facts["bytes"] < 20_000
-    assert facts["note"] == ""
+    assert 0 < file.stat().st_size - facts.nbytes < 20_000
+    assert facts.note == ""
 
 
 def test_files_that_do_not_fit_the_configuration_are_noticed(tiny_model: Path, tmp_path: Path) -> None:
@@ -124,6 +124,6 @@ def test_files_that_do_not_fit_the_configuration_are_noticed(tiny_model: Path, t
     with pytest.raises(ConfigError, match="cannot read the tokenizer"):
         read_blueprint(configured(), str(tmp_path))
     blueprint = read_blueprint(configured("model.chat_template=null"), str(tmp_path))
-    assert "fewer than config.json asks for" in check_headers(blueprint, str(tmp_path))["note"]
+    assert "fewer than config.json asks for" in check_headers(blueprint, str(tmp_path)).note
     save_file({**tensors, "vision.weight": torch.zeros(7, 3)}, tmp_path / "model.safetensors")
-    assert "21 parameters that a language model does not use" in check_headers(blueprint, str(tmp_path))["note"]
+    assert "21 parameters that a language model does not use" in check_headers(blueprint, str(tmp_path)).note

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests_support import documents_of
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_row
+from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model
@@ -31,11 +31,11 @@ def run_bins(
     use_document_attention(model)
     run = Path(config.output)
     begin_run(run, config, Beginning("", None, "float32", "transformers"))
-    tokens = longest_row([len(document.input_ids) for document in documents], bins, config.training.batch_size)
+    tokens = longest_micro_batch([len(document.input_ids) for document in documents], bins, config.training.batch_size)
     with use_memory(model, config, tokens, torch.float32, lambda _: None):
         tokenizer = load_tokenizer(config.model, base)
         training = Training(config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins)
-        fit(training, make_room=lambda _: False)
+        fit(training, keep_less=lambda _: False)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad

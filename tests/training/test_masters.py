@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_sft.errors import RunError
-from qlora_sft.training.as_loaded import remember, require_unchanged, restore
+from qlora_sft.training.model_snapshot import require_unchanged, restore, take_snapshot
 
 CHILD = Path(__file__).parent / "masters_child.py"
 RUN = [
@@ -64,20 +64,20 @@ def model(make_config: Any) -> Any:
 def test_a_cast_is_undone_with_every_bit(model: Any) -> None:
     for layer in model.get_base_model().model.layers:
         layer.gradient_checkpointing = True
-    loaded = remember(model)
+    snapshot = take_snapshot(model)
     model.get_base_model().model.layers[0].gradient_checkpointing = False
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    assert sorted(restore(model, loaded)) == sorted(before)
+    assert sorted(restore(model, snapshot)) == sorted(before)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
     assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
 
 
 @pytest.mark.parametrize("what", ["frozen", "thawed", "hook", "checkpointing", "attention", "type"])
 def test_what_nobody_ordered_ends_the_run_with_its_name(model: Any, what: str) -> None:
-    loaded = remember(model)
+    snapshot = take_snapshot(model)
     base = model.get_base_model()
     layer = base.model.layers[1]
     changes = {
@@ -98,4 +98,4 @@ def test_what_nobody_ordered_ends_the_run_with_its_name(model: Any, what: str) -
         "type": "type of .*norm",
     }[what]
     with pytest.raises(RunError, match=named):
-        require_unchanged(model, loaded)
+        require_unchanged(model, snapshot)

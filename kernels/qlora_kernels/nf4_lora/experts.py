@@ -110,8 +110,8 @@ def lora_experts(
     if torch.is_grad_enabled() and (up.trained or down.trained):
         raise ValueError("weight and bias of experts: lora_experts computes no gradient for them, so freeze them")
     size = tile if tile is not None else default_tile(x.shape[-1])
-    bare = (replace(p, A=None, B=None) for p in (up, down))
-    spec = Spec(*bare, middle, size, Precision.of(x, up.weight, dtype), x.requires_grad)
+    bare_up, bare_down = replace(up, A=None, B=None), replace(down, A=None, B=None)
+    spec = Spec(bare_up, bare_down, middle, size, Precision.of(x, up.weight, dtype), x.requires_grad)
     factors = (up.A, up.B, down.A, down.B)
     held = hold(x, index, weights, *factors)
     return cast(Tensor, _LoraExperts.apply(spec, held, index, weights, *factors))

@@ -31,10 +31,13 @@ class _Hold(torch.autograd.Function):
 
 
 def hold(x: Tensor, *others: Tensor | None) -> Tensor:
-    """``x`` itself; all tensors are saved. If any requires a gradient, so does the result."""
+    """Returns ``x`` itself, and saves all tensors. If any requires a gradient, so does the result."""
     return cast(Tensor, _Hold.apply(x, *others))
 
 
 def held_tensors(node: Any) -> tuple[Any, ...]:
-    """What ``hold`` saved, given the ``grad_fn`` of its result. Read it once per backward: checkpointing insists."""
+    """Returns what ``hold`` saved, given the ``grad_fn`` of its result.
+
+    Read it once per backward: checkpointing insists.
+    """
     return cast(tuple[Any, ...], node.saved_tensors)

@@ -1,4 +1,4 @@
-"""A linear layer with LoRA over a frozen weight: formulas in `projection`, plain version in `reference`.
+"""Computes a linear layer with LoRA over a frozen weight: formulas in `projection`, plain version in `reference`.
 
 Saved for the backward: x, and u = x A^T, which is r wide. The weight is dequantised once in the forward and once in
 the backward. The product with it comes after the last tensor is saved, so a checkpointed region that ends with this
@@ -27,7 +27,7 @@ def lora_linear(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x W^T + bias + scale (x A^T) B^T``, with gradients for x, A, B and bias where they require one.
+    """Computes ``x W^T + bias + scale (x A^T) B^T``, with gradients for x, A, B and bias where they require one.
 
     Args:
         x: [.., in].
@@ -76,5 +76,5 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def flat(x: Tensor) -> Tensor:
-    """[.., n] -> [t, n]"""
+    """Returns the tokens of ``x`` as rows: [.., n] -> [t, n]."""
     return x.reshape(-1, x.shape[-1])

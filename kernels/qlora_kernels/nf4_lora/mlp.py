@@ -1,4 +1,4 @@
-"""A gated MLP with LoRA over frozen weights, tiled over tokens in its forward and again in its own backward.
+"""Computes a gated MLP with LoRA over frozen weights, tiled over tokens in its forward and again in its own backward.
 
 ::
 
@@ -47,7 +47,7 @@ def lora_mlp(
     recompute: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))``, with gradients for x and for each A, B and bias that requires one.
+    """Computes ``down(act(gate(x)) * up(x))``, with gradients for x and for each A, B and bias that requires one.
 
     Args:
         x: [.., D].
@@ -74,14 +74,20 @@ def lora_mlp(
 
 
 def default_tile(width: int) -> int:
-    """Tokens of a tile for hidden size ``width``: as many as make its intermediates, 3 F values per token, take what
-    the three dequantised weights of D F values each take. Smaller tiles would save little and multiply slower."""
+    """Returns the tokens of a tile for hidden size ``width``.
+
+    They are as many as make its intermediates, 3 F values per token, take what the three dequantised weights of D F
+    values each take. Smaller tiles would save little and multiply slower.
+    """
     return max(SMALLEST_TILE, width)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one call hands from its forward to its backward, besides tensors. weights: (weight, scale) of each layer."""
+    """Holds what one call hands from its forward to its backward, besides tensors.
+
+    weights: (weight, scale) of each layer.
+    """
 
     weights: tuple[tuple[FrozenWeight, float], ...]
     activation: Activation
@@ -90,7 +96,7 @@ class Spec:
     need_x: bool
 
     def layers(self, tensors: tuple[Tensor | None, ...]) -> list[Projection]:
-        """gate, up, down, given A, B, bias of each in turn."""
+        """Returns gate, up and down, given A, B and bias of each in turn."""
         adapters: list[Adapter] = [cast(Adapter, tensors[i : i + 3]) for i in (0, 3, 6)]
         return [
             Projection(weight, A, B, scale, bias)
@@ -163,7 +169,7 @@ def tiled_backward(
 
 
 def intermediates(spec: Spec, x: Tensor, gate: Projection, up: Projection) -> tuple[Tensor, Tensor]:
-    """gate and up [t, F] of all tokens."""
+    """Returns gate and up [t, F] of all tokens."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return both((InUse(gate, spec.precision), InUse(up, spec.precision)), flat(x))
 
@@ -174,7 +180,7 @@ def both(first: Sequence[InUse], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tiles(count: int, size: int) -> list[slice]:
-    """Equal parts of at most ``size`` tokens: a ragged rest multiplies badly."""
+    """Cuts the tokens into equal parts of at most ``size``, because a ragged rest multiplies badly."""
     if not count:
         return []
     equal = -(-count // -(-count // size))

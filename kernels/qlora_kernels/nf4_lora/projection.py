@@ -1,4 +1,4 @@
-"""One linear layer with LoRA, and the products of its forward and backward on a tile of tokens.
+"""Computes the products of one linear layer with LoRA: those of its forward and backward on a tile of tokens.
 
 ::
 
@@ -26,7 +26,10 @@ Adapter = tuple[Tensor | None, Tensor | None, Tensor | None]  # A, B, bias
 
 @dataclass(frozen=True)
 class Projection:
-    """weight: frozen [out, in]; A: [r, in] and B: [out, r], or neither; bias: [out] or None."""
+    """Holds a linear layer with LoRA.
+
+    weight: frozen [out, in]; A: [r, in] and B: [out, r], or neither; bias: [out] or None.
+    """
 
     weight: FrozenWeight
     A: Tensor | None = None
@@ -89,8 +92,11 @@ class Precision:
 
 
 class InUse:
-    """A projection during one pass over tiles: its weight dequantised once, its factors in the type they multiply in,
-    and, in a backward, the sums of their gradients in float32."""
+    """Holds a projection during one pass over tiles.
+
+    Its weight is dequantised once and its factors are in the type they multiply in. In a backward it holds the sums of
+    their gradients in float32.
+    """
 
     def __init__(self, p: Projection, precision: Precision, wanted: tuple[bool, bool, bool] = (False, False, False)):
         self.precision, self.scale = precision, p.scale
@@ -105,11 +111,11 @@ class InUse:
         ]
 
     def down(self, x: Tensor) -> Tensor | None:
-        """u"""
+        """Returns u."""
         return None if self.a is None else x.to(self.a.dtype) @ self.a.t()
 
     def forward(self, x: Tensor, u: Tensor | None) -> Tensor:
-        """y; x: [t, in], u: what `down` gave for it."""
+        """Returns y. x: [t, in], u: what `down` gave for it."""
         base, out = x.to(self.precision.base), self.precision.out
         if self.bias is None:
             y = base @ self.weight.t()
@@ -118,11 +124,11 @@ class InUse:
         return add_product(y.to(out), u, None if self.b is None else self.b.t(), self.scale)
 
     def up(self, dy: Tensor) -> Tensor | None:
-        """v"""
+        """Returns v."""
         return None if self.b is None else (dy.to(self.b.dtype) @ self.b).mul_(self.scale)
 
     def backward(self, dy: Tensor, v: Tensor | None) -> Tensor:
-        """dx in the type of the base products."""
+        """Returns dx in the type of the base products."""
         return add_product(dy.to(self.precision.base) @ self.weight, v, self.a)
 
     def add_backward(self, dx: Tensor, dy: Tensor, v: Tensor | None) -> None:
@@ -145,7 +151,10 @@ class InUse:
             d_bias += dy.sum(0, dtype=d_bias.dtype)
 
     def gradients(self, p: Projection) -> list[Tensor | None]:
-        """dA, dB, dbias in the types of A, B and bias. Call once: the factor ``scale`` of dB is applied here."""
+        """Returns dA, dB and dbias in the types of A, B and bias.
+
+        Call it once: the factor ``scale`` of dB is applied here.
+        """
         if self.sums[1] is not None:
             self.sums[1].mul_(self.scale)
         return [s if s is None or t is None else s.to(t.dtype) for s, t in zip(self.sums, p.adapter, strict=True)]
@@ -156,12 +165,12 @@ def dense(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 
 def zeros_like(t: Tensor) -> Tensor:
-    """What gradients of ``t`` are added up in: at least float32."""
+    """Returns zeros in which gradients of ``t`` are added up: at least float32."""
     return torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32), memory_format=torch.contiguous_format)
 
 
 def add_product(y: Tensor, a: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Tensor:
-    """y += scale a b, in place: rounded once where all types are equal."""
+    """Computes y += scale a b in place, rounded once where all types are equal."""
     if a is None or b is None:
         return y
     if a.dtype == y.dtype:
@@ -170,7 +179,10 @@ def add_product(y: Tensor, a: Tensor | None, b: Tensor | None, scale: float = 1.
 
 
 def sum_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, with at least float32 ``total``; on a GPU halves are multiplied without rounding the product."""
+    """Computes total += a b, with at least float32 ``total``.
+
+    On a GPU halves are multiplied without rounding the product.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

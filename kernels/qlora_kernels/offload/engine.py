@@ -1,4 +1,4 @@
-"""What runs the copies between device and host: two streams of a GPU, or nothing but memory on a CPU.
+"""Runs the copies between device and host: in two streams of a GPU, or within memory on a CPU.
 
 An engine has three queues: compute, out (device to host) and in (host to device). Each works in order; between them
 only events give an order. The host never waits.
@@ -13,35 +13,41 @@ import torch
 from torch import Tensor
 
 Event = Any
-"""A point in one of the queues; what it is, only its engine knows."""
+"""A point in one of the queues. Only its engine knows what it is."""
 
 
 class Engine(Protocol):
+    """Describes what a schedule needs of an engine."""
+
     def mark(self) -> Event:
-        """Here, in the compute queue."""
+        """Returns an event at this point of the compute queue."""
         ...
 
     def save(self, tensor: Tensor, view: Tensor, after: Iterable[Event]) -> Event:
-        """Out queue: copies ``tensor`` into host memory once all of ``after`` have passed."""
+        """Copies ``tensor`` into host memory, in the out queue, once all of ``after`` have passed."""
         ...
 
     def new(self, view: Tensor) -> Tensor:
-        """Compute queue: makes a tensor of the shape and type of ``view``. Its memory may be in use by what was
-        computed so far, and torch fills it where it is told to be deterministic."""
+        """Makes a tensor of the shape and type of ``view``, in the compute queue.
+
+        Its memory may be in use by what was computed so far, and torch fills it where it is told to be deterministic.
+        """
         ...
 
     def load(self, view: Tensor, into: Tensor, after: Iterable[Event]) -> Event:
-        """In queue: copies host memory into ``into`` once all of ``after`` have passed, among them a `mark` that was
-        made after `new`."""
+        """Copies host memory into ``into``, in the in queue, once all of ``after`` have passed.
+
+        Among them is a `mark` that was made after `new`.
+        """
         ...
 
     def wait(self, event: Event) -> None:
-        """The compute queue goes on only when ``event`` has passed."""
+        """Makes the compute queue go on only when ``event`` has passed."""
         ...
 
 
 class CpuEngine:
-    """Device and host are the same: every copy is done when its call returns."""
+    """Copies within host memory: device and host are the same, and every copy is done when its call returns."""
 
     def mark(self) -> Event:
         return None
@@ -60,7 +66,10 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """Compute is the current stream of whoever calls: in a backward, autograd makes it that of the forward."""
+    """Copies in two streams of a GPU.
+
+    The compute queue is the current stream of whoever calls: in a backward, autograd makes it that of the forward.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -95,4 +104,5 @@ class CudaEngine:
 
 
 def engine_for(device: torch.device) -> Engine:
+    """Returns the engine for a device."""
     return CudaEngine(device) if device.type == "cuda" else CpuEngine()

@@ -1,4 +1,4 @@
-"""When an input leaves for the host, when it comes back, and who owns its slot meanwhile.
+"""Decides when an input leaves for the host, when it comes back, and who owns its slot meanwhile.
 
 Forward, one `Schedule.pack` per offloaded layer::
 
@@ -27,7 +27,7 @@ from qlora_kernels.offload.tiers import DEPTH, LAG
 
 
 class Held:
-    """A tensor on the device whose copy out, or in, may still be running."""
+    """Holds a tensor on the device whose copy out, or in, may still be running."""
 
     def __init__(self, tensor: Tensor, copied: Event):
         self.tensor: Tensor | None = tensor
@@ -36,8 +36,11 @@ class Held:
 
 
 class Ticket:
-    """One input in host memory. Owns its slot: the autograd graph holds the ticket, so however the graph ends, used,
-    dropped or broken by an exception, the slot is free again."""
+    """Holds one input in host memory and owns its slot there.
+
+    The autograd graph holds the ticket. So however the graph ends (used, dropped, or broken by an exception), the slot
+    is free again.
+    """
 
     def __init__(self, schedule: Schedule, slot: int, view: Tensor, held: Held, previous: weakref.ref[Ticket] | None):
         self._schedule = schedule
@@ -48,7 +51,7 @@ class Ticket:
         self.previous = previous
 
     def on_device(self) -> Held | None:
-        """Its tensor with its copy, if it is on the device."""
+        """Returns its tensor with its copy, if that is on the device."""
         return self.held if self.held is not None and self.held.tensor is not None else None
 
     def __del__(self) -> None:
@@ -92,14 +95,17 @@ class Schedule:
         self._read: dict[int, Event] = {}
 
     def begin(self) -> None:
-        """A new forward: its first layer fetches nothing of an earlier graph; one that failed gives its slots back."""
+        """Starts a new forward, whose first layer fetches nothing of an earlier graph.
+
+        A graph that failed gives its slots back.
+        """
         self._newest = None
         if self.slab.taken:
             drop_failed_graphs()
 
     @property
     def newest(self) -> TicketRef | None:
-        """The last offloaded layer so far in this forward."""
+        """Returns the last offloaded layer so far in this forward."""
         return self._newest
 
     def pack(self, tensor: Tensor) -> Ticket | Tensor:
@@ -125,7 +131,7 @@ class Schedule:
         return ticket
 
     def unpack(self, packed: Ticket | Tensor) -> Tensor:
-        """The tensor again, on the device. May be called more than once."""
+        """Returns the tensor again, on the device. It may be called more than once."""
         if isinstance(packed, Tensor):
             return packed
         held = packed.on_device() or self._load(packed)  # first in the queue: it is needed first
@@ -138,7 +144,10 @@ class Schedule:
         return tensor
 
     def fetch_before(self, newest: TicketRef | None) -> None:
-        """Backward begins above ``newest``: starts the copies in of the ``depth`` tickets up to it, newest first."""
+        """Starts the copies in of the ``depth`` tickets up to ``newest``, the newest first.
+
+        It is called when the backward begins above ``newest``.
+        """
         wanted = self._chain(newest)
         kept = [ticket.on_device() for ticket in wanted]
         for held in [*self._leaving, *self._ahead]:
@@ -150,6 +159,7 @@ class Schedule:
                 self._ahead.append(ticket.held)
 
     def _chain(self, newest: TicketRef | None) -> list[Ticket]:
+        """Returns the ``depth`` tickets up to ``newest``, as far as their graphs are alive."""
         chain: list[Ticket] = []
         while newest is not None and len(chain) < self.depth and (ticket := newest()) is not None:
             chain.append(ticket)
@@ -157,6 +167,7 @@ class Schedule:
         return chain
 
     def _load(self, ticket: Ticket) -> Held:
+        """Starts the copy of a ticket's input to the device."""
         tensor = self.engine.new(ticket.view)
         # The mark comes after: under torch.use_deterministic_algorithms the new memory is filled with NaN by a kernel
         # of the compute queue, and the copy would be overwritten.
@@ -165,7 +176,7 @@ class Schedule:
         return Held(tensor, event)
 
     def _let_go(self, held: Held) -> None:
-        """Compute waits for the copy; then nothing of ours holds the tensor."""
+        """Makes compute wait for the copy; then nothing of ours holds the tensor."""
         self._forget(held)
         if held.tensor is None:
             return
@@ -179,11 +190,13 @@ class Schedule:
             )
 
     def _forget(self, held: Held) -> None:
+        """Drops ``held`` from the lists of what is on its way."""
         for place in (self._leaving, self._ahead):
             if held in place:
                 place.remove(held)
 
     def _release(self, ticket: Ticket) -> None:
+        """Gives the slot of a ticket back."""
         try:
             if ticket.held is not None:
                 self._let_go(ticket.held)
@@ -191,6 +204,7 @@ class Schedule:
             self.slab.give_back(ticket.slot)
 
     def _count_stayed(self, tensor: Tensor) -> None:
+        """Counts an input that stays on the device, and warns about the first one."""
         self.stayed += 1
         if self.stayed == 1:
             slab = self.slab
@@ -202,7 +216,10 @@ class Schedule:
 
 
 def drop_failed_graphs() -> None:
-    """After an exception in a backward, autograd keeps the tasks that were left, with the graph and its tickets, until
-    the same thread's next backward (seen with torch 2.13 on a CPU). This is one."""
+    """Frees the graphs of backwards that ended in an exception.
+
+    Autograd keeps the tasks that were left, with the graph and its tickets, until the same thread's next backward (seen
+    with torch 2.13 on a CPU). This runs an empty one.
+    """
     with torch.enable_grad():
         torch.zeros((), requires_grad=True).mul(1).backward()

@@ -1,4 +1,4 @@
-"""One block of host memory of exactly the needed size, cut into equal slots."""
+"""Allocates one block of host memory of exactly the needed size, cut into equal slots."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class HostSlab:
-    """``slots * slot_bytes`` bytes of host memory; page-locked as a whole if ``device`` is a GPU.
+    """Holds ``slots * slot_bytes`` bytes of host memory, page-locked as a whole if ``device`` is a GPU.
 
     torch's own pinned allocator rounds every block up to a power of two; registering one block that is ours does not.
-    Where the system refuses to lock the pages (WSL, a memory limit) the slab works unlocked: copies then keep the
-    host waiting. ``warning`` says so, to be printed.
+    Where the system refuses to lock the pages (WSL, a memory limit) the slab works unlocked: copies then keep the host
+    waiting. ``warning`` says so, to be printed.
     """
 
     def __init__(self, slots: int, slot_bytes: int, device: torch.device):
@@ -34,20 +34,21 @@ class HostSlab:
 
     @property
     def taken(self) -> int:
-        """Slots that somebody owns."""
+        """Returns the slots that somebody owns."""
         return self.slots - len(self._free)
 
     def take(self) -> int | None:
-        """A slot, which is the caller's until `give_back`; None if there is none."""
+        """Returns a slot, which is the caller's until `give_back`; None if there is none."""
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: int) -> None:
+        """Makes a slot free again."""
         assert slot not in self._free, f"slot {slot} was given back twice"
         if slot < self.slots:  # of a slab closed meanwhile
             self._free.append(slot)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `view` can be had of any slot."""
+        """Returns whether `view` can be had of any slot."""
         return (
             tensor.nbytes <= self.slot_bytes
             and self.slot_bytes % tensor.element_size() == 0
@@ -55,13 +56,16 @@ class HostSlab:
         )  # fmt: skip
 
     def view(self, slot: int, like: Tensor) -> Tensor:
-        """The beginning of a slot, in the shape and type of ``like``."""
+        """Returns the beginning of a slot, in the shape and type of ``like``."""
         start = slot * self.slot_bytes
         size = prod(like.shape) * like.element_size()
         return self.memory[start : start + size].view(like.dtype).view(like.shape)
 
     def close(self) -> None:
-        """Unlocks and frees the memory. What is still in a slot stays readable as long as somebody holds its view."""
+        """Unlocks and frees the memory.
+
+        What is still in a slot stays readable as long as somebody holds its view.
+        """
         if self.pinned:
             torch.cuda.synchronize()  # no copy may be under way
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
@@ -74,6 +78,7 @@ class HostSlab:
             self.close()
 
     def _pin(self, device: torch.device) -> None:
+        """Page-locks the memory, or sets ``warning`` if the system refuses."""
         with torch.cuda.device(device):
             error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.nbytes, 0))
         self.pinned = error == 0

@@ -1,4 +1,4 @@
-"""How much of each layer stays on the GPU between its forward and its backward, chosen by a budget in bytes.
+"""Chooses by a budget in bytes how much of each layer stays on the GPU between its forward and its backward.
 
 A decoder layer is kept in one of four ways, from the fastest to the smallest::
 
@@ -30,13 +30,13 @@ LAG = 2
 # of a layer is the peak of a long row, where each input more takes a fourteenth of what the row may use.
 DEPTH = 1
 
-# Of a layer's forward, unless somebody knows better: it grows with the length of the documents.
+# The share of a layer's forward that attention takes, unless somebody knows better. It grows with the documents.
 ATTENTION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of one decoder layer for one row of T tokens."""
+    """Holds the bytes of one decoder layer for one packed sequence of T tokens."""
 
     input: int
     """The hidden states that enter it: T x hidden x itemsize."""
@@ -45,23 +45,25 @@ class LayerBytes:
     kept: int
     """All that its backward needs, the input and the attention output included."""
     backward: int
-    """What its backward takes on top of that while it runs."""
+    """Bytes that its backward takes on top of ``kept`` while it runs."""
     recomputed: int | None = None
-    """What is there instead of ``kept`` when it was computed again, if that is less: an MLP may keep nothing then."""
+    """Bytes that stand in place of ``kept`` after recomputation, if they are fewer: an MLP may keep nothing then."""
 
     def restored(self, tier: Tier) -> int:
-        """Bytes that its backward brings back beside what was stored."""
+        """Returns the bytes that the layer's backward brings back beside what was stored."""
         whole = self.kept if tier == "keep" or self.recomputed is None else self.recomputed
         return whole - self.stored(tier)
 
     def stored(self, tier: Tier) -> int:
-        """Bytes on the GPU from the layer's forward to its backward."""
+        """Returns the bytes on the GPU from the layer's forward to its backward."""
         on_gpu = {"keep": self.kept, "attention": self.input + self.attention, "checkpoint": self.input, "offload": 0}
         return on_gpu[tier]
 
 
 @dataclass(frozen=True)
-class Choice:
+class TierChoice:
+    """Holds the tier of every layer, what that takes, and the reason."""
+
     tiers: tuple[Tier, ...]
     """One per layer, in the order of the forward."""
     gpu_bytes: int
@@ -71,12 +73,14 @@ class Choice:
 
 
 def slab_bytes(n_offloaded: int, tokens: int, hidden: int, itemsize: int) -> int:
-    """Host memory of the inputs of ``n_offloaded`` layers: no rounding, nothing beside."""
+    """Returns the host memory of the inputs of ``n_offloaded`` layers: no rounding, nothing beside."""
     return n_offloaded * tokens * hidden * itemsize
 
 
 def peak_bytes(tiers: Sequence[Tier], layer: LayerBytes, loss: int = 0) -> int:
-    """Most bytes of activations on the GPU at any time of a step; ``loss``: workspace and gradient of the loss.
+    """Returns the most bytes of activations on the GPU at any time of a step.
+
+    loss: the workspace and the gradient of the loss.
 
     ::
 
@@ -87,7 +91,10 @@ def peak_bytes(tiers: Sequence[Tier], layer: LayerBytes, loss: int = 0) -> int:
 
 
 def _peak(runs: Sequence[tuple[Tier, int]], layer: LayerBytes, loss: int) -> int:
-    """`peak_bytes` of runs of equal tiers. Within a run the last layer is the worst: most is stored before it."""
+    """Computes `peak_bytes` from runs of equal tiers.
+
+    Within a run the last layer is the worst, because most is stored before it.
+    """
     stored = peak = offloaded = 0
     for tier, count in runs:
         if not count:
@@ -108,10 +115,11 @@ def choose_tiers(
     *,
     loss: int = 0,
     attention_share: float = ATTENTION_SHARE,
-) -> Choice:
-    """The split with the least recomputation whose peak fits ``budget`` and whose host part fits ``host_budget``.
+) -> TierChoice:
+    """Chooses the split with the least recomputation that fits ``budget`` on the GPU and ``host_budget`` on the host.
 
-    ``attention_share``: share of a layer's forward that attention takes (it grows with the length of the documents).
+    attention_share: the share of a layer's forward that attention takes; it grows with the length of the documents.
+
     Raises ValueError, with the least that would do, if even offloading every layer does not fit.
     """
     best: tuple[float, int, tuple[Tier, ...]] | None = None
@@ -130,7 +138,7 @@ def choose_tiers(
     if best is None:
         raise ValueError(_too_small(n_layers, layer, budget, host_budget, loss))
     tiers = best[2]
-    return Choice(
+    return TierChoice(
         tiers,
         gpu_bytes=peak_bytes(tiers, layer, loss),
         host_bytes=tiers.count("offload") * layer.input,
@@ -141,7 +149,10 @@ def choose_tiers(
 def _fewest_offloaded(
     n_layers: int, keep: int, attention: int, layer: LayerBytes, budget: int, loss: int
 ) -> tuple[Tier, ...] | None:
-    """The split with that many fast layers and as few offloaded ones as fit; None if not even all of the rest do."""
+    """Returns the split with that many fast layers and as few offloaded ones as fit.
+
+    Returns None if it does not fit even with all other layers offloaded.
+    """
     rest = n_layers - keep - attention
 
     def runs(offload: int) -> list[tuple[Tier, int]]:
@@ -161,7 +172,7 @@ def _fewest_offloaded(
 
 
 def describe(tiers: Sequence[Tier]) -> str:
-    """``20 offload, 10 checkpoint, 2 keep``, in the order of the forward."""
+    """Describes a split in the order of the forward: ``20 offload, 10 checkpoint, 2 keep``."""
     counts = [(tiers.count(tier), tier) for tier in reversed(TIERS)]
     return ", ".join(f"{count} {tier}" for count, tier in counts if count)
 
@@ -182,4 +193,5 @@ def _too_small(n_layers: int, layer: LayerBytes, budget: int, host_budget: int, 
 
 
 def gib(count: int) -> str:
+    """Writes a number of bytes in GiB."""
     return f"{count / 2**30:.2f} GiB"

@@ -1,6 +1,6 @@
-"""Cross-entropy over the supervised rows of a packed sequence, straight from the hidden states."""
+"""Computes the cross-entropy of the supervised positions of a packed sequence, straight from the hidden states."""
 
-from qlora_kernels.packed_ce.backend import choose_path
+from qlora_kernels.packed_ce.backend import PathChoice, PathName, choose_path
 from qlora_kernels.packed_ce.function import CEOutput, packed_linear_cross_entropy
 from qlora_kernels.packed_ce.head import NF4Head, PatchedHead
 from qlora_kernels.packed_ce.reference import reference_linear_cross_entropy
@@ -12,6 +12,8 @@ __all__ = [
     "HeadShape",
     "NF4Head",
     "PatchedHead",
+    "PathChoice",
+    "PathName",
     "Targets",
     "backward_bytes",
     "choose_path",

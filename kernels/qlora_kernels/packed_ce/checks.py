@@ -1,4 +1,4 @@
-"""Wrong arguments are refused with the argument's name and its value, before anything is computed."""
+"""Refuses wrong arguments with the argument's name and its value, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_arguments(
-    hidden: Tensor, head: Head, targets: Targets, row_weights: Tensor | None, bias: Tensor | None, may_wait: bool
+    hidden: Tensor, head: Head, targets: Targets, token_weights: Tensor | None, bias: Tensor | None, may_wait: bool
 ) -> None:
-    """``may_wait``: values on the device may be looked at even if that makes the host wait for it."""
+    """Raises ValueError for wrong shapes, types, devices and values.
+
+    may_wait: whether values on the device may be looked at even if that makes the host wait for it.
+    """
     if hidden.dim() != 2 or hidden.dtype not in FLOATING:
         raise ValueError(f"hidden: expected floating [T, D], got {hidden.dtype} {list(hidden.shape)}")
     if isinstance(head, Tensor) and (head.dim() != 2 or head.dtype not in FLOATING):
@@ -27,33 +30,41 @@ def check_arguments(
         _check_patch(head)
     named: dict[str, Head | None] = {
         "head": head,
-        "targets.rows": targets.rows,
-        "targets.ids": targets.ids,
-        "targets.docs": targets.docs,
+        "targets.positions": targets.positions,
+        "targets.labels": targets.labels,
+        "targets.documents": targets.documents,
     }
-    named |= {"row_weights": row_weights, "bias": bias}
+    named |= {"token_weights": token_weights, "bias": bias}
     named |= {"head.values": head.values} if isinstance(head, PatchedHead) else {}
     for name, value in named.items():
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
-    if row_weights is not None and (row_weights.shape != targets.rows.shape or not row_weights.is_floating_point()):
-        got = f"{row_weights.dtype} {list(row_weights.shape)}"
-        raise ValueError(f"row_weights: expected floating [{len(targets)}], got {got}")
+    if token_weights is not None and (
+        token_weights.shape != targets.positions.shape or not token_weights.is_floating_point()
+    ):
+        got = f"{token_weights.dtype} {list(token_weights.shape)}"
+        raise ValueError(f"token_weights: expected floating [{len(targets)}], got {got}")
     if bias is not None and (bias.shape != (head.shape[0],) or not bias.is_floating_point()):
         raise ValueError(f"bias: expected floating [{head.shape[0]}], got {bias.dtype} {list(bias.shape)}")
-    _check_range("targets.rows", targets.rows, targets.row_range, hidden.shape[0], "rows of hidden", may_wait)
-    _check_range("targets.ids", targets.ids, targets.id_range, head.shape[0], "words of the vocabulary", may_wait)
+    _check_range(
+        "targets.positions", targets.positions, targets.position_range, hidden.shape[0], "positions of hidden", may_wait
+    )
+    _check_range(
+        "targets.labels", targets.labels, targets.label_range, head.shape[0], "tokens of the vocabulary", may_wait
+    )
 
 
 def _check_patch(head: PatchedHead) -> None:
     vocabulary, width = head.shape
     if head.base.requires_grad:
         raise ValueError("head.base: it is trained as a whole; give it as head, without a PatchedHead")
-    if head.values.shape != (len(head.ids), width) or not head.values.is_floating_point():
+    if head.values.shape != (len(head.token_ids), width) or not head.values.is_floating_point():
         got = f"{head.values.dtype} {list(head.values.shape)}"
-        raise ValueError(f"head.values: expected floating [{len(head.ids)}, {width}], got {got}")
-    if len(set(head.ids)) < len(head.ids) or any(not 0 <= word < vocabulary for word in head.ids):
-        raise ValueError(f"head.ids: expected distinct rows of a head of {vocabulary}, got {list(head.ids)}")
+        raise ValueError(f"head.values: expected floating [{len(head.token_ids)}, {width}], got {got}")
+    if len(set(head.token_ids)) < len(head.token_ids) or any(not 0 <= token < vocabulary for token in head.token_ids):
+        raise ValueError(
+            f"head.token_ids: expected distinct rows of a head of {vocabulary}, got {list(head.token_ids)}"
+        )
 
 
 def _check_range(

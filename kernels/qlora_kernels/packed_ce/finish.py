@@ -1,4 +1,4 @@
-"""From the sum over the other classes to the loss of a row and the factors of its gradient.
+"""Computes the loss of a row and the factors of its gradient from the sum over the other classes.
 
 With the shift ``m`` of a row (in units of log 2), ``s = sum_{j != y} 2^(z_j - m)`` and ``r = 2^(z_y - m)``::
 
@@ -19,51 +19,58 @@ from qlora_kernels.packed_ce.options import LN2, Options
 
 
 @dataclass(frozen=True)
-class RowState:
-    """Running values of the rows while the vocabulary goes by, all [M], logits in units of log 2.
+class OnlineSoftmax:
+    """Holds the running values of an online softmax while the vocabulary goes by tile by tile, all [M].
 
-    target: z_y; shift: m; others: s; top: largest z_j, j != y; z_sum: sum of all z_j (kept for label smoothing).
+    target: z_y; shift: m; sum_exp: s; max_logit: largest z_j, j != y; z_sum: sum of all z_j (kept for label smoothing).
+    Logits are in units of log 2.
     """
 
     target: Tensor
     shift: Tensor
-    others: Tensor
-    top: Tensor
+    sum_exp: Tensor
+    max_logit: Tensor
     z_sum: Tensor
 
     @classmethod
-    def begin(cls, target: Tensor, shift: Tensor) -> RowState:
+    def begin(cls, target: Tensor, shift: Tensor) -> OnlineSoftmax:
+        """Returns the state before the first tile: no other class has been seen yet."""
         zeros = torch.zeros_like(shift)
         return cls(target, shift, zeros, torch.full_like(shift, -torch.inf), zeros.clone())
 
-    def part(self, rows: slice) -> RowState:
-        return RowState(*(t[rows] for t in (self.target, self.shift, self.others, self.top, self.z_sum)))
+    def part(self, rows: slice) -> OnlineSoftmax:
+        """Returns the state of some rows, as views."""
+        return OnlineSoftmax(*(t[rows] for t in (self.target, self.shift, self.sum_exp, self.max_logit, self.z_sum)))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Per row: the objective and nll in nats, hit, and the gradient's factors: ``dz_j = of_sum * 2^(z_j - m)`` for
-    the other classes and ``of_target`` for the target, before ``- label_smoothing / V`` on all classes."""
+    """Holds the result for each row of logits: its losses in nats, whether it is correct, and its gradient's factors.
 
-    objective: Tensor
+    The gradient is ``dz_j = sum_factor * 2^(z_j - m)`` for the other classes and ``target_factor`` for the target,
+    before ``- label_smoothing / V`` on all classes.
+    """
+
+    token_loss: Tensor
     nll: Tensor
-    hit: Tensor
-    of_sum: Tensor
-    of_target: Tensor
+    correct: Tensor
+    sum_factor: Tensor
+    target_factor: Tensor
 
 
-def finish(state: RowState, options: Options, vocabulary: int) -> Finished:
+def finish(state: OnlineSoftmax, options: Options, vocabulary: int) -> Finished:
+    """Turns the running values of all rows into their losses and the factors of their gradient."""
     gap = state.shift - state.target
     ratio = torch.exp2(-gap)
-    denominator = state.others + ratio
+    denominator = state.sum_exp + ratio
     # Far below the largest logit, s / r overflows; there the plain logarithm is exact enough.
-    near = torch.log1p(state.others * torch.exp2(gap.clamp(max=60)))
+    near = torch.log1p(state.sum_exp * torch.exp2(gap.clamp(max=60)))
     nll = torch.where(gap < 60, near, LN2 * (gap + torch.log2(denominator)))
     lse = nll + LN2 * state.target
-    objective, extra = nll, 2 * options.z_loss * lse
+    token_loss, extra = nll, 2 * options.z_loss * lse
     if options.label_smoothing:
-        objective = objective + options.label_smoothing * LN2 * (state.target - state.z_sum / vocabulary)
+        token_loss = token_loss + options.label_smoothing * LN2 * (state.target - state.z_sum / vocabulary)
     if options.z_loss:
-        objective = objective + options.z_loss * lse.square()
-    of_target = (extra * ratio - state.others) / denominator + options.label_smoothing
-    return Finished(objective, nll, state.top <= state.target, (1 + extra) / denominator, of_target)
+        token_loss = token_loss + options.z_loss * lse.square()
+    target_factor = (extra * ratio - state.sum_exp) / denominator + options.label_smoothing
+    return Finished(token_loss, nll, state.max_logit <= state.target, (1 + extra) / denominator, target_factor)

@@ -1,26 +1,32 @@
-"""The output head as the kernels see it: a dense [V, D] tensor, NF4 that is dequantised tile by tile, or either of them
-with a few rows that are trained."""
+"""Describes the output head as the kernels see it.
+
+It is a dense [V, D] tensor, a head in NF4 that is dequantised tile by tile, or either of them with a few rows that are
+trained.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 
 class NF4Head(NF4Weight):
-    """A frozen 4-bit head [V, D] of which never more than one tile of rows exists in full precision.
+    """Holds a frozen 4-bit head [V, D] of which never more than one tile of rows exists in full precision.
 
-    Its scales are kept in float32 (an eighth of the packed bytes), so that a tile reads its own only.
+    Its scales are kept in float32 (an eighth of the packed bytes), so that a tile reads only its own.
     """
 
     @classmethod
-    def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> NF4Head:
-        """From a quantised weight and its ``quant_state``, as ``Linear4bit.weight`` carries them."""
+    def from_bitsandbytes(cls, packed: Tensor, quant_state: QuantState) -> NF4Head:
+        """Makes a head of a quantised weight and its ``quant_state``, as ``Linear4bit.weight`` carries them."""
         weight = NF4Weight.from_bitsandbytes(packed, quant_state)
         width = weight.shape[1]
         if width % weight.blocksize:
@@ -30,13 +36,13 @@ class NF4Head(NF4Weight):
 
 @dataclass(frozen=True)
 class PatchedHead:
-    """A frozen head [V, D] in which ``values`` [k, D], which are trained, stand in the place of the rows ``ids``.
+    """Holds a frozen head [V, D] whose rows ``token_ids`` are replaced by the trained ``values`` [k, D].
 
     Added tokens are trained like this. To train the whole head for them would take its gradient, [V, D] in float32.
     """
 
     base: Tensor | NF4Head
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     values: Tensor
     requires_grad = False
 
@@ -54,15 +60,20 @@ class PatchedHead:
         return self.base.device
 
     def rows(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """[n, D]. Copies what it changes; the ids are known to the host, so that it never waits for a device."""
+        """Returns rows of the head [n, D] in ``dtype``, and copies only what it changes.
+
+        The host knows the token ids, so it never waits for a device.
+        """
         # Rounded to the head's type first, as they are wherever else the model is computed.
         rows, values = head_rows(self.base, which, dtype), self.values.detach().to(self.dtype).to(dtype)
         if isinstance(which, Tensor):
-            for word, value in zip(self.ids, values, strict=True):
-                rows = torch.where((which == word)[:, None], value, rows)
+            for token, value in zip(self.token_ids, values, strict=True):
+                rows = torch.where((which == token)[:, None], value, rows)
             return rows
         first = which.start or 0
-        inside = [(place, word - first) for place, word in enumerate(self.ids) if 0 <= word - first < len(rows)]
+        inside = [
+            (place, token - first) for place, token in enumerate(self.token_ids) if 0 <= token - first < len(rows)
+        ]
         if inside and isinstance(self.base, Tensor) and self.base.dtype == dtype:
             rows = rows.clone()  # a view of the head itself; else it is a copy already
         for place, row in inside:
@@ -74,7 +85,7 @@ Head = Tensor | NF4Head | PatchedHead
 
 
 def head_rows(head: Head, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of any kind of head: [n, D] in ``dtype``; a view where nothing has to be converted."""
+    """Returns rows of any kind of head: [n, D] in ``dtype``, as a view where nothing has to be converted."""
     if isinstance(head, PatchedHead):
         return head.rows(which, dtype)
     rows = head.rows(which) if isinstance(head, NF4Head) else head.detach()[which]

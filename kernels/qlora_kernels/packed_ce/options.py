@@ -1,4 +1,4 @@
-"""What happens to the logits and to the loss besides the plain cross-entropy."""
+"""Defines what happens to the logits and to the loss besides the plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ LN2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Options:
-    """``z = cap * tanh(scale * (h @ w + b) / cap)``; ``loss = nll + smoothing * (z_y - mean z) + z_loss * lse^2``.
+    """Holds the options of the loss.
+
+    With the raw logits ``x = h @ w + b``::
+
+        z = cap * tanh(scale * x / cap)
+        loss = nll + smoothing * (z_y - mean z) + z_loss * lse^2
 
     The smoothing term is the usual one, ``(1 - e) * nll + e * mean_j(lse - z_j)``, written with ``lse = nll + z_y``.
     """

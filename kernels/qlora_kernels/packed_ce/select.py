@@ -1,7 +1,7 @@
-"""Triton kernels that find the supervised rows on the device: count, prefix sum, ordered compaction. No atomics,
-so the rows come out in order and always the same.
+"""Finds the supervised positions on the device, in Triton: count, prefix sum, ordered compaction.
 
-Plain reference: `targets._select_in_torch`.
+There are no atomics, so the positions come out in order and always the same. Plain reference:
+`targets._select_in_torch`.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -14,46 +14,55 @@ from torch import Tensor
 
 
 @triton.jit
-def keep(labels, docs, t, T, ignore):
-    """Row t is supervised iff token t + 1 exists, is labelled and belongs to the same document."""
+def keep(labels, documents, t, T, ignore):
+    """Loads a block of positions and returns which are supervised, their labels and their documents."""
     follows = t + 1 < T
     y = tl.load(labels + t + 1, mask=follows, other=0)
-    here = tl.load(docs + t, mask=t < T, other=-1)
-    there = tl.load(docs + t + 1, mask=follows, other=-2)
+    here = tl.load(documents + t, mask=t < T, other=-1)
+    there = tl.load(documents + t + 1, mask=follows, other=-2)
     return follows & (y != ignore) & (here == there), y, here
 
 
 @triton.jit
-def count_kernel(labels, docs, counts, T, ignore, BLOCK: tl.constexpr):
+def count_kernel(labels, documents, counts, T, ignore, BLOCK: tl.constexpr):
+    """Counts the supervised positions of a block."""
     block = tl.program_id(0)
-    kept, _, _ = keep(labels, docs, block * BLOCK + tl.arange(0, BLOCK), T, ignore)
+    kept, _, _ = keep(labels, documents, block * BLOCK + tl.arange(0, BLOCK), T, ignore)
     tl.store(counts + block, tl.sum(kept.to(tl.int32), 0))
 
 
 @triton.jit
-def compact_kernel(labels, docs, ends, rows, ids, row_docs, T, ignore, BLOCK: tl.constexpr):
-    """ends: inclusive prefix sum of the counts. A block writes from where the blocks before it end."""
+def compact_kernel(labels, documents, ends, positions, kept_labels, kept_documents, T, ignore, BLOCK: tl.constexpr):
+    """Writes the supervised positions of a block behind those of the blocks before it.
+
+    ends: the inclusive prefix sum of the counts.
+    """
     block = tl.program_id(0)
     t = block * BLOCK + tl.arange(0, BLOCK)
-    kept, y, document = keep(labels, docs, t, T, ignore)
+    kept, y, document = keep(labels, documents, t, T, ignore)
     one = kept.to(tl.int32)
     begin = tl.load(ends + block) - tl.sum(one, 0)
     place = begin + tl.cumsum(one, 0) - one
-    tl.store(rows + place, t, mask=kept)
-    tl.store(ids + place, y.to(tl.int32), mask=kept)
-    tl.store(row_docs + place, document, mask=kept)
+    tl.store(positions + place, t, mask=kept)
+    tl.store(kept_labels + place, y.to(tl.int32), mask=kept)
+    tl.store(kept_documents + place, document, mask=kept)
 
 
-def select_rows(
-    labels: Tensor, docs: Tensor, ignore_index: int, n_supervised: int | None, block: int = 1024
+def select_positions(
+    labels: Tensor, documents: Tensor, ignore_index: int, n_supervised: int | None, block: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """labels int [T], docs int32 [T] -> rows, ids, docs int32 [M]. Knowing M beforehand saves the only wait."""
+    """Selects the supervised positions: labels int [T], documents int32 [T] -> positions, labels, documents int32 [M].
+
+    The host waits for the device once, for M, unless ``n_supervised`` says it.
+    """
     T = labels.numel()
     blocks = triton.cdiv(T, block)
     counts = torch.empty(blocks, dtype=torch.int32, device=labels.device)
-    count_kernel[(blocks,)](labels, docs, counts, T, ignore_index, BLOCK=block)
+    count_kernel[(blocks,)](labels, documents, counts, T, ignore_index, BLOCK=block)
     ends = counts.cumsum(0, dtype=torch.int32)
-    rows, ids, row_docs = (torch.empty(T, dtype=torch.int32, device=labels.device) for _ in range(3))
-    compact_kernel[(blocks,)](labels, docs, ends, rows, ids, row_docs, T, ignore_index, BLOCK=block)
+    positions, kept_labels, kept_documents = (torch.empty(T, dtype=torch.int32, device=labels.device) for _ in range(3))
+    compact_kernel[(blocks,)](
+        labels, documents, ends, positions, kept_labels, kept_documents, T, ignore_index, BLOCK=block
+    )
     count = int(ends[-1]) if n_supervised is None else n_supervised
-    return rows[:count], ids[:count], row_docs[:count]
+    return positions[:count], kept_labels[:count], kept_documents[:count]

@@ -1,4 +1,4 @@
-"""How the two paths cut their work, and so how many bytes they take beside what they return.
+"""Says how the two paths cut their work, and so how many bytes they take beside what they return.
 
 Whoever plans memory asks here (`workspace_bytes`, `backward_bytes`); the paths ask the same functions for their shapes.
 """
@@ -6,12 +6,12 @@ Whoever plans memory asks here (`workspace_bytes`, `backward_bytes`); the paths 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from qlora_kernels.packed_ce.backend import PathName
 from qlora_kernels.packed_ce.head import Head, NF4Head, PatchedHead
-from qlora_kernels.packed_ce.problem import compute_dtype
+from qlora_kernels.packed_ce.inputs import compute_dtype
 
 # ------------------------------------------------------------------ on a GPU
 
@@ -36,7 +36,10 @@ NF4_BLOCK = 64
 
 @dataclass(frozen=True)
 class HeadShape:
-    """An output head [vocabulary, width] as far as memory goes. ``trained_rows``: those of a `PatchedHead`."""
+    """Describes an output head [vocabulary, width] as far as memory goes.
+
+    trained_rows: the number of trained rows of a `PatchedHead`.
+    """
 
     vocabulary: int
     width: int
@@ -46,35 +49,38 @@ class HeadShape:
 
     @classmethod
     def of(cls, head: Head) -> HeadShape:
+        """Returns the shape of a head."""
         base = head.base if isinstance(head, PatchedHead) else head
-        rows = len(head.ids) if isinstance(head, PatchedHead) else 0
+        rows = len(head.token_ids) if isinstance(head, PatchedHead) else 0
         return cls(head.shape[0], head.shape[1], head.dtype, isinstance(base, NF4Head), rows)
 
     @property
     def whole(self) -> bool:
-        """Whether it is there as one dense matrix, of which a tile is a view."""
+        """Returns whether the head is one dense matrix, of which a tile is a view."""
         return not (self.in_4bit or self.trained_rows)
 
 
 def block_shape(width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows of a block, columns of a tile)"""
+    """Returns (rows of a block, columns of a tile)."""
     if width < WIDE:  # in float32 half the columns take half the memory, and no more time
         return BLOCK_ROWS, TORCH_TILE if dtype == torch.bfloat16 else TORCH_TILE // 2
     return (-(-BLOCK_ROWS // 4), 2 * TORCH_TILE) if dtype == torch.bfloat16 else (-(-BLOCK_ROWS // 2), TORCH_TILE)
 
 
 def block_rows(count: int, width: int, dtype: torch.dtype) -> int:
-    """Rows of a block: about as many as `block_shape` says, equally, and in multiples of what a product does at once; a
-    ragged rest is slow."""
+    """Returns the rows of a block: about as many as `block_shape` says, in equal blocks.
+
+    They are a multiple of what a product does at once, because a ragged rest is slow.
+    """
     blocks = max(1, round(count / block_shape(width, dtype)[0]))
     return -(-count // (32 * blocks)) * 32
 
 
 def vocabulary_tile(head: HeadShape, trainable: bool, tile: int | None, budget: int) -> int | None:
-    """Columns of a tile of the vocabulary on a GPU; None where whole rows of logits are formed.
+    """Returns the columns of a tile of the vocabulary on a GPU; None where whole rows of logits are formed.
 
-    ``tile``: as the caller wants it. A gradient of the head (``trainable``) needs whole rows: their sum is not known
-    before the last tile.
+    tile: the columns that the caller wants. trainable: whether the head has a gradient, which needs whole rows because
+    their sum is not known before the last tile.
     """
     few = budget // (4 * padded(head.vocabulary)) < FEWEST_ROWS
     if tile is None and (not head.whole or (few and not trainable)):
@@ -83,19 +89,25 @@ def vocabulary_tile(head: HeadShape, trainable: bool, tile: int | None, budget: 
 
 
 def group_rows(count: int, tile: int, budget: int) -> int:
-    """Rows that go through all tiles together."""
+    """Returns the rows that go through all tiles together."""
     most = max(1, budget // (4 * padded(tile)))
     return _ceil_divide(count, _ceil_divide(count, most))
 
 
 def padded(columns: int) -> int:
-    """Rows of a workspace start at multiples of 16 bytes in either type, as cuBLAS likes them."""
+    """Returns the columns of a row of the workspace.
+
+    Its rows start at multiples of 16 bytes in either type, as cuBLAS likes them.
+    """
     return -(-columns // 8) * 8
 
 
 def chunk_rows(count: int, width: int, vocabulary: int, budget: int, processors: int) -> int:
-    """Rows per chunk: one full wave of 128 x 256 tiles in the second product if the budget allows, in equal chunks of
-    multiples of 128, because a ragged last chunk would waste most of a wave."""
+    """Returns the rows of a chunk.
+
+    They are one full wave of 128 x 256 tiles in the second product if the budget allows. Chunks are equal and multiples
+    of 128, because a ragged last chunk would waste most of a wave.
+    """
     wave = _ceil_divide(processors * 128 * 256, width)
     most = max(1, budget // (4 * padded(vocabulary)))
     largest = max(1, min(max(512, wave), 4096, most))
@@ -117,13 +129,14 @@ def workspace_bytes(
     head: HeadShape,
     count: int,
     dtype: torch.dtype,
-    path: Literal["torch", "triton"],
+    path: PathName,
     device: torch.device,
     capped: bool = False,
 ) -> int:
-    """Most bytes that the forward of ``count`` supervised rows takes beside the gradient of those rows, [count, width].
+    """Returns the most bytes that the forward takes beside the gradient of its ``count`` positions, [count, width].
 
-    ``dtype``: of the hidden states. ``capped``: with a softcap. For a frozen head, without label smoothing or bias.
+    dtype: the type of the hidden states. capped: whether there is a softcap. The figure holds for a frozen head,
+    without label smoothing or bias.
     """
     if path == "torch":
         return _of_torch(head, count, dtype, device, capped)
@@ -132,7 +145,10 @@ def workspace_bytes(
 
 
 def backward_bytes(head: HeadShape, count: int) -> int:
-    """Most bytes that the backward takes beside the gradient of all hidden states: for the trained rows of the head."""
+    """Returns the most bytes that the backward takes beside the gradient of all hidden states.
+
+    Only a head with trained rows takes any.
+    """
     if not head.trained_rows:
         return 0
     # The hidden states, the targets' rows of the head and their product, in float32; the values and their gradient.
@@ -141,6 +157,7 @@ def backward_bytes(head: HeadShape, count: int) -> int:
 
 
 def _of_torch(head: HeadShape, count: int, dtype: torch.dtype, device: torch.device, capped: bool) -> int:
+    """Returns the bytes that the path in plain torch takes."""
     product = compute_dtype(dtype, head.dtype, device)
     wide = torch.promote_types(product, torch.float32)
     step, tile = block_rows(count, head.width, product), block_shape(head.width, product)[1]
@@ -150,22 +167,29 @@ def _of_torch(head: HeadShape, count: int, dtype: torch.dtype, device: torch.dev
     # The supervised rows, gathered; their sums, where those are not the result; the second product of a block.
     rows = count * head.width * (product.itemsize + (wide.itemsize if dtype != wide else 0))
     rows += min(step, count) * head.width * product.itemsize if product != wide else 0
-    # Of each row: ids, order and columns; start, slope, five running values, three results.
+    # Each row has its label, order and column, its start and slope, five running values and three results.
     vectors = count * (24 + product.itemsize + 8 + 7 * wide.itemsize + 1)
     return logits + rows + vectors + _copied_head(head, tile, product)
 
 
 def _of_rows(head: HeadShape, count: int, dtype: torch.dtype) -> int:
-    """Logits of a chunk, its rows and those of the chunk before; and the head, where that is no dense matrix. Of all
-    rows three results."""
+    """Returns the bytes that whole rows of logits take on a GPU.
+
+    They are the logits of a chunk, its hidden states and those of the chunk before, the head where it is no dense
+    matrix, and three results of every row.
+    """
     rows = min(count, max(1, WORKSPACE_BYTES // (4 * padded(head.vocabulary))), 4096)
     gathered = rows * head.width * dtype.itemsize * (1 if rows == count else 2)
     return rows * 4 * padded(head.vocabulary) + gathered + 9 * count + _copied_head(head, head.vocabulary, dtype)
 
 
 def _of_tiles(head: HeadShape, count: int, dtype: torch.dtype, tile: int) -> int:
-    """Of a group: its rows, their targets' rows of the head, their sums in float32, some values of each row; before, to
-    find the targets' logits, three matrices in float32 in the place of logits and sums. Of all rows three results."""
+    """Returns the bytes that tiles of the vocabulary take on a GPU.
+
+    A group has its hidden states, its targets' rows of the head, its sums in float32 and some values of each row.
+    Before, to find the targets' logits, three matrices in float32 stand in the place of logits and sums. Every row has
+    three results.
+    """
     rows = group_rows(count, tile, WORKSPACE_BYTES)
     logits = 4 * padded(tile) + 4 * head.width
     begin = 12 * head.width if dtype != torch.float32 else 4 * head.width
@@ -175,7 +199,10 @@ def _of_tiles(head: HeadShape, count: int, dtype: torch.dtype, tile: int) -> int
 
 
 def _copied_head(head: HeadShape, tile: int, dtype: torch.dtype) -> int:
-    """A tile of the head where it is no view: in 4 bits, in another type, or with trained rows in it."""
+    """Returns the bytes of a tile of the head where it is no view.
+
+    It is a copy where the head is in 4 bits, in another type, or has trained rows in the tile.
+    """
     if head.whole and head.dtype == dtype:
         return 0
     values = min(tile, head.vocabulary) * head.width
@@ -185,5 +212,5 @@ def _copied_head(head: HeadShape, tile: int, dtype: torch.dtype) -> int:
 
 
 def _scales(head: HeadShape) -> int:
-    """The scales of a head in 4 bits, in float32."""
+    """Returns the bytes of the scales of a head in 4 bits, in float32."""
     return head.vocabulary * head.width // NF4_BLOCK * 4 if head.in_4bit else 0

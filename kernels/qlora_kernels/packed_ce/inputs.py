@@ -1,4 +1,4 @@
-"""What the two paths are given, and what they return."""
+"""Defines what both paths are given, and what they return."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from qlora_kernels.packed_ce.options import Options
 
 
 @dataclass
-class Result:
-    """objective, nll, hit: [M]; unscaled: d objective / d hidden row [M, D]; head, bias: gradients of
-    ``sum_i weights_i * objective_i`` in at least float32; None where nobody asked."""
+class LossResult:
+    """Holds what a path returns for the M supervised positions.
 
-    objective: Tensor
+    token_loss, nll, correct: [M]; grad_hidden: d token_loss / d hidden state, [M, D]; grad_head, grad_bias: gradients
+    of ``sum_i weights_i * token_loss_i`` in at least float32. A gradient that nobody asked for is None.
+    """
+
+    token_loss: Tensor
     nll: Tensor
-    hit: Tensor
-    unscaled: Tensor | None = None
-    head: Tensor | None = None
-    bias: Tensor | None = None
+    correct: Tensor
+    grad_hidden: Tensor | None = None
+    grad_head: Tensor | None = None
+    grad_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What every path is given. rows, ids: int [M]; weights: float [M], read only for the head's gradient."""
+class LossInputs:
+    """Holds what every path is given. positions, labels: int [M]; weights: float [M], read for the head's gradient."""
 
     hidden: Tensor
     head: Head
     bias: Tensor | None
-    rows: Tensor
-    ids: Tensor
+    positions: Tensor
+    labels: Tensor
     weights: Tensor | None
     options: Options
     need_hidden: bool
@@ -46,8 +49,10 @@ class Problem:
 
 
 def compute_dtype(hidden: torch.dtype, head: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the products of the path in plain torch run in: bfloat16 only if both factors are and the device is faster
-    with it."""
+    """Returns the type in which the path in plain torch multiplies.
+
+    It is bfloat16 only if both factors are and the device is faster with it.
+    """
     if torch.float64 in (hidden, head):
         return torch.float64
     if hidden != torch.bfloat16 or head != torch.bfloat16:

@@ -1,17 +1,23 @@
-"""A model without its weights: built by transformers on the meta device, from config.json alone."""
+"""Builds a model without its weights: transformers makes it on the meta device, from config.json alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def skeleton(settings: Any) -> Any:
-    """``settings``: transformers' configuration object. Raises `ConfigError` for a model that is not known."""
+
+def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
+    """Builds the model without its weights.
+
+    settings: transformers' configuration object. Raises `ConfigError` for a model that is not known.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -23,8 +29,11 @@ def skeleton(settings: Any) -> Any:
         ) from None
 
 
-def read_settings(config: Config, base: str) -> Any:
-    """transformers' configuration object of the base, scaled as configured. Raises `ConfigError`."""
+def read_settings(config: Config, base: str) -> PretrainedConfig:
+    """Returns transformers' configuration object of the base, scaled as configured.
+
+    Raises `ConfigError` if it cannot be read.
+    """
     from qlora_sft.model.rope import scaled_config
 
     try:
@@ -45,7 +54,7 @@ def check_layers(config: Config, base: str) -> None:
     demanded = config.memory.tiled_mlp == "on"
     if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit and not demanded:
         return
-    model = skeleton(read_settings(config, base))
+    model = meta_model(read_settings(config, base))
     targets = target_modules(model, config.lora)
     if config.model.head_in_4bit:
         check_frozen_head(config.model, new_rows(config.model, base))
@@ -54,10 +63,10 @@ def check_layers(config: Config, base: str) -> None:
         why_mlp_stays(model, targets, config)
 
 
-def why_mlp_stays(model: Any, targets: list[str], config: Config) -> str:
+def why_mlp_stays(model: PreTrainedModel, targets: list[str], config: Config) -> str:
     """Says why the MLPs of a model without weights would not be tiled; "" if they would be.
 
-    Goes by the rule of the run, which looks at layers with their adapters: ``model`` is given some. Raises
+    The rule is that of the run, which looks at layers with their adapters, so ``model`` is given some. Raises
     `ConfigError` where tiles are demanded and cannot be.
     """
     from peft import LoraConfig, inject_adapter_in_model

@@ -1,4 +1,4 @@
-"""The Triton kernels over rows of logits: one for whole rows, one for a tile of the vocabulary.
+"""Computes losses and gradients from rows of logits in Triton, with one kernel for whole rows and one for a tile.
 
 Plain reference: `reference.reference_linear_cross_entropy` and its autograd.
 
@@ -27,7 +27,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def transform(x, scale, cap, HAS_CAP: tl.constexpr):
-    """``z`` and ``dz / dx``. tanh by way of the sigmoid: libdevice is not available to the interpreter."""
+    """Returns ``z`` and ``dz / dx``. tanh goes by way of the sigmoid: the interpreter has no libdevice."""
     z = x * scale
     slope = scale
     if HAS_CAP:
@@ -39,6 +39,7 @@ def transform(x, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def load_logits(X, bias, columns, inside, HAS_BIAS: tl.constexpr):
+    """Loads a block of logits of one row in float32, with the bias added."""
     x = tl.load(X + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +48,7 @@ def load_logits(X, bias, columns, inside, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def softplus_and_sigmoid(q):
-    """``log(1 + e^q)`` and ``1 / (1 + e^-q)`` and its complement; none of them loses digits in a tail."""
+    """Returns ``log(1 + e^q)``, ``1 / (1 + e^-q)`` and its complement; none of them loses digits in a tail."""
     e = tl.exp2(-tl.abs(q) * LOG2E)
     u = 1.0 + e
     # log1p(e) = log(u) * e / (u - 1): the rounding of u cancels (Kahan). For e below half an ulp of 1 it is e itself.
@@ -59,11 +60,11 @@ def softplus_and_sigmoid(q):
 
 @triton.jit
 def row_kernel(
-    X, stride_x, G, stride_g, bias, ids, objective, nll, hit, V, scale, cap, smoothing, z_loss,
+    X, stride_x, G, stride_g, bias, labels, token_loss, nll, correct, V, scale, cap, smoothing, z_loss,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: logits X float32 [n, V] -> objective, nll, hit [n], and d objective / d x into G."""
+    """Turns each row of logits X float32 [n, V] into token_loss, nll, correct [n], and d token_loss / d x in G."""
     # int64: row * stride passes 2^31 from 16,744 rows of 128,256 columns on.
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
@@ -71,7 +72,7 @@ def row_kernel(
     columns = tl.arange(0, BLOCK)
 
     # 1. The target. Outside of the vocabulary nothing is read, and the row's loss is NaN.
-    y = tl.load(ids + row)
+    y = tl.load(labels + row)
     known = (y >= 0) & (y < V)
     x_y = load_logits(X, bias, tl.where(known, y, 0), known, HAS_BIAS)
     z_y, _slope_y = transform(tl.where(known, x_y, float("nan")), scale, cap, HAS_CAP)
@@ -95,14 +96,14 @@ def row_kernel(
     loss, not_y, p_y = softplus_and_sigmoid(m + tl.log(s) - z_y)
     lse = loss + z_y
     tl.store(nll + row, loss)
-    tl.store(hit + row, (z_y >= m).to(tl.int8))
+    tl.store(correct + row, (z_y >= m).to(tl.int8))
     extra = 0.0
     if Z_LOSS:
         extra = 2.0 * z_loss * lse
         loss += z_loss * lse * lse
     if SMOOTH:
         loss += smoothing * (z_y - z_sum / V)
-    tl.store(objective + row, loss)
+    tl.store(token_loss + row, loss)
 
     # 4. The gradient, in place.
     if GRAD:
@@ -120,20 +121,20 @@ def row_kernel(
 
 @triton.jit
 def tile_kernel(
-    X, stride_x, G, stride_g, bias, ids, first, width, shift, others, top, z_sum, factor, scale, cap,
+    X, stride_x, G, stride_g, bias, labels, first, width, shift, sum_exp, max_logit, z_sum, factor, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of a tile of columns ``first .. first + width``: logits X float32 [n, width] -> in place
+    """Updates each row of a tile of columns ``first .. first + width``: logits X float32 [n, width] -> in place
     ``G = 2^(z - shift) * dz/dx`` (0 for the target). Logits in units of log 2.
 
-    shift, others, top, z_sum: float32 [n], the running values of `finish.RowState`, updated; factor: [n], what
-    everything summed with the old shift has to be multiplied with.
+    shift, sum_exp, max_logit, z_sum: float32 [n], the running values of `finish.OnlineSoftmax`, updated; factor: [n],
+    what everything summed with the old shift has to be multiplied with.
     """
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
     G += row * stride_g
     columns = tl.arange(0, BLOCK)
-    y = tl.load(ids + row) - first
+    y = tl.load(labels + row) - first
 
     # 1. The largest of the others; the shift never falls, so factor <= 1.
     largest = -float("inf")
@@ -163,7 +164,7 @@ def tile_kernel(
     # 3. The running values.
     tl.store(shift + row, m)
     tl.store(factor + row, alpha)
-    tl.store(others + row, tl.load(others + row) * alpha + s)
-    tl.store(top + row, tl.maximum(tl.load(top + row), largest))
+    tl.store(sum_exp + row, tl.load(sum_exp + row) * alpha + s)
+    tl.store(max_logit + row, tl.maximum(tl.load(max_logit + row), largest))
     if SMOOTH:
         tl.store(z_sum + row, tl.load(z_sum + row) + total)

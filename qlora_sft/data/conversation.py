@@ -1,0 +1,71 @@
+"""Define the one shape of a conversation that every reader produces and the renderer consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Required, TypedDict, cast
+
+from qlora_sft.json_types import JsonObject
+
+
+class FunctionCall(TypedDict):
+    """Names a function and the arguments that it is called with."""
+
+    name: str
+    arguments: JsonObject
+
+
+class ToolCall(TypedDict, total=False):
+    """Holds one tool call in OpenAI's form; ``id`` is absent where the data gives none."""
+
+    id: str
+    type: Required[str]
+    function: Required[FunctionCall]
+
+
+class Message(TypedDict, total=False):
+    """Holds one message of a chat."""
+
+    role: Required[str]
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    content: Required[str]
+    reasoning: str
+    """What an assistant thinks before its content."""
+    tool_calls: list[ToolCall]
+    name: str
+    tool_call_id: str
+    """The call that a tool message answers."""
+    train: bool
+    """False if the turn is not supervised."""
+    weight: float
+    """Factor on the loss of the turn."""
+    past: bool
+    """True for an assistant turn that is only context (see `unroll`)."""
+
+
+class Conversation(TypedDict, total=False):
+    """Holds one row: either ``messages`` or, for plain text, ``text``."""
+
+    messages: list[Message]
+    tools: list[JsonObject]
+    chat_template_kwargs: JsonObject
+    paired: bool
+    """True once every tool result stands behind its call."""
+    text: str
+    file: str
+    """Where the row came from; empty for a conversation that was not read from a source."""
+    line: int
+    """Line of the row, or its number in files without lines."""
+    notes: list[str]
+    """Remarkable facts about the row that are not faults."""
+
+
+def checked_message(fields: JsonObject) -> Message:
+    """Returns ``fields`` as a message; the caller has checked every key."""
+    return cast(Message, fields)
+
+
+def function_of(described: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns the ``function`` of a tool call or a tool description, or the whole where it has none around it."""
+    function = described.get("function", described)
+    return function if isinstance(function, Mapping) else {}
