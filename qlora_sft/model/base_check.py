@@ -16,7 +16,7 @@ import numpy as np
 from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
-from qlora_sft.model.base_files import Header, read_config, read_headers, text_config
+from qlora_sft.model.base_files import Header, has_experts, read_config, read_headers, text_config
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.rope import check_context
 from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
@@ -58,6 +58,11 @@ def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) 
         raise ConfigError(
             f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
             "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
+        )
+    if has_experts(settings):
+        raise ConfigError(
+            f"model.path: the experts in {base} are stored in 4 bits one by one, which cannot be trained here; name "
+            "the model that was not quantised (it is loaded in NF4)"
         )
     if not model.load_in_4bit:
         raise ConfigError(

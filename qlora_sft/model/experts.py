@@ -171,6 +171,17 @@ def check_reach(model: Any) -> None:
         )
 
 
+def check_blocks(model: Any) -> None:
+    """Raises `ConfigError` for experts that are no whole number of NF4's blocks."""
+    for path, module, name in stacks(model):
+        _, rows, width = stack_shape(module, name)
+        if rows // parts_of(module, name) * width % BLOCK:
+            raise ConfigError(
+                f"model.load_in_4bit: {path}.{name} has experts of {rows} x {width} weights, which cannot be cut into "
+                f"NF4's blocks of {BLOCK}; set it to false"
+            )
+
+
 def out_of_reach(model: Any) -> tuple[str, int, float]:
     """(class that has most of them, values, share of the blocks' values) of matrices in the decoder's blocks that are
     neither linear layers nor stacks of experts."""

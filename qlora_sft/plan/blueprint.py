@@ -7,7 +7,7 @@ real model. Which layers bitsandbytes quantises is asked of transformers' own ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Describes one stack of experts: ``count`` of them, each ``inputs`` -> ``outputs``."""
+
+    name: str
+    count: int
+    inputs: int
+    outputs: int
+    block: int
+    parts: int
+    """How many parts of an expert are quantised on their own."""
+    quantized: bool
+    adapted: bool
+
+
+@dataclass(frozen=True)
 class Norm:
     """Describes a normalisation layer."""
 
@@ -67,6 +82,8 @@ class Blueprint:
     linears: list[Linear]
     norms: list[list[Norm]]
     """The norms of every decoder layer."""
+    stacks: list[Stack] = field(default_factory=list)
+    """Of experts, in a mixture."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
     input_embedding: int = 0
@@ -158,6 +175,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         grown=model.num_parameters() - in_files,
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, prefix, targets, config),
+        stacks=_stacks(model, prefix, config),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks
@@ -173,12 +191,30 @@ def _input_embedding(model: PreTrainedModel) -> int:
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
+def _stacks(model: PreTrainedModel, prefix: str, config: Config) -> list[Stack]:
+    """Describes all stacks of experts of a model."""
+    from qlora_sft.model.experts import parts_of, stack_shape, stacks, target_parameters
+
+    targets = tuple(f".{name}" for name in target_parameters(model, config.lora))
+    found = []
+    for path, module, name in stacks(model):
+        count, rows, width = stack_shape(module, name)
+        outputs, inputs = (width, rows) if module.is_transposed else (rows, width)
+        full, block = f"{path}.{name}", int(path.removeprefix(prefix).split(".")[0])
+        adapted = bool(targets) and full.endswith(targets)
+        parts = parts_of(module, name)
+        found.append(Stack(full, count, inputs, outputs, block, parts, config.model.load_in_4bit, adapted))
+    return found
+
+
 def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
     """Describes all linear layers of a model."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = get_keys_to_not_convert(model)
+    from qlora_sft.model.experts import router_names
+
+    kept = [*get_keys_to_not_convert(model), *router_names(model)]
     head = model.get_output_embeddings()
 
     def quantized(name: str, module: torch.nn.Linear) -> bool:
