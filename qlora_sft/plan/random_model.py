@@ -28,43 +28,56 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.experts import router_names, target_parameters, use_our_experts
+    from qlora_sft.model.experts_lora import use_experts_lora
     from qlora_sft.model.head import quantize_head
     from qlora_sft.model.load import disable_inference_repacking, target_modules
+    from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     model.tie_weights()
-    targets = target_modules(model, config.lora)
+    targets, experts = target_modules(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:
-        _quantize(model.get_decoder().layers, dtype, device)
+        blocks = model.get_decoder().layers
+        _quantize(blocks, set(router_names(blocks)), dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
         # inputs to float32.
         model.is_loaded_in_4bit = True
-    _fill(model, dtype, device)
+    _fill(model, dtype, device, config.model.load_in_4bit)
     model.tie_weights()
+    use_our_experts(model)
     if config.model.head_in_4bit:
         quantize_head(model, dtype)
     model.requires_grad_(False)
     disable_inference_repacking(model)
     lora = config.lora
-    adapters = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    peft = get_peft_model(model, adapters).train()
+    adapters = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+        target_modules=targets, target_parameters=experts or None,
+    )  # fmt: skip
+    with as_named(model):
+        peft = get_peft_model(model, adapters).train()
+    use_experts_lora(peft)
     use_document_attention(peft)
     return peft
 
 
-def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
+def _quantize(layers: nn.Module, kept: set[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Replaces every linear layer but those ``kept`` by one with random NF4 weights, doubly quantised."""
     from qlora_sft.model.head import nf4_linear
 
-    for parent in list(layers.modules()):
+    for path, parent in list(layers.named_modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.Linear:
+            if type(old) is nn.Linear and f"{path}.{name}" not in kept:
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 
-def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives every parameter that has no values yet random ones, on ``device``."""
+def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> None:
+    """Gives every parameter that has no values yet random ones, on ``device``; experts become NF4 if ``in_4bit``."""
+    from qlora_sft.model.experts import stack_names
+    from qlora_sft.model.experts_load import quantize_experts
+
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -72,6 +85,8 @@ def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
                 setattr(module, name, filled)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+        if in_4bit and stack_names(module):
+            quantize_experts(module)
 
 
 def _random(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from qlora_sft.model.load import load_model
 from qlora_sft.plan import activations
 from qlora_sft.plan.activations import layer_bytes
 from qlora_sft.plan.blueprint import blueprint_of, check_headers
+from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.weights import adapter_tensors, residents
 
 BACKEND = ["model.backend=transformers", "model.chat_template=null", "lora.r=4"]
@@ -80,3 +81,16 @@ def test_a_router_that_is_not_known_is_named() -> None:
     for family, odd in (("gpt_oss", "this family's router"), ("glm4_moe", "experts beside a dense MLP")):
         with pytest.raises(ConfigError, match=f"what its layers keep is not known .*{odd}"):
             layer_bytes(blueprint_of(settings_of(family), config), 16, config.lora, torch.bfloat16, True)
+
+
+def test_a_random_model_of_this_shape_is_like_the_loaded_one(tmp_path: Path) -> None:
+    """For measurements: the same parameters, trained and frozen, in the same types."""
+    write_base(tmp_path, "deepseek_v3")
+    config = load_config("demo", [*BACKEND, f"model.path={tmp_path}"])
+    loaded: Any = load_model(config, str(tmp_path), torch.float32, "transformers")
+    drawn = random_model(settings_of("deepseek_v3"), config, torch.float32, torch.device("cpu"))
+    kinds = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()} for m in (loaded, drawn)]
+    assert kinds[0] == kinds[1]
+    ids = torch.arange(20)[None]
+    drawn(input_ids=ids, labels=ids, cu_seq_lens_q=torch.tensor([0, 20], dtype=torch.int32)).loss.backward()
+    assert all(p.grad is not None for p in drawn.parameters() if p.requires_grad)
