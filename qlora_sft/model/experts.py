@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import base_of, decoder_layers
 
 NAME = "qlora_experts"
 """Under which transformers knows `experts_forward`."""
@@ -212,8 +212,7 @@ def router_names(model: Any) -> list[str]:
 
 def decoder(model: Any) -> nn.Module:
     """The decoder's blocks."""
-    blocks: nn.Module = model.get_decoder().layers
-    return blocks
+    return nn.ModuleList(decoder_layers(model))
 
 
 def within_block(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.export.logits import expand_4bit
+from qlora_sft.model import experts_load
 from qlora_sft.model.experts import out_of_reach, stack_shape, stacks, target_parameters, weight_of
 from qlora_sft.model.experts_lora import ExpertsLora, use_experts_lora
 from qlora_sft.model.load import disable_inference_repacking, load_base, quantized_modules, target_modules, with_adapter
@@ -77,6 +79,24 @@ def test_nearly_all_of_the_blocks_is_in_nf4_and_each_expert_has_the_bits_of_a_la
             assert torch.equal(weight_of(module, name).dequantize(chosen)[-1].flatten(), expected)
         reference = weight_of(module, name).dequantize(slice(1, 2), torch.float64)  # by torch alone
         torch.testing.assert_close(reference.flatten(), expected.double(), rtol=0, atol=1e-7)
+
+
+def test_no_two_stacks_exist_in_full_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path, "qwen3_moe")
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    quantize = experts_load.quantized_stack
+
+    def watched(weight: Tensor, parts: int) -> Any:
+        alive.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(weight))
+        return quantize(weight, parts)
+
+    monkeypatch.setattr(experts_load, "quantized_stack", watched)
+    in_nf4(tmp_path)
+    assert len(alive) == 4
+    assert max(alive) <= 1
+    assert not any(each() is not None for each in seen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

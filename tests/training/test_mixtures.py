@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from conftest import configured
 from moe_bases import settings_of, write_base
 from safetensors.torch import load_file
+from tests_support import result
 from transformers import AutoModelForCausalLM
 
 from qlora_sft.config import Config
@@ -48,14 +50,14 @@ def test_a_trained_mixture_is_the_model_that_is_merged(family: str, tmp_path: Pa
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(t.any()) for name, t in adapter.items() if ".experts." in name)
     assert sum(".experts." in name for name in adapter) >= 4
-    result = merge_run(tmp_path / "run", onto="nf4-dequantized")
-    figures = check_parity(tmp_path / "run", Path(result.merged))["merged"]
+    written = merge_run(tmp_path / "run", onto="nf4-dequantized")
+    figures = check_parity(tmp_path / "run", Path(written.merged))["merged"]
     assert figures.kl <= 1e-6
     stored = {name for file in (tmp_path / "base").glob("*.safetensors") for name in load_file(file)}
     merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     assert set(merged) == stored
     other = merge_run(tmp_path / "run", tmp_path / "other", onto="bf16")
-    assert other.modules == result.modules
+    assert other.modules == written.modules
 
 
 def test_every_tier_trains_the_same_adapter(tmp_path: Path, small_tokenizer: Any) -> None:
@@ -66,6 +68,18 @@ def test_every_tier_trains_the_same_adapter(tmp_path: Path, small_tokenizer: Any
         adapters.append(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
     for other in adapters[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in adapters[0].items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_run_goes_on_to_the_same_adapter(family: str, tmp_path: Path, small_tokenizer: Any) -> None:
+    config = config_for(tmp_path, family, small_tokenizer, "training.save_steps=1", "training.save_total_limit=9")
+    train(config, say=lambda _: None)
+    run = tmp_path / "run"
+    whole = result(run)
+    for name in ("manifest.json", "adapter", "checkpoints/step-000002", "checkpoints/step-000003"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    assert train(config, say=lambda _: None, resume=True).resumed_at == 1
+    assert result(run) == whole
 
 
 def test_frozen_experts_are_left_out_with_a_count(tmp_path: Path, small_tokenizer: Any) -> None:
