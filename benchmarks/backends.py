@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "backends.jsonl"
@@ -49,6 +48,7 @@ def make_base(folder: Path, data: Path) -> None:
 
 
 def recipe(folder: Path, base: Path, data: Path, steps: int) -> Path:
+    """Writes the configuration of the runs."""
     file = folder / "recipe.yaml"
     train, held_out = (
         "\n".join(f"    - {{path: {path}, max_rows: {rows}}}" for path in sorted((data / part).glob("*.jsonl")))
@@ -64,6 +64,7 @@ def recipe(folder: Path, base: Path, data: Path, steps: int) -> Path:
 
 
 def start(backend: str, file: Path, folder: Path) -> subprocess.Popen[str]:
+    """Starts the training on one backend."""
     command = [sys.executable, "-m", "qlora_sft.train", str(file), f"model.backend={backend}"]
     command += [f"output={folder / backend}", "--json"]
     return subprocess.Popen(
@@ -72,8 +73,8 @@ def start(backend: str, file: Path, folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def result_of(backend: str, folder: Path, code: int) -> dict[str, Any]:
-    """What a finished run shows, or the end of what it said."""
+def result_of(backend: str, folder: Path, code: int) -> dict[str, object]:
+    """Returns what a finished run shows, or the last lines of a failed one."""
     if code:
         return {"provider": backend, "not_measured": (folder / f"{backend}.err").read_text()[-800:]}
     from safetensors.torch import load_file

@@ -71,7 +71,7 @@ pack
 
 # ------------------------------------------------------------------ the longest sequences, by one real step
 if wanted context; then
-  # Of a large card's model a quarter of the layers: a step takes a quarter of the time, and all of the memory.
+  # Only a quarter of a large card's layers run, in a quarter of the time; the bytes of the others lie beside them.
   bench 240 context-8-12 max_context --cards 8 12 --steps 1 --verify &
   bench 240 context-16 max_context --cards 16 --layers 8 --steps 1 --verify &
   bench 240 context-24 max_context --cards 24 --layers 8 --steps 1 --verify --attention sdpa &

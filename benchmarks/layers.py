@@ -23,13 +23,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import memory
 
+if TYPE_CHECKING:
+    import torch
+    from cell import Cell
+    from peft import PeftModel
+
+    from qlora_sft.data.batch import Batch
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "layers.jsonl"
-# name -> (backend, what `memory.set_up` sets up, how it attends)
+# By name, the backend, what `memory.set_up` sets up, and the way in which it attends.
 PROVIDERS = {
     "torch checkpoint": ("transformers", "checkpoint", "varlen"),
     "nothing recomputed": ("transformers", "none", "varlen"),
@@ -68,7 +75,7 @@ def main() -> None:
             while (found := lines.get(timeout=max(0.1, until - time.monotonic()))) is not None:
                 name, cell = found
                 row = {**machine, "provider": name, "shape": options.shape, "layers": options.layers, **cell}
-                with options.output.open("a") as output:  # as they come: what is cut short loses no row
+                with options.output.open("a") as output:  # written one by one, so that a timeout loses no measurement
                     output.write(json.dumps(row) + "\n")
                 print(line(row), flush=True)
         except queue.Empty:
@@ -100,14 +107,14 @@ def start(name: str, folder: str, options: argparse.Namespace) -> subprocess.Pop
     command += ["--layers", str(options.layers), "--repeats", str(options.repeats), "--cases", *options.cases]
     errors = (Path(folder) / f"{name}.err").open("w+")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
-    # The reference is first at the lock, for the others are compared with it.
+    # The reference takes the lock first, because the others are compared with it.
     time.sleep(2 if name == REFERENCE else 0.2)
     return process
 
 
-def merged(running: dict[str, subprocess.Popen[str]]) -> queue.Queue[tuple[str, dict[str, Any]] | None]:
-    """What all workers find, in the order in which they find it, and None at the end."""
-    found: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue()
+def merged(running: dict[str, subprocess.Popen[str]]) -> queue.Queue[tuple[str, Cell] | None]:
+    """Returns a queue of what all workers find, in the order in which they find it, with None at the end."""
+    found: queue.Queue[tuple[str, Cell] | None] = queue.Queue()
 
     def read(name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -146,7 +153,8 @@ def work(name: str, options: argparse.Namespace) -> None:
     choose_backend("unsloth" if backend == "unsloth" else "transformers")
     import torch
 
-    model, config, dtype = memory.load(options.folder, backend, mode)
+    loaded = memory.load(options.folder, backend, mode)
+    model = loaded.model
     with contextlib.redirect_stdout(sys.stderr):
         replace_parts(model, name, way, max(tokens for tokens, _ in map(case_of, options.cases)))
     model.train()
@@ -154,8 +162,8 @@ def work(name: str, options: argparse.Namespace) -> None:
         for tokens, documents in map(case_of, options.cases):
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                cell = measure(model, name, mode, config, dtype, tokens, documents, options)
-            except Exception as error:  # a peer that fails is a row that says so
+                cell = measure(name, mode, loaded, tokens, documents, options)
+            except Exception as error:  # the result says that the provider failed
                 cell = {"not_measured": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             finally:
                 if torch.cuda.is_available():
@@ -164,7 +172,7 @@ def work(name: str, options: argparse.Namespace) -> None:
             print("RESULT " + json.dumps({"tokens": tokens, "documents": documents, **cell}), flush=True)
 
 
-def replace_parts(model: Any, name: str, way: Any, tokens: int) -> None:
+def replace_parts(model: PeftModel, name: str, way: Literal["varlen", "sdpa"], tokens: int) -> None:
     """Puts our attention, norms and MLP into the model, as far as the provider has them."""
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.mlp import use_tiled_mlp
@@ -180,20 +188,22 @@ def replace_parts(model: Any, name: str, way: Any, tokens: int) -> None:
 
 
 def measure(
-    model: Any, name: str, mode: str, config: Any, dtype: Any, tokens: int, documents: int, options: argparse.Namespace
-) -> dict[str, Any]:
+    name: str, mode: str, loaded: memory.Loaded, tokens: int, documents: int, options: argparse.Namespace
+) -> Cell:
+    """Measures the steps of one provider on one packed sequence."""
     import torch
 
     from qlora_sft.model.layer_bytes import memory_use
 
+    model, dtype = loaded.model, loaded.dtype
     batch = memory.row(model, tokens, documents)
-    facts: dict[str, Any] = {}
+    facts: Cell = {}
     if name == "Unsloth native":
         if documents > 1:
             return {"not_measured": "its own loss takes one document here"}
         step = native_step(model, batch, dtype)
     else:
-        around, facts = memory.set_up(model, mode, config, tokens, dtype)
+        around, facts = memory.set_up(loaded, mode, tokens)
 
         def step() -> float:
             return memory.step(model, batch, dtype, around)
@@ -215,8 +225,8 @@ def measure(
     }  # fmt: skip
 
 
-def native_step(model: Any, batch: Any, dtype: Any) -> Callable[[], float]:
-    """Unsloth's forward with its own loss, on the labels that ours gets."""
+def native_step(model: PeftModel, batch: Batch, dtype: torch.dtype) -> Callable[[], float]:
+    """Returns a step with Unsloth's forward and its own loss, on the labels that ours gets."""
     import torch
     from measuring import clock
 
@@ -241,7 +251,7 @@ def native_step(model: Any, batch: Any, dtype: Any) -> Callable[[], float]:
     return step
 
 
-def line(cell: dict[str, Any]) -> str:
+def line(cell: Cell) -> str:
     head = f"{cell['provider']:<28}{cell['tokens'] or '':>7} x {cell['documents'] or '':<3}"
     if "not_measured" in cell:
         return f"{head} not measured: {cell['not_measured']}"

@@ -21,18 +21,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from cell import Cell
 from measuring import measured_on
 from peak_parts import recorded
+from peft import PeftModel
 from qlora_kernels.offload import drop_failed_graphs
-from qlora_kernels.offload.tiers import TierChoice, choose_tiers, describe, peak_bytes
+from qlora_kernels.offload.tiers import Tier, TierChoice, choose_tiers, describe, peak_bytes
 from transformers import LlamaConfig
 
-from qlora_sft.config import load_config
+from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
+from qlora_sft.evaluation.held_out import to_device
 from qlora_sft.model.allocator import describe_allocator, use_expandable_segments
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.base import base_of
@@ -53,7 +55,6 @@ RESULTS = Path(__file__).parent / "results" / "max_context.jsonl"
 PUBLISHED = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
 PRECISION = 0.02
 STEPS = 2
-BYTES: dict[str, Any] = {"dtype": torch.uint8, "device": "cuda"}
 LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500_000.0, "max_position_embeddings": 131_072,
@@ -64,12 +65,11 @@ TINY = {
 }  # fmt: skip
 
 
-def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps: int = STEPS) -> float:
-    """Seconds of the last of a few optimizer steps on one document, supervised throughout."""
+def train_steps(model: PeftModel, optimizer: torch.optim.Optimizer, tokens: int, steps: int = STEPS) -> float:
+    """Takes a few optimizer steps on one document, supervised throughout, and returns the seconds of the last."""
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    batch: Any = flatten([Rendered(ids, [1.0] * tokens, "random")])
-    batch = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    batch = to_device(flatten([Rendered(ids, [1.0] * tokens, "random")]), model.device)
     seconds = 0.0
     for _ in range(steps):
         start = time.perf_counter()
@@ -85,14 +85,14 @@ def train_steps(model: Any, optimizer: torch.optim.Optimizer, tokens: int, steps
 
 
 def attempt(
-    model: Any,
+    model: PeftModel,
     optimizer: torch.optim.Optimizer,
     tokens: int,
     split: Callable[[int], TierChoice],
     row: SequenceBytes,
     steps: int,
-) -> dict[str, Any] | None:
-    """What was measured, or None if the row does not fit."""
+) -> Cell | None:
+    """Trains on one row and returns what was measured, or None if the row does not fit."""
     on_gpu = model.device.type == "cuda"
     gc.collect()
     if on_gpu:
@@ -126,8 +126,8 @@ def attempt(
     }  # fmt: skip
 
 
-def search(first: int, attempt_at: Callable[[int], dict[str, Any] | None], until: float) -> dict[str, Any] | None:
-    """The longest row that was trained, from ``first`` in steps of 2% up while they fit, or down until one does."""
+def search(first: int, attempt_at: Callable[[int], Cell | None], until: float) -> Cell | None:
+    """Searches for the longest row that can be trained, from ``first`` in steps of 2% up or down."""
     tokens, best = first, attempt_at(first)
     going_up = best is not None
     while time.monotonic() < until and tokens > 1:
@@ -141,17 +141,25 @@ def search(first: int, attempt_at: Callable[[int], dict[str, Any] | None], until
     return best
 
 
-def verify(first: int, attempt_at: Callable[[int], dict[str, Any] | None]) -> dict[str, Any]:
-    """One try at the plan's figure and one 5% above it, which need not fit."""
+def verify(first: int, attempt_at: Callable[[int], Cell | None]) -> Cell:
+    """Tries the plan's figure once, and once a length 5% above it, which need not fit."""
     found = attempt_at(first)
     above = attempt_at(int(first * 1.05))
     return {**(found or {"tokens": None}), "five_percent_more": above is not None}
 
 
-def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config: Any, options: Any) -> dict[str, Any]:
-    """The longest sequence with torch capped to a card of ``gib``, less what the plan leaves to the driver.
+def measure_card(
+    gib: int,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    whole: Blueprint,
+    config: Config,
+    options: argparse.Namespace,
+) -> Cell:
+    """Finds the longest sequence with torch capped to a card of ``gib``, less what the plan leaves to the driver.
 
-    ``whole``: the model that the plan is for. Of one with fewer layers the bytes of the others lie beside it, unused.
+    ``whole`` is the model that the plan is for. If ``model`` has fewer layers, unused memory takes the place of the
+    others.
     """
     row = sequence_bytes(whole, config.lora, torch.bfloat16, on_gpu=True)
     held = residents(whole, config, torch.bfloat16, "adamw_8bit", on_gpu=True)
@@ -159,24 +167,25 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
     share = n_layers / whole.n_layers
     predicted = fit_card(gib, whole.n_layers, row, held.total, host).tokens
     torch.cuda.set_per_process_memory_fraction(1.0)
-    ballast = torch.empty(int((held.nf4 + held.adapters + held.gradients + held.optimizer) * (1 - share)) + 1, **BYTES)
+    others = int((held.nf4 + held.adapters + held.gradients + held.optimizer) * (1 - share)) + 1
+    ballast = torch.empty(others, dtype=torch.uint8, device="cuda")
     cap = gib * 2**30 - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
     budget = activation_budget(gib * 2**30, held.total)
 
     def split(tokens: int) -> TierChoice:
         layer, loss = row(tokens)
-        # Beyond the prediction everything is offloaded that host memory holds: what does not fit will show.
+        # Beyond the prediction everything that host memory holds is offloaded. A row that does not fit fails then.
         least = _least(n_layers, row, tokens, int(host * share))
         return choose_tiers(n_layers, layer, max(budget, least), int(host * share), loss=loss)
 
     print(f"{gib} GB: the plan says {predicted:,} tokens", flush=True)
 
-    def attempt_at(tokens: int) -> dict[str, Any] | None:
+    def attempt_at(tokens: int) -> Cell | None:
         return attempt(model, optimizer, tokens, split, row, options.steps)
 
     if options.verify:
-        best: dict[str, Any] | None = verify(max(1, predicted), attempt_at)
+        best: Cell | None = verify(max(1, predicted), attempt_at)
     else:
         best = search(max(1, predicted), attempt_at, time.monotonic() + options.seconds)
     del ballast
@@ -192,35 +201,33 @@ def measure_card(gib: int, model: Any, optimizer: Any, whole: Blueprint, config:
 
 
 def _least(n_layers: int, row: SequenceBytes, tokens: int, host: int) -> int:
-    """Bytes of the split that needs least."""
+    """Returns the bytes of the split that needs the least."""
     layer, loss = row(tokens)
     offloaded = min(n_layers, host // layer.input)
-    tiers: Any = ("offload",) * offloaded + ("checkpoint",) * (n_layers - offloaded)
+    tiers: tuple[Tier, ...] = ("offload",) * offloaded + ("checkpoint",) * (n_layers - offloaded)
     return peak_bytes(tiers, layer, loss)
 
 
 def context_bytes() -> int:
-    """What is taken of the card and is not torch's: the driver's context and loaded kernels (and other programs)."""
+    """Returns the bytes of the card that torch does not hold: the driver's context, kernels, and other programs."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
-def adamw_8bit(trained: list[Any]) -> torch.optim.Optimizer:
+def adamw_8bit(trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     import bitsandbytes as bnb
 
     optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
     return optimizer
 
 
-def parts(
-    model: Any, optimizer: torch.optim.Optimizer, tokens: int, row: SequenceBytes, held: Residents
-) -> dict[str, Any]:
-    """The plan's bytes beside the allocator's for one step in which every layer's input is offloaded."""
+def parts(model: PeftModel, optimizer: torch.optim.Optimizer, tokens: int, row: SequenceBytes, held: Residents) -> Cell:
+    """Compares the plan's bytes with the allocator's for one step in which every layer's input is offloaded."""
     layers = len(model.get_base_model().get_decoder().layers)
     train_steps(model, optimizer, 64)  # optimizer states, workspaces of cuBLAS
     torch.cuda.empty_cache()
     layer, loss = row(tokens)
-    tiers: Any = ["offload"] * layers
+    tiers: list[Tier] = ["offload"] * layers
     slab = install(model, tiers, tokens, layer.input, print)
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -245,8 +252,8 @@ def parts(
     return found
 
 
-def smoke(model: Any, optimizer: Any, row: SequenceBytes, output: Path, machine: dict[str, Any]) -> None:
-    """One short row through everything but the cap, in plain checkpoints where tiers are not installed yet."""
+def smoke(model: PeftModel, optimizer: torch.optim.Optimizer, row: SequenceBytes, output: Path, machine: Cell) -> None:
+    """Takes one short row through everything but the cap."""
     tokens, n_layers = 64, len(model.get_base_model().get_decoder().layers)
     layer, loss = row(tokens)
     choice = choose_tiers(n_layers, layer, 2**40, 0, loss=loss)
@@ -256,7 +263,7 @@ def smoke(model: Any, optimizer: Any, row: SequenceBytes, output: Path, machine:
     write(output, {**machine, "smoke": True, "card_gib": None, "predicted": None, "published": None, **found})
 
 
-def write(output: Path, row: dict[str, Any]) -> None:
+def write(output: Path, row: Cell) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -20,7 +20,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from cell import Cell
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from qlora_sft.config import Config
+    from qlora_sft.data.batch import Batch
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "memory.jsonl"
@@ -31,7 +40,7 @@ SHAPES = {
     "135M": (576, 1536, 9, 3, 49152),
     "tiny": (64, 128, 4, 2, 1000),
 }
-# name -> (backend, what it sets up; for ours the policy)
+# By name, the backend and what is set up, which is the policy for our own.
 PROVIDERS = {
     "torch checkpoint": ("transformers", "checkpoint"),
     "nothing recomputed": ("transformers", "none"),
@@ -43,6 +52,20 @@ PROVIDERS = {
     "ours, offload, on Unsloth": ("unsloth", "offload"),
     "ours, auto, on Unsloth": ("unsloth", "auto"),
 }
+
+
+class WorkerResult(Cell, total=False):
+    """Holds what one process measured."""
+
+    step_seconds: list[float]
+
+
+class Loaded(NamedTuple):
+    """Holds a loaded model with its configuration and the type in which it computes."""
+
+    model: PeftModel
+    config: Config
+    dtype: torch.dtype
 
 
 def main() -> None:
@@ -86,7 +109,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_model(args: argparse.Namespace) -> None:
-    """Random weights in bfloat16; every provider quantises them to NF4 when it loads them."""
+    """Writes random weights in bfloat16. Every provider quantises them to NF4 when it loads them."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -103,17 +126,19 @@ def make_model(args: argparse.Namespace) -> None:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(args.folder)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the workers need the room
-    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(args.folder)
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        args.folder
+    )
 
 
-def measure(args: argparse.Namespace, tokens: int) -> Iterator[dict[str, Any]]:
-    """The cell of each provider, as its last round ends."""
+def measure(args: argparse.Namespace, tokens: int) -> Iterator[Cell]:
+    """Yields the cell of each provider as soon as its last round ends."""
     seconds: dict[str, list[float]] = {name: [] for name in args.only}
     for turn in range(args.rounds):
         for name in args.only:
             found = run_worker(name, args, tokens)
-            seconds[name] += found.pop("seconds", [])
+            seconds[name] += found.pop("step_seconds", [])
             if turn < args.rounds - 1:
                 continue
             cell = {"provider": name, **found, "shape": args.shape, "layers": args.layers, "tokens": tokens}
@@ -124,7 +149,7 @@ def measure(args: argparse.Namespace, tokens: int) -> Iterator[dict[str, Any]]:
             yield cell
 
 
-def run_worker(name: str, args: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def run_worker(name: str, args: argparse.Namespace, tokens: int) -> WorkerResult:
     command = [sys.executable, __file__, "--worker", name, "--folder", args.folder, "--tokens", str(tokens)]
     command += ["--documents", str(args.documents), "--repeats", str(args.repeats)]
     try:
@@ -134,12 +159,12 @@ def run_worker(name: str, args: argparse.Namespace, tokens: int) -> dict[str, An
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {"not_measured": (done.stderr.strip().splitlines() or ["no reason given"])[-1][:160]}
-    result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    result: WorkerResult = json.loads(lines[-1].removeprefix("RESULT "))
     return result
 
 
-def work(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One provider, in a process of its own: seconds of each step, peak bytes, and what it chose."""
+def work(name: str, args: argparse.Namespace) -> WorkerResult:
+    """Measures one provider, in a process of its own: seconds of each step, peak bytes, and what it chose."""
     backend, mode = PROVIDERS[name]
     from qlora_sft.model.backend import choose_backend
 
@@ -149,10 +174,11 @@ def work(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.layer_bytes import memory_use
 
-    model, config, dtype = load(args.folder, backend, mode)
+    loaded = load(args.folder, backend, mode)
+    model, dtype = loaded.model, loaded.dtype
     use_document_attention(model)
     model.train()
-    around, facts = set_up(model, mode, config, args.tokens[0], dtype)
+    around, facts = set_up(loaded, mode, args.tokens[0])
     batch = row(model, args.tokens[0], args.documents)
     step(model, batch, dtype, around)  # also compiles and warms up
     gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
@@ -160,16 +186,17 @@ def work(name: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = [step(model, batch, dtype, around) for _ in range(args.repeats)]
     with memory_use(model.device) as use:
         step(model, batch, dtype, around)
-    return {"seconds": seconds, "peak_bytes": use.peak(), "dtype": str(dtype).removeprefix("torch."), **facts}
+    return {"step_seconds": seconds, "peak_bytes": use.peak(), "dtype": str(dtype).removeprefix("torch."), **facts}
 
 
-def load(folder: str, backend: Any, mode: str) -> tuple[Any, Any, Any]:
+def load(folder: str, backend: Literal["unsloth", "transformers"], mode: str) -> Loaded:
+    """Loads the model as NF4 with LoRA, as the provider does."""
     import torch
 
     from qlora_sft.config import Config, DataConfig, LoraConfig, MemoryConfig, ModelConfig
     from qlora_sft.model.load import compute_dtype, load_model
 
-    policy: Any = mode if mode in ("auto", "none", "checkpoint", "offload") else "checkpoint"
+    policy = mode if mode in ("auto", "none", "checkpoint", "offload") else "checkpoint"
     config = Config(
         model=ModelConfig(path=folder), data=DataConfig(train=[], max_length=131072), output=folder,
         lora=LoraConfig(r=32, alpha=32), memory=MemoryConfig(policy=policy),
@@ -192,11 +219,12 @@ def load(folder: str, backend: Any, mode: str) -> tuple[Any, Any, Any]:
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.01)
-    return model, config, dtype
+    return Loaded(model, config, dtype)
 
 
-def set_up(model: Any, mode: str, config: Any, tokens: int, dtype: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """What a step runs within, and facts for the row."""
+def set_up(loaded: Loaded, mode: str, tokens: int) -> tuple[Callable[[], contextlib.AbstractContextManager], Cell]:
+    """Sets up how layers keep their inputs. Returns the context in which a step runs, and facts for the cell."""
+    model, config, dtype = loaded
     if mode == "unsloth":
         return contextlib.nullcontext, {}
     if mode in ("hf", "trl"):
@@ -217,8 +245,8 @@ def set_up(model: Any, mode: str, config: Any, tokens: int, dtype: Any) -> tuple
     }  # fmt: skip
 
 
-def row(model: Any, tokens: int, documents: int) -> Any:
-    """Random tokens in equal documents, every second one supervised."""
+def row(model: PeftModel, tokens: int, documents: int) -> Batch:
+    """Makes a batch of random tokens in equal documents, of which every second token is supervised."""
     import torch
 
     from qlora_sft.data.batch import flatten
@@ -232,8 +260,10 @@ def row(model: Any, tokens: int, documents: int) -> Any:
     return to_device(flatten(rendered), model.device)
 
 
-def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float:
-    """Seconds of one forward and backward."""
+def step(
+    model: PeftModel, batch: Batch, dtype: torch.dtype, around: Callable[[], contextlib.AbstractContextManager]
+) -> float:
+    """Runs one forward and backward and returns its seconds."""
     import torch
     from measuring import clock
 
@@ -252,7 +282,7 @@ def step(model: Any, batch: Any, dtype: Any, around: Callable[[], Any]) -> float
 
 
 def gradient_error(folder: Path, name: str) -> float | None:
-    """Relative distance from the gradients of plain checkpointing, if that was measured too."""
+    """Returns the relative distance from the gradients of plain checkpointing, or None if that was not measured."""
     import torch
 
     reference = folder / "torch checkpoint.pt"
@@ -262,7 +292,7 @@ def gradient_error(folder: Path, name: str) -> float | None:
     return float((found - exact).norm() / exact.norm())
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+def table(cells: list[Cell]) -> str:
     first = cells[0]
     lines = [
         f"\n{first['shape']} wide, {first['layers']} layers, {first['tokens']} tokens in {first['documents']} documents"

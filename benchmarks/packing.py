@@ -1,4 +1,4 @@
-"""How long does it take to pack a million documents, and how full do the rows get?
+"""Question: how long does it take to pack a million documents, and how full do the rows get?
 
 Run as::
 
@@ -27,9 +27,9 @@ def main() -> None:
         seconds = []
         for _ in range(RUNS):
             started = time.perf_counter()
-            bins = pack(lengths, CAPACITY, strategy=strategy)
+            sequences = pack(lengths, CAPACITY, strategy=strategy)
             seconds.append(time.perf_counter() - started)
-        fill = len(bins) / least
+        fill = len(sequences) / least
         print(f"{strategy}: median {statistics.median(seconds):.2f} s of {RUNS}, {fill:.4f} of the least rows")
 
 

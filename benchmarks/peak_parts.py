@@ -1,10 +1,10 @@
-"""What was alive on the GPU when a step took most: torch's record of allocations, replayed and grouped by place."""
+"""Finds what was alive on the GPU at the peak of a step, from torch's record of allocations, grouped by place."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -12,7 +12,24 @@ OURS = ("qlora_sft/", "qlora_kernels/", "benchmarks/")
 KNOWN = (*OURS, "peft/", "transformers/", "bitsandbytes/", "unsloth", "torch/optim/", "torch/nn/")
 
 
-def recorded(step: Callable[[], Any]) -> tuple[int, list[tuple[str, int]]]:
+class Frame(TypedDict):
+    """Holds a frame of the stack on which an allocation was made."""
+
+    filename: str
+    line: int
+    name: str
+
+
+class Event(TypedDict, total=False):
+    """Holds an entry of torch's record of allocations."""
+
+    action: str
+    addr: int
+    size: int
+    frames: list[Frame]
+
+
+def recorded(step: Callable[[], object]) -> tuple[int, list[tuple[str, int]]]:
     """Runs ``step`` and returns (most bytes that it added at any time, [(place, bytes alive then)], largest first)."""
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(
@@ -27,7 +44,7 @@ def recorded(step: Callable[[], Any]) -> tuple[int, list[tuple[str, int]]]:
     return live_at_peak(events)
 
 
-def live_at_peak(events: Iterable[dict[str, Any]]) -> tuple[int, list[tuple[str, int]]]:
+def live_at_peak(events: Iterable[Event]) -> tuple[int, list[tuple[str, int]]]:
     """Replays allocations and returns the highest sum of those that began in ``events``, with what was alive then."""
     events = list(events)
     sizes: dict[int, int] = {}
@@ -37,7 +54,7 @@ def live_at_peak(events: Iterable[dict[str, Any]]) -> tuple[int, list[tuple[str,
             sizes[event["addr"]] = event["size"]
             total += event["size"]
         elif event["action"] == "free_completed":
-            total -= sizes.pop(event["addr"], 0)  # what was there before is not counted
+            total -= sizes.pop(event["addr"], 0)  # allocations from before the record are not counted
         if total > peak:
             peak, end = total, number + 1
     alive: dict[int, tuple[str, int]] = {}
@@ -52,8 +69,8 @@ def live_at_peak(events: Iterable[dict[str, Any]]) -> tuple[int, list[tuple[str,
     return peak, grouped.most_common()
 
 
-def place(frames: list[dict[str, Any]]) -> str:
-    """Names where a tensor was made: the innermost known places, from the inside out."""
+def place(frames: list[Frame]) -> str:
+    """Names the place where a tensor was made, by the innermost known frames of the stack, from the inside out."""
     names = []
     for frame in frames:
         file = frame["filename"].replace("\\", "/")

@@ -1,4 +1,4 @@
-"""How long does it take from GSM8K (7,473 rows) on disk to labelled and packed rows: ours, TRL's way, Unsloth's way?
+"""Question: how long does GSM8K (7,473 rows) take from disk to labelled and packed rows, with us, TRL and Unsloth?
 
 Cold: nobody finds anything cached, each run is a process of its own; ours then starts a second time. All read the same
 file with the same tokenizer and template and supervise the answers only; imports are not timed. Run as::
@@ -21,14 +21,26 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WHO = ("ours", "trl", "unsloth")
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "trl", "unsloth", "unsloth_zoo")
-# Whatever they say on the way, in front of the reason of a failure.
+# The number of lines that are shown of a failure.
 LAST_LINES = 3
+
+
+class Figures(TypedDict):
+    """Holds the times, in seconds, and the counts of one preparation."""
+
+    seconds: float
+    read: float
+    process: float
+    second_start: NotRequired[float]
+    tokens: int
+    supervised: int
+    rows: int
 
 
 def main() -> None:
@@ -41,7 +53,7 @@ def main() -> None:
     if not file.is_file():
         parser.error(f"{file}: no such file; name GSM8K's train.jsonl, or its folder in QLORA_SFT_DATA")
     n_rows = sum(1 for line in file.open(encoding="utf-8") if line.strip())
-    results: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
+    results: dict[str, list[Figures]] = {who: [] for who in WHO}
     failed: dict[str, str] = {}
     for number in range(arguments.runs):
         for who in [who for who in WHO if who not in failed]:
@@ -58,10 +70,10 @@ def main() -> None:
     write(HERE / "results" / "preparation.jsonl", n_rows, summary, failed, results)
 
 
-def one_run(who: str, file: Path) -> dict[str, Any] | str:
-    """Figures of one preparation in a process of its own, with empty caches; or why there are none."""
+def one_run(who: str, file: Path) -> Figures | str:
+    """Runs one preparation in a process of its own, with empty caches. Returns its figures, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        # An empty current folder as well: Unsloth writes what it has compiled there.
+        # The current folder is empty as well, because Unsloth writes there what it has compiled.
         paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
         environment = {
             **os.environ,
@@ -75,12 +87,12 @@ def one_run(who: str, file: Path) -> dict[str, Any] | str:
         process = time.perf_counter() - started
     if done.returncode:
         return " | ".join(done.stderr.strip().splitlines()[-LAST_LINES:])
-    figures: dict[str, Any] = {**json.loads(done.stdout.splitlines()[-1]), "process": process}
+    figures: Figures = {**json.loads(done.stdout.splitlines()[-1]), "process": process}
     return figures
 
 
-def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the times; the counts, which must be the same in every run."""
+def medians(runs: list[Figures]) -> Figures:
+    """Returns the medians of the times, and the counts, which must be the same in every run."""
     counts = ("tokens", "supervised", "rows")
     assert all(run[key] == runs[0][key] for run in runs for key in counts), runs
     timed = [key for key in ("seconds", "read", "process", "second_start") if key in runs[0]]
@@ -88,7 +100,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**times, **{key: runs[0][key] for key in counts}}
 
 
-def report(summary: dict[str, dict[str, Any]], n_rows: int) -> None:
+def report(summary: dict[str, Figures], n_rows: int) -> None:
     print(f"\n{'':<9}{'median s':>9}{'reading':>9}{'process':>9}{'tokens/s':>11}{'rows':>7}{'tokens':>12}", end="")
     print(f"{'supervised':>12}{'more/row':>10}{'ours is':>9}")
     reference = summary.get("ours")
@@ -104,7 +116,7 @@ def report(summary: dict[str, dict[str, Any]], n_rows: int) -> None:
         print(f"ours from the cache: {reference['second_start']:.2f} s, reading included")
 
 
-def write(file: Path, n_rows: int, summary: dict[str, Any], failed: dict[str, str], results: dict[str, Any]) -> None:
+def write(file: Path, n_rows: int, summary: Figures, failed: dict[str, str], results: Figures) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
     row = {
@@ -122,7 +134,7 @@ def write(file: Path, n_rows: int, summary: dict[str, Any], failed: dict[str, st
         out.write(json.dumps(row) + "\n")
 
 
-def rounded(summary: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def rounded(summary: dict[str, Figures]) -> dict[str, Figures]:
     return {who: {key: round(value, 3) for key, value in row.items()} for who, row in summary.items()}
 
 

@@ -1,4 +1,4 @@
-"""One timed preparation of GSM8K: rows on disk -> labelled (and packed) rows, by one of the peers or by us.
+"""Times one preparation of GSM8K, from rows on disk to labelled and packed rows, by one of the peers or by us.
 
 Run by preparation.py in a process of its own, because importing Unsloth patches the others. Importing, the tokenizer
 and the model are not timed, only what has to be done for the data. Prints one line of JSON.
@@ -11,16 +11,40 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, ParamSpec, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 CAPACITY = 2048
-PACKAGE = "qwen2_5"  # its template writes nothing into an answer by itself, so that masks can be compared
+PACKAGE = "qwen2_5"  # its template adds nothing to an answer, so that masks can be compared
 
 
-def tokenizer() -> Any:
-    """Qwen2.5's, as the tests load it, with the template for which TRL ships a training version."""
+class Figures(TypedDict):
+    """Holds the times, in seconds, and the counts of one preparation."""
+
+    seconds: float
+    read: float
+    second_start: NotRequired[float]
+    tokens: int
+    supervised: int
+    rows: int
+
+
+class Counts(TypedDict):
+    """Holds the counts of a prepared data set."""
+
+    tokens: int
+    supervised: int
+    rows: int
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """Loads Qwen2.5's tokenizer, as the tests do, with the template for which TRL ships a training version."""
     import trl
     from families import load
 
@@ -30,8 +54,8 @@ def tokenizer() -> Any:
     return result
 
 
-def ours(file: Path) -> dict[str, Any]:
-    """As in a run, the cache included; and once more, with what the first time left there."""
+def ours(file: Path) -> Figures:
+    """Prepares the data as a run does, cache included, and once more with what the first time left there."""
     from qlora_sft.config import Config, DataConfig, ModelConfig
     from qlora_sft.config_data import TrainSourceConfig
     from qlora_sft.data.documents import sizes
@@ -39,8 +63,8 @@ def ours(file: Path) -> dict[str, Any]:
     from qlora_sft.data.sources import read_sources
     from qlora_sft.data.template import choose_chat_format
 
-    words = tokenizer()
-    chat_format = choose_chat_format(words)
+    tokenizer = load_tokenizer()
+    chat_format = choose_chat_format(tokenizer)
     data = DataConfig(train=[TrainSourceConfig(str(file))], max_length=CAPACITY)
     config = Config(ModelConfig("none is loaded"), data, output="none is written")
     times, reads = [], []
@@ -50,34 +74,34 @@ def ours(file: Path) -> dict[str, Any]:
             started = time.perf_counter()
             sources = read_sources(data.train, seed=0)
             reads.append(time.perf_counter() - started)
-            prepared, _, bins = plan_data(config, sources, [], words, chat_format, lambda _: None)
+            prepared, _, sequences = plan_data(config, sources, [], tokenizer, chat_format, lambda _: None)
             times.append(time.perf_counter() - started)
         of_each = sizes(prepared.all_documents)
     return {
         "seconds": times[0], "read": reads[0], "second_start": times[1],
-        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(bins),
+        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(sequences),
     }  # fmt: skip
 
 
-def trl(file: Path) -> dict[str, Any]:
-    """`SFTTrainer` with assistant_only_loss and bfd packing."""
+def trl(file: Path) -> Figures:
+    """Prepares the data with `SFTTrainer`, assistant_only_loss and bfd packing."""
     from transformers import LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    words = tokenizer()
-    model = LlamaForCausalLM(tiny(len(words)))
+    tokenizer = load_tokenizer()
+    model = LlamaForCausalLM(tiny(len(tokenizer)))
     prepare = Stopwatch(SFTTrainer, "_prepare_dataset")
     dataset, read = as_messages(file)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             folder, max_length=CAPACITY, packing=True, assistant_only_loss=True, use_cpu=True, report_to=[]
         )
-        trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=words)
+        trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
     return {"seconds": read + prepare.seconds, "read": read, **counted(trainer.train_dataset)}
 
 
-def unsloth(file: Path) -> dict[str, Any]:
-    """Unsloth's patched `SFTTrainer` on rendered text, then its search for the markers of the two roles."""
+def unsloth(file: Path) -> Figures:
+    """Prepares the data with Unsloth's patched `SFTTrainer` on rendered text, then its search for the role markers."""
     from unsloth import FastLanguageModel  # first: it patches the imports below
     from unsloth.chat_templates import train_on_responses_only
 
@@ -85,16 +109,16 @@ def unsloth(file: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    words = tokenizer()
+    tokenizer = load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(tiny(len(words))).save_pretrained(folder)
-        words.save_pretrained(folder)
-        model, words = FastLanguageModel.from_pretrained(folder, max_seq_length=CAPACITY, load_in_4bit=False)
+        LlamaForCausalLM(tiny(len(tokenizer))).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=CAPACITY, load_in_4bit=False)
         prepare = Stopwatch(SFTTrainer, "_prepare_dataset")
         dataset, read = as_messages(file)
         started = time.perf_counter()
         dataset = dataset.map(
-            lambda rows: {"text": [words.apply_chat_template(row, tokenize=False) for row in rows["messages"]]},
+            lambda rows: {"text": [tokenizer.apply_chat_template(row, tokenize=False) for row in rows["messages"]]},
             batched=True,
             remove_columns=["messages"],
         )
@@ -102,7 +126,7 @@ def unsloth(file: Path) -> dict[str, Any]:
         arguments = SFTConfig(
             output_dir=folder, max_length=CAPACITY, packing=True, dataset_text_field="text", use_cpu=True, report_to=[]
         )
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=words)
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
         started = time.perf_counter()
         trainer = train_on_responses_only(trainer, "<|im_start|>user\n", "<|im_start|>assistant\n")
         masking = time.perf_counter() - started
@@ -110,14 +134,18 @@ def unsloth(file: Path) -> dict[str, Any]:
     return {"seconds": seconds, "read": read, **counted(trainer.train_dataset)}
 
 
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
 class Stopwatch:
     """Times the calls of one method of a class."""
 
     def __init__(self, owner: type, name: str):
         self.seconds = 0.0
-        original = getattr(owner, name)
+        original: Callable[Arguments, Returned] = getattr(owner, name)
 
-        def timed(*args: Any, **more: Any) -> Any:
+        def timed(*args: Arguments.args, **more: Arguments.kwargs) -> Returned:
             started = time.perf_counter()
             try:
                 return original(*args, **more)
@@ -127,8 +155,8 @@ class Stopwatch:
         setattr(owner, name, timed)
 
 
-def as_messages(file: Path) -> tuple[Any, float]:
-    """GSM8K's questions and answers as messages, and how long it took."""
+def as_messages(file: Path) -> tuple[Dataset, float]:
+    """Reads GSM8K's questions and answers as messages. Returns them and the seconds that it took."""
     from datasets import load_dataset
 
     started = time.perf_counter()
@@ -146,7 +174,8 @@ def as_messages(file: Path) -> tuple[Any, float]:
     return dataset, time.perf_counter() - started
 
 
-def counted(dataset: Any) -> dict[str, int]:
+def counted(dataset: Dataset) -> Counts:
+    """Counts tokens, supervised tokens and rows."""
     labels = dataset["labels"]
     return {
         "tokens": sum(map(len, labels)),
@@ -155,12 +184,12 @@ def counted(dataset: Any) -> dict[str, int]:
     }
 
 
-def tiny(words: int) -> Any:
-    """A model to make a trainer of; nothing is computed with it."""
+def tiny(vocabulary: int) -> LlamaConfig:
+    """Configures the model that a trainer needs. Nothing is computed with it."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=words,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,

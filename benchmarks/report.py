@@ -1,28 +1,32 @@
-"""RESULTS.md from the rows of results/*.jsonl: for every cell the newest row. ``python benchmarks/report.py``"""
+"""Writes RESULTS.md from the lines of results/*.jsonl, the newest for every cell: ``python benchmarks/report.py``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from cell import Cell
 
 HERE = Path(__file__).resolve().parent
 # Unsloth's published longest rows for the same settings, by GB of the card.
 UNSLOTH_CONTEXT = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
 
 
-def read_rows(name: str) -> list[dict[str, Any]]:
+def read_rows(name: str) -> list[Cell]:
     path = HERE / "results" / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-Cells = dict[str, dict[str, Any]]
-"""The newest row of every provider."""
+Cells = dict[str, Cell]
+"""By provider, the newest measurement."""
 
 
-def newest_cells(rows: list[dict[str, Any]], keys: str, reference: str, run: str = "commit load") -> dict[tuple, Cells]:
-    """Cells by the values of ``keys``, each with its ``ratio`` to ``reference`` where both were measured in one run:
-    where ``run`` is the same."""
+def newest_cells(rows: list[Cell], keys: str, reference: str, run: str = "commit load") -> dict[tuple, Cells]:
+    """Groups cells by the values of ``keys``.
+
+    Each cell gets its ``ratio`` to ``reference`` if both were measured in one run, in which the fields ``run`` are
+    equal.
+    """
     newest: dict[tuple, Cells] = {}
     times: dict[tuple, float] = {}
     for row in rows:
@@ -38,7 +42,7 @@ def newest_cells(rows: list[dict[str, Any]], keys: str, reference: str, run: str
 
 
 def runs_of(cells: Cells) -> str:
-    """What the cells were measured with: one run, or several."""
+    """Names the runs in which the cells were measured."""
     torch = dict.fromkeys(f"torch {c['torch']}" for c in cells.values())
     return "; ".join(
         [
@@ -51,8 +55,8 @@ def runs_of(cells: Cells) -> str:
     )
 
 
-def packed_ce(rows: list[dict[str, Any]]) -> list[str]:
-    """One table per machine, shape, type, number of rows and share supervised."""
+def packed_ce(rows: list[Cell]) -> list[str]:
+    """Makes one table per machine, shape, type, number of rows and share supervised."""
     lines = ["## packed_ce: loss and gradient of the hidden states, frozen head", ""]
     newest = newest_cells(rows, "device shape dtype rows share", "ours")
     for (device, shape, dtype, count, share), cells in newest.items():
@@ -71,8 +75,8 @@ def packed_ce(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def max_context(rows: list[dict[str, Any]]) -> list[str]:
-    """The newest row of each card beside the plan and Unsloth's published figure."""
+def max_context(rows: list[Cell]) -> list[str]:
+    """Makes a table of the newest result of each card beside the plan and Unsloth's published figure."""
     newest = {row["card_gib"]: row for row in rows if not row.get("smoke")}
     lines = ["## Longest row: Llama-3.1-8B's shape, NF4, rank 32, batch 1, torch capped to the card's size", ""]
     lines += [
@@ -102,8 +106,8 @@ def max_context(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def parts(rows: list[dict[str, Any]]) -> list[str]:
-    """What the plan said of a step beside what torch's allocator counted."""
+def parts(rows: list[Cell]) -> list[str]:
+    """Makes a table of what the plan said of a step beside what torch's allocator counted."""
     lines = ["## The plan's bytes beside the allocator's: layers of an 8B, every input offloaded", ""]
     lines += ["| attention | tokens | planned | allocated | plan / allocated |", "|---|---|---|---|---|"]
     for row in rows:
@@ -116,8 +120,8 @@ def parts(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
-def attention(rows: list[dict[str, Any]]) -> list[str]:
-    """Forward and backward of a layer's attention: a row per way, a column per sequence."""
+def attention(rows: list[Cell]) -> list[str]:
+    """Makes a table of a layer's attention, forward and backward, with a row per way and a column per sequence."""
     lines = ["## attention: forward and backward of one layer, ms", ""]
     newest = {(row["shape"], row["tokens"], row["documents"], row["provider"]): row for row in rows}
     cases = list(dict.fromkeys(key[:3] for key in newest))
@@ -130,8 +134,8 @@ def attention(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
-def packed_ce_paths(rows: list[dict[str, Any]]) -> list[str]:
-    """Share of the two products, by tile and workspace."""
+def packed_ce_paths(rows: list[Cell]) -> list[str]:
+    """Makes a table of the share of the two products, by tile and workspace."""
     lines = ["## packed_ce: share of the two products' time, by tile of the vocabulary and workspace", ""]
     newest = {(row["shape"], row["supervised"], row["tile"], row["workspace_mib"]): row for row in rows}
     sizes = sorted({key[3] for key in newest})
@@ -143,13 +147,13 @@ def packed_ce_paths(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
-def machines(rows: list[dict[str, Any]]) -> list[str]:
-    """What rows were measured on, each once."""
+def machines(rows: list[Cell]) -> list[str]:
+    """Names the machines of the measurements, each once."""
     return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
 
 
-def memory(rows: list[dict[str, Any]], title: str = "memory: one step, by what layers keep") -> list[str]:
-    """One table per machine, shape, tokens and documents; times relative to torch's own checkpointing."""
+def memory(rows: list[Cell], title: str = "memory: one step, by what layers keep") -> list[str]:
+    """Makes one table per machine, shape, tokens and documents, with times relative to torch's own checkpointing."""
     lines = [f"## {title}", ""]
     rows = [row for row in rows if row["tokens"] is not None]
     newest = newest_cells(rows, "device shape layers tokens documents", "torch checkpoint", run="commit")
@@ -162,7 +166,7 @@ def memory(rows: list[dict[str, Any]], title: str = "memory: one step, by what l
     return lines
 
 
-def _memory_line(cell: dict[str, Any]) -> str:
+def _memory_line(cell: Cell) -> str:
     if "milliseconds" not in cell:
         return f"| {cell['provider']} | not measured: {cell['not_measured']} | | | | | | |"
     megabytes = [
@@ -181,8 +185,8 @@ def _memory_line(cell: dict[str, Any]) -> str:
     return f"| {' | '.join(figures)} |"
 
 
-def nf4_lora(rows: list[dict[str, Any]]) -> list[str]:
-    """One table per machine, shape, type, tokens and checkpointing."""
+def nf4_lora(rows: list[Cell]) -> list[str]:
+    """Makes one table per machine, shape, type, tokens and checkpointing."""
     lines = ["## nf4_lora: forward and backward of a gated MLP with LoRA, NF4 weights", ""]
     newest = newest_cells(rows, "device shape dtype tokens checkpointed", "ours")
     for (device, shape, dtype, tokens, checkpointed), cells in newest.items():

@@ -240,13 +240,15 @@ def _merge(arguments: argparse.Namespace) -> CommandResult:
 
 def _export(arguments: argparse.Namespace) -> CommandResult:
     _check_push(arguments)
-    from qlora_sft.export.gguf import export_adapter, export_run
+    from qlora_sft.export.gguf import OllamaOptions, export_adapter, export_run
 
-    shared = {"parity": not arguments.no_parity, "system": arguments.system, "create_as": arguments.create}
+    parity, ollama = not arguments.no_parity, OllamaOptions(arguments.system, arguments.create)
     if arguments.adapter:
-        result = export_adapter(arguments.run, arguments.out, **shared)
+        result = export_adapter(arguments.run, arguments.out, parity=parity, ollama=ollama)
     else:
-        result = export_run(arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, **shared)
+        result = export_run(
+            arguments.run, arguments.quant, arguments.out, imatrix=arguments.imatrix, parity=parity, ollama=ollama
+        )
     return replace(result, push=_pushed(arguments, "gguf", result.gguf))
 
 
@@ -265,15 +267,16 @@ def _pushed(
 ) -> PushResult | None:
     if not arguments.push:
         return None
-    from qlora_sft.export.hub import push
+    from qlora_sft.export.hub import PushOptions, push
 
-    return push(arguments.run, arguments.push, what, gguf=gguf)
+    return push(arguments.run, arguments.push, what, options=PushOptions(gguf))
 
 
 def _push(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.export.hub import push
+    from qlora_sft.export.hub import PushOptions, push
 
-    return push(arguments.run, arguments.repo, arguments.what, public=arguments.public, dry_run=arguments.dry_run)
+    options = PushOptions(public=arguments.public, dry_run=arguments.dry_run)
+    return push(arguments.run, arguments.repo, arguments.what, options=options)
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:

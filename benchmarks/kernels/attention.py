@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
 
 from measuring import clock, measured_on
+
+if TYPE_CHECKING:
+    from cell import Cell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "attention.jsonl"
 # query heads, key and value heads, size of a head
@@ -46,7 +49,10 @@ def ours_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
 
 
 def one_by_one(backend: SDPBackend | None, shared: bool) -> Way:
-    """sdpa per document, cut out; ``shared``: keys and values are given with fewer heads, else repeated."""
+    """Attends with sdpa document by document.
+
+    With ``shared`` keys and values keep fewer heads, else they are repeated.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
         times = 1 if shared else q.shape[1] // k.shape[1]
@@ -79,7 +85,7 @@ WAYS: dict[str, Way] = {
 
 
 def once(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> tuple[float, float, list[Tensor]]:
-    """(seconds of the forward, of the backward, [output, gradients])"""
+    """Returns the seconds of the forward, those of the backward, and the output with the gradients."""
     wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     wait()
     started = clock()
@@ -92,7 +98,7 @@ def once(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> tu
 
 
 def bytes_of(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> dict[str, int]:
-    """What is kept until the backward, and the most that the backward takes on top, gradients included; GPU only."""
+    """Measures on a GPU what is kept until the backward, and the most that the backward takes beyond it."""
     if not inputs[0].is_cuda:
         return {}
     before = torch.cuda.memory_allocated()
@@ -103,7 +109,7 @@ def bytes_of(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -
     return {"kept_bytes": kept, "backward_bytes": torch.cuda.max_memory_allocated() - before - kept}
 
 
-def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch.device) -> list[Cell]:
     heads, groups, size = SHAPES[shape]
     dtype = torch.bfloat16
     torch.manual_seed(0)
@@ -115,7 +121,7 @@ def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch
     edges = [i * tokens // documents for i in range(documents + 1)]
     bounds = torch.tensor(edges, dtype=torch.int32, device=device)
     gradient = torch.randn(1, tokens, heads, size, device=device).to(dtype)
-    cells: dict[str, dict[str, Any]] = {}
+    cells: dict[str, Cell] = {}
     times: dict[str, list[tuple[float, float]]] = {}
     exact: list[Tensor] | None = None
     for name, way in WAYS.items():

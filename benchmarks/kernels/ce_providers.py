@@ -1,6 +1,6 @@
-"""The losses that are compared, all as ``f(hidden [T, D], head [V, D], case) -> mean loss over the supervised rows``.
+"""Provides the losses that are compared, as ``f(hidden [T, D], head [V, D], labels) -> mean loss of supervised rows``.
 
-Each is imported when it is asked for; what is not installed or does not run on this device is reported, not guessed.
+Each is imported when it is asked for. What is not installed or does not run on this device is reported, not guessed.
 Every provider gets what its own trainer gives it: those that drop unsupervised rows are given all rows and the mask.
 """
 
@@ -9,25 +9,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from qlora_kernels.packed_ce.targets import Targets
+
 
 class NotAvailable(Exception):
-    """Why a provider cannot be measured here."""
+    """Says why a provider cannot be measured here."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """shifted int64 [T]: the target of each row, -100 where unsupervised; unshifted int64 [T]: as a tokenizer makes
-    them; targets: the same for our function; count: supervised rows."""
+    """Holds the labels in the forms that the providers want.
+
+    ``shifted`` int64 [T] has the label of each row, -100 where unsupervised. ``unshifted`` int64 [T] has them as a
+    tokenizer makes them. ``targets`` has them for our function. ``count`` is the number of supervised rows.
+    """
 
     shifted: Tensor
     unshifted: Tensor
-    targets: Any
+    targets: Targets
     count: int
 
 
@@ -48,9 +54,9 @@ def torch_fused(device: torch.device) -> Loss:
     from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
     # Without options it forms all the logits.
-    options: dict[str, Any] = {"options": LinearCrossEntropyOptions()}
+    options = LinearCrossEntropyOptions()
     return lambda hidden, head, labels: F.linear_cross_entropy(
-        hidden, head, labels.shifted, ignore_index=-100, **options
+        hidden, head, labels.shifted, ignore_index=-100, options=options
     )
 
 
@@ -126,7 +132,7 @@ PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
 
 
 def build(name: str, device: torch.device) -> Loss:
-    """The provider, or `NotAvailable` with the reason."""
+    """Returns the provider of this name. Raises `NotAvailable` with the reason if it cannot be measured here."""
     try:
         return PROVIDERS[name](device)
     except NotAvailable:

@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from measuring import clock, measured_on, peak_growth
 
+if TYPE_CHECKING:
+    from cell import Cell
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "nf4_lora.jsonl"
 RANK = 16
 GPU_SHAPES = {"Llama-3.1-8B": (4096, 14336), "Llama-3.2-1B": (2048, 8192), "Qwen3-32B": (5120, 25600)}
@@ -38,8 +42,8 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 Layer = Callable[[Tensor], Tensor]
 
 
-def build(width: int, inner: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' LlamaMLP with bitsandbytes' NF4 layers and PEFT's LoRA, no factor zero."""
+def build(width: int, inner: int, dtype: torch.dtype, device: torch.device) -> LlamaMLP:
+    """Builds transformers' LlamaMLP with bitsandbytes' NF4 layers and PEFT's LoRA, in which no factor is zero."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig
@@ -60,8 +64,8 @@ def build(width: int, inner: int, dtype: torch.dtype, device: torch.device) -> A
     return model.train().base_model.model
 
 
-def providers(mlp: Any, width: int) -> dict[str, Layer | str]:
-    """Layers by name, or why one cannot be measured here."""
+def providers(mlp: LlamaMLP, width: int) -> dict[str, Layer | str]:
+    """Returns the layers by name. For one that cannot be measured here, it returns the reason."""
     from qlora_kernels.nf4_lora import default_tile
 
     from qlora_sft.model.mlp import TiledMLP
@@ -73,7 +77,7 @@ def providers(mlp: Any, width: int) -> dict[str, Layer | str]:
     return found
 
 
-def unsloth(mlp: Any) -> Layer | str:
+def unsloth(mlp: LlamaMLP) -> Layer | str:
     if not torch.cuda.is_available():
         return "its MLP function needs Triton on a GPU"
     if importlib.util.find_spec("unsloth") is None:
@@ -83,19 +87,19 @@ def unsloth(mlp: Any) -> Layer | str:
     return lambda x: apply_lora_mlp_swiglu(mlp, x, inplace=False)
 
 
-def factors(mlp: Any) -> list[Tensor]:
+def factors(mlp: LlamaMLP) -> list[Tensor]:
     return [p for p in mlp.parameters() if p.requires_grad]
 
 
 def around(layer: Layer, x: Tensor) -> Tensor:
-    """The sine stands for what comes before the MLP in a decoder layer."""
+    """Applies the MLP behind a sine, which stands for what comes before the MLP in a decoder layer."""
     return x + layer(x.sin())
 
 
 def run_once(
     layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], checkpointed: bool
 ) -> tuple[float, list[Tensor]]:
-    """(seconds, gradients)"""
+    """Returns the seconds of a step, and the gradients."""
     with contextlib.ExitStack() as stack:
         if x.dtype != torch.float32:
             stack.enter_context(torch.autocast(x.device.type, x.dtype))
@@ -112,8 +116,8 @@ def synchronize(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def true_gradients(mlp: Any, x: Tensor, noise: Tensor) -> list[Tensor]:
-    """In float32, with the weights as they are dequantised to the type of ``x``."""
+def true_gradients(mlp: LlamaMLP, x: Tensor, noise: Tensor) -> list[Tensor]:
+    """Computes the gradients in float32, with the weights as they are dequantised to the type of ``x``."""
     from qlora_kernels.nf4_lora import Projection
     from qlora_kernels.nf4_lora.reference import reference_mlp
 
@@ -127,7 +131,7 @@ def true_gradients(mlp: Any, x: Tensor, noise: Tensor) -> list[Tensor]:
             Projection(weight, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"])
         )
     wide = x.detach().float().requires_grad_()
-    # What enters the MLP is rounded for everybody.
+    # The input of the MLP is rounded for every provider.
     inside = wide.sin() + (x.detach().sin().float() - wide.sin()).detach()
     y = wide + reference_mlp(inside, *layers, "silu")
     return list(torch.autograd.grad(y, [wide, *factors(mlp)], noise.float()))
@@ -143,14 +147,14 @@ def peak_bytes(layer: Layer, x: Tensor, noise: Tensor, wanted: list[Tensor], che
 
 
 def measure(name: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype, checkpointed: bool, repeats: int,
-            device: torch.device) -> list[dict[str, Any]]:  # fmt: skip
+            device: torch.device) -> list[Cell]:  # fmt: skip
     width, inner = shape
     mlp = build(width, inner, dtype, device)
     x = torch.randn(1, tokens, width, device=device).to(dtype).requires_grad_()
     noise = torch.randn(1, tokens, width, device=device).to(dtype)
     wanted, truth = factors(mlp), true_gradients(mlp, x, noise)
     size = torch.stack([t.float().norm() ** 2 for t in truth]).sum()
-    cells: dict[str, dict[str, Any]] = {}
+    cells: dict[str, Cell] = {}
     layers: dict[str, Layer] = {}
     for provider, layer in providers(mlp, width).items():
         cell = cells[provider] = {"provider": provider, "shape": name, "width": width, "inner": inner, "tokens": tokens}
@@ -175,7 +179,7 @@ def measure(name: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype, 
     return list(cells.values())
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+def table(cells: list[Cell]) -> str:
     first = cells[0]
     kind = "checkpointed" if first["checkpointed"] else "not checkpointed"
     own = next(c for c in cells if c["provider"] == "ours")["milliseconds"]

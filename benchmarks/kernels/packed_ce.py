@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from ce_providers import PROVIDERS, Labels, Loss, NotAvailable, build
@@ -25,6 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
 
 from measuring import clock, measured_on, peak_growth
+
+if TYPE_CHECKING:
+    from cell import Cell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "packed_ce.jsonl"
 GPU_SHAPES = {
@@ -37,15 +40,15 @@ CPU_SHAPES = {f"{d} x {v}": (d, v) for d in (576, 2048) for v in (49152, 128256)
 def make_inputs(
     rows: int, width: int, vocabulary: int, share: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Labels]:
-    """Every row points towards one word; the target is sampled from the softmax that results (mean loss about 2)."""
+    """Makes hidden states that point towards one token each, and labels from their softmax (mean loss about 2)."""
     from qlora_kernels.packed_ce import Targets
 
     generator = torch.Generator(device.type).manual_seed(0)
     head = torch.empty(vocabulary, width, dtype=dtype, device=device).normal_(generator=generator).div_(width**0.5)
-    words = torch.randint(0, vocabulary, (rows,), device=device, generator=generator)
+    tokens = torch.randint(0, vocabulary, (rows,), device=device, generator=generator)
     strength = torch.empty(rows, 1, device=device).uniform_(10, 26, generator=generator)
     hidden = torch.empty(rows, width, device=device).normal_(generator=generator)
-    hidden = (2 * hidden + strength * head[words].float()).to(dtype)
+    hidden = (2 * hidden + strength * head[tokens].float()).to(dtype)
     shifted = torch.full((rows,), -100, dtype=torch.int64, device=device)
     keep = (torch.rand(rows, device=device, generator=generator) < share).nonzero().squeeze(1)
     keep = keep[keep < rows - 1]  # the last token has no next one
@@ -59,7 +62,7 @@ def make_inputs(
 
 
 def run_once(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> tuple[float, float]:
-    """(seconds of forward and backward, loss)"""
+    """Returns the seconds of a forward and backward, and the loss."""
     hidden.grad = None
     if hidden.is_cuda:
         torch.cuda.synchronize()
@@ -82,7 +85,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, head: Tensor, labels: Labels) -> int 
 
 
 def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48) -> tuple[Tensor, Tensor, float]:
-    """(rows, their gradients, mean of their nll) in float64 for the first supervised rows."""
+    """Computes in float64, for the first supervised rows, the rows, their gradients and the mean of their nll."""
     rows = labels.targets.positions[:count].long()
     x = hidden.detach()[rows].double().requires_grad_()
     logits = torch.cat([x @ part.double().t() for part in head.split(8192)], dim=1)
@@ -92,11 +95,11 @@ def exact_gradient(hidden: Tensor, head: Tensor, labels: Labels, count: int = 48
 
 
 def measure(shape: tuple[str, int, int], rows: int, share: float, dtype: torch.dtype, device: torch.device,
-            repeats: int, only: list[str]) -> list[dict[str, Any]]:  # fmt: skip
+            repeats: int, only: list[str]) -> list[Cell]:  # fmt: skip
     name, width, vocabulary = shape
     hidden, head, labels = make_inputs(rows, width, vocabulary, share, dtype, device)
     sample, exact, nll = exact_gradient(hidden, head, labels)
-    cells: dict[str, dict[str, Any]] = {}
+    cells: dict[str, Cell] = {}
     losses: dict[str, Loss] = {}
     for provider in only or PROVIDERS:
         cells[provider] = {"provider": provider}
@@ -129,7 +132,7 @@ def measure(shape: tuple[str, int, int], rows: int, share: float, dtype: torch.d
 
 
 def two_products(count: int, hidden: Tensor, head: Tensor, repeats: int) -> float:
-    """Seconds of the two matrix products that no method can avoid, in pieces of 512 MB of logits at most."""
+    """Measures the two matrix products that no method can avoid, in pieces of 512 MB of logits at most."""
     x = hidden.detach()[:1].repeat(count, 1)
     size = max(1, min(count, 2**29 // (head.shape[0] * hidden.element_size())))
     times = []
@@ -145,7 +148,7 @@ def two_products(count: int, hidden: Tensor, head: Tensor, repeats: int) -> floa
     return statistics.median(times)
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+def table(cells: list[Cell]) -> str:
     own = next((c for c in cells if c["provider"] == "ours"), {})
     first = cells[0]
     lines = [

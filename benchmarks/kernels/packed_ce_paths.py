@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from qlora_kernels.packed_ce import packed_linear_cross_entropy
@@ -21,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it sees its own folder only
 
+from ce_providers import Labels
 from measuring import clock, measured_on
 from packed_ce import GPU_SHAPES, make_inputs, run_once
 
@@ -31,7 +31,7 @@ TILES = (None, 8192, 16384, 32768)
 
 
 def floor(hidden: Tensor, head: Tensor, count: int, repeats: int) -> float:
-    """Seconds of both products for ``count`` positions."""
+    """Measures the seconds of both products for ``count`` positions."""
     x = hidden.detach()[:count]
     seconds = []
     for _ in range(repeats + 1):
@@ -64,7 +64,7 @@ def main() -> None:
             for tile in TILES:
                 for workspace in WORKSPACES if gpu else WORKSPACES[:1]:
 
-                    def loss(x: Tensor, w: Tensor, y: Any, tile: int | None = tile, size: int = workspace) -> Tensor:
+                    def loss(x: Tensor, w: Tensor, y: Labels, tile: int | None = tile, size: int = workspace) -> Tensor:
                         return packed_linear_cross_entropy(x, w, y.targets, tile=tile, workspace_bytes=size * MIB).loss
 
                     run_once(loss, hidden, head, labels)

@@ -165,7 +165,7 @@ def gguf_facts(path: Path) -> GgufFacts:
     """
     from gguf import GGUFReader
 
-    from qlora_sft.export.as_trained import bos_first
+    from qlora_sft.export.gguf_metadata import bos_first
 
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")

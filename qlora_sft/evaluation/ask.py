@@ -1,10 +1,10 @@
-"""Asks one model the questions of a task, and grades what it says."""
+"""Asks one model the questions of a task, and grades its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,31 +14,38 @@ from qlora_sft.errors import DataError
 from qlora_sft.evaluation.choices import choose, letter_prompts
 from qlora_sft.evaluation.drift import Reading, readable
 from qlora_sft.evaluation.drift import read as read_document
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.generate import Generated, generate
 from qlora_sft.evaluation.grade import last_number, said
 from qlora_sft.evaluation.programs import program, run_all
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import pass_at_k
-from qlora_sft.evaluation.subject import Subject
 from qlora_sft.evaluation.tasks import Item, Task
+from qlora_sft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Questions:
-    """A task in token ids. ``prompts``: one per item; ``documents`` in their place where texts are only read."""
+    """Holds a task as token ids."""
 
     task: Task
     prompts: list[list[int]] = field(default_factory=list)
+    """One prompt for each item. The list is empty for a task whose texts are only read."""
     letters: list[int] = field(default_factory=list)
+    """The token of every letter, for a task of multiple choice."""
     documents: list[Rendered] = field(default_factory=list)
+    """The texts of a task that only reads them."""
     in_thought: list[bool] = field(default_factory=list)
-    """Whether the template opens a thought at the end of the prompt."""
+    """Whether the template opens a thought at the end of each prompt."""
     thoughtless: int = 0
-    """Prompts that end in an empty thought although nobody asked for that."""
+    """How many prompts end in an empty thought although nobody asked for one."""
 
     @property
     def longest(self) -> int:
-        """Tokens that the longest question takes, with its answer."""
+        """Returns how many tokens the longest question takes together with its answer."""
         rows = self.prompts or [document.input_ids for document in self.documents]
         answer = 1 if self.letters else self.task.settings.max_new_tokens if self.prompts else 0
         return max(map(len, rows)) + answer
@@ -46,37 +53,49 @@ class Questions:
 
 @dataclass
 class Scores:
-    """Metric -> one figure per item; the weight of each item; one record per item."""
+    """Holds what one model achieved on a task, item by item."""
 
     metrics: dict[str, list[float]]
+    """By metric, one figure for each item."""
     weights: list[float]
-    records: list[dict[str, Any]]
+    """The weight of each item in a mean."""
+    records: list[JsonObject]
+    """What the file of answers says of each item."""
 
 
-def encode_task(task: Task, tokenizer: Any, style: ChatFormat, text_tokenizer: Any, limit: int) -> Questions:
-    """``text_tokenizer``: the same one with the eos token that ends plain texts; ``limit``: positions of the model.
+def encode_task(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
+    text_tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+) -> Questions:
+    """Renders the questions of a task into token ids.
 
-    Raises `DataError` naming file and line where a question cannot be rendered.
+    ``text_tokenizer`` is the same tokenizer with the eos token that ends plain texts. ``limit`` is the number of
+    positions that the model has. Raises `DataError` naming file and line where a question cannot be rendered.
     """
     if task.form == "choices":
-        return Questions(task, *letter_prompts(task.items, tokenizer, style))
+        return Questions(task, *letter_prompts(task.items, tokenizer, chat_format))
     if task.form == "loss":
-        documents = [_document(item, tokenizer, style, text_tokenizer) for item in task.items]
+        documents = [_document(item, tokenizer, chat_format, text_tokenizer) for item in task.items]
         kept = [short for document in documents if (short := readable(document, limit))]
         if not kept:
             raise DataError(f"{task.settings.path}: nothing in it is to be predicted")
         return Questions(task, documents=kept)
-    prompts = [prompt_of(item, task.settings.thinking, tokenizer, style) for item in task.items]
+    prompts = [prompt_of(item, task.settings.thinking, tokenizer, chat_format) for item in task.items]
     tails = [tokenizer.decode(prompt[-8:]).rstrip() for prompt in prompts]
     unasked = ["enable_thinking" not in (item.conversation.get("chat_template_kwargs") or {}) for item in task.items]
     thoughtless = sum(own and tail.endswith("</think>") for own, tail in zip(unasked, tails, strict=True))
     return Questions(task, prompts, in_thought=[tail.endswith("<think>") for tail in tails], thoughtless=thoughtless)
 
 
-def _document(item: Item, tokenizer: Any, style: ChatFormat, text_tokenizer: Any) -> Rendered:
+def _document(
+    item: Item, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, text_tokenizer: PreTrainedTokenizerBase
+) -> Rendered:
     plain = "text" in item.conversation
     try:
-        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, chat_format=style)
+        return render_conversation(item.conversation, text_tokenizer if plain else tokenizer, chat_format=chat_format)
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
 
@@ -84,40 +103,46 @@ def _document(item: Item, tokenizer: Any, style: ChatFormat, text_tokenizer: Any
 # ------------------------------------------------------------------ one function per way of asking
 
 
-def ask_choices(subject: Subject, questions: Questions) -> Scores:
+def ask_choices(evaluated: EvaluatedModel, questions: Questions) -> Scores:
+    """Asks questions of multiple choice and compares the likeliest letter of each with the right one."""
     items = questions.task.items
     chosen = choose(
-        subject.model,
-        subject.tokenizer,
+        evaluated.model,
+        evaluated.tokenizer,
         items,
         questions.prompts,
         questions.letters,
-        subject.dtype,
-        subject.style.stop_token_ids,
+        evaluated.dtype,
+        evaluated.chat_format.stop_token_ids,
     )
-    right = [letter == item.reference for (letter, _), item in zip(chosen, items, strict=True)]
-    begun = [float(good and first) for good, (_, first) in zip(right, chosen, strict=True)]
-    records = [{"answer": letter, "right": good} for (letter, _), good in zip(chosen, right, strict=True)]
-    return Scores({"accuracy": list(map(float, right)), "said": begun}, [1.0] * len(items), records)
+    correct = [letter == item.reference for (letter, _), item in zip(chosen, items, strict=True)]
+    begun = [float(good and first) for good, (_, first) in zip(correct, chosen, strict=True)]
+    records: list[JsonObject] = [
+        {"answer": letter, "right": good} for (letter, _), good in zip(chosen, correct, strict=True)
+    ]
+    return Scores({"accuracy": list(map(float, correct)), "said": begun}, [1.0] * len(items), records)
 
 
-def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
-    """Greedy, or ``samples`` drawn for every question, the same in every run of the same seed."""
+def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int) -> Scores:
+    """Asks every question and grades its answers.
+
+    With one sample a question the answer is greedy; with more, all are drawn, the same ones in every run with ``seed``.
+    """
     task, settings = questions.task, questions.task.settings
     samples = settings.samples
     repeated = [prompt for prompt in questions.prompts for _ in range(samples)]
     temperature = settings.temperature if samples > 1 else None
     torch.manual_seed(seed)
     given = generate(
-        subject.model,
-        subject.tokenizer,
+        evaluated.model,
+        evaluated.tokenizer,
         repeated,
         settings.max_new_tokens,
-        subject.dtype,
-        subject.style.stop_token_ids,
+        evaluated.dtype,
+        evaluated.chat_format.stop_token_ids,
         temperature,
     )
-    texts = [decoded(subject.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]
+    texts = [decoded(evaluated.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]
     outcomes = grade_all(task, questions.in_thought, texts)
     scores = Scores({f"pass@{k}": [] for k in powers(samples)}, [1.0] * len(task.items), [])
     scores.metrics |= {"ended": [], "distinct": []}
@@ -127,28 +152,31 @@ def ask_answers(subject: Subject, questions: Questions, seed: int) -> Scores:
     return scores
 
 
-def decoded(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
-    """The answer behind its prompt: alone, tokenizers that put a space before every text would take one away."""
+def decoded(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]) -> str:
+    """Decodes an answer behind the last token of its prompt.
+
+    Decoded alone, the answer would lose a leading space where the tokenizer puts a space before every text.
+    """
     anchor = tokenizer.decode(prompt[-1:], clean_up_tokenization_spaces=False)
     text: str = tokenizer.decode([*prompt[-1:], *answer], clean_up_tokenization_spaces=False)
     return text.removeprefix(anchor)
 
 
 def powers(samples: int) -> list[int]:
-    """1, 2, 4, ... up to ``samples``, and ``samples``."""
+    """Returns the powers of two up to ``samples``, and ``samples`` itself."""
     return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
 
 Outcome = tuple[bool, str, str]
-"""(right, what was graded, what was found wrong)."""
+"""Whether the answer is correct, the text that was graded, and what was found wrong with it."""
 
 
 def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> list[Outcome]:
-    """Every answer of every item in turn, as many of each as there are."""
+    """Grades the answers of all items. ``texts`` has equally many for each item, those of one item side by side."""
     samples = len(texts) // len(task.items)
     answers = [said(text, in_thought[number // samples]) for number, text in enumerate(texts)]
     items = [task.items[number // samples] for number in range(len(texts))]
-    if task.form == "code":  # whose indentation counts, also in its first line
+    if task.form == "code":  # not stripped, because the indentation of the first line counts
         written = [program(answer, item.tests) for answer, item in zip(answers, items, strict=True) if item.tests]
         return [(said == "passed", text, said) for text, said in zip(written, run_all(written), strict=True)]
     answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
@@ -156,23 +184,27 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
 
 
 def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], outcomes: Sequence[Outcome]) -> None:
-    samples, right = len(outcomes), sum(good for good, _, _ in outcomes)
+    """Adds the figures and the record of one item to ``scores``."""
+    samples, correct = len(outcomes), sum(good for good, _, _ in outcomes)
     for metric, figures in scores.metrics.items():
         if metric.startswith("pass@"):
-            figures.append(pass_at_k(samples, right, int(metric.removeprefix("pass@"))))
+            figures.append(pass_at_k(samples, correct, int(metric.removeprefix("pass@"))))
     scores.metrics["ended"].append(sum(each.ended for each in given) / samples)
     scores.metrics["distinct"].append(len({graded for _, graded, _ in outcomes}) / samples)
     found = [fault for _, _, fault in outcomes]
-    answers = [
+    answers: list[object] = [
         {"text": text, "right": good, **({"found": fault} if fault else {})}
         for text, (good, _, _), fault in zip(texts, outcomes, found, strict=True)
     ]
-    scores.records.append({"answers": answers, "right": right})
+    scores.records.append({"answers": answers, "right": correct})
 
 
-def read_texts(subject: Subject, questions: Questions, with_base: bool) -> tuple[Scores | None, Scores]:
-    """(base, tuned): both are read in one go, because the distance needs the probabilities of both."""
-    read = [read_document(subject.model, each, subject.dtype, with_base) for each in questions.documents]
+def read_texts(evaluated: EvaluatedModel, questions: Questions, with_base: bool) -> tuple[Scores | None, Scores]:
+    """Reads the texts with the tuned model and, if asked, with its base, and returns the scores of (base, tuned).
+
+    Both models read a text in one go, because the distance between them needs the probabilities of both.
+    """
+    read = [read_document(evaluated.model, each, evaluated.dtype, with_base) for each in questions.documents]
     tuned = _readings(read, [each.loss for each in read])
     if not with_base:
         return None, tuned
@@ -181,4 +213,5 @@ def read_texts(subject: Subject, questions: Questions, with_base: bool) -> tuple
 
 
 def _readings(read: Sequence[Reading], losses: list[float]) -> Scores:
+    """Makes the scores of one model out of what was read."""
     return Scores({"loss": losses}, [each.weight for each in read], [{"loss": loss} for loss in losses])

@@ -1,4 +1,4 @@
-"""Tasks -> prompts -> the tuned model and its base -> what changed."""
+"""Asks a tuned model and its base the questions of all tasks, and compares the two."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.ask import Questions, Scores, ask_answers, ask_choices, encode_task, read_texts
 from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.results import write_results
-from qlora_sft.evaluation.subject import Subject
 from qlora_sft.evaluation.tasks import Task
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.load import load_for_inference
@@ -23,14 +23,17 @@ from qlora_sft.say import Say
 
 
 def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, seed: int, say: Say) -> EvaluationReport:
-    """Asks the model of ``run``, or in the folder ``path``, and with ``base`` the base under the adapter, too."""
+    """Asks the model of ``run``, or the model in the folder ``path``, every task and writes the results.
+
+    With ``base`` the base under the adapter is asked, too, and the two are compared.
+    """
     # ------------------------------------------------------------------ prompts
     text = saved_text(path)
-    tokenizer, style = text.tokenizer, _style(text, tasks)
+    tokenizer, chat_format = text.tokenizer, _chat_format(text, tasks)
     limit = _positions(path, run)
-    encoded = [encode_task(task, tokenizer, style, text.training_tokenizer, limit) for task in tasks]
+    encoded = [encode_task(task, tokenizer, chat_format, text.training_tokenizer, limit) for task in tasks]
     for questions in encoded:
-        _check_room(questions, limit)
+        _check_length(questions, limit)
         if questions.thoughtless:
             say(
                 f"{questions.task.name}: {questions.thoughtless:,} of {len(questions.prompts):,} questions end in an "
@@ -40,39 +43,44 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     # ------------------------------------------------------------------ model
     say("loading the model")
     model = load_for_inference(path)
-    subject = Subject(model, tokenizer, style, model.get_input_embeddings().weight.dtype)
+    evaluated = EvaluatedModel(model, tokenizer, chat_format, model.get_input_embeddings().weight.dtype)
 
     # ------------------------------------------------------------------ ask, compare
     folder = path / "evaluation" if run else path.with_name(f"{path.name}-evaluation")
     reports = []
     for questions in encoded:
-        before, after = ask_task(subject, questions, base, seed, say)
-        report = compared(questions.task, before, after, seed)
-        answers = write_results(folder, report, questions.task, before, after)
+        of_base, of_tuned = ask_task(evaluated, questions, base, seed, say)
+        report = compared(questions.task, of_base, of_tuned, seed)
+        answers = write_results(folder, report, questions.task, of_base, of_tuned)
         reports.append(replace(report, answers=str(answers)))
     say(comparison_table(reports))
     say(f"figures and answers: {folder}")
     return EvaluationReport(str(path), str(folder), reports)
 
 
-def ask_task(subject: Subject, questions: Questions, base: bool, seed: int, say: Say) -> tuple[Scores | None, Scores]:
-    """(base, tuned) on one task."""
+def ask_task(
+    evaluated: EvaluatedModel, questions: Questions, base: bool, seed: int, say: Say
+) -> tuple[Scores | None, Scores]:
+    """Asks one task and returns the scores of (base, tuned). The first is None without ``base``."""
     name, form = questions.task.name, questions.task.form
     if form == "loss":
         say(f"{name}: reading {len(questions.documents):,} texts")
-        return read_texts(subject, questions, base)
+        return read_texts(evaluated, questions, base)
     results: list[Scores] = []
     for who in ("base", "tuned") if base else ("tuned",):
         say(f"{name}: asking the {who} model {len(questions.prompts):,} questions")
-        with subject.model.disable_adapter() if who == "base" else nullcontext():
+        with evaluated.model.disable_adapter() if who == "base" else nullcontext():
             results.append(
-                ask_choices(subject, questions) if form == "choices" else ask_answers(subject, questions, seed)
+                ask_choices(evaluated, questions) if form == "choices" else ask_answers(evaluated, questions, seed)
             )
     return (results[0] if base else None), results[-1]
 
 
-def _style(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
-    """Plain texts are read without a template, which the tokenizer of a base model may not have."""
+def _chat_format(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
+    """Returns the chat format of the model.
+
+    Where all tasks are plain texts, it has no template, because the tokenizer of a base model may not have one either.
+    """
     if all("text" in item.conversation for task in tasks for item in task.items):
         return ChatFormat("", "plain texts", text.stop_token_ids)
     try:
@@ -82,13 +90,14 @@ def _style(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
 
 
 def _positions(path: Path, run: Run | None) -> int:
-    """How many tokens the model takes."""
+    """Returns how many positions the model has."""
     settings = text_config(read_config(run.base if run else str(path)))
     rope = run.model.rope_scaling if run else None
     return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
 
 
-def _check_room(questions: Questions, limit: int) -> None:
+def _check_length(questions: Questions, limit: int) -> None:
+    """Raises `ConfigError` if the longest question and its answer have more tokens than the model has positions."""
     if questions.longest > limit:
         cure = "leave it out" if questions.letters else "lower max_new_tokens, or leave it out"
         raise ConfigError(

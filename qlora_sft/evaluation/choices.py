@@ -1,13 +1,13 @@
-"""Multiple choice by the model's own probabilities: which letter is likeliest as the beginning of the answer.
+"""Answers multiple choice by the model's own probabilities: which letter is likeliest to begin the answer.
 
-Nothing is generated, so a model that would say "The answer is B" is judged by what it holds for right; whether it
-would have begun with the letter is counted beside (``said``).
+Nothing is generated. So a model that would say "The answer is B" is graded by the letter that it prefers. Whether the
+model would have begun with that letter is counted separately, as the metric ``said``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,15 +20,21 @@ from qlora_sft.evaluation.prompt import answered
 from qlora_sft.evaluation.tasks import LETTERS, Item
 from qlora_sft.model.attention import plain_attention
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def letter_prompts(items: Sequence[Item], tokenizer: Any, style: ChatFormat) -> tuple[list[list[int]], list[int]]:
-    """(prompt ids of every item, the token of every letter as the beginning of an answer).
 
-    Both come from conversations that are answered with a letter, as training would render them. Raises `DataError`.
+def letter_prompts(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[list[list[int]], list[int]]:
+    """Returns the prompt ids of every item, and for every letter the token that begins an answer with it.
+
+    Both come from conversations that are answered with a letter, as training would render them. Raises `DataError` if
+    two letters begin with the same token.
     """
-    prompts = [answered(item, "A", tokenizer, style)[0] for item in items]
+    prompts = [answered(item, "A", tokenizer, chat_format)[0] for item in items]
     most = max(item.options for item in items)
-    firsts = [answered(items[0], letter, tokenizer, style)[1][0] for letter in LETTERS[:most]]
+    firsts = [answered(items[0], letter, tokenizer, chat_format)[1][0] for letter in LETTERS[:most]]
     if len(set(firsts)) < len(firsts):
         raise DataError(
             f"{items[0].place}: answers with different letters begin with the same token, "
@@ -38,15 +44,15 @@ def letter_prompts(items: Sequence[Item], tokenizer: Any, style: ChatFormat) -> 
 
 
 def choose(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     prompts: Sequence[list[int]],
     firsts: Sequence[int],
     dtype: torch.dtype,
-    stops: Collection[int],
+    stop_token_ids: Collection[int],
 ) -> list[tuple[str, bool]]:
-    """For every item the likeliest letter, and whether it is the likeliest of all tokens."""
+    """Returns for every item the likeliest letter, and whether that letter is the likeliest of all tokens."""
     letters = torch.tensor(firsts, device=model.device)
 
     def look(ids: Tensor, mask: Tensor) -> list[tuple[list[float], int]]:
@@ -54,7 +60,7 @@ def choose(
         return list(zip(logits[:, letters].tolist(), logits.argmax(-1).tolist(), strict=True))
 
     with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-        seen = in_batches(prompts, 0, pad_id(tokenizer, stops), model.device, look)
+        seen = in_batches(prompts, 0, pad_id(tokenizer, stop_token_ids), model.device, look)
     chosen = []
     for item, (of_letters, anything) in zip(items, seen, strict=True):
         best = max(range(item.options), key=of_letters.__getitem__)
@@ -62,8 +68,8 @@ def choose(
     return chosen
 
 
-def next_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """[rows, vocabulary] in float32: of the token after the last column of left-padded rows."""
+def next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Returns the float32 logits [rows, vocabulary] of the token that follows each of the left-padded rows."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False)
     return output.logits[:, -1].float()  # type: ignore[no-any-return]

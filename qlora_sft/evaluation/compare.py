@@ -1,8 +1,8 @@
-"""The base against the tuned model on one task: what changed, how surely, and what kind of loss it is.
+"""Compares the tuned model with its base on one task: what changed, how surely, and what kind of loss it is.
 
-A tuned model that does worse has either lost the ability or stopped showing it. What it can do is measured by the best
-of several samples (``pass@n``), or by the likeliest of the letters; what it does by one answer (``pass@1``), or by the
-likeliest of all tokens. Both are compared with their base, question by question:
+A tuned model that does worse has either lost the ability or stopped showing it. What the model can do is measured by
+the best of several samples (``pass@n``), or by the likeliest letter. What the model does is measured by one answer
+(``pass@1``), or by the likeliest token of all. Both are compared with the base, question by question:
 
 - **forgetting**: what it can do has fallen. Replay, a lower learning rate or fewer steps are the cure.
 - **alignment tax**: what it does has fallen, what it can do has not. It answers in another way (format, length, tone),
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_sft.evaluation.ask import Scores
-from qlora_sft.evaluation.statistics import Change, change
-from qlora_sft.evaluation.tasks import Form, Task
+from qlora_sft.evaluation.statistics import PairedChange, paired_change
+from qlora_sft.evaluation.tasks import Task, TaskForm
 from qlora_sft.run.report import LEFT_OUT, Report
 
 LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved(Report):
-    """How far a metric has moved from the base to the tuned model."""
+class MetricChange(Report):
+    """Says how far a metric has moved from the base to the tuned model."""
 
     difference: float
     interval: list[float]
@@ -35,13 +35,13 @@ class Moved(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport(Report):
-    """What ``evaluation/NAME.json`` holds: the task, every metric of both models, the verdict with its reason."""
+    """Holds what ``evaluation/NAME.json`` says: the task, every metric of both models, the verdict with its reason."""
 
     name: str
-    form: Form
+    form: TaskForm
     path: str
     questions: str
-    """A digest of what was asked."""
+    """The digest of what was asked."""
     items: int
     seed: int
     tuned: dict[str, float]
@@ -50,9 +50,9 @@ class TaskReport(Report):
     thinking: str | None = field(default=None, metadata=LEFT_OUT)
     temperature: float | None = field(default=None, metadata=LEFT_OUT)
     for_rl: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
-    """Shares of the questions that are right always, never and sometimes."""
+    """The shares of the questions that are answered correctly always, never and sometimes."""
     base: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
-    change: dict[str, Moved] | None = field(default=None, metadata=LEFT_OUT)
+    change: dict[str, MetricChange] | None = field(default=None, metadata=LEFT_OUT)
     verdict: str | None = field(default=None, metadata=LEFT_OUT)
     reason: str | None = field(default=None, metadata=LEFT_OUT)
     answers: str | None = field(default=None, metadata=LEFT_OUT)
@@ -61,16 +61,16 @@ class TaskReport(Report):
 
 @dataclass(frozen=True)
 class EvaluationReport(Report):
-    """What a model, and its base if it was asked, made of every task."""
+    """Holds the results of a model, and of its base if that was asked, on every task."""
 
     model: str
     folder: str
-    """Where the figures and the answers stand."""
+    """The folder that holds the figures and the answers."""
     tasks: list[TaskReport]
 
 
 def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskReport:
-    """Every metric of ``tuned`` and, if it was asked, of ``base``, and what has changed."""
+    """Reports every metric of ``tuned`` and, if it was asked, of ``base``, and what has changed between them."""
     settings = task.settings
     report = TaskReport(
         name=task.name,
@@ -93,21 +93,21 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskR
     return replace(
         report,
         base={name: _mean(base, name) for name in base.metrics},
-        change={name: Moved(difference=c.difference, interval=[c.low, c.high]) for name, c in changes.items()},
+        change={name: MetricChange(difference=c.difference, interval=[c.low, c.high]) for name, c in changes.items()},
         verdict=verdict,
         reason=reason,
     )
 
 
 def _digest(task: Task) -> str:
-    """Of what was asked: files of one name may hold other questions, in another folder or at another time."""
+    """Returns a digest of what was asked, because files of one name may hold different questions."""
     asked = [[item.conversation, item.reference] for item in task.items]
     return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _changes(base: Scores, tuned: Scores, seed: int) -> dict[str, Change]:
+def _changes(base: Scores, tuned: Scores, seed: int) -> dict[str, PairedChange]:
     shared = [name for name in tuned.metrics if name in base.metrics]
-    return {name: change(base.metrics[name], tuned.metrics[name], tuned.weights, seed) for name in shared}
+    return {name: paired_change(base.metrics[name], tuned.metrics[name], tuned.weights, seed) for name in shared}
 
 
 def _mean(scores: Scores, name: str) -> float:
@@ -115,12 +115,13 @@ def _mean(scores: Scores, name: str) -> float:
     return sum(figure * weight for figure, weight in weighted) / sum(scores.weights)
 
 
-def main_metric(form: Form) -> str:
+def main_metric(form: TaskForm) -> str:
+    """Names the metric that says what the model does, for tasks of this form."""
     return {"choices": "accuracy", "loss": "loss"}.get(form, "pass@1")
 
 
-def judged(form: Form, changes: dict[str, Change], samples: int) -> tuple[str, str]:
-    """(verdict, reason). A change counts only if its interval leaves out zero and enough items have changed."""
+def judged(form: TaskForm, changes: dict[str, PairedChange], samples: int) -> tuple[str, str]:
+    """Returns (verdict, reason). A change counts only if its interval leaves out zero and enough items have changed."""
     if form == "choices":
         can, does = "accuracy", "said"
     else:
@@ -136,26 +137,30 @@ def judged(form: Form, changes: dict[str, Change], samples: int) -> tuple[str, s
     return "no difference shown", ""
 
 
-def _alone(metric: str, c: Change) -> tuple[str, str]:
+def _alone(metric: str, c: PairedChange) -> tuple[str, str]:
+    """Returns (verdict, reason) for a task with a single metric, which cannot tell forgetting from alignment tax."""
     if _worse(metric, c):
         why = "it reads such text worse" if metric == "loss" else "samples: 8 tells forgetting from alignment tax"
         return "worse", why
     return ("better", "") if _better(metric, c) else ("no difference shown", "")
 
 
-def _worse(metric: str, c: Change) -> bool:
+def _worse(metric: str, c: PairedChange) -> bool:
     return c.risen if metric in LOWER_IS_BETTER else c.fallen
 
 
-def _better(metric: str, c: Change) -> bool:
+def _better(metric: str, c: PairedChange) -> bool:
     return c.fallen if metric in LOWER_IS_BETTER else c.risen
 
 
 def for_rl(tuned: Scores, samples: int) -> dict[str, float]:
-    """Shares of the questions: right in every sample, in none, in some. Only the last have an advantage to learn from
-    in group-relative reinforcement learning, whose gradient is zero where all samples earn the same."""
-    right = [record["right"] for record in tuned.records]
-    always, never = (sum(r == wanted for r in right) / len(right) for wanted in (samples, 0))
+    """Returns the shares of the questions that are answered correctly in every sample, in none, and in some.
+
+    Group-relative reinforcement learning can learn only from the last kind: its gradient is zero where all samples of
+    a question earn the same reward.
+    """
+    correct = [record["right"] for record in tuned.records]
+    always, never = (sum(count == wanted for count in correct) / len(correct) for wanted in (samples, 0))
     return {"always": always, "never": never, "sometimes": 1 - always - never}
 
 
@@ -163,6 +168,7 @@ def for_rl(tuned: Scores, samples: int) -> dict[str, float]:
 
 
 def comparison_table(reports: Sequence[TaskReport]) -> str:
+    """Formats the metrics of all tasks as a table, with the verdict of each below its rows."""
     lines = [f"{'task':<20}{'items':>7}  {'':<10}{'base':>8}{'tuned':>8}  change (95% interval)"]
     for report in reports:
         main = main_metric(report.form)

@@ -1,14 +1,14 @@
-"""What a model thinks of texts it did not write: loss per token, and how far it has moved from its base.
+"""Measures a model on given texts: its loss per token, and how far its predictions have moved from those of its base.
 
-The distance is ``KL(base || tuned)``: ``sum_v p_base(v) (log p_base(v) - log p_tuned(v))`` in nats, its mean over
-supervised tokens. That is what it costs to code the base's own words with the tuned model. It sees changes that the
-loss does not, because it looks at all words and not only at the one that stands there.
+The distance is ``KL(base || tuned)``: ``sum_v p_base(v) (log p_base(v) - log p_tuned(v))`` in nats, averaged over the
+supervised tokens. It is the cost of coding the base's own tokens with the tuned model. It shows changes that the loss
+does not show, because it looks at all tokens of the vocabulary and not only at the label.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,64 +18,74 @@ from qlora_sft.errors import RunError, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
 
-# Of a document: all logits of it are alive at once, twice.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The most tokens that are read of a document, because all of its logits are in memory at once, twice.
 TOKENS = 2048
-# Rows whose probabilities are in float32 at one time.
-ROWS = 256
+# The number of positions whose probabilities are in float32 at one time.
+POSITIONS = 256
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One document: the weight of its supervised tokens, their mean loss, their KL from the base if that was read."""
+    """Holds the figures of one document."""
 
     weight: float
+    """The summed weight of its supervised tokens."""
     loss: float
+    """The mean loss of the supervised tokens, in nats."""
     base_loss: float | None = None
     kl: float | None = None
+    """The mean KL divergence from the base, if the base has read the document, too."""
 
 
-def read(model: Any, document: Rendered, dtype: torch.dtype, with_base: bool) -> Reading:
-    """One forward with the adapter, and with ``with_base`` one without it."""
+def read(model: PreTrainedModel, document: Rendered, dtype: torch.dtype, with_base: bool) -> Reading:
+    """Reads a document with the adapter and, if ``with_base``, once more without it."""
     ids = torch.tensor([document.input_ids], device=model.device)
     weights = torch.tensor(document.weights[1:], device=model.device)
-    rows = weights.nonzero().squeeze(1)
-    weights, targets = weights[rows], ids[0, 1:][rows]
+    positions = weights.nonzero().squeeze(1)
+    weights, labels = weights[positions], ids[0, 1:][positions]
     with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
         try:
-            tuned = model(input_ids=ids, use_cache=False).logits[0][rows]
+            tuned = model(input_ids=ids, use_cache=False).logits[0][positions]
             if with_base:
                 with model.disable_adapter():
-                    base = model(input_ids=ids, use_cache=False).logits[0][rows]
+                    base = model(input_ids=ids, use_cache=False).logits[0][positions]
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU has no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
     total = float(weights.sum())
-    loss = float((_nll(tuned, targets) * weights).sum()) / total
+    loss = float((_nll(tuned, labels) * weights).sum()) / total
     if not with_base:
         return Reading(total, loss)
-    base_loss = float((_nll(base, targets) * weights).sum()) / total
+    base_loss = float((_nll(base, labels) * weights).sum()) / total
     return Reading(total, loss, base_loss, float((divergence(base, tuned) * weights).sum()) / total)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the negative log-likelihood of every label, [M] in nats."""
     return torch.cat(
         [
             torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none")
-            for part, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+            for part, wanted in zip(logits.split(POSITIONS), labels.split(POSITIONS), strict=True)
         ]
     )
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """KL(base || tuned) of every row of two [M, V] logits, [M] in nats."""
+    """Returns KL(base || tuned) at every position of two [M, V] logits, [M] in nats."""
     parts = []
-    for p, q in zip(base.split(ROWS), tuned.split(ROWS), strict=True):
+    for p, q in zip(base.split(POSITIONS), tuned.split(POSITIONS), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts)
 
 
 def readable(document: Rendered, limit: int = TOKENS) -> Rendered | None:
-    """Its first `TOKENS`, or as many as the model has positions; None if nothing in them is to be predicted."""
+    """Cuts a document to `TOKENS`, or to ``limit``, the number of positions that the model has.
+
+    Returns None if nothing in what is left is to be predicted.
+    """
     tokens = min(TOKENS, limit)
     short = Rendered(document.input_ids[:tokens], document.weights[:tokens], document.source)
     return short if any(short.weights[1:]) else None

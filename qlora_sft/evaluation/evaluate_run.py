@@ -1,6 +1,7 @@
-"""The verb ``evaluate``: which tasks are asked of which model, and what is wrong with them; `asking` does the rest.
+"""Runs the verb ``evaluate``: finds the model and its tasks and checks them; `asking` does the rest.
 
-The base is the same model with its adapter switched off: same weights in NF4, same template, same questions.
+The base is the same model with its adapter switched off. It has the same NF4 weights, the same template and the same
+questions.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ def evaluate_run(
     seed: int = 0,
     say: Say = tell,
 ) -> EvaluationReport:
-    """Asks the model of a run (or in a folder) the ``tasks``; default: ``evaluation.tasks`` of the run's configuration.
+    """Asks the model of a run, or of a model folder, the questions of ``tasks`` and reports the results.
 
+    tasks: the default is ``evaluation.tasks`` of the run's configuration.
     settings: fields of `TaskConfig` that replace those of every task.
-    base: also the base under the adapter, and compare. run_code: answers to ``code`` tasks may be run. Results stand in
-    ``RUN/evaluation/NAME.json`` (figures) and ``NAME.jsonl`` (every answer) as soon as a task is done; those of a task
-    that was asked in another way stay.
-    Raises `ConfigError` or `DataError` before a model is loaded.
+    base: whether the base under the adapter is asked, too, and compared.
+    run_code: whether answers to ``code`` tasks may be run.
+
+    As soon as a task is done, its figures stand in ``RUN/evaluation/NAME.json`` and its answers in ``NAME.jsonl``.
+    Results of a task that was asked in another way are kept. Raises `ConfigError` or `DataError` before a model is
+    loaded.
     """
     path = Path(path).expanduser().resolve()
     run = Run.open(path) if is_run(path) else None
@@ -55,6 +59,7 @@ def evaluate_run(
 
 
 def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
+    """Returns the tasks of the run's configuration. Raises `ConfigError` if there are none."""
     tasks = run.config.evaluation.tasks if run else []
     if not tasks:
         where = f"{path / 'config.yaml'} has no evaluation.tasks" if run else f"{path} is a model folder"
@@ -63,7 +68,10 @@ def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
 
 
 def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
-    """One command line may be for tasks of several forms: what has no effect on one is left to the others."""
+    """Replaces settings of a task by those of the command line.
+
+    One command line may be for tasks of several forms, so ``samples`` is left out where it has no effect.
+    """
     form = settings.get("form") or task.form
     return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
 
@@ -76,6 +84,7 @@ def _check(tasks: list[TaskConfig]) -> None:
 
 
 def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
+    """Raises `ConfigError` if answers would have to be run and may not be, `RunError` if no program can run here."""
     names = [task.name for task in tasks if task.form == "code"]
     if names and not run_code:
         raise ConfigError(
@@ -87,6 +96,7 @@ def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
 
 
 def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:
+    """Names the tasks whose questions were not searched for in the training rows."""
     checked = run.config.data.decontaminate
     unchecked = [task_name(task) for task in tasks if task.path not in checked]
     if unchecked:

@@ -1,23 +1,23 @@
-"""What counts as the same answer."""
+"""Extracts from an answer what is graded, so that equal answers become equal texts."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
 
-# A minus between two numbers is no sign.
+# A minus between two numbers is no sign of the second one.
 _NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-# GSM8K ends with such a line. A heading of the fourth order (#### Step 2: ...) is none.
+# A GSM8K answer ends with such a line. A heading of the fourth order (#### Step 2: ...) does not match.
 _MARKED = re.compile(rf"^####[ \t]*[^\w\n+-]*({_NUMBER.pattern})\W*$", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-# TeX between the thousands: 1{,}234, 70\,000, 70,\!000.
+# TeX separates thousands by such marks: 1{,}234, 70\,000, 70,\!000.
 _SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d{3})")
-# Units with their exponents: 18\text{ m}^2.
+# TeX writes units with their exponents like this: 18\text{ m}^2.
 _UNITS = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}(?:\^\{?\d+\}?)?")
 
 
 def said(text: str, thinking: bool = False) -> str:
-    """The answer without the thinking before it; one that never stopped thinking has said nothing.
+    """Returns the answer without the thinking before it. An answer that never ends its thought is empty.
 
     thinking: whether the prompt has opened the thought already.
     """
@@ -28,22 +28,23 @@ def said(text: str, thinking: bool = False) -> str:
 
 
 def marked_number(text: str) -> str | None:
-    """The number on the last line of the form ``#### 18``."""
+    """Returns the number on the last line of the form ``#### 18``, or None if there is no such line."""
     found = _MARKED.findall(text)
     return _plain(found[-1]) if found else None
 
 
 def last_number(text: str) -> str | None:
-    """The number an answer ends in, in plain digits: behind ``####``, in the last ``\\boxed{}``, or the last of all.
+    """Returns the number in which an answer ends, in plain digits: ``$1,234.50`` becomes ``1234.5``.
 
-    ``$1,234.50`` is ``1234.5``; None if there is no number.
+    It is the number behind ``####``, else the one in the last ``\\boxed{}``, else the last of all. Returns None if
+    there is no number.
     """
     marked = marked_number(text)
     if marked is not None:
         return marked
     text = _SPACES.sub(",", text)
     boxed = _BOXED.findall(text)[-1:]
-    # Some box the number in \\text{}, too.
+    # Some models put the number into \\text{} inside the box.
     for place in (*(_UNITS.sub(" ", box) for box in boxed), *boxed, text):
         found = _NUMBER.findall(place)
         if found:

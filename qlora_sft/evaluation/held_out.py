@@ -1,9 +1,9 @@
-"""Held-out loss per source, over packed rows, with the training loss itself."""
+"""Measures the held-out loss of every source, over packed sequences, with the training loss itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -12,11 +12,16 @@ from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AnyBatch = TypeVar("AnyBatch", bound=Mapping[str, object])
+
 
 def held_out_loss(
-    model: Any, documents: Mapping[str, Sequence[Rendered]], capacity: int, dtype: torch.dtype
+    model: PreTrainedModel, documents: Mapping[str, Sequence[Rendered]], capacity: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Source -> weighted mean loss per supervised token, in nats. The model is left in training mode."""
+    """Returns, by source, the weighted mean loss per supervised token in nats. Leaves the model in training mode."""
     model.eval()
     result = {}
     try:
@@ -34,10 +39,12 @@ def held_out_loss(
     return result
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Copies the tensors of a batch to ``device``."""
+    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return cast(AnyBatch, moved)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context the trainer computes in, so that evaluation sees the same model."""
+    """Returns the autocast context in which the trainer computes, so that evaluation sees the same model."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

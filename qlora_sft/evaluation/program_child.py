@@ -1,8 +1,8 @@
 """Runs the program on standard input under limits: ``python -I program_child.py SECONDS MEGABYTES``.
 
-Started by path in a process of its own (`programs.run`); imports nothing but the standard library. The first line of
-standard input is a word, the rest the program. Standard output gets the word if the program came to its end, else its
-exception.
+`programs.run` starts this file by its path in a process of its own, so it imports nothing but the standard library.
+The first line of standard input is a password and the rest is the program. The password is written to standard output
+if the program came to its end; otherwise its exception is written there.
 """
 
 import os
@@ -12,7 +12,8 @@ import types
 
 
 def main(seconds: int, megabytes: int) -> None:
-    word, _, source = sys.stdin.buffer.read().decode("utf-8").partition("\n")
+    """Runs the program and writes what became of it."""
+    password, _, source = sys.stdin.buffer.read().decode("utf-8").partition("\n")
     report = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -26,13 +27,14 @@ def main(seconds: int, megabytes: int) -> None:
         _, hard = resource.getrlimit(limit)
         lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (lowest, lowest))
-    # Imported, not started: what an answer does only as a script (reading input, a demonstration) is not asked for.
+    # The program is imported, not started: what an answer does only as a script (reading input, a demonstration) is
+    # not asked for.
     module = types.ModuleType("answer")
     sys.modules["answer"] = module
     try:
         exec(compile(source, "answer.py", "exec"), module.__dict__)
-        said = word
-    except BaseException as error:  # SystemExit too: an answer that leaves has passed no test
+        said = password
+    except BaseException as error:  # also SystemExit, because an answer that exits has passed no test
         said = f"{type(error).__name__}: {error}"[:200].removesuffix(": ")
     os.write(report, said.encode("utf-8", "replace"))
     os._exit(0)

@@ -1,8 +1,8 @@
-"""Grades code by running it: HumanEval's way (Chen et al. 2021, arXiv:2107.03374).
+"""Grades code by running it, as HumanEval does (Chen et al. 2021, arXiv:2107.03374).
 
 Each program runs in a process of its own with limits on time, memory and file size, in an empty folder, without this
-process's environment. That stops accidents. It is no sandbox: what a model writes can read files, use the network, and
-leave a process behind that calls ``setsid``.
+process's environment. These limits stop accidents. They are no sandbox: what a model writes can read files, use the
+network, and leave a process behind that calls ``setsid``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ SECONDS = 10
 MEGABYTES = 4096
 CHILD = Path(__file__).with_name("program_child.py")
 
-# Of its report: a program that came to its end has said one word.
+# The most bytes that are read of a program's report.
 REPORT = 1000
 
-# A fence of any language: one that was not seen would make its end the beginning of the next.
+# A fence of any language is matched, because the end of one that is not would be taken for the beginning of the next.
 _BLOCK = re.compile(r"^([ \t]*)[^\n]*?```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"^(?:import|from|def|async def|class|@)\b|^@", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class UnitTests:
-    """``prompt`` begins the function ``entry_point``; ``test`` defines ``check(candidate)``, which raises if wrong."""
+    """Holds a HumanEval problem.
+
+    ``prompt`` begins the function ``entry_point``. ``test`` defines ``check(candidate)``, which raises an exception if
+    the candidate is wrong.
+    """
 
     prompt: str
     test: str
@@ -45,27 +49,27 @@ class UnitTests:
 
 
 def program(answer: str, tests: UnitTests) -> str:
-    """The answer as a program that ends without an exception iff it is right.
+    """Makes a program of the answer that ends without an exception exactly if the answer is correct.
 
-    An answer that defines the function is taken with what stands before it in the prompt (imports, helpers); any other
-    is taken to go on where the prompt ends.
+    An answer that defines the function is put behind what stands before the function in the prompt (imports, helpers).
+    Any other answer is taken to continue the prompt.
     """
     answer = answer.replace("\r\n", "\n")
-    # In a list the whole block is indented.
+    # A block that stands in a list is indented as a whole.
     blocks = [dedent(block) if margin else block for margin, block in _BLOCK.findall(answer)]
     defining = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(tests.entry_point)}\b", re.MULTILINE)
     code = next((block for block in blocks if defining.search(block)), blocks[0] if blocks else answer)
     if defining.search(code):
         begins, of_prompt = _CODE.search(code), defining.search(tests.prompt)
-        before = tests.prompt[: of_prompt.start()] if of_prompt else ""
-        whole = f"{before}\n{code[begins.start() :] if begins and not blocks else code}"
+        preamble = tests.prompt[: of_prompt.start()] if of_prompt else ""
+        whole = f"{preamble}\n{code[begins.start() :] if begins and not blocks else code}"
     else:
         whole = tests.prompt + _as_body(code, tests.prompt)
     return f"{whole}\n\n{tests.test}\n\ncheck({tests.entry_point})\n"
 
 
 def _as_body(code: str, prompt: str) -> str:
-    """What goes on where the prompt ends, with the indentation of the prompt's last line."""
+    """Returns ``code``, which continues the prompt, with the indentation of the prompt's last line."""
     last = prompt.rstrip().splitlines()[-1]
     wanted = last[: len(last) - len(last.lstrip())] or "    "
     first = next((line for line in code.splitlines() if line.strip()), "")
@@ -74,13 +78,13 @@ def _as_body(code: str, prompt: str) -> str:
 
 
 def run_all(programs: Sequence[str], seconds: float = SECONDS) -> list[str]:
-    """What became of each: ``passed``, ``timed out``, or the exception."""
+    """Runs all programs and returns what became of each: ``passed``, ``timed out``, or the exception."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
         return list(pool.map(lambda text: run(text, seconds), programs))
 
 
 def check_programs() -> None:
-    """Raises `RunError` where no program can run, so that all would be graded wrong."""
+    """Raises `RunError` where no program can run, because every answer would be graded as wrong there."""
     try:
         trivial = run("pass\n")
     except OSError as error:
@@ -90,14 +94,15 @@ def check_programs() -> None:
 
 
 def run(text: str, seconds: float = SECONDS) -> str:
-    # It is said where a program comes to its end: one that leaves early has passed no test.
-    word = secrets.token_hex(8)
+    """Runs one program and returns what became of it, as `run_all` does."""
+    # The password is written when a program comes to its end, so a program that exits early has passed no test.
+    password = secrets.token_hex(8)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as source,
         tempfile.TemporaryFile() as report,
     ):
-        source.write(f"{word}\n{text}".encode("utf-8", "replace"))
+        source.write(f"{password}\n{text}".encode("utf-8", "replace"))
         source.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES)],
@@ -109,11 +114,11 @@ def run(text: str, seconds: float = SECONDS) -> str:
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
-            with suppress(ProcessLookupError):  # with what it has started
+            with suppress(ProcessLookupError):  # also ends the processes that the program has started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         report.seek(0)
         said = report.read(REPORT).decode("utf-8", "replace").strip()
-    if said == word:
+    if said == password:
         return "passed"
     return said or f"ended early (exit code {process.returncode})"

@@ -1,13 +1,14 @@
-"""A question as the model is given it: what training would have put before this answer.
+"""Renders a question as training would have rendered it before this answer.
 
-Thinking templates write more into a prompt than the generation prompt of inference (Qwen3's an empty thought before an
-answer without one), and by how the answer goes on. So a question is rendered with its answer, and cut before that. A
-reference without reasoning is therefore asked for without reasoning; ``thinking: on`` asks otherwise.
+Some templates write more before an answer than the generation prompt of inference, and what they write depends on the
+answer. Qwen3's, for example, writes an empty thought before an answer without reasoning. So a question is rendered with
+its answer and cut before the answer. A question whose reference has no reasoning is therefore asked without reasoning,
+unless ``thinking: on`` is set.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.render import render_conversation, render_prompt
@@ -16,29 +17,34 @@ from qlora_sft.errors import DataError
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.tasks import Item
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def prompt_of(item: Item, thinking: str, tokenizer: Any, style: ChatFormat) -> list[int]:
-    """Token ids; ``thinking: on`` and ``off`` ask in that mode, whatever the reference does.
+
+def prompt_of(item: Item, thinking: str, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
+    """Returns the token ids of a question. ``thinking`` on or off asks in that mode, whatever the reference.
 
     Raises `DataError` with file and line.
     """
     if thinking == "auto":
         try:
-            return answered(item, None, tokenizer, style)[0]
+            return answered(item, None, tokenizer, chat_format)[0]
         except DataError:
-            pass  # some templates of model folders do not say which text is the answer; all have a generation prompt
+            pass  # Some templates do not say which text is the answer, but every template has a generation prompt.
     try:
-        return render_prompt(item.conversation, tokenizer, style)
+        return render_prompt(item.conversation, tokenizer, chat_format)
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
 
 
-def answered(item: Item, answer: str | None, tokenizer: Any, style: ChatFormat) -> tuple[list[int], list[int]]:
-    """(prompt, answer) in token ids; default: the item's own answer."""
+def answered(
+    item: Item, answer: str | None, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[list[int], list[int]]:
+    """Returns the token ids of prompt and answer. The default of ``answer`` is the item's own."""
     message: Message = item.answer if answer is None else {"role": "assistant", "content": answer}
     conversation: Conversation = {**item.conversation, "messages": [*item.conversation["messages"], message]}
     try:
-        prompt = prompts_of(render_conversation(conversation, tokenizer, chat_format=style, supervise="last"))[-1]
+        prompt = prompts_of(render_conversation(conversation, tokenizer, chat_format=chat_format, supervise="last"))[-1]
     except DataError as error:
         raise DataError(f"{item.place}: {error}") from None
     return prompt.input_ids, prompt.reference_ids

@@ -1,25 +1,25 @@
-"""What stands in ``RUN/evaluation/``: a pair of files per task."""
+"""Writes the results of a task into ``RUN/evaluation/``, as a pair of files."""
 
 from __future__ import annotations
 
 import json
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from qlora_sft.atomic import write_json, written_file
 from qlora_sft.evaluation.ask import Scores
 from qlora_sft.evaluation.compare import TaskReport
 from qlora_sft.evaluation.tasks import Task
+from qlora_sft.json_types import JsonObject
 
 
 def write_results(folder: Path, report: TaskReport, task: Task, base: Scores | None, tuned: Scores) -> Path:
-    """``NAME.jsonl``, every question with its answers, which is returned, and ``NAME.json``, the figures."""
+    """Writes every question with its answers to ``NAME.jsonl`` and the figures to ``NAME.json``. Returns the former."""
     rows = []
-    # Texts in which nothing is to be predicted are left out, so only questions stand beside their items.
+    # A task that only reads texts leaves out those in which nothing is to be predicted, so its records have no items.
     items = task.items if task.form != "loss" else [None] * len(tuned.records)
     for number, item in enumerate(items):
-        row: dict[str, Any] = {"tuned": tuned.records[number]}
+        row: JsonObject = {"tuned": tuned.records[number]}
         if base is not None:
             row = {"base": base.records[number], **row}
         if item is not None:
@@ -35,8 +35,10 @@ def write_results(folder: Path, report: TaskReport, task: Task, base: Scores | N
 
 
 def _free_name(folder: Path, report: TaskReport) -> str:
-    """The task's, with a number behind it where other results have that name: those of another file, or of the same one
-    asked in another way. Hours may stand in them."""
+    """Returns the task's name, with a number behind it where other results have that name already.
+
+    Results of another file, or of the same file asked in another way, are never replaced: they may have taken hours.
+    """
     asked = ("questions", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
     own = report.to_json()
     for number in count(1):

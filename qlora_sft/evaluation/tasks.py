@@ -1,13 +1,13 @@
-"""Files of questions -> items that can be asked and graded, and how the form of a file is recognised.
+"""Reads files of questions into items that can be asked and graded, and recognises the form of each file:
 
 - ``choices``: ``question``, ``choices`` (or ``options``, or columns A, B, ...) and ``answer`` (or ``answerKey``,
   ``answer_index``), as MMLU's (texts, and a number) or ARC's (``{text, label}``, and a label)
 - ``code``: ``{prompt, test, entry_point}`` as HumanEval's; ``test`` defines ``check(candidate)``
 - ``number``: any conversation whose last answer has a line ``#### 18``, as GSM8K's
 - ``exact``: any other conversation; its last answer is the reference
-- ``loss``: plain texts, and conversations if ``form`` says so: what the model thinks of them
+- ``loss``: plain texts, and conversations if ``form`` says so, on which the loss of the model is measured
 
-Conversations come in any form that training data can have.
+Conversations can have any form that training data can have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Literal
 
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
@@ -24,37 +24,43 @@ from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.grade import last_number, marked_number
 from qlora_sft.evaluation.programs import UnitTests
+from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say
 
-Form = Literal["choices", "number", "exact", "code", "loss"]
+TaskForm = Literal["choices", "number", "exact", "code", "loss"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``conversation``: up to its answer, or all of it where it is only read (``loss``)."""
+    """Holds one question."""
 
     place: str
+    """The file and line it comes from."""
     conversation: Conversation
+    """The messages up to the answer, or all of them for a task of the form ``loss``."""
     answer: Message = field(default_factory=lambda: Message(role="assistant", content="None"))
-    """What stands in the place of the model's."""
+    """The answer that the file has."""
     reference: str = ""
-    """The right letter, number or text; nothing for code."""
+    """The right letter, number or text. It is empty for code."""
     options: int = 0
-    """How many choices there are."""
+    """The number of choices."""
     tests: UnitTests | None = None
+    """The tests that grade an answer in code."""
 
 
 @dataclass(frozen=True)
 class Task:
+    """Holds a file of questions with the settings by which they are asked."""
+
     name: str
-    form: Form
+    form: TaskForm
     items: list[Item]
     settings: TaskConfig
 
 
 def read_tasks(tasks: list[TaskConfig], seed: int, say: Say) -> list[Task]:
-    """All tasks, checked, with what was detected printed. Raises `DataError` with file and line of all faults."""
+    """Reads and checks all tasks, and prints what was detected. Raises `DataError` with file and line of all faults."""
     result, problems = [], []
     for task in tasks:
         try:
@@ -67,11 +73,12 @@ def read_tasks(tasks: list[TaskConfig], seed: int, say: Say) -> list[Task]:
 
 
 def _read(task: TaskConfig, seed: int, say: Say) -> Task:
+    """Reads one task. Raises `DataError` as `read_tasks` does."""
     name = task_name(task)
     items: list[Item] = []
     problems: list[str] = []
     unused: dict[str, str] = {}
-    form: Form | None = None if task.form == "auto" else task.form
+    form: TaskForm | None = None if task.form == "auto" else task.form
     for label, read, _ in open_evaluation(task.path):
         for line, row, fault in read():
             place = f"{label}:{line}"
@@ -81,9 +88,9 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
                 if not isinstance(row, dict):
                     raise DataError(f"expected an object with columns, got a {type(row).__name__}")
                 form = form or recognise(row)
-                before: set[str] = set()
-                items.append(_item(row, form, place, task, before))
-                unused = {**dict.fromkeys(sorted(before), place), **unused}
+                not_asked: set[str] = set()
+                items.append(_item(row, form, place, task, not_asked))
+                unused = {**dict.fromkeys(sorted(not_asked), place), **unused}
             except DataError as error:
                 problems.append(f"{place}: {error}")
             if len(problems) == MAX_PROBLEMS:
@@ -106,8 +113,8 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     return Task(name, form, items, task)
 
 
-def recognise(row: dict[str, Any]) -> Form:
-    """The form of a row from its columns and, of a conversation, from how its answer ends."""
+def recognise(row: JsonObject) -> TaskForm:
+    """Recognises the form of a row by its columns. For a conversation, how its answer ends decides."""
     if _choices_of(row) is not None and _answer_of(row) is not None:
         return "choices"
     if all(isinstance(row.get(key), str) for key in ("prompt", "test", "entry_point")):
@@ -118,10 +125,11 @@ def recognise(row: dict[str, Any]) -> Form:
     return "exact" if marked_number(conversation["messages"][-1].get("content") or "") is None else "number"
 
 
-def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused: set[str]) -> Item:
+def _item(row: JsonObject, form: TaskForm, place: str, task: TaskConfig, unused: set[str]) -> Item:
+    """Makes an item of a row. Adds to ``unused`` what the row holds and the item does not. Raises `DataError`."""
     if form == "choices":
         question, letter, options = choice_question(row)
-        # A letter is what comes first, so nothing can be thought before it.
+        # The letter has to be the first token, so the model cannot think before it.
         thinking = "off" if task.thinking == "off" else "auto"
         return Item(place, _asked(question, thinking), reference=letter, options=options)
     if form == "code":
@@ -132,8 +140,8 @@ def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused:
         return Item(place, conversation)
     if "text" in conversation:
         raise DataError(f"a plain text has no question; form {form} needs a conversation, form loss does not")
-    *before, answer = conversation["messages"]
-    if answer["role"] != "assistant" or not before:
+    *earlier, answer = conversation["messages"]
+    if answer["role"] != "assistant" or not earlier:
         raise DataError("the last message must be the assistant's, which is the reference; remove what follows it")
     reference = (answer.get("content") or "").strip()
     if form == "number":
@@ -148,10 +156,11 @@ def _item(row: dict[str, Any], form: Form, place: str, task: TaskConfig, unused:
     kept: Message = {"role": answer["role"], "content": answer["content"]}
     if "reasoning" in answer:
         kept["reasoning"] = answer["reasoning"]
-    return Item(place, {**conversation, "messages": before}, kept, reference)
+    return Item(place, {**conversation, "messages": earlier}, kept, reference)
 
 
-def _conversation(row: dict[str, Any], unused: set[str]) -> Conversation:
+def _conversation(row: JsonObject, unused: set[str]) -> Conversation:
+    """Converts a row that is a conversation. Raises `DataError` if it is none, naming its columns."""
     form = detect(row)
     if form is None:
         raise DataError(
@@ -162,35 +171,41 @@ def _conversation(row: dict[str, Any], unused: set[str]) -> Conversation:
 
 
 def _asked(question: str, thinking: str) -> Conversation:
+    """Makes a conversation of one question."""
     return with_thinking({"messages": [{"role": "user", "content": question}]}, thinking)
 
 
 # ------------------------------------------------------------------ choices
 
 
-def choice_question(row: dict[str, Any]) -> tuple[str, str, int]:
-    """(question with lettered options, the right letter, number of options). Raises `DataError`."""
+def choice_question(row: JsonObject) -> tuple[str, str, int]:
+    """Returns the question with its lettered options, the right letter, and the number of options.
+
+    Raises `DataError` for a row that has no such question.
+    """
     question, choices = row.get("question"), _choices_of(row)
     if not isinstance(question, str) or not question.strip():
         raise DataError("'question' must be a text")
+    given, labels = choices, []
     if isinstance(choices, dict):
-        texts, labels = choices.get("text"), [str(label) for label in choices.get("label") or []]
-    else:
-        texts, labels = choices, []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        given, named = choices.get("text"), choices.get("label")
+        labels = list(map(str, named)) if isinstance(named, list | str) else []
+    texts = [text for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    if not isinstance(given, list) or len(texts) < len(given):
         raise DataError(
             "'choices' must be a list of texts, an object with lists 'text' and 'label', or columns A, B, ..."
         )
     if not 2 <= len(texts) <= len(LETTERS):
         raise DataError(f"there must be 2 to {len(LETTERS)} choices, found {len(texts)}")
-    # Beside columns A, B, ... an answer is a letter, whatever the texts are.
+    # With columns A, B, ... the answer is a letter, whatever the texts are.
     in_columns = not any(row.get(key) is not None for key in ("choices", "options"))
     right = _right(_answer_of(row), texts, list(LETTERS[: len(texts)]) if in_columns else labels)
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
     return f"{question.strip()}\n\n{listed}\n\nAnswer with the letter only.", LETTERS[right], len(texts)
 
 
-def _choices_of(row: dict[str, Any]) -> Any:
+def _choices_of(row: JsonObject) -> object:
+    """Returns the choices of a row, from the column of that name or from columns A, B, ...; None if it has neither."""
     given = next((row[key] for key in ("choices", "options") if row.get(key) is not None), None)
     if given is not None:
         return given
@@ -198,12 +213,16 @@ def _choices_of(row: dict[str, Any]) -> Any:
     return [row[letter] for letter in columns] if len(columns) > 1 else None
 
 
-def _answer_of(row: dict[str, Any]) -> Any:
+def _answer_of(row: JsonObject) -> object:
+    """Returns the answer of a row of multiple choice, from the first of its columns that holds something."""
     return next((row[key] for key in ("answer_index", "answerKey", "answer") if row.get(key) is not None), None)
 
 
-def _right(answer: Any, texts: list[str], labels: list[str]) -> int:
-    """The position of the right choice: by its label (ARC's may be 1 to 4), its number from 0, its letter, its text."""
+def _right(answer: object, texts: list[str], labels: list[str]) -> int:
+    """Finds the position of the right choice by its label (ARC's may be 1 to 4), number from 0, letter or text.
+
+    Raises `DataError` if the answer names none of the choices, or more than one.
+    """
     if len(labels) == len(texts) and str(answer) in labels:
         return labels.index(str(answer))
     if isinstance(answer, int) and not isinstance(answer, bool) and not labels and 0 <= answer < len(texts):
@@ -230,10 +249,14 @@ CODE_QUESTION = (
 )
 
 
-def _tests(row: dict[str, Any]) -> UnitTests:
+def _tests(row: JsonObject) -> UnitTests:
+    """Reads a HumanEval problem. Raises `DataError` if a column is missing or does not fit."""
+    texts: dict[str, str] = {}
     for key in ("prompt", "test", "entry_point"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
+        value = row.get(key)
+        if not isinstance(value, str) or not value.strip():
             raise DataError(f"{key!r} must be a text")
-    if f"def {row['entry_point']}" not in row["prompt"]:
-        raise DataError(f"'prompt' does not define the entry_point {row['entry_point']!r}")
-    return UnitTests(row["prompt"], row["test"], row["entry_point"])
+        texts[key] = value
+    if f"def {texts['entry_point']}" not in texts["prompt"]:
+        raise DataError(f"'prompt' does not define the entry_point {texts['entry_point']!r}")
+    return UnitTests(**texts)

@@ -1,4 +1,4 @@
-"""The base model of a run: where it is now, and whether it is still the one that was trained on."""
+"""Finds the base model of a run, and checks that it is still the one on which the adapter was trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from qlora_sft.run.folder import Run
 
 
 def base_folder(base: str) -> Path:
-    """Local folder of the base; a Hub id is looked up in, or fetched into, the Hub's own cache."""
+    """Returns the local folder of the base. A Hub id is looked up in the Hub's own cache, or fetched into it.
+
+    Raises `RunError` if it is neither.
+    """
     if Path(base).is_dir():
         return Path(base)
     from huggingface_hub import snapshot_download
@@ -27,7 +30,7 @@ def base_folder(base: str) -> Path:
 def check_base(run: Run, base: Path) -> None:
     """Raises `RunError` if ``base`` has other weights than those that ``run`` was trained on."""
     trained = run.base_sha256
-    # A folder with a shard missing has no fingerprint to trust; that error is clearer where the tensors are read.
+    # The fingerprint of a folder that lacks a shard means nothing, and the error is clearer where the tensors are read.
     if trained and _is_whole(base) and fingerprint(base) != trained:
         raise RunError(
             f"{base}: these are not the weights that the adapter was trained on (the fingerprint in manifest.json is "
@@ -36,6 +39,7 @@ def check_base(run: Run, base: Path) -> None:
 
 
 def _is_whole(base: Path) -> bool:
+    """Says whether every file of the weights is there."""
     index = base / "model.safetensors.index.json"
     if not index.is_file():
         return (base / "model.safetensors").is_file()

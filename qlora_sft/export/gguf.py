@@ -1,4 +1,4 @@
-"""A run -> merged model -> GGUF file, read back and compared before it takes its name; a Modelfile beside it."""
+"""Exports a run as a GGUF file, which is read back and compared before it takes its name, and a Modelfile beside it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.as_trained import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.base import base_folder, check_base
 from qlora_sft.export.gguf_check import check_gguf
+from qlora_sft.export.gguf_metadata import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
-from qlora_sft.export.ollama import Subject, create, require_ollama, write_modelfile
+from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import Figures, check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
@@ -30,18 +30,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class OllamaOptions:
+    """Holds what is asked of the Modelfile."""
+
+    system: str | None = None
+    """The system text, as in `write_modelfile`."""
+    create_as: str | None = None
+    """The name under which the model is registered with Ollama, after a comparison that it passed."""
+
+
+@dataclass(frozen=True)
 class ExportResult(Report):
-    """A GGUF file and its Modelfile."""
+    """Describes an exported GGUF file and its Modelfile."""
 
     gguf: str
     quant: str
-    """Its type; ``lora`` for an adapter alone."""
+    """The type of the file, or ``lora`` for an adapter alone."""
     bytes: int
     llama_cpp: str
-    """The version that wrote it."""
+    """The version of llama.cpp that wrote the file."""
     modelfile: str
     template: str | None
-    """The Go template in the Modelfile."""
+    """The name of the Go template in the Modelfile."""
     parity: dict[str, Figures] | None = field(default=None, metadata=LEFT_OUT)
     push: PushResult | None = field(default=None, metadata=LEFT_OUT)
 
@@ -53,25 +63,23 @@ def export_run(
     *,
     imatrix: str = "auto",
     parity: bool = False,
-    system: str | None = None,
-    create_as: str | None = None,
+    ollama: OllamaOptions = OllamaOptions(),
     say: Say = tell,
 ) -> ExportResult:
     """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile; merges first if that has not been done.
 
-    ``imatrix``: auto, none, or a file. ``system`` as in `write_modelfile`; ``create_as``: registers the model under
-    that name with Ollama, after a comparison that it passed. Errors as in `merge_run`, `ConfigError` for an unknown
-    type, and `RunError` if a tool fails or what is read back differs from the merged model; then there is no file
-    under the final name. With ``parity`` the file's logits are compared with the merged model's afterwards, which
-    deletes nothing.
+    ``imatrix`` is auto, none, or a file. With ``parity`` the file's logits are compared with the merged model's
+    afterwards; the file stays whatever the result. Raises what `merge_run` raises, `ConfigError` for an unknown type,
+    and `RunError` if a tool fails or if what is read back differs from the merged model. Then there is no file under
+    the final name.
     """
     quant = quant.lower()
     check_quant(quant)
     run = Run.open(run).path
-    if create_as:
+    if ollama.create_as:
         require_ollama()
     if quant not in CONVERTED:
-        # Found or built first: a missing compiler should not come to light after the merge.
+        # The quantizer is found or built first, so that a missing compiler is reported before the merge.
         say(f"quantizer: {require_quantizer(say).found}")
     merged = run / "merged"
     if not merged.is_dir():
@@ -81,19 +89,22 @@ def export_run(
     with written_file(target) as beside:
         version = _write(run, merged, beside, quant, imatrix, trained, say)
         checked = check_gguf(beside, merged)
-    say(f"read back: {checked['tensors']} tensors, tokenizer, template, stops and rope are those of {merged}")
-    facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked["tensors"]}
+    say(f"read back: {checked.tensors} tensors, tokenizer, template, stop token and rope are those of {merged}")
+    facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked.tensors}
     record(run, {"gguf": {quant: facts}})
-    made = write_modelfile(run, Subject(target, merged, adds_bos(target)), trained, system, say)
+    made = write_modelfile(run, OllamaModel(target, merged, adds_bos(target)), trained, ollama.system, say)
     figures = check_parity(run, merged, target, quant, say=say) if parity else None
-    if create_as:
-        create(create_as, Path(made.modelfile), say)
+    if ollama.create_as:
+        create(ollama.create_as, Path(made.modelfile), say)
     size = target.stat().st_size
     return ExportResult(str(target), quant, size, version, made.modelfile, made.template, figures)
 
 
 def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trained: Trained, say: Say) -> str:
-    """Converts, and quantises where the converter cannot. Returns the version of llama.cpp that did it."""
+    """Writes the file with the converter and, for types that it cannot write, with the quantizer.
+
+    Returns the version of llama.cpp that did it.
+    """
     if quant in CONVERTED:
         with for_converter(merged, trained.can_think) as model:
             convert(model, target, quant, model_name(run, merged))
@@ -113,6 +124,7 @@ def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trai
 
 
 def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, wanted: str, say: Say) -> Path | None:
+    """Returns the importance matrix that was named, or one that is computed into ``target``, or None without one."""
     if wanted not in ("auto", "none"):
         if not Path(wanted).is_file():
             raise ConfigError(f"--imatrix {wanted}: no such file (or auto, none)")
@@ -144,18 +156,16 @@ def export_adapter(
     out: str | Path | None = None,
     *,
     parity: bool = False,
-    system: str | None = None,
-    create_as: str | None = None,
+    ollama: OllamaOptions = OllamaOptions(),
     say: Say = tell,
 ) -> ExportResult:
     """Writes the LoRA alone as RUN/gguf/NAME-adapter.gguf (or ``out``), for ``--lora`` in llama.cpp, and a Modelfile.
 
-    ``system`` and ``create_as`` as in `export_run`. With ``parity``, a GGUF of the weights it was trained on is made
-    for the comparison and removed again.
+    With ``parity``, a GGUF of the weights on which it was trained is made for the comparison and removed again.
     """
     from transformers import AutoTokenizer
 
-    if create_as:
+    if ollama.create_as:
         require_ollama()
     opened = Run.open(run)
     run, base = opened.path, base_folder(opened.base)
@@ -167,8 +177,8 @@ def export_adapter(
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     record(run, {"gguf": {"lora": facts}})
-    subject = Subject(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(opened.adapter)), base)
-    made = write_modelfile(run, subject, read_trained(run), system, say)
+    registered = OllamaModel(target, base, tokenizer_adds_bos(AutoTokenizer.from_pretrained(opened.adapter)), base)
+    made = write_modelfile(run, registered, read_trained(run), ollama.system, say)
     figures = None
     if parity:
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
@@ -177,16 +187,17 @@ def export_adapter(
             with for_converter(trained_on, thinks=True) as model:
                 convert(model, base_gguf, "f16", model_name(run, trained_on))
             figures = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
-    if create_as:
-        create(create_as, Path(made.modelfile), say)
+    if ollama.create_as:
+        create(ollama.create_as, Path(made.modelfile), say)
     size = target.stat().st_size
     return ExportResult(str(target), "lora", size, version, made.modelfile, made.template, figures)
 
 
 def model_name(run: Path, merged: Path) -> str:
-    """The name inside the file; by it llama.cpp knows that Phi-3's control tokens swallow white space.
+    """Returns the name of the model that the file holds.
 
-    With that name it takes the tokens below for granted and cannot load a file without them.
+    By this name llama.cpp knows that the control tokens of Phi-3 swallow the white space behind them. A file with that
+    name has to have the tokens below, or llama.cpp cannot load it.
     """
     vocabulary = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
     swallows = any(token["special"] and token["rstrip"] for token in vocabulary["added_tokens"])
@@ -196,4 +207,5 @@ def model_name(run: Path, merged: Path) -> str:
 
 
 def file_name(run: Path) -> str:
+    """Returns the name of the run with only the characters that every file system and tool accepts."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name) or "model"

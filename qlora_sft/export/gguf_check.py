@@ -1,34 +1,52 @@
-"""A GGUF file read back and compared with the folder it was made from: weights, tokens, template, stops, rope."""
+"""Reads a GGUF file back and compares it with its model folder: weights, tokens, template, stop token, rope."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_sft.errors import RunError
-from qlora_sft.export.as_trained import bos_first, without_thinking
+from qlora_sft.export.gguf_metadata import bos_first, without_thinking
 from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
 from qlora_sft.export.tensors import Stored, read_model
+from qlora_sft.json_types import JsonObject
 
-# Type of one tensor -> largest relative error (root mean square over the tensor). Measured on trained weights, with a
-# margin of about two; a permuted or misplaced tensor has an error of 1.4.
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+# By type of a tensor, the largest relative error (root mean square over the tensor) that is accepted. The errors were
+# measured on trained weights and have a margin of about two; a permuted or misplaced tensor has an error of 1.4.
 LIMITS = {
     "F64": 0.0, "F32": 1e-7, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5": 0.1, "IQ4": 0.2, "Q4": 0.2,
     "Q3": 0.35, "IQ3": 0.4, "Q2": 0.6, "IQ2": 0.6, "IQ1": 0.9, "TQ": 1.0, "MXFP4": 0.25,
 }  # fmt: skip
 
 
-def check_gguf(gguf: Path, model: Path) -> dict[str, Any]:
-    """Raises `RunError` listing every difference; returns {"tensors": compared, "unmatched": [names]}."""
+@dataclass(frozen=True)
+class CheckedGguf:
+    """Says what of a GGUF file was compared with its model."""
+
+    tensors: int
+    """How many tensors were compared."""
+    unmatched: list[str]
+    """The names of the tensors of the model that the file has under no known name."""
+
+
+def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
+    """Compares a GGUF file with the model folder that it was made from.
+
+    Raises `RunError` that lists the differences.
+    """
     from gguf import GGUFReader
 
     try:
-        reader: Any = GGUFReader(str(gguf))
+        reader = GGUFReader(str(gguf))
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise RunError(f"{gguf}: cannot be read back ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -37,13 +55,13 @@ def check_gguf(gguf: Path, model: Path) -> dict[str, Any]:
     faults += list(_compare_tokenizer(fields, model)) + list(_compare_rope(fields, config))
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
-    return {"tensors": compared, "unmatched": unmatched}
+    return CheckedGguf(compared, unmatched)
 
 
 def _compare_tensors(
-    reader: Any, architecture: str, config: dict[str, Any], model: Path
+    reader: GGUFReader, architecture: str, config: JsonObject, model: Path
 ) -> tuple[int, list[str], list[str]]:
-    """(how many are equal within the limit of their type, names without a counterpart, faults)."""
+    """Returns the number of tensors compared, the names without a counterpart, and the faults."""
     names = gguf_names(architecture, model)
     there = {tensor.name: tensor for tensor in reader.tensors}
     compared, unmatched, faults = 0, [], []
@@ -64,12 +82,13 @@ def _compare_tensors(
 
 
 def _limit(kind: str) -> float:
+    """Returns the largest error that is accepted for tensors of this type."""
     known = [name for name in LIMITS if kind.startswith(name)]
     return LIMITS[max(known, key=len)] if known else 1.0
 
 
-def _error(tensor: Any, stored: Stored, config: dict[str, Any]) -> float:
-    """Relative error under the best of the rearrangements that llama.cpp's converter makes."""
+def _error(tensor: ReaderTensor, stored: Stored, config: JsonObject) -> float:
+    """Returns the relative error, for the best of the rearrangements that llama.cpp's converter makes."""
     from gguf.quants import dequantize
 
     written = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(-1)
@@ -83,26 +102,31 @@ def _error(tensor: Any, stored: Stored, config: dict[str, Any]) -> float:
     return min(errors)
 
 
-def _arrangements(weight: np.ndarray, config: dict[str, Any]) -> Iterator[np.ndarray]:
-    """As it is; rows of each head in llama.cpp's rope order (query and key of Llama); 1 + norm (Gemma)."""
+def _arrangements(weight: np.ndarray, config: JsonObject) -> Iterator[np.ndarray]:
+    """Yields the weight in every form in which the converter may have written it.
+
+    These are the weight as it is, 1 + norm (Gemma), and the rows of each head in llama.cpp's rope order (query and key
+    of Llama).
+    """
     yield weight
     if weight.ndim == 1:
         yield weight + 1
-    heads = config.get("num_attention_heads")
-    for count in {int(heads or 0), int(config.get("num_key_value_heads") or 0)} - {0}:
+    heads = [config.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
+    for count in {each for each in heads if isinstance(each, int) and each}:
         if len(weight) % (2 * count) == 0:
             pairs = weight.reshape(count, 2, len(weight) // count // 2, *weight.shape[1:])
             yield pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _compare_tokenizer(fields: dict[str, Any], model: Path) -> Iterator[str]:
+def _compare_tokenizer(fields: Mapping[str, Any], model: Path) -> Iterator[str]:
+    """Yields the faults of tokens, stop token, chat template, bos token and merges."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = fields.get("tokenizer.ggml.tokens") or []
     ours = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     wrong = [i for i, token in enumerate(ours) if i >= len(tokens) or tokens[i] != token]
-    # SentencePiece byte tokens and unused slots are spelt differently by some converters; control tokens never may be.
+    # Some converters spell SentencePiece's byte tokens and unused slots differently. Control tokens may never differ.
     special = set(tokenizer.all_special_ids)
     if len(wrong) > len(ours) // 100 or special & set(wrong):
         yield f"tokens: {len(wrong)} of {len(ours)} differ (first: id {wrong[0]}, {ours[wrong[0]]!r})"
@@ -119,7 +143,8 @@ def _compare_tokenizer(fields: dict[str, Any], model: Path) -> Iterator[str]:
         yield f"merges: {len(written):,} in the file, {len(merges):,} in the tokenizer, or in another order"
 
 
-def _compare_rope(fields: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+def _compare_rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the faults of the rope settings and of the context length."""
     architecture = fields["general.architecture"]
     rope = config.get("rope_parameters") or {}
     theta = rope.get("rope_theta", config.get("rope_theta"))

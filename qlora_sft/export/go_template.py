@@ -1,21 +1,27 @@
-"""The Go form, which Ollama needs, of the chat template a model was trained with.
+"""Finds the Go form, which Ollama needs, of the chat template with which a model was trained.
 
-Known for the shipped templates. Whether a tokenizer's template is one of them is decided by what it writes, not by its
-name: both have to render every probe alike, or refuse it alike.
+Only the shipped templates have a Go form. A tokenizer's template is recognised as one of them by what it writes, not
+by its name: both have to render every probe alike, or refuse it alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import jinja2
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.data.conversation import Conversation, Message
+    from qlora_sft.json_types import JsonObject
+
 FOLDER = Path(__file__).parent / "go_templates"
 JINJA = Path(__file__).parent.parent / "data" / "templates"
-# Shipped template -> (its Go form, the parts that form uses). Ollama asks every model that can think to think, unless
-# told otherwise, so a model that never learned the modes of chatml-think must not look as if it had them.
+# By shipped template, its Go form and the parts that the form uses. Ollama makes every model think whose template can,
+# unless it is told otherwise. So a model that never learned the modes of chatml-think must not look as if it had them.
 FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "chatml": ("chatml", ()),
     "chatml-think": ("chatml-think", ("_json",)),
@@ -27,27 +33,27 @@ FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 WITHOUT_THINKING = {"chatml-think": "chatml-tools"}
 
-_QUESTION = {"role": "user", "content": " What is <b> & 'c'?\n"}
-_ANSWER = {"role": "assistant", "content": "It is d."}
-_SYSTEM = {"role": "system", "content": "Be brief."}
-_THOUGHT = {"role": "assistant", "content": "It is d.", "reasoning": "As a is b."}
-_CALL = {
+_QUESTION: Message = {"role": "user", "content": " What is <b> & 'c'?\n"}
+_ANSWER: Message = {"role": "assistant", "content": "It is d."}
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+_THOUGHT: Message = {"role": "assistant", "content": "It is d.", "reasoning": "As a is b."}
+_CALL: Message = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"days": 3, "place": "Zürich"}}}],
 }
-_TWO_CALLS = {**_CALL, "content": "Let me look.", "tool_calls": [*_CALL["tool_calls"], *_CALL["tool_calls"]]}
-_RESULT = {"role": "tool", "content": '{"sky": "grey"}'}
-_PARAMETERS = {
+_TWO_CALLS: Message = {**_CALL, "content": "Let me look.", "tool_calls": [*_CALL["tool_calls"], *_CALL["tool_calls"]]}
+_RESULT: Message = {"role": "tool", "content": '{"sky": "grey"}'}
+_PARAMETERS: JsonObject = {
     "type": "object",
     "properties": {"days": {"type": "integer", "description": "How many"}, "place": {"type": "string"}},
     "required": ["place"],
 }
-_TOOLS = [
+_TOOLS: list[JsonObject] = [
     {"type": "function", "function": {"name": "look", "description": "Looks it up", "parameters": _PARAMETERS}},
 ]
-# Conversations that take a template apart: turns, system text, tools, calls, results, thinking.
-PROBES: list[dict[str, Any]] = [
+# These conversations use every part of a template: turns, system text, tools, calls, results, thinking.
+PROBES: list[Conversation] = [
     {"messages": [_QUESTION]},
     {"messages": [_QUESTION, _ANSWER, _QUESTION]},
     {"messages": [_SYSTEM, _QUESTION, _ANSWER, _QUESTION]},
@@ -63,17 +69,17 @@ PROBES: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class GoTemplate:
-    """``name`` of the shipped template, and the ``text`` of its Go form."""
+    """Holds the name of a shipped template and the text of its Go form."""
 
     name: str
     text: str
 
 
-def go_template(tokenizer: Any, adds_bos: bool, thinks: bool) -> GoTemplate | None:
-    """The Go form of ``tokenizer``'s template, or None if it is none of the shipped ones.
+def go_template(tokenizer: PreTrainedTokenizerBase, adds_bos: bool, thinks: bool) -> GoTemplate | None:
+    """Returns the Go form of the tokenizer's template, or None if that is not one of the shipped ones.
 
-    ``adds_bos``: whether the runtime puts the bos token before every prompt; then the template must not.
-    ``thinks``: whether the model was trained on the template's thinking modes.
+    adds_bos: whether the runtime puts the bos token before every prompt; then the template must not.
+    thinks: whether the model was trained on the template's thinking modes.
     """
     name = shipped_name(tokenizer)
     if name is None:
@@ -87,24 +93,25 @@ def go_template(tokenizer: Any, adds_bos: bool, thinks: bool) -> GoTemplate | No
     return GoTemplate(name, (tokenizer.bos_token if writes_bos(tokenizer) and not adds_bos else "") + text)
 
 
-def shipped_name(tokenizer: Any) -> str | None:
-    """Which shipped template writes what the tokenizer's own writes, for every probe."""
+def shipped_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Names the shipped template that renders every probe as the tokenizer's own does, or returns None."""
     own = tokenizer.chat_template
     if not isinstance(own, str):
         return None
     wanted = [rendered(probe, tokenizer, own) for probe in PROBES]
     for name in FORMS:
         shipped = (JINJA / f"{name}.jinja").read_text(encoding="utf-8")
-        # Lazily: most differ in the first probe.
+        # Most templates differ in the first probe already, so the others are rendered only when they are needed.
         if all(text == rendered(probe, tokenizer, shipped) for text, probe in zip(wanted, PROBES, strict=True)):
             return name
     return None
 
 
-def writes_bos(tokenizer: Any) -> bool:
-    """Whether the template itself puts the bos token at the beginning.
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether the template itself puts the bos token at the beginning.
 
-    Asked with another text for bos: SmolLM2's is ``<|im_start|>``, with which ChatML begins of its own accord.
+    The template is rendered with another text for bos, because SmolLM2's bos token is ``<|im_start|>``, with which
+    ChatML begins anyway.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -116,17 +123,17 @@ def writes_bos(tokenizer: Any) -> bool:
     return bool(tokenizer.bos_token) and str(texts[0]).startswith(tokens["bos_token"])
 
 
-def rendered(conversation: dict[str, Any], tokenizer: Any, template: str) -> str | None:
-    """The prompt, or None if the template refuses this conversation."""
-    from qlora_sft.data.conversation import Conversation
+def rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Renders the prompt of a conversation, or returns None if the template refuses it."""
     from qlora_sft.data.template import apply
     from qlora_sft.errors import DataError
 
     try:
-        return apply(cast(Conversation, conversation), tokenizer, template, prompt=True)[0]
+        return apply(conversation, tokenizer, template, prompt=True)[0]
     except DataError:
         return None
 
 
 def _read(name: str) -> str:
+    """Reads one part of a Go template."""
     return (FOLDER / f"{name}.gotmpl").read_text(encoding="utf-8")

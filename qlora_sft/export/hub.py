@@ -1,4 +1,4 @@
-"""A run's adapter, merged model or GGUF files to the Hugging Face Hub, with a card made from what the run recorded."""
+"""Uploads a run's adapter, merged model or GGUF files to the Hugging Face Hub, with a card made from its records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.model_card import base_name, model_card
@@ -14,49 +14,63 @@ from qlora_sft.run.folder import Run
 from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
 
-What = Literal["adapter", "merged", "gguf"]
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+UploadKind = Literal["adapter", "merged", "gguf"]
 Files = dict[str, Path | bytes]
-"""Name in the repository -> file, or its content."""
+"""By name in the repository, the file on disk or its content."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Holds how an upload is done."""
+
+    gguf: str | None = None
+    """The only GGUF file to upload, by its name. The default is all."""
+    public: bool = False
+    """Whether the repository is made public."""
+    dry_run: bool = False
+    """Whether what would be uploaded is only printed, without any connection."""
 
 
 @dataclass(frozen=True)
 class PushResult(Report):
-    """What went up, or would go."""
+    """Says what was uploaded, or would be."""
 
     repo: str
-    what: What
+    what: UploadKind
     public: bool
     files: dict[str, int]
-    """Name in the repository -> bytes."""
+    """By name in the repository, the size in bytes."""
     card: str
     dry_run: bool
     url: str | None = field(default=None, metadata=LEFT_OUT)
-    """Of the commit."""
+    """The address of the commit."""
 
 
 def push(
     run: str | Path,
     repo: str,
-    what: What = "adapter",
+    what: UploadKind = "adapter",
     *,
-    gguf: str | None = None,
-    public: bool = False,
-    dry_run: bool = False,
-    api: Any = None,
+    options: PushOptions = PushOptions(),
+    api: HfApi | None = None,
     say: Say = tell,
 ) -> PushResult:
-    """Uploads to the model repository ``repo`` (user/name), made private unless ``public``, in one commit.
+    """Uploads to the model repository ``repo`` (user/name) in one commit. A new repository is private by default.
 
-    ``gguf``: of the GGUF files only the one of this name. ``dry_run``: prints what would go up and opens no
-    connection. ``api``: a `huggingface_hub.HfApi` to use instead of the default one. Raises `ConfigError` for a bad
-    name or something that was not exported, `RunError` without a token, without a network, and when the Hub refuses;
-    the token is in no message.
+    ``api`` is used instead of the default `huggingface_hub.HfApi`. Raises `ConfigError` for a bad name or something
+    that was not exported, and `RunError` without a token, without a network, and when the Hub refuses. No message
+    contains the token.
     """
+    public, dry_run = options.public, options.dry_run
     run = Run.open(run).path
-    if what not in get_args(What):
-        raise ConfigError(f"--what {what}: one of {', '.join(get_args(What))}")
+    if what not in get_args(UploadKind):
+        raise ConfigError(f"--what {what}: one of {', '.join(get_args(UploadKind))}")
     check_name(repo)
-    files = files_of(run, repo, what, gguf)
+    files = files_of(run, repo, what, options.gguf)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     verb = "would go" if dry_run else "goes"
     say(f"{verb} to https://huggingface.co/{repo} ({'public' if public else 'private'}):")
@@ -79,11 +93,11 @@ def check_name(repo: str) -> None:
         raise ConfigError(f"{repo}: name the repository as user/name")
 
 
-def files_of(run: Path, repo: str, what: What, gguf: str | None = None) -> Files:
-    """Everything that goes up. No file of it says where anything lay on this machine."""
+def files_of(run: Path, repo: str, what: UploadKind, gguf: str | None = None) -> Files:
+    """Returns all files to upload. None of them names a folder of this machine."""
     folder = run / what
     found = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
-    # The base of an adapter's Modelfile is a folder of this machine.
+    # The Modelfile of an adapter is left out, because it names the folder of the base on this machine.
     found = [file for file in found if file.suffix != ".Modelfile" or "\nADAPTER " not in file.read_text("utf-8")]
     files: Files = {file.name: file for file in found if gguf is None or file.stem == Path(gguf).stem}
     ggufs = [name for name in files if name.endswith(".gguf")]
@@ -98,7 +112,8 @@ def files_of(run: Path, repo: str, what: What, gguf: str | None = None) -> Files
     return files
 
 
-def _upload(api: Any, repo: str, files: Files, public: bool, say: Say) -> str:
+def _upload(api: HfApi | None, repo: str, files: Files, public: bool, say: Say) -> str:
+    """Uploads the files in one commit and returns its address. Raises `RunError` that names the cure."""
     import huggingface_hub
     from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd
@@ -130,7 +145,8 @@ def _upload(api: Any, repo: str, files: Files, public: bool, say: Say) -> str:
     return str(commit.commit_url)
 
 
-def _refusal(repo: str, error: Any, token: str | None) -> str:
+def _refusal(repo: str, error: HfHubHTTPError, token: str | None) -> str:
+    """Says why the Hub refused an upload, and what to do about it."""
     status = getattr(error.response, "status_code", 0)
     cures = {
         401: "the token is not valid: run 'hf auth login' again, or set HF_TOKEN",
@@ -141,5 +157,5 @@ def _refusal(repo: str, error: Any, token: str | None) -> str:
 
 
 def _without(lines: list[str], token: str | None) -> str:
-    """The first line, never with the token in it."""
+    """Returns the first line, with the token removed from it."""
     return lines[0].replace(token, "***") if token else lines[0]

@@ -1,25 +1,33 @@
-"""llama.cpp's importance matrix, computed from the training data with the merged model itself.
+"""Computes llama.cpp's importance matrix from the training data with the merged model itself.
 
-For every weight, the sum over tokens of the square of each input: what an error in that column costs. llama.cpp has a
-program for it; this writes the same file from hooks in PyTorch, so that none has to be built, and runs on a GPU too.
+For every weight it holds the sum over tokens of the square of each input, which says what an error in that column
+costs. llama.cpp has a program for it. This module writes the same file from hooks in PyTorch, so that the program need
+not be built, and it can run on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_sft.errors import RunError
 from qlora_sft.say import Say, tell
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 TOKENS = 16384
 
 
 def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say: Say = tell) -> int:
-    """Writes ``target`` and returns how many tokens it is made of. Raises `RunError` without training data."""
+    """Writes the importance matrix to ``target`` and returns the number of tokens that it was computed from.
+
+    Raises `RunError` if the training data cannot be read.
+    """
     documents = _training_documents(run)
     say(f"importance matrix from {sum(map(len, documents)):,} tokens of the training data")
     sums, tokens = _collect(merged, documents)
@@ -30,7 +38,7 @@ def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say:
 
 
 def _training_documents(run: Path) -> list[list[int]]:
-    """The first documents of all sources in turn, until there are enough tokens."""
+    """Returns the first documents of all sources in turn, until there are enough tokens."""
     from qlora_sft.errors import QloraSftError
     from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
@@ -49,7 +57,7 @@ def _training_documents(run: Path) -> list[list[int]]:
 
 
 def _collect(merged: Path, documents: list[list[int]]) -> tuple[dict[str, np.ndarray], int]:
-    """Module -> sum over tokens of the squares of its inputs [in], and the number of tokens."""
+    """Returns, by module, the sum over tokens of the squares of its inputs [in], and the number of tokens."""
     import torch
 
     from qlora_sft.model.load import compute_dtype, load_base
@@ -58,7 +66,7 @@ def _collect(merged: Path, documents: list[list[int]]) -> tuple[dict[str, np.nda
     sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             squares = inputs[0].float().flatten(0, -2).square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
@@ -74,7 +82,10 @@ def _collect(merged: Path, documents: list[list[int]]) -> tuple[dict[str, np.nda
 
 
 def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
-    """Tensor name in transformers -> name in the GGUF, or None for those that have no counterpart."""
+    """Returns a function that translates a tensor's name in transformers into its name in the GGUF.
+
+    The function returns None for a tensor that has no counterpart.
+    """
     import json
 
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -94,6 +105,7 @@ def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
 
 
 def _write(target: Path, entries: dict[str, np.ndarray], tokens: int) -> None:
+    """Writes the file as llama.cpp's own program does."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(target, arch="")

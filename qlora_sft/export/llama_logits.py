@@ -1,15 +1,16 @@
-"""Token logits out of llama.cpp itself, through the C interface of whatever library is installed.
+"""Computes token logits with llama.cpp itself, through the C interface of whatever library is installed.
 
-Run as a process of its own (a fault in native code must not take the caller along)::
+It runs as a process of its own, so that a fault in native code does not end the caller, too::
 
     python -m qlora_sft.export.llama_logits LIBRARY MODEL.gguf REQUEST.json OUT.npy
 
 REQUEST: {"documents": [[id, ...], ...], "texts": [str, ...], "lora": path or null, "threads": n}. OUT gets float32
-logits [tokens, vocabulary], all documents behind one another; stdout one JSON document with the ids of the texts.
+logits [tokens, vocabulary] of all documents one after another. Standard output gets one JSON document with the ids of
+the texts.
 
-The two parameter structs are never described here in full, because they change between versions: they are taken as
-bytes from llama.cpp's own defaults, and only the first fields of the context's, which have been the same for years,
-are set. llama.cpp is then asked whether it understood them so.
+The two parameter structs are never described here in full, because they change between versions. They are taken as
+bytes from llama.cpp's own defaults. Only the first fields of the context's struct are set, which have been the same for
+years, and llama.cpp is then asked whether it has read them so.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ import ctypes
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 BATCH = 512
-_log_callback: Any = None
+_log_callback: object = None
 
 
-class Opaque(ctypes.Structure):
-    """Room for a parameter struct; larger than any version's."""
+class ParameterBytes(ctypes.Structure):
+    """Holds the bytes of a parameter struct. It is larger than the struct of any version."""
 
     _fields_ = (("words", ctypes.c_uint32 * 128),)
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
+    """Mirrors llama.cpp's struct ``llama_batch``."""
+
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
@@ -45,15 +47,15 @@ class Batch(ctypes.Structure):
 
 
 def load_library(path: str) -> ctypes.CDLL:
-    """llama.cpp's functions as far as they are needed. Raises OSError or AttributeError if they are not there."""
+    """Loads the library and declares the functions that are needed. Raises OSError or AttributeError without them."""
     library = ctypes.CDLL(path)
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
     for name, result, arguments in (
         ("llama_backend_init", None, []),
-        ("llama_model_default_params", Opaque, []),
-        ("llama_context_default_params", Opaque, []),
-        ("llama_model_load_from_file", pointer, [text, Opaque]),
-        ("llama_init_from_model", pointer, [pointer, Opaque]),
+        ("llama_model_default_params", ParameterBytes, []),
+        ("llama_context_default_params", ParameterBytes, []),
+        ("llama_model_load_from_file", pointer, [text, ParameterBytes]),
+        ("llama_init_from_model", pointer, [pointer, ParameterBytes]),
         ("llama_n_ctx", ctypes.c_uint32, [pointer]),
         ("llama_n_batch", ctypes.c_uint32, [pointer]),
         ("llama_n_ubatch", ctypes.c_uint32, [pointer]),
@@ -63,7 +65,7 @@ def load_library(path: str) -> ctypes.CDLL:
         ("llama_tokenize", integer, [pointer, text, integer, pointer, integer, ctypes.c_bool, ctypes.c_bool]),
         ("llama_get_memory", pointer, [pointer]),
         ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
-        ("llama_decode", integer, [pointer, Batch]),
+        ("llama_decode", integer, [pointer, LlamaBatch]),
         ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [pointer, integer]),
         ("llama_adapter_lora_init", pointer, [pointer, text]),
     ):
@@ -73,10 +75,10 @@ def load_library(path: str) -> ctypes.CDLL:
 
 
 def silence(library: ctypes.CDLL) -> None:
-    """Errors go on to standard error; the pages of information do not."""
-    global _log_callback  # llama.cpp keeps the pointer, so the callback has to live
+    """Passes llama.cpp's errors on to standard error and drops its pages of information."""
+    global _log_callback  # llama.cpp keeps the pointer, so the callback has to stay alive
 
-    def log(level: int, text: bytes, _: Any) -> None:
+    def log(level: int, text: bytes, _: object) -> None:
         if level == 4:  # GGML_LOG_LEVEL_ERROR
             sys.stderr.write(text.decode(errors="replace"))
 
@@ -84,8 +86,8 @@ def silence(library: ctypes.CDLL) -> None:
     library.llama_log_set(_log_callback, None)
 
 
-class Model:
-    """A GGUF in llama.cpp, with a context of ``length`` tokens."""
+class LlamaModel:
+    """Holds a GGUF loaded in llama.cpp, with a context of ``length`` tokens."""
 
     def __init__(self, library: ctypes.CDLL, gguf: str, length: int, threads: int):
         self.library = library
@@ -107,6 +109,7 @@ class Model:
         library.llama_set_n_threads(self.context, threads, threads)
 
     def use_lora(self, path: str) -> None:
+        """Applies the GGUF of a LoRA adapter to the model. Raises RuntimeError if llama.cpp refuses it."""
         adapter = self.library.llama_adapter_lora_init(self.model, path.encode())
         if not adapter:
             raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
@@ -123,12 +126,13 @@ class Model:
             raise RuntimeError(f"llama.cpp refuses the adapter {path}")
 
     def tokenize(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without bos and with control tokens recognised."""
         data = text.encode()
-        room = (ctypes.c_int32 * (len(data) + 8))()
-        count = self.library.llama_tokenize(self.vocab, data, len(data), room, len(room), False, True)
+        ids = (ctypes.c_int32 * (len(data) + 8))()
+        count = self.library.llama_tokenize(self.vocab, data, len(data), ids, len(ids), False, True)
         if count < 0:
             raise RuntimeError("llama.cpp cannot tokenize the probe text")
-        return list(room[:count])
+        return list(ids[:count])
 
     def logits(self, ids: list[int], positions: list[int], out: np.ndarray) -> None:
         """Writes the logits at ``positions`` (ascending) of one document into ``out`` [len(positions), n_vocab]."""
@@ -139,7 +143,7 @@ class Model:
             part = ids[start : start + BATCH]
             count = len(part)
             sequence = (ctypes.c_int32 * 1)(0)
-            batch = Batch(
+            batch = LlamaBatch(
                 n_tokens=count,
                 token=(ctypes.c_int32 * count)(*part),
                 pos=(ctypes.c_int32 * count)(*range(start, start + count)),
@@ -160,11 +164,12 @@ class Model:
 
 
 def main(library_path: str, gguf: str, request_file: str, out_file: str) -> None:
+    """Answers one request."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     documents = request["documents"]
     library = load_library(library_path)
     silence(library)
-    model = Model(library, gguf, max(map(len, documents), default=0), request["threads"])
+    model = LlamaModel(library, gguf, max(map(len, documents), default=0), request["threads"])
     if request["lora"]:
         model.use_lora(request["lora"])
     total = sum(map(len, request["positions"]))

@@ -1,4 +1,4 @@
-"""Which llama.cpp is here: its shared library, its quantizer, its version. Looks only; fetches and builds nothing."""
+"""Finds the llama.cpp that is installed: its library, its quantizer, its version. Fetches and builds nothing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ UNKNOWN = "unknown version"
 
 
 @dataclass(frozen=True)
-class Tool:
-    """A program or library of llama.cpp, where it was found, and which version it is."""
+class LlamaTool:
+    """Describes a program of llama.cpp: where it was found, and which version it is."""
 
     path: Path
     found: str
@@ -29,7 +29,7 @@ class Tool:
 
 
 def llama_libraries() -> list[Path]:
-    """Libraries with llama.cpp's C interface, the preferred one first."""
+    """Returns the libraries that have llama.cpp's C interface, the preferred one first."""
     folders = (
         [configured() / part for part in ("build/bin", "build/src", "lib", "bin", ".")]
         if configured() != Path()
@@ -45,42 +45,46 @@ def llama_libraries() -> list[Path]:
 
 
 def configured() -> Path:
-    """``LLAMA_CPP_DIR``; an empty path, which is false, if it is not set."""
+    """Returns the folder that ``LLAMA_CPP_DIR`` names, or an empty path if it is not set."""
     value = os.environ.get("LLAMA_CPP_DIR")
     return Path(value).expanduser() if value else Path()
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies, without importing it."""
+    """Returns the folder of an installed package without importing it, or None."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def package_version(name: str) -> str | None:
+    """Returns the version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def find_quantizer() -> Tool | None:
-    """``llama-quantize``: in LLAMA_CPP_DIR, on PATH, or built earlier from the pinned sources; None if nowhere."""
+def find_quantizer() -> LlamaTool | None:
+    """Finds ``llama-quantize`` in LLAMA_CPP_DIR, on PATH, or where it was built earlier.
+
+    Returns None if it is nowhere.
+    """
     if configured() != Path():
         for part in ("build/bin", "bin", "."):
             program = configured() / part / "llama-quantize"
             if os.access(program, os.X_OK):
-                return Tool(program, f"LLAMA_CPP_DIR={configured()}", program_version(program))
+                return LlamaTool(program, f"LLAMA_CPP_DIR={configured()}", program_version(program))
     on_path = shutil.which("llama-quantize")
     if on_path:
-        return Tool(Path(on_path), "PATH", program_version(Path(on_path)))
+        return LlamaTool(Path(on_path), "PATH", program_version(Path(on_path)))
     built = cache_dir("tools") / BUILT / "llama-quantize"
     if os.access(built, os.X_OK):
-        return Tool(built, "built earlier from the pinned sources", f"llama.cpp {PINNED_COMMIT} ({PINNED})")
+        return LlamaTool(built, "built earlier from the pinned sources", f"llama.cpp {PINNED_COMMIT} ({PINNED})")
     return None
 
 
 def program_version(program: Path) -> str:
-    """What ``program`` --version says, in one line."""
+    """Returns in one line what the program says about its version."""
     try:
         result = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -90,9 +94,9 @@ def program_version(program: Path) -> str:
 
 
 def threads() -> int:
-    """How many llama.cpp shall use: OMP_NUM_THREADS, or one per core that this process may run on.
+    """Returns how many threads llama.cpp shall use: OMP_NUM_THREADS, or one per core that this process may use.
 
-    Its threads wait for each other in a loop; more of them than free cores cost a multiple of the time.
+    Its threads wait for each other in a busy loop, so more threads than free cores take a multiple of the time.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted):

@@ -1,4 +1,4 @@
-"""Logits of a run's adapter, of a merged model and of a GGUF on the same documents, kept on disk, not in memory."""
+"""Computes the logits of an adapter, of a merged model and of a GGUF on the same documents, into files on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,27 +15,33 @@ from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import llama_libraries, threads
 from qlora_sft.export.probe import Probe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
-    """The adapter on the base it was trained on, NF4 and all, computed in float32. Shape [probe.tokens, vocabulary]."""
+    """Computes the logits of the adapter on the base of its training, NF4 included: [probe.tokens, vocabulary].
+
+    All products are computed in float32.
+    """
     import torch
 
     from qlora_sft.model.load import load_trained_base, with_adapter
 
-    # Loaded as for training, because NF4 depends on the type that was quantised; computed in float32, so that what is
-    # compared are the weights and not the rounding of the arithmetic.
+    # The base is loaded as for training, because NF4 depends on the type that was quantised. It computes in float32, so
+    # that the weights are compared and not the rounding of the arithmetic.
     base = load_trained_base(run)
     expand_4bit(base)
-    # Not base.float(): transformers refuses that for a model that was quantised.
+    # transformers refuses base.float() for a model that was quantised.
     torch.nn.Module.float(base)
     return _run_model(with_adapter(base, run / "adapter"), probe, out)
 
 
-def expand_4bit(model: Any) -> None:
-    """Replaces every 4-bit layer, and every stack of experts, by a plain one with the weights training computed with.
+def expand_4bit(model: PreTrainedModel) -> None:
+    """Replaces every 4-bit layer, and every stack of experts, by a plain one with the weight of training.
 
-    In the type that was quantised: given float32 inputs, bitsandbytes would dequantise to float32, which training
-    never saw; and it would do so again at every call.
+    The weight has the type that was quantised. Given float32 inputs, bitsandbytes would dequantise to float32, which
+    training never saw, and it would do so again at every call.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -58,7 +64,7 @@ def expand_4bit(model: Any) -> None:
 
 
 def model_logits(folder: Path, probe: Probe, out: Path) -> np.ndarray:
-    """A model folder in plain transformers, computed in float32. Shape [probe.tokens, vocabulary]."""
+    """Computes the logits of a model folder in plain transformers, in float32: [probe.tokens, vocabulary]."""
     import torch
 
     from qlora_sft.model.load import load_base
@@ -66,7 +72,8 @@ def model_logits(folder: Path, probe: Probe, out: Path) -> np.ndarray:
     return _run_model(load_base(str(folder), torch.float32, load_in_4bit=False).eval(), probe, out)
 
 
-def _run_model(model: Any, probe: Probe, out: Path) -> np.ndarray:
+def _run_model(model: PreTrainedModel, probe: Probe, out: Path) -> np.ndarray:
+    """Computes the logits at the probe's positions, document by document, into the file ``out``."""
     import torch
 
     rows: np.memmap | None = None
@@ -91,9 +98,9 @@ def _run_model(model: Any, probe: Probe, out: Path) -> np.ndarray:
 def gguf_logits(
     gguf: Path, probe: Probe, texts: list[str], out: Path, lora: Path | None = None
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """(logits [probe.tokens, vocabulary], the ids that llama.cpp makes of each text), computed by llama.cpp on the CPU.
+    """Computes on the CPU, with llama.cpp, the logits [probe.tokens, vocabulary] and the token ids of each text.
 
-    Raises `RunError` when no installed library can do it, naming what to install.
+    Raises `RunError` that names what to install when no installed library can do it.
     """
     libraries = llama_libraries()
     if not libraries:

@@ -1,8 +1,8 @@
-"""The adapter of a run, added into its base model: a folder that plain transformers loads.
+"""Merges the adapter of a run into its base model and writes a folder that plain transformers loads.
 
-Tensor by tensor from safetensors to safetensors: no model is built, and memory holds slices. By default the adapter
-goes onto the weights that give the smaller measured difference from the adapter itself, which for a 4-bit run are
-the dequantised NF4 weights it was trained on, not the 16-bit originals.
+The merge goes tensor by tensor from safetensors to safetensors. No model is built, and memory holds only slices. By
+default the adapter is merged onto the weights with the smaller measured difference from the adapter itself. For a 4-bit
+run these are the dequantised NF4 weights on which it was trained, not the 16-bit originals.
 """
 
 from __future__ import annotations
@@ -13,42 +13,47 @@ import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.base import base_folder, check_base
+from qlora_sft.json_types import JsonObject
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.export.adapter import TensorUpdate
     from qlora_sft.export.hub import PushResult
     from qlora_sft.export.parity import Figures
+    from qlora_sft.export.tensors import Planned
 
 Onto = Literal["nf4-dequantized", "bf16"]
-# Up to here both ways are tried and measured; beyond, the minutes and gigabytes are not worth it.
+# For a base of fewer bytes both ways are tried and measured; for a larger one that takes too much time and disk.
 MEASURED_BELOW = 2**30
 Dtype = Literal["auto", "bf16", "f16", "f32"]
-# Mean KL from the adapter from which on the rounding of bfloat16 is worth avoiding, where it is measured.
+# If bfloat16 is measured to give a mean KL from the adapter above this, its rounding is worth avoiding.
 TAKE_FLOAT16 = 1e-4
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
 @dataclass(frozen=True)
 class MergeResult(Report):
-    """A merged model, and how it was made."""
+    """Describes a merged model and how it was made."""
 
     merged: str
-    """Its folder."""
+    """The folder of the model."""
     onto: Onto
     dtype: str
     modules: int
-    """How many layers the adapter was added to."""
+    """The number of layers to which the adapter was added."""
     bytes: int
     reason: str
-    """Why onto these weights."""
+    """Why the adapter was merged onto these weights."""
     parity: dict[str, Figures] | None = field(default=None, metadata=LEFT_OUT)
     push: PushResult | None = field(default=None, metadata=LEFT_OUT)
 
@@ -62,10 +67,10 @@ def merge_run(
 ) -> MergeResult:
     """Writes the merged model of a run folder (default: RUN/merged) and says what was done.
 
-    ``dtype`` auto: the base's, or float16 where that is measured to keep more of the adapter than bfloat16.
-    Peak memory: a quarter of the largest tensor and a few slices. Raises `ConfigError` if ``run`` is no finished
-    run or ``onto`` is impossible for it, `RunError` if adapter and base do not fit together or the disk is too
-    small; then nothing is written under the final name.
+    ``dtype`` auto takes the base's type, or float16 where that is measured to keep more of the adapter than bfloat16.
+    The peak memory is a quarter of the largest tensor and a few slices. Raises `ConfigError` if ``run`` is not a
+    finished run or ``onto`` is impossible for it, and `RunError` if adapter and base do not fit together or the disk is
+    too small. Then nothing is written under the final name.
     """
     opened = Run.open(run)
     base = base_folder(opened.base)
@@ -89,7 +94,7 @@ def merge_run(
 
 
 def _only_onto(run: Run, base: Path) -> tuple[Onto | None, str]:
-    """(onto, reason), or (None, "") when there is a choice and measuring it is cheap."""
+    """Returns (onto, reason), or (None, "") when there is a choice and measuring it is cheap."""
     if _is_4bit_checkpoint(base):
         return "nf4-dequantized", "the base exists in 4 bits only"
     if not run.quantized_modules:
@@ -100,7 +105,10 @@ def _only_onto(run: Run, base: Path) -> tuple[Onto | None, str]:
 
 
 def _merge_better(merge: _Merge, target: Path, dtype: Dtype) -> MergeResult:
-    """Merges onto both, measures both against the adapter, keeps the closer one; in f16 if bf16 is too coarse."""
+    """Merges onto both kinds of weights, measures both against the adapter, and keeps the closer model.
+
+    If bfloat16 is too coarse, a third merge in float16 is measured, too.
+    """
     from qlora_sft.export.parity import quick_difference
 
     scratch = target.with_name(f".{target.name}.measured-{os.getpid()}")
@@ -130,6 +138,7 @@ def _merge_better(merge: _Merge, target: Path, dtype: Dtype) -> MergeResult:
 
 
 def _check_onto(onto: str, run: Run, base: Path) -> None:
+    """Raises `ConfigError` if the adapter of ``run`` cannot be merged onto these weights."""
     if onto not in get_args(Onto):
         raise ConfigError(f"--onto {onto}: one of {', '.join(get_args(Onto))}")
     packed = _is_4bit_checkpoint(base)
@@ -140,17 +149,20 @@ def _check_onto(onto: str, run: Run, base: Path) -> None:
 
 
 def _is_4bit_checkpoint(base: Path) -> bool:
-    return bool(_read_config(base).get("quantization_config", {}).get("load_in_4bit"))
+    """Says whether the base was saved in 4 bits."""
+    quantization = _read_config(base).get("quantization_config")
+    return isinstance(quantization, dict) and bool(quantization.get("load_in_4bit"))
 
 
-def trained_config(run: Run, base: Path) -> dict[str, Any]:
-    """The base's config.json with the positions it was trained with."""
+def trained_config(run: Run, base: Path) -> JsonObject:
+    """Returns the base's config.json with the rope scaling of the run."""
     return with_rope_scaling(_read_config(base), run.model.rope_scaling)
 
 
-def _read_config(base: Path) -> dict[str, Any]:
+def _read_config(base: Path) -> JsonObject:
+    """Reads the base's config.json. Raises `RunError` if it cannot be read."""
     try:
-        config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config: JsonObject = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{base}: no readable config.json ({error}); the base model is incomplete") from None
     return config
@@ -161,7 +173,7 @@ def _read_config(base: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Merge:
-    """A run and its base, which may be merged in several ways."""
+    """Holds a run and its base, which may be merged in several ways."""
 
     run: Run
     base: Path
@@ -179,13 +191,13 @@ class _Merge:
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
         through_nf4 = set(self.run.quantized_modules) if onto == "nf4-dequantized" else set()
-        changes = read_adapter(adapter)
-        if not any(_does_something(change) for change in changes.values()):
+        updates = read_adapter(adapter)
+        if not any(_does_something(update) for update in updates.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
         stored = read_model(base)
-        known = in_files(base, stored, config, changes, through_nf4)
-        plan = plan_merge(stored, config, known.changes, known.through_nf4, wanted, str(adapter), known.stacked)
+        known = in_files(base, stored, config, updates, through_nf4)
+        plan = plan_merge(stored, config, known.updates, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
@@ -201,7 +213,7 @@ class _Merge:
 
 
 def write_trained_base(run: Run, target: Path) -> None:
-    """The base as the adapter saw it in training (dequantised NF4 for a 4-bit run), as a model folder of its own."""
+    """Writes the base as the adapter saw it in training as a model folder: dequantised NF4 for a 4-bit run."""
     from qlora_sft.export.merge_plan import plan_merge
     from qlora_sft.export.stacks import in_files
     from qlora_sft.export.tensors import read_model, write_index, write_shard
@@ -219,13 +231,15 @@ def write_trained_base(run: Run, target: Path) -> None:
         _write_configs(base, beside, _with_dtype(config, plan.dtype), run.adapter, lambda _: None)
 
 
-def _does_something(change: Any) -> bool:
-    if change.b is not None and change.replaced is None and change.magnitude is None and change.tokens is None:
-        return bool(change.b.any()) and bool(change.a.any())
+def _does_something(update: TensorUpdate) -> bool:
+    """Says whether the update can differ from zero."""
+    if update.b is not None and update.replaced is None and update.magnitude is None and update.tokens is None:
+        return bool(update.b.any()) and update.a is not None and bool(update.a.any())
     return True
 
 
 def _check_disk(target: Path, needed: int) -> None:
+    """Raises `RunError` if the disk has less than ``needed`` bytes free for ``target``."""
     parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     needed += 2**26  # tokenizer and configuration
@@ -237,7 +251,7 @@ def _check_disk(target: Path, needed: int) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """What merges that were killed left beside ``target``; those that still run are left alone."""
+    """Removes the folders that killed merges left beside ``target``. Those of merges that still run stay."""
     for folder in target.parent.glob(f".{target.name}.*-*"):
         pid = folder.name.rsplit("-", 1)[-1]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
@@ -245,6 +259,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Says whether there is a process with this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -254,8 +269,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _verify(folder: Path, tensors: list[Any]) -> None:
-    """Reads back what was written: every tensor is there with its type, shape and bytes."""
+def _verify(folder: Path, tensors: list[Planned]) -> None:
+    """Reads the written folder back. Raises `RunError` unless every tensor is there with its shape."""
     from qlora_sft.export.tensors import read_model
 
     written = read_model(folder)
@@ -267,33 +282,36 @@ def _verify(folder: Path, tensors: list[Any]) -> None:
 # ------------------------------------------------------------------ configuration and tokenizer
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers 5 writes ``dtype``, earlier versions ``torch_dtype``; whichever there is has to be true."""
+def _with_dtype(config: JsonObject, dtype: str) -> JsonObject:
+    """Sets the type in a config.json. transformers 5 calls it ``dtype`` and earlier versions ``torch_dtype``."""
     known = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(known, dtype)}
 
 
-def _write_configs(base: Path, target: Path, config: dict[str, Any], adapter: Path, say: Say) -> None:
+def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, say: Say) -> None:
+    """Writes config.json, the tokenizer and generation_config.json, which stops at the trained eos token, too."""
     config.pop("quantization_config", None)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = _write_tokenizer(adapter, target)
     generation = base / "generation_config.json"
     if generation.is_file():
         content = json.loads(generation.read_text(encoding="utf-8"))
-        stops = content.get("eos_token_id")
-        listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        given = content.get("eos_token_id")
+        listed = given if isinstance(given, list) else [] if given is None else [given]
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
             content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
             say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
         (target / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(adapter: Path, target: Path) -> Any:
-    """The tokenizer as trained. Its template loses the ``{% generation %}`` marks, which only training needs and
-    not every runtime knows; ``{% if true %}`` in their place keeps the blocks and so the white space."""
+def _write_tokenizer(adapter: Path, target: Path) -> PreTrainedTokenizerBase:
+    """Writes the trained tokenizer without the ``{% generation %}`` marks in its template, and returns it.
+
+    Only training needs the marks, and not every runtime knows them.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     tokenizer.save_pretrained(target)
@@ -301,6 +319,6 @@ def _write_tokenizer(adapter: Path, target: Path) -> Any:
 
 
 def without_generation_marks(template: str) -> str:
-    """The same template for inference."""
+    """Returns the template for inference. ``{% if true %}`` in place of the marks keeps the white space as it is."""
     template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
     return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)

@@ -1,4 +1,4 @@
-"""A model card (README.md) from what a run recorded. Names files and folders, never where they lay."""
+"""Writes a model card (README.md) from what a run recorded. It names files and folders, but never their paths."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from qlora_sft.run.folder import Run
 from qlora_sft.run.report import RunReport
 
 UNKNOWN = "not measured"
-# What `model.path: demo` stands for.
+# The base model, and its licence, for which `model.path: demo` stands.
 DEMO = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
 def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
-    """The card's text. ``what``: adapter, merged or gguf; ``ggufs``: names of the GGUF files that go up."""
+    """Returns the text of the card.
+
+    ``what`` is adapter, merged or gguf. ``ggufs`` are the names of the GGUF files that are uploaded.
+    """
     opened = Run.open(run)
     parity = opened.exports.get("parity", {})
     base, licence = base_name(opened), base_licence(opened)
@@ -33,7 +36,7 @@ def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
 
 
 def base_name(run: Run) -> str:
-    """Hub id of the base, or the name of the folder it was in."""
+    """Returns the Hub id of the base, or the name of its folder."""
     if run.model.path == "demo":
         return DEMO[0]
     base = Path(run.base)
@@ -41,7 +44,7 @@ def base_name(run: Run) -> str:
 
 
 def base_licence(run: Run) -> str | None:
-    """As the front matter of the base's own card says, if the base is a folder that has one."""
+    """Returns the licence that the base's own card states, or None if the base is not a folder with a card."""
     if run.model.path == "demo":
         return DEMO[1]
     card = Path(run.base) / "README.md"

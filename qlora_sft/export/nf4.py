@@ -1,23 +1,23 @@
-"""Weights as a 4-bit model computes with them, row by row: through NF4 and back, or out of an NF4 checkpoint."""
+"""Reads weights as a 4-bit model computes with them, row by row: through NF4 and back, or from an NF4 checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.tensors import Stored, row_ranges
 
-# What model/load.py asks bitsandbytes for.
+# The block sizes with which model/load.py has bitsandbytes quantise.
 BLOCK = 64
 NESTED_BLOCK = 256
 
 
-class Rows(Protocol):
-    """A matrix that gives its rows when they are asked for."""
+class RowReader(Protocol):
+    """Reads the rows of a matrix when they are needed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -29,13 +29,13 @@ class Rows(Protocol):
 
 
 class ThroughNF4:
-    """The weight quantised to NF4 (blocks of 64, double quantisation) and back, equal to bitsandbytes' own way.
+    """Quantises a weight to NF4 (blocks of 64, double quantisation) and dequantises it, exactly as bitsandbytes does.
 
-    A block's codes depend on that block alone, but its scale is itself quantised together with all others. So the
-    first pass keeps codes and scales of the whole tensor (a quarter of its bf16 size), the second gives rows.
+    The codes of a block depend on that block alone, but its scale is quantised together with all others. So the first
+    pass keeps codes and scales of the whole tensor, a quarter of its bf16 size, and the second gives rows.
     """
 
-    def __init__(self, source: Rows):
+    def __init__(self, source: RowReader):
         from bitsandbytes.functional import dequantize_blockwise, quantize_4bit, quantize_blockwise
 
         self.shape, self.dtype = source.shape, source.dtype
@@ -56,13 +56,13 @@ class ThroughNF4:
 
 
 class FromNF4Checkpoint:
-    """A tensor of a checkpoint that was saved in 4 bits, as the model would dequantise it."""
+    """Dequantises a tensor of a checkpoint that was saved in 4 bits, as the model would."""
 
     def __init__(self, name: str, tensors: dict[str, Stored]):
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
         parts = {key: tensors[key] for key in companions(name, tensors)}
-        facts: dict[str, Any] = {key.removeprefix(f"{name}."): part.whole() for key, part in parts.items()}
+        facts = {key.removeprefix(f"{name}."): part.whole() for key, part in parts.items()}
         try:
             state = QuantState.from_dict(facts, device=torch.device("cpu"))
         except (AssertionError, KeyError, ValueError) as error:
@@ -81,14 +81,14 @@ class FromNF4Checkpoint:
 
 
 def described(name: str, tensors: dict[str, Stored]) -> tuple[tuple[int, ...], torch.dtype]:
-    """(shape, type) of a 4-bit tensor once it is dequantised, without reading it."""
+    """Returns the shape and the type that a 4-bit tensor has once it is dequantised, without reading its values."""
     state = next(key for key in companions(name, tensors) if ".quant_state." in key)
     facts = json.loads(bytes(tensors[state].whole().tolist()))
     return tuple(facts["shape"]), getattr(torch, facts["dtype"])
 
 
 def companions(name: str, tensors: dict[str, Stored]) -> list[str]:
-    """The tensors that describe the 4-bit tensor ``name``; none if it is an ordinary one."""
+    """Returns the names of the tensors that describe the 4-bit tensor ``name``; none if it is an ordinary tensor."""
     suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
     return [key for key in [*(f"{name}.{suffix}" for suffix in suffixes), *states] if key in tensors]
@@ -103,7 +103,7 @@ def _decoded(
     width: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows [start, stop) out of packed codes; widened to whole blocks first when a row is not a multiple of one."""
+    """Decodes the rows [start, stop) of packed codes, over whole blocks, of which a row need not be a multiple."""
     from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
     begin, end = rows[0] * width, rows[1] * width

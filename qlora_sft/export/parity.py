@@ -1,6 +1,7 @@
-"""Is the exported model the one that was trained? Measured on logits, token by token, against stated bounds.
+"""Measures whether the exported model is the one that was trained, on logits, token by token, against stated bounds.
 
-Adapter -> merged -> GGUF: each is compared with the one it was made from. A run's ``export.json`` keeps the figures.
+The merged model is compared with the adapter, and the GGUF with the merged model. The figures are kept in the run's
+``export.json``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,26 +19,33 @@ from qlora_sft.atomic import write_json
 from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
 from qlora_sft.export.text_parity import compare_texts
+from qlora_sft.json_types import JsonObject
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUICK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Figures(Report):
-    """top1: share of tokens with the same likeliest next token; kl: mean KL divergence per token, in nats, of the
-    other from the reference; max_diff: largest difference of any logit; tokens: how many were compared."""
+    """Holds how far one model is from its reference."""
 
     top1: float
+    """The share of the positions at which both find the same token likeliest."""
     kl: float
+    """The mean KL divergence of the model from the reference, in nats per token."""
     max_diff: float
+    """The largest difference of any logit."""
     tokens: int
+    """The number of positions that were compared."""
 
 
-# FORMAT -> (least top-1 agreement, greatest mean KL). The formats with 16 bits and more have to be the same model;
-# the others may lose what their size costs, as measured on a 135M model, which suffers more than a large one.
+# By format, the least top-1 agreement and the greatest mean KL. The formats with 16 bits and more have to be the same
+# model. The others may lose what their size costs, as measured on a 135M model, which loses more than a large one.
 BOUNDS: dict[str, tuple[float, float]] = {
     "merged": (0.995, 1e-3),
     "f32": (0.995, 1e-3),
@@ -59,13 +67,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def bound(form: str) -> tuple[float, float]:
-    """Bounds of a format by its longest known beginning: q4_k_m -> q4."""
+    """Returns the bounds of a format, which is recognised by its longest known beginning (q4 for q4_k_m)."""
     known = [name for name in BOUNDS if form == name or (form.startswith(name) and form[len(name) :][:1] in ("_", ""))]
     return BOUNDS[max(known, key=len)] if known else BOUNDS["q2"]
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
-    """Both [tokens, vocabulary] logits; one may have more columns (padding), which are left out."""
+    """Compares two [tokens, vocabulary] logits. One may have more columns, which are padding and are left out."""
     import torch
 
     if len(reference) != len(other):
@@ -85,7 +93,7 @@ def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
 
 @contextmanager
 def quick_difference(run: Path) -> Iterator[Callable[[Path], float]]:
-    """A function that gives the mean KL of a merged folder from the run's adapter, on a few tokens."""
+    """Yields a function that measures, on a few tokens, the mean KL of a merged folder from the run's adapter."""
     from qlora_sft.export.logits import adapter_logits, model_logits
 
     probe = read_probe(run, _tokenizer(run / "adapter"), QUICK_TOKENS)
@@ -103,11 +111,12 @@ def check_parity(
     lora: Path | None = None,
     say: Say = tell,
 ) -> dict[str, Figures]:
-    """Measures adapter -> merged and, if given, merged -> ``gguf``, prints both, keeps them in ``run``/export.json.
+    """Compares the merged model with the adapter and, if given, ``gguf`` with the merged model.
 
-    ``form`` is the GGUF's format. With ``lora``, ``gguf`` is the base's and its counterpart the adapter. Adapter ->
-    merged is left out where export.json has it of this very folder. Deletes nothing. Raises `RunError` naming the
-    suspect when a bound is missed; the figures are kept even then.
+    The figures are printed and kept in ``run``/export.json. ``form`` is the GGUF's format. With ``lora``, ``gguf`` is
+    the base's, and the two together are compared with the adapter. The merged model is not measured again if
+    export.json has its figures since it was written. Nothing is deleted. Raises `RunError` naming the suspect when a
+    bound is missed; the figures are kept even then.
     """
     from qlora_sft.export.logits import adapter_logits, gguf_logits, model_logits
 
@@ -125,13 +134,15 @@ def check_parity(
             ours = model_logits(merged, probe, folder / "merged.npy")
             if not measured:
                 found["merged"] = compare(reference, ours)
-                faults += _judge("merged", found["merged"], "adapter", probe.own_words, say)
+                faults += _judge("merged", found["merged"], "adapter", probe.supervised_only, say)
             reference = ours
         if gguf is not None:
             texts = _texts(probe, tokenizer)
             theirs, ids = gguf_logits(gguf, probe, texts, folder / "gguf.npy", lora)
             found[form] = compare(reference, theirs)
-            faults += _judge(form, found[form], "merged" if merged is not None else "adapter", probe.own_words, say)
+            faults += _judge(
+                form, found[form], "merged" if merged is not None else "adapter", probe.supervised_only, say
+            )
             faults += compare_texts(texts, ids, tokenizer)
     record(run, {"parity": {name: figures.to_json() for name, figures in found.items()}})
     if merged == run / "merged" and "merged" in found:
@@ -142,7 +153,7 @@ def check_parity(
 
 
 def _measured_since(run: Path, merged: Path) -> bool:
-    """Whether export.json has the merged model's figures, taken after it was last written."""
+    """Says whether export.json has figures of the merged model that were taken after it was last written."""
     if merged != run / "merged":
         return False
     known = Run.open(run).exports
@@ -150,30 +161,33 @@ def _measured_since(run: Path, merged: Path) -> bool:
     return "merged" in known.get("parity", {}) and known.get("merged_written") == written
 
 
-def record(run: Path, facts: dict[str, Any]) -> None:
-    """Adds ``facts`` to ``run``/export.json; dictionaries in it are extended, not replaced."""
+def record(run: Path, facts: JsonObject) -> None:
+    """Adds ``facts`` to ``run``/export.json. Objects in it are extended, not replaced."""
     content = Run.open(run).exports
     for key, value in facts.items():
         content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
     write_json(run / "export.json", content)
 
 
-def _texts(probe: Probe, tokenizer: Any) -> list[str]:
-    """Prompts as text: some of the probe's, and what tokenizers usually disagree about."""
+def _texts(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns texts to tokenize: some of the probe's documents, and texts about which tokenizers usually disagree."""
     chosen = probe.documents[:: max(1, len(probe.documents) // 8)]
     return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in chosen] + list(FIXED_TEXT)
 
 
-def _judge(form: str, figures: Figures, against: str, own_words: bool, say: Say) -> list[str]:
-    """Prints one comparison; returns the fault with its suspect, if there is one. The top-1 bound holds for the model's
-    own words only."""
+def _judge(form: str, figures: Figures, against: str, supervised_only: bool, say: Say) -> list[str]:
+    """Prints one comparison and returns the fault with its suspect, if there is one.
+
+    The top-1 bound holds only if all positions are of tokens that the model was trained to write.
+    """
     top1, kl = bound(form)
-    top1 = top1 if own_words else 0.0
+    top1 = top1 if supervised_only else 0.0
     say(
         f"{form} against {against}: top-1 {figures.top1:.2%} (at least {top1:.1%}), mean KL {figures.kl:.1e} "
         f"(at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, {figures.tokens:,} tokens"
     )
-    # Three standard deviations of the count of a model that just meets the bound: few tokens prove little.
+    # Few tokens prove little. So the bound is widened by three standard deviations of what a model that just meets it
+    # would show on as many tokens.
     doubt = 3 * (top1 * (1 - top1) / figures.tokens) ** 0.5
     if figures.top1 >= top1 - doubt and figures.kl <= kl:
         return []
@@ -181,6 +195,7 @@ def _judge(form: str, figures: Figures, against: str, own_words: bool, say: Say)
 
 
 def _suspect(form: str, figures: Figures) -> str:
+    """Names the likeliest cause of the difference, and the cure."""
     if form == "merged":
         if figures.top1 > 0.9:
             return "the rounding of the merged weights; merge with --dtype f16 or f32"
@@ -191,13 +206,13 @@ def _suspect(form: str, figures: Figures) -> str:
         if form == "bf16" and figures.top1 > 0.9:
             return "the rounding: bfloat16 keeps 8 bits of a weight; export f16"
         return "the conversion (rope settings, head permutation, norms): the weights were stored with enough bits"
-    cure = "export f16, or train on: a model unsure of its words changes them in near-ties"
+    cure = "export f16, or train longer: the tokens of a model that is unsure of them change in near-ties"
     if form != "q8_0":
         cure = "take more bits (q8_0) or an importance matrix"
     return f"the quantisation: {form} is too coarse for this model; {cure}"
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

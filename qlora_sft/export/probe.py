@@ -1,4 +1,4 @@
-"""The text that every form of a model is asked about, to see whether they are one model."""
+"""Chooses the text on which all forms of a model are compared."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 2048
-# Held-out tokens from which on no others are needed.
+# If there are this many held-out tokens, no others are needed.
 ENOUGH = 256
-# Prose, digits, code, accents, other scripts, emoji, white space: what tokenizers disagree about.
+# Tokenizers disagree about prose, digits, code, accents, other scripts, emoji and white space.
 FIXED_TEXT = (
     "The river had risen two metres in the night, and by seven o'clock the lower road was under water. Nobody in the "
     "village remembered such a spring. The baker, who had opened at 05:30 as always, sold 214 loaves before noon.",
@@ -27,30 +30,32 @@ FIXED_TEXT = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Documents as token ids, the positions in each at which the models are compared, and where they come from.
+    """Holds documents as token ids, and the positions in each at which the models are compared.
 
-    Of held-out conversations those that predict a supervised token count: what the model has to write. What it
-    thinks of a user's next word is never seen by anybody, and near-ties there say nothing about the export.
+    In held-out conversations these are the positions that predict a supervised token, which the model has to write.
+    Nobody ever sees what it predicts for a user's next token, and near-ties there say nothing about the export.
     """
 
     documents: list[list[int]]
     positions: list[list[int]]
     origin: str
-    own_words: bool = False
-    """Whether all positions are of text that the model was trained to write. Of other text it knows little, many next
-    tokens are about as likely, and which comes first says nothing about the export; the KL divergence still does."""
+    """Where the documents come from, as text."""
+    supervised_only: bool = False
+    """Whether all positions predict text that the model was trained to write. In other text many next tokens are about
+    equally likely, so which of them is the likeliest says nothing about the export. The KL divergence still does."""
 
     @property
     def tokens(self) -> int:
+        """Returns the number of positions."""
         return sum(map(len, self.positions))
 
 
-def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
-    """At least ``tokens`` positions if there are as many: held-out rows of the run, its samples, or a fixed text."""
+def read_probe(run: Path, tokenizer: PreTrainedTokenizerBase, tokens: int = TOKENS) -> Probe:
+    """Chooses ``tokens`` positions, if there are as many, from held-out rows, the run's samples, or a fixed text."""
     held_out, why = _held_out(run)
     fixed = [_whole(tokenizer.encode(text, add_special_tokens=False)) for text in FIXED_TEXT]
     if sum(len(positions) for _, positions in held_out) >= ENOUGH:
-        return replace(_first(held_out, tokens, "supervised tokens of the run's held-out rows"), own_words=True)
+        return replace(_first(held_out, tokens, "supervised tokens of the run's held-out rows"), supervised_only=True)
     if held_out:
         return _first([*held_out, *fixed], tokens, "supervised tokens of the run's few held-out rows, and a fixed text")
     samples = run / "samples.jsonl"
@@ -62,11 +67,12 @@ def read_probe(run: Path, tokenizer: Any, tokens: int = TOKENS) -> Probe:
 
 
 def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
+    """Returns a document with all of its positions."""
     return ids, list(range(len(ids)))
 
 
 def _held_out(run: Path) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """(ids, positions) of the held-out rows, sources in turn; or none and why."""
+    """Returns ids and positions of the held-out rows, sources in turn; or no rows and the reason why."""
     from qlora_sft.errors import QloraSftError, first_line
     from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
@@ -87,13 +93,13 @@ def _held_out(run: Path) -> tuple[list[tuple[list[int], list[int]]], str]:
 
 
 def _first(rows: Sequence[tuple[list[int], list[int]]], tokens: int, origin: str) -> Probe:
-    """Whole documents until there are ``tokens`` positions; the last one is cut after the position that fills it."""
+    """Takes documents until there are ``tokens`` positions. The last document is cut after the last position."""
     chosen = Probe([], [], origin)
     for ids, positions in rows:
-        room = tokens - chosen.tokens
-        if room <= 0:
+        left = tokens - chosen.tokens
+        if left <= 0:
             break
-        counted = positions[:room]
+        counted = positions[:left]
         if counted:
             chosen.documents.append(list(ids[: counted[-1] + 1]))
             chosen.positions.append(counted)

@@ -1,4 +1,4 @@
-"""GGUF types that need llama.cpp's own quantizer, and where that comes from."""
+"""Quantises a GGUF to the types that need llama.cpp's own quantizer, which is found or built."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.llama_cpp import fetch_sdist, unpack
-from qlora_sft.export.llama_tools import BUILT, PINNED, UNKNOWN, Tool, find_quantizer
+from qlora_sft.export.llama_tools import BUILT, PINNED, UNKNOWN, LlamaTool, find_quantizer
 from qlora_sft.say import Say, tell
 
-# What the converter writes by itself.
+# The converter writes these types by itself.
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 QUANTIZED = tuple(
     "q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s iq3_m iq3_s iq3_xs "
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 def wants_imatrix(quant: str) -> tuple[bool, str]:
-    """(whether an importance matrix is worth computing, reason)."""
+    """Returns whether an importance matrix is worth computing, and the reason."""
     if quant in NEED_IMATRIX:
         return True, f"{quant} cannot be made without one"
     if quant.startswith(("iq", "q2", "q3", "q4_k")):
@@ -46,13 +46,13 @@ def wants_imatrix(quant: str) -> tuple[bool, str]:
 
 
 def check_quant(quant: str) -> None:
-    """Raises `ConfigError` for a type nobody can write."""
+    """Raises `ConfigError` for a type that neither the converter nor the quantizer can write."""
     if quant not in CONVERTED + QUANTIZED:
         raise ConfigError(f"--quant {quant}: one of {', '.join(CONVERTED + QUANTIZED)}")
 
 
-def require_quantizer(say: Say = tell) -> Tool:
-    """llama.cpp's quantizer; built once from the pinned sources if none is found.
+def require_quantizer(say: Say = tell) -> LlamaTool:
+    """Returns llama.cpp's quantizer, which is built once from the pinned sources if none is found.
 
     Raises `RunError` that names what is missing and how to get it.
     """
@@ -65,18 +65,18 @@ def require_quantizer(say: Say = tell) -> Tool:
     return tool
 
 
-def quantize(source: Path, target: Path, quant: str, imatrix: Path | None, say: Say = tell) -> Tool:
-    """A 16-bit or float32 GGUF -> ``quant``. Raises `RunError` with the quantizer's last words."""
+def quantize(source: Path, target: Path, quant: str, imatrix: Path | None, say: Say = tell) -> LlamaTool:
+    """Quantises a 16-bit or float32 GGUF to ``quant``. Raises `RunError` with the quantizer's last lines."""
     tool = require_quantizer(say)
     command = [str(tool.path), *(["--imatrix", str(imatrix)] if imatrix else []), str(source), str(target), quant]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not target.is_file():
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
         raise RunError(f"llama.cpp's quantizer failed on {quant}:\n" + "\n".join(lines[-4:]))
-    # It has no --version; it says which build it is when it works.
+    # The quantizer has no --version, but it prints its build number when it runs.
     built = [line.strip() for line in (result.stdout + result.stderr).splitlines() if "build = " in line]
     version = f"llama.cpp, {built[0]}" if built and tool.version == UNKNOWN else tool.version
-    return Tool(tool.path, tool.found, version)
+    return LlamaTool(tool.path, tool.found, version)
 
 
 def _build(say: Say) -> None:
@@ -103,6 +103,7 @@ def _build(say: Say) -> None:
 
 
 def _call(command: list[str]) -> None:
+    """Runs one command of the build. Raises `RunError` with its last lines if it fails."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         lines = (result.stdout + result.stderr).strip().splitlines()

@@ -1,19 +1,24 @@
-"""A GGUF file in llama.cpp, inside this process (xllamacpp)."""
+"""Runs a GGUF file in llama.cpp inside this process, with xllamacpp."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_sft.errors import ConfigError, ContextFull, RunError
 from qlora_sft.export.llama_tools import threads
 
+if TYPE_CHECKING:
+    from xllamacpp import Server
+
 
 @contextmanager
-def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Any]:
-    """llama.cpp with ``gguf`` loaded; it listens on the loopback address, at a free ``port`` if that is 0.
+def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Server]:
+    """Loads ``gguf`` in llama.cpp and yields its server, which listens on the loopback address.
+
+    The port is a free one if ``port`` is 0.
 
     Raises `ConfigError` if there is no such file, `RunError` if xllamacpp is missing, cannot load it, or if the port
     is taken.
@@ -41,8 +46,8 @@ def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Any]:
     yield server
 
 
-def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> str:
-    """Greedy continuation of token ids or text, up to the end of the turn."""
+def complete(server: Server, prompt: list[int] | str, max_new_tokens: int) -> str:
+    """Continues token ids or a text greedily, up to the end of the turn."""
     answer = server.handle_completions(
         {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0.0, "cache_prompt": False}
     )
@@ -52,18 +57,19 @@ def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> str:
 
 
 def stream(
-    server: Any, prompt: str, max_new_tokens: int, show: Callable[[str], None], stopped: Callable[[], bool]
+    server: Server, prompt: str, max_new_tokens: int, show: Callable[[str], None], stopped: Callable[[], bool]
 ) -> tuple[str, str]:
-    """(text, why it ended: "stop", "length" or "interrupt"); the text goes to ``show`` piece by piece as it comes.
+    """Continues a prompt greedily and passes the text to ``show`` piece by piece.
 
-    Raises `ContextFull` for a prompt that does not fit, `RunError` for anything else that llama.cpp refuses.
+    Returns the whole text and why it ended: "stop", "length" or "interrupt". Raises `ContextFull` for a prompt that
+    does not fit, and `RunError` for anything else that llama.cpp refuses.
     """
     pieces: list[str] = []
     ends: list[str] = []
     errors: list[dict[str, Any]] = []
 
     def on_chunk(chunk: dict[str, Any]) -> bool:
-        """Whether to stop. What is raised here is lost, so that errors are kept for later."""
+        """Takes one piece and returns whether to stop. An exception raised here would be lost, so errors are kept."""
         if "error" in chunk:
             errors.append(chunk["error"])
         for choice in chunk.get("choices", []):

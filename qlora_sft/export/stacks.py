@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from qlora_sft.export.adapter import Change
-from qlora_sft.export.nf4 import Rows, ThroughNF4
+from qlora_sft.export.adapter import TensorUpdate
+from qlora_sft.export.nf4 import RowReader, ThroughNF4
 from qlora_sft.export.tensors import Stored
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.experts import parts_of, stack_shape, stacks
@@ -23,7 +23,7 @@ from qlora_sft.model.meta_model import meta_model
 
 
 @dataclass(frozen=True)
-class StackChange:
+class StackUpdate:
     """Adds ``scale * left[e] @ right[e]`` to every expert of a stack. left [E, R, r], right [E, r, C]; rows are those
     of all experts one after the other."""
 
@@ -32,7 +32,7 @@ class StackChange:
     scale: float
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows [start : start + n) of the stack, [n, C], in float32, changed."""
+        """Rows [start : start + n) of the stack, [n, C], in float32, updated."""
         total, each = rows.float(), self.left.shape[1]
         for expert in range(start // each, -(-(start + len(rows)) // each)):
             begin, end = max(start, expert * each), min(start + len(rows), (expert + 1) * each)
@@ -45,7 +45,7 @@ class StackChange:
 class Unit:
     """One of the parts of a stack that were quantised on their own, as a matrix."""
 
-    source: Rows
+    source: RowReader
     begin: int
     count: int
 
@@ -64,7 +64,7 @@ class Unit:
 class UnitsThroughNF4:
     """A stack as a matrix, every ``unit`` rows of it quantised to NF4 and back on their own; one unit is held."""
 
-    def __init__(self, source: Rows, unit: int):
+    def __init__(self, source: RowReader, unit: int):
         self.source, self.unit, self.shape, self.dtype = source, unit, source.shape, source.dtype
         self.held: tuple[int, ThroughNF4] | None = None
 
@@ -88,33 +88,37 @@ class UnitsThroughNF4:
 class InFiles:
     """What an adapter and NF4 do to the tensors of the files, by their names there."""
 
-    changes: dict[str, Change]
+    updates: dict[str, TensorUpdate]
     through_nf4: set[str]
     """Without .weight."""
-    stacked: dict[str, tuple[StackChange | None, int]] = field(default_factory=dict)
-    """Of tensors that are whole stacks: the change, and the rows that went through NF4 on their own (0: none)."""
+    stacked: dict[str, tuple[StackUpdate | None, int]] = field(default_factory=dict)
+    """Of tensors that are whole stacks: the update, and the rows that went through NF4 on their own (0: none)."""
 
 
 def in_files(
-    folder: Path, tensors: Mapping[str, Stored], config: dict[str, Any], changes: dict[str, Change], through: set[str]
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    config: dict[str, Any],
+    updates: dict[str, TensorUpdate],
+    through: set[str],
 ) -> InFiles:
-    """``changes`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
+    """``updates`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
 
-    A change for which there is no tensor stays as it is.
+    An update for which there is no tensor stays as it is.
     """
     if not has_experts(config):
-        return InFiles(changes, through)
+        return InFiles(updates, through)
     layout = _Layout.of(folder)
-    found = InFiles(dict(changes), through - layout.stacks.keys())
+    found = InFiles(dict(updates), through - layout.stacks.keys())
     for name in tensors:
         place = layout.place(name)
         stack = layout.stacks.get(place.parameter)
         if stack is None:
             _rename(name, place.parameter, found)
             continue
-        change, quantized = changes.get(place.parameter), place.parameter in through
-        found.changes.pop(place.parameter, None)
-        whole = None if change is None else _stack_change(change, stack.transposed)
+        update, quantized = updates.get(place.parameter), place.parameter in through
+        found.updates.pop(place.parameter, None)
+        whole = None if update is None else _stack_update(update, stack.transposed)
         if place.expert is None:
             unit = stack.rows // stack.parts if quantized else 0
             found.stacked[name] = whole, unit
@@ -123,7 +127,7 @@ def in_files(
             found.through_nf4.add(name.removesuffix(".weight"))
         if whole is not None:
             left = whole.left[place.expert].chunk(place.parts)[place.part]
-            found.changes[name] = Change(a=whole.right[place.expert], b=left, scale=whole.scale)
+            found.updates[name] = TensorUpdate(a=whole.right[place.expert], b=left, scale=whole.scale)
     return found
 
 
@@ -131,19 +135,19 @@ def _rename(name: str, parameter: str, found: InFiles) -> None:
     """Moves what is known of ``parameter`` to the name that it has in the files."""
     if name == parameter:
         return
-    if parameter in found.changes:
-        found.changes[name] = found.changes.pop(parameter)
+    if parameter in found.updates:
+        found.updates[name] = found.updates.pop(parameter)
     if parameter.removesuffix(".weight") in found.through_nf4:
         found.through_nf4.add(name.removesuffix(".weight"))
 
 
-def _stack_change(change: Change, transposed: bool) -> StackChange:
+def _stack_update(update: TensorUpdate, transposed: bool) -> StackUpdate:
     """a [E, r, in] and b [E, out, r] of the adapter, as they stand to the weights."""
-    assert change.a is not None
-    assert change.b is not None
+    assert update.a is not None
+    assert update.b is not None
     if transposed:
-        return StackChange(change.a.transpose(1, 2), change.b.transpose(1, 2), change.scale)
-    return StackChange(change.b, change.a, change.scale)
+        return StackUpdate(update.a.transpose(1, 2), update.b.transpose(1, 2), update.scale)
+    return StackUpdate(update.b, update.a, update.scale)
 
 
 # ------------------------------------------------------------------ what transformers knows

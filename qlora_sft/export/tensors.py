@@ -1,7 +1,7 @@
-"""safetensors files read and written in slices, so that no model and no whole tensor has to fit in memory.
+"""Reads and writes safetensors files in slices, so that no model and no whole tensor has to fit in memory.
 
-safetensors' own reader maps the file (every page touched counts as resident) and its writer wants all tensors of a
-file at once; both are too much for a merge that should need less memory than one shard.
+safetensors' own reader maps the file, so that every page it has touched counts as resident. Its writer wants all
+tensors of a file at once. Both take too much memory for a merge that should need less than one shard.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-# Elements held at a time: 8 MiB in float32.
+# The number of elements in memory at a time: 8 MiB in float32.
 SLICE = 2**21
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a safetensors file."""
+    """Locates one tensor in a safetensors file."""
 
     file: Path
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start:stop) of the tensor, shape [stop - start, ...]; read with plain reads, never mapped."""
+        """Reads the rows [start:stop) of the tensor, shape [stop - start, ...], without mapping the file."""
         width = math.prod(self.shape[1:])
         buffer = bytearray((stop - start) * width * self.dtype.itemsize)
         with self.file.open("rb") as file:
@@ -65,14 +65,17 @@ class Stored:
         return torch.frombuffer(buffer, dtype=self.dtype).reshape(stop - start, *self.shape[1:])
 
     def whole(self) -> torch.Tensor:
-        """The tensor in its own shape; for small ones."""
+        """Reads the whole tensor, which should be a small one."""
         if not self.shape:
             return Stored(self.file, self.dtype, (1,), self.offset).rows(0, 1).reshape(())
         return self.rows(0, self.shape[0])
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """Name -> tensor of one file, in the order they are stored. Raises `RunError` for a damaged or cut file."""
+    """Returns the tensors of one file by name, in the order in which they are stored.
+
+    Raises `RunError` for a damaged or truncated file.
+    """
     try:
         header, begin = safetensors_header(file)
         tensors = {
@@ -88,7 +91,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def read_model(folder: Path) -> dict[str, Stored]:
-    """Name -> tensor of a model folder, shard after shard. Raises `RunError` if a shard or the format is missing."""
+    """Returns the tensors of a model folder by name, shard after shard. Raises `RunError` if a shard is missing."""
     if (folder / INDEX).is_file():
         files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     else:
@@ -103,7 +106,7 @@ def read_model(folder: Path) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its place is known before its content, which comes in slices of rows, in order."""
+    """Describes a tensor to be written. Its type and shape are known at once; its content comes in slices of rows."""
 
     name: str
     dtype: torch.dtype
@@ -116,9 +119,9 @@ class Planned:
 
 
 def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that hold about `SLICE` elements each, every range but the last a multiple of 64 rows long.
+    """Yields ranges of rows that hold about `SLICE` elements each.
 
-    64, so that a range never cuts a block of NF4, whatever the width.
+    Every range but the last has a multiple of 64 rows, so that a range never cuts a block of NF4, whatever the width.
     """
     width = max(1, math.prod(shape[1:]))
     step = max(64, SLICE // width // 64 * 64)
@@ -127,14 +130,14 @@ def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def copied(name: str, stored: Stored) -> Planned:
-    """A tensor that is written as it is read."""
+    """Plans a tensor that is written as it is read."""
     if not stored.shape:
         return Planned(name, stored.dtype, (), lambda: iter([stored.whole()]))
     return Planned(name, stored.dtype, stored.shape, lambda: (stored.rows(a, b) for a, b in row_ranges(stored.shape)))
 
 
 def write_shard(file: Path, tensors: Sequence[Planned]) -> None:
-    """Header first, then every tensor slice by slice; on the disk when it returns."""
+    """Writes the header and then every tensor slice by slice. The file is on the disk when this returns."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -162,7 +165,7 @@ def write_shard(file: Path, tensors: Sequence[Planned]) -> None:
 
 
 def write_index(folder: Path, shards: dict[str, Sequence[Planned]]) -> None:
-    """``model.safetensors.index.json`` for more than one shard; one alone needs none."""
+    """Writes ``model.safetensors.index.json``, unless there is only one shard, which needs none."""
     if len(shards) == 1:
         return
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)

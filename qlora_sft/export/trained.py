@@ -1,4 +1,4 @@
-"""What a run's training data says about how its model wants to be asked: system text, thinking, tools."""
+"""Reads from a run's training data how its model has to be prompted: system text, thinking, tools."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Of every source; a hundred thousand rows need not be read again for a text that is always the same.
+from qlora_sft.json_types import JsonObject
+
+# The most rows that are read of a source, because a text that is always the same shows in few rows.
 ROWS = 5000
 
 
 @dataclass
 class Trained:
-    """``system``: the one text that every conversation begins with, None if there are several or some have none.
-    ``thinks``: whether any row has reasoning or names a thinking mode. ``unknown``: why nothing could be read."""
+    """Holds what the training data shows."""
 
     system: str | None = None
+    """The text with which every conversation begins, or None if there are several or if some have none."""
     thinks: bool = False
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Whether any row has reasoning or names a thinking mode."""
+    tools: list[JsonObject] = field(default_factory=list)
     unknown: str = ""
+    """Why nothing could be read."""
 
     @property
     def can_think(self) -> bool:
-        """Where nothing is known, the template's modes are left in."""
+        """Says whether the template keeps its thinking modes. It does where nothing is known."""
         return self.thinks or bool(self.unknown)
 
 
 def read_trained(run: Path) -> Trained:
-    """From the first rows of each training source of the run."""
+    """Reads the first rows of each training source of the run."""
     from qlora_sft.config import load_config
     from qlora_sft.data.sources import read_sources
     from qlora_sft.errors import QloraSftError, first_line
@@ -55,8 +59,14 @@ def read_trained(run: Path) -> Trained:
     return found
 
 
-def as_ollama_has_it(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as Ollama's types and the Go templates bring it into the prompt: known keys only, properties by name."""
+def function_of(tool: JsonObject) -> JsonObject:
+    """Returns the description of a tool's function, which may stand in the tool itself."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, dict) else {}
+
+
+def as_ollama_has_it(tool: dict[str, Any]) -> JsonObject:
+    """Returns a tool as Ollama and the Go templates write it: with known keys only, and properties in order of name."""
     function = tool.get("function", tool)
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {}
@@ -65,5 +75,6 @@ def as_ollama_has_it(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {**_only(function, ("name", "description")), "parameters": whole}}
 
 
-def _only(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _only(content: JsonObject, keys: tuple[str, ...]) -> JsonObject:
+    """Returns the entries of ``content`` under ``keys`` that hold something."""
     return {key: content[key] for key in keys if content.get(key)}

@@ -14,9 +14,9 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.evaluation.answers import choose_prompts
-from qlora_sft.evaluation.before import keep_before, kept_before, question_digest
+from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import evaluate
-from qlora_sft.evaluation.subject import Subject
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.load import compute_dtype, quantized_modules
@@ -56,25 +56,25 @@ def run_recipe(
             say(f"GPU memory: {describe_allocator()}")
         memory = use_memory(model, config, tokens, dtype, say)
     training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences)
-    subject = Subject(model, data.tokenizer, data.chat_format, dtype)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = kept_before(run, asked) if checkpoint else None
+        before = kept_baseline(run, asked) if checkpoint else None
         if before is None:
-            before = evaluate(subject, config, data.held_out, prompts, say, "before training")
+            before = evaluate(evaluated, config, data.held_out, prompts, say, "before training")
     if checkpoint is None:
         begin_run(run, config, beginning)
-        keep_before(run, before, asked)
+        keep_baseline(run, before, asked)
     order = record_data(run, data.sequences, data.removed)
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
-        after = evaluate(subject, config, data.held_out, prompts, say, "after training")
+        after = evaluate(evaluated, config, data.held_out, prompts, say, "after training")
 
     # ------------------------------------------------------------------ report
     report = RunReport(

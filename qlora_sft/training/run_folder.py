@@ -19,11 +19,10 @@ from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PreTrainedTokenizerBase
 
     from qlora_sft.data.dedup import Removed
+    from qlora_sft.evaluation.answers import HeldOutAnswer
     from qlora_sft.model.base import CausalModel
 
 # The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
@@ -134,7 +133,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
     tokenizer.save_pretrained(folder)
 
 
-def write_samples(run: Path, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
+def write_samples(run: Path, before: list[HeldOutAnswer], after: list[HeldOutAnswer]) -> None:
     """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
         rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]

@@ -43,7 +43,7 @@ def test_an_adapter_that_does_nothing_has_not_moved(adapted: Any) -> None:
 
 def test_loss_and_distance_are_those_of_the_textbook(adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     disturb(adapted, 0.3)
-    monkeypatch.setattr(drift, "ROWS", 7)
+    monkeypatch.setattr(drift, "POSITIONS", 7)
     reading = read(adapted, DOCUMENT, torch.float32, with_base=True)
     ids = torch.tensor([DOCUMENT.input_ids])
     weights = torch.tensor(DOCUMENT.weights[1:], dtype=torch.float64)

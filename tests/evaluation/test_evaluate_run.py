@@ -26,7 +26,7 @@ from qlora_sft.evaluation.ask import decoded, encode_task
 from qlora_sft.evaluation.compare import judged
 from qlora_sft.evaluation.evaluate_run import evaluate_run
 from qlora_sft.evaluation.prompt import prompt_of
-from qlora_sft.evaluation.statistics import Change
+from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.model import load
 from qlora_sft.model.load import load_for_inference
@@ -248,20 +248,20 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
     tokenizer = copy.deepcopy(own_tokenizer)
     tokenizer.chat_template = (FOLDER / f"{template}.jinja").read_text()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<think>", "</think>"]})
-    style = choose_chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
+    chat_format = choose_chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
     asked = {"messages": [{"role": "user", "content": "How much is 1 and 1?"}]}
     answer = {"role": "assistant", "content": "Two."}
-    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, chat_format=style)
-    prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, style)
+    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, chat_format=chat_format)
+    prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, chat_format)
     assert prompt == prompts_of(whole)[0].input_ids
     if template == "qwen3":
         task = Task("t", "exact", [Item("t:1", asked, answer)], TaskConfig("t"))
-        assert encode_task(task, tokenizer, style, tokenizer, 2048).thoughtless == 1
+        assert encode_task(task, tokenizer, chat_format, tokenizer, 2048).thoughtless == 1
         asked["chat_template_kwargs"] = {"enable_thinking": False}
-        assert encode_task(task, tokenizer, style, tokenizer, 2048).thoughtless == 0
+        assert encode_task(task, tokenizer, chat_format, tokenizer, 2048).thoughtless == 0
         del asked["chat_template_kwargs"]
         assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
-        thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, style)
+        thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, chat_format)
         assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
 
 
@@ -280,7 +280,8 @@ def test_the_space_an_answer_begins_with_is_kept(tmp_path: Path) -> None:
     assert decoded(tokenizer, [0, 1], [2, 3]) == "    return 2"
 
 
-RISEN, FALLEN, SAME = Change(0.2, 0.4, 0.1, 0.3), Change(0.4, 0.2, -0.3, -0.1), Change(0.4, 0.39, -0.05, 0.03)
+RISEN, FALLEN = PairedChange(0.2, 0.4, 0.1, 0.3), PairedChange(0.4, 0.2, -0.3, -0.1)
+SAME = PairedChange(0.4, 0.39, -0.05, 0.03)
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ def test_batches_hold_every_prompt_once_and_keep_their_bounds(lengths: list[int]
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     for part in parts:
         longest, shortest = (end(lengths[i] for i in part) + new for end in (max, min))
-        assert len(part) == 1 or (len(part) <= module.ROWS and len(part) * longest <= module.TOKENS)
+        assert len(part) == 1 or (len(part) <= module.PROMPTS and len(part) * longest <= module.TOKENS)
         assert longest <= module.PADDING * shortest
 
 
 def test_padding_changes_no_answer(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     together = greedy(model, tokenizer)
-    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "PROMPTS", 1)
     assert greedy(model, tokenizer) == together
     assert all(len(answer.ids) == 5 for answer in together)
 

@@ -16,9 +16,9 @@ from families import load, npm_is_here
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export import ollama
-from qlora_sft.export.gguf import export_adapter, export_run
+from qlora_sft.export.gguf import OllamaOptions, export_adapter, export_run
 from qlora_sft.export.go_template import FORMS, JINJA, PROBES, go_template, rendered, shipped_name
-from qlora_sft.export.ollama import Subject, create, write_modelfile
+from qlora_sft.export.ollama import OllamaModel, create, write_modelfile
 from qlora_sft.export.trained import as_ollama_has_it, read_trained
 from qlora_sft.train import train
 
@@ -248,7 +248,7 @@ def modelfile(run: Path, base: Path | None = None, system: str | None = None) ->
     gguf = run / "gguf" / "model-q8_0.gguf"
     gguf.parent.mkdir(exist_ok=True)
     folder = Path(json.loads((run / "manifest.json").read_text())["report"]["base"])
-    result = write_modelfile(run, Subject(gguf, folder, False, base), read_trained(run), system, said.append)
+    result = write_modelfile(run, OllamaModel(gguf, folder, False, base), read_trained(run), system, said.append)
     return Path(result["modelfile"]).read_text(), said
 
 
@@ -285,7 +285,7 @@ def test_no_system_text_unless_all_have_the_same(run: Any, monkeypatch: pytest.M
     monkeypatch.setattr(ollama.shutil, "which", lambda _: None)
     for export in (export_run, export_adapter):
         with pytest.raises(RunError, match="not on PATH"):
-            export(folder, create_as="x", say=lambda _: None)
+            export(folder, ollama=OllamaOptions(create_as="x"), say=lambda _: None)
     assert not (folder / "merged").exists()
 
 

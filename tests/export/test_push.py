@@ -19,7 +19,7 @@ import pytest
 from qlora_sft.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig, dump_config
 from qlora_sft.config_data import TrainSourceConfig
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.hub import push
+from qlora_sft.export.hub import PushOptions, push
 from qlora_sft.export.model_card import model_card
 from qlora_sft.run.report import Choice, Course, Pair, RunReport
 
@@ -92,7 +92,7 @@ class Hub:
 def test_exactly_the_printed_files_go_up_to_a_private_repository(run: Path) -> None:
     for what in ("adapter", "merged", "gguf"):
         hub, said = Hub(), []  # type: ignore[var-annotated]
-        planned = push(run, "me/my-model", what, dry_run=True, say=said.append)  # type: ignore[arg-type]
+        planned = push(run, "me/my-model", what, options=PushOptions(dry_run=True), say=said.append)  # type: ignore[arg-type]
         result = push(run, "me/my-model", what, api=hub, say=lambda _: None)  # type: ignore[arg-type]
         assert hub.created == {"repo": "me/my-model", "private": True}
         assert {name: len(content) for name, content in hub.files.items()} == planned["files"] == result["files"]
@@ -100,7 +100,7 @@ def test_exactly_the_printed_files_go_up_to_a_private_repository(run: Path) -> N
         assert b"/home/me" not in b"".join(hub.files.values())
         assert "Model Card for Model ID" not in hub.files["README.md"].decode()
     assert set(hub.files) == {"README.md", "run-q8_0.gguf", "run-q8_0.Modelfile", "run-adapter.gguf"}
-    one = push(run, "me/x", "gguf", gguf="gguf/run-q8_0.gguf", dry_run=True, say=lambda _: None)
+    one = push(run, "me/x", "gguf", options=PushOptions(gguf="gguf/run-q8_0.gguf", dry_run=True), say=lambda _: None)
     assert set(one["files"]) == {"README.md", "run-q8_0.gguf", "run-q8_0.Modelfile"}
 
 
@@ -133,7 +133,7 @@ def test_nothing_private_becomes_public_by_accident(run: Path) -> None:
     with pytest.raises(RunError, match="exists and is public"):
         push(run, "me/x", api=hub, say=lambda _: None)
     assert not hub.files
-    push(run, "me/x", public=True, api=hub, say=lambda _: None)
+    push(run, "me/x", options=PushOptions(public=True), api=hub, say=lambda _: None)
     assert hub.created["private"] is False
 
 

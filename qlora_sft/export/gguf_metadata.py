@@ -1,62 +1,67 @@
-"""What a GGUF says beside its weights, so that a runtime asks the model as it was trained.
+"""Sets what a GGUF says beside its weights, so that a runtime prompts the model as it was trained.
 
-Training takes every token from the chat template. Two things a runtime does of its own accord:
+In training every token comes from the chat template. A runtime does two things of its own accord:
 
-- It puts bos before each prompt when the GGUF says so, and the converter lets it say what the base's tokenizer does
-  with plain text: ChatML trained on a Llama 3 base would be asked with a token in front that it never saw.
-- llama.cpp sets enable_thinking to true unless it is told otherwise: a model that was never trained on the modes of
-  chatml-think would be asked with "/think" in its system turn.
+- It puts the bos token before each prompt if the GGUF says so. The converter lets the GGUF say what the base's
+  tokenizer does with plain text. So a model trained with ChatML on a Llama 3 base would be prompted with a token in
+  front that it never saw in training.
+- llama.cpp sets enable_thinking to true unless it is told otherwise. So a model that was never trained on the modes
+  of chatml-think would be prompted with "/think" in its system turn.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BOS_FIELD = "tokenizer.ggml.add_bos_token"
 _FIELDS = (BOS_FIELD, "tokenizer.ggml.model", "tokenizer.ggml.pre")
-# Where a file says nothing, llama.cpp decides by the kind of vocabulary.
+# Where a file does not say whether bos is added, llama.cpp adds it for these kinds of vocabulary.
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "chameleon")
 
 
 def adds_bos(gguf: Path) -> bool:
-    """Whether llama.cpp and Ollama put bos before a prompt for this file."""
+    """Says whether llama.cpp and Ollama put bos before a prompt for this file."""
     from gguf import GGUFReader
 
-    reader: Any = GGUFReader(str(gguf))
+    reader = GGUFReader(str(gguf))
     return bos_first({name: reader.fields[name].contents() for name in _FIELDS if name in reader.fields})
 
 
-def bos_first(fields: dict[str, Any]) -> bool:
-    """The same, from the metadata of the file."""
+def bos_first(fields: Mapping[str, object]) -> bool:
+    """Says whether a runtime puts bos before a prompt for a file with these metadata."""
     stated, kind, pre = (fields.get(name) for name in _FIELDS)
     return bool(stated) if stated is not None else kind == "llama" or pre in _BOS_BY_DEFAULT
 
 
-def tokenizer_adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts bos before plain text, which is what a GGUF of its base will say."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+def tokenizer_adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether the tokenizer puts bos before plain text, which is what a GGUF of its base will say."""
+    return tokenizer.bos_token_id is not None and bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
 
 
 def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     """Changes one byte of a file that puts bos before every prompt although the template writes none.
 
-    In the file, not in what is converted: the converter knows a tokenizer by the ids it gives, bos among them.
+    The finished file is changed and not the tokenizer that is converted, because the converter recognises a tokenizer
+    by the ids that it gives, bos among them.
     """
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if not tokenizer.chat_template or writes_bos(tokenizer):
         return
-    reader: Any = GGUFReader(str(gguf), "r+")
+    reader = GGUFReader(str(gguf), "r+")
     if BOS_FIELD in reader.fields:
         reader.fields[BOS_FIELD].parts[-1][0] = False
         reader.data.flush()
@@ -64,13 +69,16 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
 
 @contextmanager
 def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
-    """The files of ``model`` as llama.cpp's converter needs them: without the template's thinking modes if the model
-    never learned them, and with a tokenizer.model where the vocabulary is SentencePiece's."""
+    """Yields a folder with the files of ``model`` as llama.cpp's converter needs them.
+
+    If the model was never trained to think, the template lacks the thinking modes. If the vocabulary is
+    SentencePiece's, there is a tokenizer.model.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
-        # The converter takes what it says of the model from the folder's name, too: it is the run's.
+        # The converter also describes the model by the name of its folder, so the folder has the name of the run.
         view = Path(scratch, model.resolve().parent.name or "model")
         view.mkdir()
         for file in model.iterdir():
@@ -89,12 +97,17 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
 
 
 def _replace(file: Path, text: str) -> None:
+    """Writes ``text`` in place of the link ``file``, whose target stays as it is."""
     file.unlink(missing_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
-def without_thinking(tokenizer: Any) -> str:
-    """The template; of those that write something else for enable_thinking than without it, one that does not."""
+def without_thinking(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the template without thinking modes.
+
+    A shipped template that depends on enable_thinking is changed so that it no longer does; others are returned as they
+    are.
+    """
     template: str = tokenizer.chat_template
     if shipped_name(tokenizer) not in WITHOUT_THINKING:
         return template

@@ -1,4 +1,4 @@
-"""The evaluation before training, kept with the run: one that goes on need not ask the base again."""
+"""Keeps the baseline, which is the evaluation before training, so that a resumed run need not measure it again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from qlora_sft.evaluation.evaluate import Evaluation
 FILE = "before.json"
 
 
-def keep_before(run: Path, evaluation: Evaluation, question: str) -> None:
+def keep_baseline(run: Path, evaluation: Evaluation, question: str) -> None:
+    """Writes the baseline into the run folder, with the digest of what was asked."""
     write_json(run / FILE, {"question": question, **dataclasses.asdict(evaluation)})
 
 
-def kept_before(run: Path, question: str) -> Evaluation | None:
-    """What the run was begun with, if the same was asked."""
+def kept_baseline(run: Path, question: str) -> Evaluation | None:
+    """Returns the baseline of the run, or None if there is none or if something else was asked then."""
     file = run / FILE
     if not file.is_file():
         return None
@@ -30,7 +31,7 @@ def kept_before(run: Path, question: str) -> Evaluation | None:
 
 
 def question_digest(config: EvaluationConfig, held_out: Mapping[str, Sequence[Rendered]]) -> str:
-    """sha256 of all that decides the result, beside the model: held-out tokens and settings."""
+    """Returns the sha256 of the held-out tokens and the settings, which decide the result together with the model."""
     asked = [config.loss, config.answers, config.max_new_tokens]
     digest = hashlib.sha256(json.dumps(asked).encode())
     for source, rows in held_out.items():
