@@ -22,8 +22,11 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
 from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.backend import choose_backend
+from qlora_sft.model.base_check import check_quantization
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.meta_model import check_layers
+from qlora_sft.prepare import is_mixture
 from qlora_sft.train import train
 
 SETTINGS = (
@@ -141,3 +144,26 @@ def test_experts_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora\.experts: JetMoeParallelExperts keeps .*lora\.experts=frozen"):
         check_layers(config_for_base(tmp_path), str(folder))
     check_layers(configured(tmp_path, folder)("lora.experts=frozen"), str(folder))
+
+
+def test_a_mixture_is_loaded_without_unsloth(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base", "mixtral")
+    assert is_mixture(configured(tmp_path, folder)())
+    assert not is_mixture(configured(tmp_path, tmp_path / "nothing")())
+    chosen = choose_backend("auto", experts=True)
+    assert chosen.name == "transformers"
+    assert "mixture of experts" in chosen.reason
+    with pytest.raises(ConfigError, match=r"model\.backend=unsloth: the base is a mixture of experts.*backend=auto"):
+        choose_backend("unsloth", experts=True)
+
+
+def test_experts_that_are_stored_in_4_bits_are_refused(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base", "mixtral")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    }
+    with pytest.raises(ConfigError, match=r"the experts in .* are stored in 4 bits one by one"):
+        check_quantization(configured(tmp_path, folder)().model, str(folder), settings)
