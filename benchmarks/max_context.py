@@ -34,12 +34,11 @@ from transformers import LlamaConfig
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
-from qlora_sft.evaluation.held_out import to_device
 from qlora_sft.model.allocator import describe_allocator, use_expandable_segments
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.base import base_of
 from qlora_sft.model.embeddings import use_host_embedding
-from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.loss import batch_loss, to_device
 from qlora_sft.model.memory import install
 from qlora_sft.model.memory_budget import HOST_SHARE, available_ram
 from qlora_sft.model.mlp import use_tiled_mlp

@@ -251,7 +251,7 @@ def row(model: PeftModel, tokens: int, documents: int) -> Batch:
 
     from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import Rendered
-    from qlora_sft.evaluation.held_out import to_device
+    from qlora_sft.model.loss import to_device
 
     generator = torch.Generator().manual_seed(0)
     size, vocabulary = tokens // documents, model.get_input_embeddings().num_embeddings

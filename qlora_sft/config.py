@@ -40,7 +40,9 @@ class RopeScaling:
     attention_factor: Annotated[float, Range(0, 100, above=True)] | None = None
     """YaRN's scale of the logits; default: ``0.1 * ln(factor) + 1``."""
     beta_fast: Annotated[float, Range(0, 10_000, above=True)] | None = None
+    """YaRN leaves frequencies as they are that turn more often than this within the trained positions; default: 32."""
     beta_slow: Annotated[float, Range(0, 10_000, above=True)] | None = None
+    """YaRN stretches frequencies by the whole factor that turn less often than this; default: 1."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class LoraConfig:
     alpha: Annotated[int, Range(1, 65_536)] = 16
     """Scale of the update: alpha / r."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of an adapter's input values that are set to zero at random in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
     not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
@@ -96,7 +99,9 @@ class TrainingConfig:
     """Sets optimizer, schedule, batches and checkpoints."""
 
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
+    """The highest learning rate of the run, which is reached after the warm-up."""
     epochs: Annotated[int, Range(1, 10_000)] = 1
+    """How often the run goes through the mixture."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
@@ -106,6 +111,7 @@ class TrainingConfig:
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
     weight_decay: Annotated[float, Range(0, 1)] = 0.0
+    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it."""
     max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
     """A gradient with a larger norm is scaled down to this norm; 1e9 leaves all as they are."""
     save_steps: CountOrNone = 50
@@ -136,6 +142,7 @@ class TaskConfig:
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
     """Temperature of sampled answers."""
     max_new_tokens: Count = 512
+    """Tokens of the longest answer; what is longer is cut off."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` prompts as
     training would have shown the row with its reference: without reasoning if the reference has none."""
@@ -150,6 +157,7 @@ class EvaluationConfig:
     answers: CountOrNone = 3
     """Greedy answers per held-out source, before and after training; 0 for none."""
     max_new_tokens: Count = 128
+    """Tokens of the longest of these answers; what is longer is cut off."""
     show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
@@ -189,6 +197,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    """Start of all random numbers: drawn rows, the order of the documents, adapters, dropout."""
 
 
 SECTIONS = {

@@ -59,17 +59,17 @@ def preview(
     data = prepare(config, say, unsloth=not alone)
     from qlora_sft.data.show import as_page, as_text
 
-    documents, tokenizer = data.documents, data.tokenizer
+    documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
     packed = [[documents[index] for index in each] for each in shown]
     if show:
-        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
     if page:
         from qlora_sft.atomic import written_file
 
         with written_file(Path(page)) as beside:
             beside.write_text(
-                as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said)), "utf-8"
+                as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said), trees), "utf-8"
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}

@@ -21,6 +21,7 @@ from qlora_sft.data.documents import Chain
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sequences import Packed
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, choose_chat_format
@@ -29,6 +30,7 @@ from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
+from qlora_sft.model.prefix_sharing import why_not_shared
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
@@ -49,14 +51,19 @@ class RunData:
     chat_format: ChatFormat
     train: Prepared
     held_out: Prepared
-    sequences: list[list[int]]
-    """Packed sequences in training order, as indices into `documents`."""
+    packed: Packed
+    """Packed sequences in training order, with the documents as indices into `documents`."""
     removed: list[Removed]
 
     @property
     def documents(self) -> Chain:
         """Returns the training documents of all sources, one after the other."""
         return self.train.all_documents
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Returns the documents of every packed sequence, in training order."""
+        return self.packed.sequences
 
 
 def checked_base(config: Config) -> str:
@@ -83,11 +90,12 @@ def render_data(
     tokenizer = load_tokenizer(config.model, base, say)
     chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
-    train, held_out, sequences = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say)
+    cannot_share = why_not_shared(config, base, backend.name)
+    train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, cannot_share)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
-    return RunData(backend, base, tokenizer, chat, train, held_out, sequences, sources.removed)
+    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed)
 
 
 # ------------------------------------------------------------------ of a finished run

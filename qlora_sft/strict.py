@@ -100,7 +100,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
 def _convert(hint: object, value: object, where: str, file: str, origin: dict[str, str], problems: list[str]) -> object:
     """Returns ``value`` as the type ``hint`` has it; None, with the problem noted, if it is of no such type."""
     source = origin.get(where, file)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = options_of(hint)
     lists = [option for option in options if typing.get_origin(option) is list]
     if isinstance(value, list) and lists:
         (item,) = typing.get_args(lists[0])
@@ -109,7 +109,7 @@ def _convert(hint: object, value: object, where: str, file: str, origin: dict[st
     if isinstance(value, dict) and sections:
         return build(sections[0], value, where + ".", file, origin, problems)
     for option in options:
-        bare, limits = _bare(option)
+        bare, limits = bare_type(option)
         if _matches(bare, value):
             fault = limits.fault(value) if limits and isinstance(value, int | float) else ""
             if fault:
@@ -117,14 +117,19 @@ def _convert(hint: object, value: object, where: str, file: str, origin: dict[st
             return float(value) if bare is float and not fault and isinstance(value, int) else value
     choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
     hint_text = did_you_mean(str(value), choices) if choices else ""
-    expected = " or ".join(_describe(_bare(option)[0]) for option in options)
+    expected = " or ".join(_describe(bare_type(option)[0]) for option in options)
     shown = kind_of(value) if sections else _short(value)
-    hint_text = hint_text or _number_hint(value, [_bare(option)[0] for option in options])
+    hint_text = hint_text or _number_hint(value, [bare_type(option)[0] for option in options])
     problems.append(f"{source}: {where} must be {expected}, got {shown}{hint_text}")
     return None
 
 
-def _bare(option: object) -> tuple[object, Range | None]:
+def options_of(hint: object) -> tuple[object, ...]:
+    """Returns the types that ``hint`` allows: those of a union, or ``hint`` itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def bare_type(option: object) -> tuple[object, Range | None]:
     """Returns the type without its annotation, and the range that the annotation gives."""
     if typing.get_origin(option) is not Annotated:
         return option, None
@@ -135,8 +140,8 @@ def _bare(option: object) -> tuple[object, Range | None]:
 def ranges(kind: type) -> Iterator[tuple[str, object, Range | None]]:
     """Yields name, type and range of every field of the dataclass ``kind`` that is a number (or empty)."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        for bare, limits in map(_bare, options):
+        options = options_of(hint)
+        for bare, limits in map(bare_type, options):
             if bare in (int, float):
                 yield name, bare, limits
 

@@ -29,6 +29,7 @@ ORDER = (
     "run",
     "data",
     "demo",
+    "reference recipe_list recipe_new convert",
     "config",
     "config_data",
     "strict",

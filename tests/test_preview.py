@@ -37,11 +37,11 @@ def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pyte
     """The first packed sequence of the preview is the first one of the run."""
     from tests_support import documents_of
 
-    from qlora_sft.data.prepare import plan_sequences
+    from qlora_sft.data.sequences import plan_sequences
 
     config = make_config()
     documents = documents_of(config)
-    first = plan_sequences(documents, config.data, config.training.epochs, config.seed)[0]
+    first = plan_sequences(documents, config.data, config.training.epochs, config.seed).sequences[0]
     assert main(["preview", str(recipe), "--count", str(len(first)), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["ids"] for row in rows] == [documents[i].input_ids for i in first]
@@ -85,3 +85,14 @@ def test_the_command_writes_the_page_and_nothing_else(recipe: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} - before == {"page.html"}
     assert "[[" in result.stdout
+
+
+def test_the_tree_of_shared_prefixes_is_drawn(tokenizer: Any) -> None:
+    prompt = tokenizer("You answer questions about the weather, the time and the news, and about nothing else at all.")
+    ids = (prompt.input_ids * 2)[:32]
+    rows = [Rendered([*ids, 50 + n, 51, 52], [0.0] * 32 + [1.0] * 3, "a") for n in range(6)]
+    text = as_text([rows], tokenizer, colour=False, trees=True)
+    assert "6 documents, 210 tokens; computed once where they are shared: 50" in text
+    assert "└─ 32 tokens, shared by 6 documents: 'You answer" in text
+    assert "   └─ 3 tokens, a, 3 supervised" in text
+    assert "(2 more that continue the segment of 32 tokens alone)" in text

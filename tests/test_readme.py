@@ -12,14 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Whose commands are run, one after the other.
+PAGES = "".join([README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("evaluation", "export"))])
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
 def commands() -> list[str]:
-    return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [line.split("#")[0].strip() for block in blocks("sh", PAGES) for line in block.splitlines() if line.strip()]
 
 
 def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,16 +57,14 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
         pytest.skip("needs the installed console script")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "my-base-model").symlink_to(base_model)
-    (recipe,) = blocks("yaml")
-    (tmp_path / "recipe.yaml").write_text(recipe)
     (row,) = blocks("json")
-    for name in re.findall(r"(\w+\.jsonl)", recipe + "questions.jsonl"):
+    for name in re.findall(r"(\w+\.jsonl)", " ".join(commands())):
         (tmp_path / name).write_text(row * 2)
     (tmp_path / "mmlu.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n')
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')
     # A server does not end by itself; tests/test_chat.py has one.
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft") and "--serve" not in command]
-    verbs = "preview plan train chat evaluate merge export chat evaluate evaluate export export push".split()
+    verbs = "new preview plan train chat evaluate merge export chat evaluate evaluate export export push".split()
     assert [command.split()[1] for command in ours] == verbs
     # The demo, whose recipe has tasks, was not trained here.
     ours = [command.replace("runs/demo", "runs/support --task questions.jsonl") for command in ours]
@@ -88,6 +88,6 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     assert (tmp_path / "runs/support/gguf/support-q8_0.gguf").is_file()
     assert (tmp_path / "ollama.said").read_text() == "create support -f support-q8_0.Modelfile\n"
     assert "supervised" in (tmp_path / "preview.html").read_text()
-    known = {".venv", "my-base-model", "recipe.yaml", "runs", "preview.html", "bin", "ollama.said"}
+    known = {".venv", "my-base-model", "support.yaml", "runs", "preview.html", "bin", "ollama.said"}
     unexpected = {path.name for path in tmp_path.iterdir()} - known
     assert all(name.endswith(".jsonl") for name in unexpected)

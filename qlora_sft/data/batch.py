@@ -30,10 +30,12 @@ class Batch(TypedDict):
     """int32 [M], those next tokens"""
     position_weights: Tensor
     """float32 [M]"""
+    position_counts: Tensor
+    """float32 [M], in how many documents each is supervised: 1, but where documents share a prefix"""
     position_documents: Tensor
-    """int32 [M], document of each position"""
+    """int32 [M], document of each position; 0 for all where documents share prefixes"""
     n_supervised: int
-    """M"""
+    """Supervised tokens of the documents: M, or more where documents share prefixes"""
     weight_sum: float
     """Sum of the position weights, which is this micro-batch's part of the divisor of the loss"""
     longest: int
@@ -41,6 +43,12 @@ class Batch(TypedDict):
     lengths: tuple[int, ...]
     """Tokens of each document, as ``cu_seqlens`` says as well; on the host they can be
     read without waiting for the device"""
+    parents: tuple[int, ...] | None
+    """None, or what is between the bounds are the segments of a tree (`qlora_sft.data.prefix_tree`): the number of the
+    segment above each, -1 for none"""
+    repeated: Tensor
+    """int64 [R], positions that predict a token of another branch as well: their hidden states stand behind the T
+    others as number T to T + R - 1"""
 
 
 def flatten(documents: list[Rendered]) -> Batch:
@@ -70,28 +78,20 @@ def flatten(documents: list[Rendered]) -> Batch:
         positions=torch.tensor(positions, dtype=torch.int32),
         targets=torch.tensor([ids[position + 1] for position in positions], dtype=torch.int32),
         position_weights=torch.tensor(weights, dtype=torch.float32),
+        position_counts=torch.ones(len(positions)),
         position_documents=torch.tensor(position_documents, dtype=torch.int32),
         n_supervised=len(positions),
         weight_sum=sum(weights),
         longest=max((b - a for a, b in pairwise(bounds)), default=0),
         lengths=tuple(b - a for a, b in pairwise(bounds)),
+        parents=None,
+        repeated=torch.zeros(0, dtype=torch.int64),
     )
 
 
-def longest_micro_batch(tokens: Sequence[int], sequences: Sequence[Sequence[int]], batch_size: int) -> int:
+def longest_micro_batch(tokens: Sequence[int], batch_size: int) -> int:
     """Returns the tokens of the longest micro-batch, which is ``batch_size`` packed sequences in training order.
 
-    tokens: number of tokens of each document.
+    tokens: number of tokens that are computed for each sequence.
     """
-    lengths = [sum(tokens[index] for index in each) for each in sequences]
-    return max((sum(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)), default=0)
-
-
-class PackedCollator:
-    """Turns ``[{"documents": [i, j]}, ...]``, packed sequences as the data loader hands them over, into a `Batch`."""
-
-    def __init__(self, documents: Sequence[Rendered]):
-        self.documents = documents
-
-    def __call__(self, sequences: list[dict[str, list[int]]]) -> Batch:
-        return flatten([self.documents[index] for each in sequences for index in each["documents"]])
+    return max((sum(tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)), default=0)

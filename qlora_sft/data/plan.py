@@ -8,7 +8,8 @@ from qlora_sft.config import Config
 from qlora_sft.data import store
 from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.overlap import shared_documents
-from qlora_sft.data.prepare import Prepared, plan_sequences, render_sources
+from qlora_sft.data.prepare import Prepared, render_sources
+from qlora_sft.data.sequences import Packed, plan_sequences
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
@@ -25,21 +26,23 @@ def plan_data(
     tokenizer: PreTrainedTokenizerBase,
     chat_format: ChatFormat,
     say: Say,
-) -> tuple[Prepared, Prepared, list[list[int]]]:
+    cannot_share: str | None = None,
+) -> tuple[Prepared, Prepared, Packed]:
     """Returns the training split, the held-out split, and the packed sequences of training documents in order.
 
+    ``cannot_share``: why prefixes that rows share cannot be computed once; None if they can.
     It says what became of every row. The result is kept in the user's cache, so that a second start with the same
     files, settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
     `DataError` for the faults of both splits.
     """
-    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format)
+    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format, cannot_share)
     kept = store.load(key) if key else None
     if kept:
-        train, held_out, sequences, said = kept
+        train, held_out, packed, said = kept
         say("data: unchanged since it was last prepared, taken from the cache")
         for text in said:
             say(text)
-        return train, held_out, sequences
+        return train, held_out, packed
     said = []
 
     def say_and_keep(text: str) -> None:
@@ -60,7 +63,9 @@ def plan_data(
         say_and_keep("held-out data\n" + ledger_table(held_out.ledger))
     if shared := shared_documents(train.documents, held_out.documents):
         say_and_keep(shared)
-    sequences = plan_sequences(train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep)
+    packed = plan_sequences(
+        train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep, cannot_share
+    )
     if key:
-        store.save(key, train, held_out, sequences, said)
-    return train, held_out, sequences
+        store.save(key, train, held_out, packed, said)
+    return train, held_out, packed

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import tee
-from random import Random
+from itertools import repeat, tee
 from typing import TYPE_CHECKING
 
 from qlora_sft.config_data import DataConfig
 from qlora_sft.data.conversation import Conversation
-from qlora_sft.data.documents import Chain, Documents, Sizes, Writer, sizes
+from qlora_sft.data.documents import Chain, Documents, Writer, sizes
 from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
 from qlora_sft.data.formats import with_thinking
 from qlora_sft.data.ledger import SourceLedger
-from qlora_sft.data.mixture import Pick, mixture_table, plan_order
-from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
-from qlora_sft.data.unroll import UNROLLED, unrolled
+from qlora_sft.data.unroll import PER_TURN, UNROLLED, unrolled
 from qlora_sft.errors import DataError
-from qlora_sft.say import Say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +94,7 @@ def _render_source(
             continue
         ledger.kept += 1
         ledger.shortened += kept != rendered
-        _remark(ledger, conversation, rendered)
+        _remark(ledger, conversation, rendered, PER_TURN if settings.supervise == "turns" else UNROLLED)
         for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
     if problems:
@@ -131,19 +127,20 @@ def _fitted(
     options: RenderOptions = {
         "source": source.name,
         "chat_format": chat_format,
-        "supervise": settings.supervise,
+        "supervise": "assistant" if settings.supervise == "turns" else settings.supervise,
         "allow_special": settings.allow_special,
     }
     render = partial(_render_one, tokenizer, options)
     # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
     rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
-    for conversation, result in zip(rows, render_many(ahead, tokenizer, **options), strict=True):
+    whole = repeat(None) if settings.supervise == "turns" else render_many(ahead, tokenizer, **options)
+    for conversation, result in zip(rows, whole, strict=False):
         documents: list[Rendered] = []
         try:
             rendered = (
                 [(conversation, result)]
                 if isinstance(result, Rendered)
-                else _per_turn(conversation, result, render, settings.supervise)
+                else _per_turn(conversation, result, render, options["supervise"])
             )
             documents = [document for _, document in rendered]
             fitting: Fitting | DataError = [
@@ -155,10 +152,16 @@ def _fitted(
 
 
 def _per_turn(
-    conversation: Conversation, fault: DataError, render: Callable[[Conversation], Rendered], supervise: str
+    conversation: Conversation, fault: DataError | None, render: Callable[[Conversation], Rendered], supervise: str
 ) -> list[tuple[Conversation, Rendered]]:
-    """Renders a row that cannot be one document as one per turn. Raises ``fault`` if that fails, too."""
+    """Renders a row as one document per turn.
+
+    fault: why the row cannot be one document, which is raised if one per turn fails, too; None if one per turn is what
+    was asked for.
+    """
     parts = unrolled(conversation, supervise)
+    if fault is None:
+        return [(part, render(part)) for part in parts or [conversation]]
     try:
         rendered = [(part, render(part)) for part in parts]
     except DataError:
@@ -168,7 +171,7 @@ def _per_turn(
     return rendered
 
 
-def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered]) -> None:
+def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered], unrolled_for: str) -> None:
     """Notes what is remarkable about a kept row and what it loses, once, however many documents it has."""
     notes = Counter[str]()
     lost = Counter[str]()
@@ -177,7 +180,7 @@ def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Re
         lost |= Counter(document.lost)
     notes |= Counter(dict.fromkeys(conversation.get("notes", ()), 1))
     if len(documents) > 1:
-        notes[UNROLLED] = 1
+        notes[unrolled_for] = 1
     ledger.lose(dict(lost), place(conversation))
     ledger.note(dict(notes), place(conversation))
 
@@ -216,62 +219,3 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
         raise DataError(
             f"{path}: every token of {name!r} is supervised, the prompts too; use another model.chat_template"
         )
-
-
-def plan_sequences(
-    documents: Sequence[Rendered], config: DataConfig, epochs: int, seed: int, say: Say = lambda _: None
-) -> list[list[int]]:
-    """Returns the packed sequences of the whole run in training order, as indices of documents.
-
-    The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences.
-    Each stretch of its order is packed alone: an epoch, a part of a curriculum, or ``packing_window`` documents of
-    those. Its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the
-    same order on every machine.
-    """
-    of_each = sizes(documents)
-    numbers: dict[str, list[int]] = {}
-    for index, source in enumerate(of_each.source):
-        numbers.setdefault(source, []).append(index)
-    order = plan_order({name: len(indices) for name, indices in numbers.items()}, config, epochs, seed)
-    say(describe_order(order, of_each, numbers, config, epochs))
-    planned: list[list[int]] = []
-    for number, picks in enumerate(order):
-        indices = [numbers[name][row] for name, row in picks]
-        shuffled = Random(f"bins {seed} {number}")
-        for window in _windows(indices, config.packing_window):
-            packed = pack([of_each.tokens[index] for index in window], config.max_length, strategy=config.packing)
-            sequences = [[window[i] for i in each] for each in packed]
-            shuffled.shuffle(sequences)
-            planned += sequences
-    if config.packing != "none":
-        say(describe_packing(planned, of_each.tokens, config))
-    return planned
-
-
-def _windows(indices: list[int], size: int | None) -> list[list[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)] if size else [indices]
-
-
-def describe_order(
-    order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: int
-) -> str:
-    """Returns the mixture as text: the strategy, and a table of what the run will really train on."""
-    facts = {
-        name: [(of_each.tokens[i], of_each.supervised[i], of_each.weight[i]) for i in indices]
-        for name, indices in numbers.items()
-    }
-    strategy = config.mixture + (f", T = {config.temperature:g}" if config.temperature else "")
-    if config.replay:
-        fall = f", falling from {2 * config.replay.share:.1%} to 0" if config.curriculum == "progressive" else ""
-        strategy += f"; replay {config.replay.share:.1%} of the rows{fall}"
-    return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
-
-
-def describe_packing(sequences: list[list[int]], tokens: list[int], config: DataConfig) -> str:
-    lengths = [tokens[index] for each in sequences for index in each]
-    filled = sum(lengths) / (len(sequences) * config.max_length)
-    padded = sum(lengths) / (len(lengths) * max(lengths))
-    return (
-        f"packing ({config.packing}): {len(lengths):,} documents in {len(sequences):,} packed sequences "
-        f"of {config.max_length:,} tokens, {filled:.1%} filled (one padded sequence per document: {padded:.1%})"
-    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.shield import control_tokens
+from qlora_sft.data.show_tree import draw_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,15 +41,20 @@ def caption(document: Rendered) -> str:
     return f"{document.source}: {len(document.input_ids)} tokens, {document.n_supervised} supervised"
 
 
-def as_text(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def as_text(
+    sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, colour: bool, trees: bool = False
+) -> str:
     """Returns the packed documents for a terminal: supervised green, masked dim, control tokens cyan.
 
-    Without colour, supervised tokens stand in [[ ]].
+    Without colour, supervised tokens stand in [[ ]]. trees: whether the documents of a sequence share prefixes, whose
+    tree is then drawn.
     """
     lines = []
     for number, documents in enumerate(sequences):
         total = sum(len(document.input_ids) for document in documents)
         lines.append(_paint(f"━━ packed sequence {number}: {len(documents)} documents, {total} tokens", BOLD, colour))
+        if trees:
+            lines.append(draw_tree(documents, tokenizer))
         for document in documents:
             lines.append(_paint(f"── {caption(document)}", BOLD, colour))
             lines.append("".join(_run_as_text(run, colour) for run in token_runs(document, tokenizer)))
@@ -90,7 +96,13 @@ sup {{ color: #b35900 }}
 """
 
 
-def as_page(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, title: str, tables: str) -> str:
+def as_page(
+    sequences: Iterable[list[Rendered]],
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    tables: str,
+    trees: bool = False,
+) -> str:
     """Returns a web page of its own, without scripts or links, that reads well on a phone."""
     rows = []
     for number, documents in enumerate(sequences):
@@ -100,7 +112,8 @@ def as_page(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerB
             + "</div>"
             for document in documents
         )
-        rows.append(f'<div class="row"><h2>packed sequence {number}</h2>{shown}</div>')
+        tree = f"<pre>{html.escape(draw_tree(documents, tokenizer))}</pre>" if trees else ""
+        rows.append(f'<div class="row"><h2>packed sequence {number}</h2>{tree}{shown}</div>')
     return _PAGE.format(title=html.escape(title), tables=html.escape(tables), rows="\n".join(rows))
 
 

@@ -18,13 +18,13 @@ from qlora_sft.config import Config
 from qlora_sft.data.documents import Documents
 from qlora_sft.data.ledger import Drop, Note, SourceLedger
 from qlora_sft.data.prepare import Prepared
+from qlora_sft.data.sequences import Packed
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PackedSequences = list[list[int]]
 IntArray = NDArray[np.int64]
 
 
@@ -36,9 +36,14 @@ class SplitFacts(TypedDict):
 
 
 def fingerprint(
-    config: Config, sources: list[Source], tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+    config: Config,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
+    cannot_share: str | None = None,
 ) -> str | None:
-    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code.
+    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code, and of why
+    prefixes cannot be shared.
 
     None if a source is not made of local files.
     """
@@ -49,6 +54,7 @@ def fingerprint(
         config.seed,
         chat_format.template,
         sorted(chat_format.stop_token_ids),
+        cannot_share,
     )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -65,7 +71,7 @@ def fingerprint(
     return digest.hexdigest()[:32]
 
 
-def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | None:
+def load(key: str) -> tuple[Prepared, Prepared, Packed, list[str]] | None:
     """Returns the training split, the held-out split, the packed sequences, and what was
     said; None if they are not kept."""
     folder = cache_dir("prepared") / key
@@ -74,14 +80,17 @@ def load(key: str) -> tuple[Prepared, Prepared, PackedSequences, list[str]] | No
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     splits = [_split(folder / name, facts[name]) for name in ("train", "held_out")]
     sequences = np.load(folder / "sequences.npz")
-    return splits[0], splits[1], _unflat(sequences["values"], sequences["bounds"]), facts["said"]
+    packed = Packed(
+        _unflat(sequences["values"], sequences["bounds"]), sequences["tokens"].tolist(), facts["shares_prefixes"]
+    )
+    return splits[0], splits[1], packed, facts["said"]
 
 
-def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequences, said: list[str]) -> Path:
+def save(key: str, train: Prepared, held_out: Prepared, packed: Packed, said: list[str]) -> Path:
     """Keeps them for `load` and returns the folder."""
     folder = cache_dir("prepared") / key
     with written_folder(folder) as beside:
-        facts: dict[str, Any] = {"said": said}
+        facts: dict[str, Any] = {"said": said, "shares_prefixes": packed.shares_prefixes}
         for name, split in (("train", train), ("held_out", held_out)):
             for number, rows in enumerate(split.documents.values()):
                 for part, values in (("ids", rows.ids), ("weights", rows.weights), ("bounds", rows.bounds)):
@@ -90,8 +99,9 @@ def save(key: str, train: Prepared, held_out: Prepared, sequences: PackedSequenc
                 "sources": list(split.documents),
                 "ledger": {source: asdict(ledger) for source, ledger in split.ledger.items()},
             }
-        values, bounds = _flat(sequences)
-        np.savez(beside / "sequences.npz", values=values, bounds=bounds)
+        values, bounds = _flat(packed.sequences)
+        tokens = np.array(packed.tokens, dtype=np.int64)
+        np.savez(beside / "sequences.npz", values=values, bounds=bounds, tokens=tokens)
         (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     return folder
 

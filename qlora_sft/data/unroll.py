@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qlora_sft.data.conversation import Conversation, Message
 
+PER_TURN = "rows rendered once per turn, as supervise: turns asks for"
 UNROLLED = "rows rendered once per turn, because the chat template writes earlier turns differently"
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered
-from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.loss import batch_loss, to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-AnyBatch = TypeVar("AnyBatch", bound=Mapping[str, object])
 
 
 def held_out_loss(
@@ -37,12 +35,6 @@ def held_out_loss(
     finally:
         model.train()
     return result
-
-
-def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
-    """Copies the tensors of a batch to ``device``."""
-    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    return cast(AnyBatch, moved)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

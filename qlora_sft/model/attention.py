@@ -19,6 +19,7 @@ from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import flex_documents, in_band, plain_documents
+from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ def document_attention(
         raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
     longest = max_length_q if max_length_q is not None else int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    tree = tree_of(cu_seq_lens_q)
+    if tree is not None:
+        if window is not None or dropout or softcap is not None or s_aux is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends in a window, with dropout, caps or sinks, not over a tree"
+            )
+        return tree_attention(query, key, value, tree, scaling, CUDA if query.is_cuda else CPU), None
     path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
     if path in ("varlen", "flex") and dropout:
         raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SHORT = 256
 
 
-def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
+def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False) -> LayerBytes:
     """Returns the bytes of the largest decoder layer for a sequence of ``tokens``.
 
     It changes neither the model nor the random numbers.
@@ -40,35 +40,39 @@ def measure_layer(model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerB
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, TiledMLP):
-        return _extrapolate(layer, model, tokens, dtype, SHORT)
+        return _extrapolate(layer, model, tokens, dtype, SHORT, tree)
     before = mlp.recompute
     try:
         # Up to one tile the MLP's backward takes more with every token, beyond it no more.
         set_recompute(layer, False, tokens)
-        kept = _extrapolate(layer, model, tokens, dtype, mlp.tile)
+        kept = _extrapolate(layer, model, tokens, dtype, mlp.tile, tree)
         set_recompute(layer, True, tokens)
-        again = _extrapolate(layer, model, tokens, dtype, mlp.tile)
+        again = _extrapolate(layer, model, tokens, dtype, mlp.tile, tree)
     finally:
         mlp.recompute = before
     return replace(kept, recomputed=again.kept, backward=max(kept.backward, again.backward))
 
 
-def _extrapolate(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int) -> LayerBytes:
+def _extrapolate(
+    layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, short: int, tree: bool
+) -> LayerBytes:
     """Returns the bytes for ``tokens`` on the line through two measured lengths, ``short`` tokens and twice as many.
 
     A shorter sequence is measured itself.
     """
     long = 2 * short
     if model.device.type == "cuda":
-        _measured(layer, model, min(short, tokens), dtype)  # cuBLAS and Triton take workspaces at their first call
+        _measured(
+            layer, model, min(short, tokens), dtype, tree
+        )  # cuBLAS and Triton take workspaces at their first call
     if tokens <= long:
-        return _measured(layer, model, tokens, dtype)
-    low, high = (asdict(_measured(layer, model, each, dtype)) for each in (short, long))
+        return _measured(layer, model, tokens, dtype, tree)
+    low, high = (asdict(_measured(layer, model, each, dtype, tree)) for each in (short, long))
     names = ("input", "attention", "kept", "backward")
     return LayerBytes(**{n: high[n] + round((high[n] - low[n]) * (tokens - long) / (long - short)) for n in names})
 
 
-def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype) -> LayerBytes:
+def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dtype, tree: bool = False) -> LayerBytes:
     """Runs one layer forward and backward for ``tokens`` and returns what it took."""
     device = model.device
     was_training = model.training
@@ -78,7 +82,7 @@ def _measured(layer: nn.Module, model: CausalModel, tokens: int, dtype: torch.dt
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
-            return _run(layer, _call_of(layer, model, tokens))
+            return _run(layer, _call_of(layer, model, tokens, tree))
     finally:
         model.train(was_training)
 
@@ -94,7 +98,7 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, object]
 
 
-def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
+def _call_of(layer: nn.Module, model: CausalModel, tokens: int, tree: bool) -> LayerCall:
     """Returns the arguments that the model gives to ``layer`` for two documents of ``tokens``.
 
     Each family of models has keywords of its own.
@@ -108,18 +112,19 @@ def _call_of(layer: nn.Module, model: CausalModel, tokens: int) -> LayerCall:
     hook = layer.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         with torch.no_grad(), contextlib.suppress(_Captured):
-            last_hidden_states(model, _documents(model, tokens))
+            last_hidden_states(model, _documents(model, tokens, tree))
     finally:
         hook.remove()
     return calls[0]
 
 
-def _documents(model: CausalModel, tokens: int) -> Batch:
-    """Returns a batch of two documents without a supervised token."""
+def _documents(model: CausalModel, tokens: int, tree: bool = False) -> Batch:
+    """Returns a batch of two documents without a supervised token, or of a tree with as many segments and a branch."""
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
     lengths = (tokens - tokens // 2, tokens // 2) if tokens > 1 else (1,)
+    parents = tuple(range(-1, len(lengths) - 1)) if tree else None
     edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=model.device)
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
     return Batch(
@@ -127,7 +132,8 @@ def _documents(model: CausalModel, tokens: int) -> Batch:
         position_ids=positions[None],
         cu_seqlens=edges,
         positions=none, targets=none, position_weights=none.float(), position_documents=none,
-        n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
+        position_counts=none.float(), n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
+        parents=parents, repeated=none.long(),
     )  # fmt: skip
 
 

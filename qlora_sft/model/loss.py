@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import remember_lengths
+from qlora_sft.model.attention_tree import remember_tree
 from qlora_sft.model.balance import balance_loss
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
@@ -57,6 +58,12 @@ def path_of(model: CausalModel) -> PathName | None:
     return _chosen.get(base_of(model))
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns ``batch`` with its tensors on ``device``."""
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return cast(Batch, moved)
+
+
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
     return cast(Tensor, _decoded(model, batch).last_hidden_state)
@@ -66,6 +73,8 @@ def _decoded(model: CausalModel, batch: Batch) -> Any:
     """Returns all that the decoder returns."""
     base = base_of(model)
     remember_lengths(batch["cu_seqlens"], batch["lengths"])
+    if batch["parents"] is not None:
+        remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
     return base.get_decoder()(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -87,6 +96,8 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
     base = base_of(model)
     decoded = _decoded(model, batch)
     hidden: Tensor = decoded.last_hidden_state
+    if batch["repeated"].numel():
+        hidden = torch.cat([hidden, hidden[:, batch["repeated"]]], dim=1)
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["positions"], batch["targets"], batch["position_documents"], n_documents)
     head = base.get_output_embeddings()

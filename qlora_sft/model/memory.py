@@ -131,7 +131,9 @@ def device_peak(device: torch.device, begin: bool = False) -> dict[str, int]:
     }
 
 
-def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dtype, say: Say) -> Memory:
+def use_memory(
+    model: CausalModel, config: Config, tokens: int, dtype: torch.dtype, say: Say, tree: bool = False
+) -> Memory:
     """Decides what every layer keeps for sequences of up to ``tokens``, and installs it. Call it before training.
 
     Raises `ConfigError` if the model cannot be checkpointed layer by layer, or if a configured budget is too small.
@@ -139,7 +141,7 @@ def use_memory(model: CausalModel, config: Config, tokens: int, dtype: torch.dty
     layers = decoder_layers(model)
     if config.memory.policy != "none":
         _require_checkpointing(layers, config)
-    layer = measure_layer(model, tokens, dtype)
+    layer = measure_layer(model, tokens, dtype, tree)
     on_gpu = model.device.type == "cuda"
     settings, head = model.config.get_text_config(), loss_weight(base_of(model).get_output_embeddings())
     persistent = persistent_bytes(settings, tokens, dtype)

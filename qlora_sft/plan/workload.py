@@ -36,14 +36,14 @@ def workload_of(data: RunData, config: Config) -> Workload:
     t = config.training
     steps = count_steps(len(data.sequences), config)
     trained = data.sequences[: steps * t.batch_size * t.gradient_accumulation]
-    tokens_of_each = [sum(lengths[index] for index in each) for each in trained]
+    tokens_of_each = data.packed.tokens[: len(trained)]
     typical = sorted(range(len(trained)), key=tokens_of_each.__getitem__)[len(trained) // 2]
     return Workload(
         steps=steps,
         sequences=len(trained),
         tokens=sum(tokens_of_each),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
-        longest_sequence=longest_micro_batch(lengths, trained, t.batch_size),
+        longest_sequence=longest_micro_batch(tokens_of_each, t.batch_size),
         documents=[lengths[index] for index in trained[typical]],
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.run.report import Course
@@ -44,6 +45,7 @@ class Training:
     documents: Sequence[Rendered]
     sequences: list[list[int]]
     """Packed sequences in training order, as indices into ``documents``."""
+    shares_prefixes: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         finite = FiniteSteps(
             lambda step: sources_of(step, config, training.documents, sequences), lambda: what_is_left(run), say
         )
+        collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
-            training.model, training.documents, sequences, run, keep_less, say,
+            training.model, collate, sequences, run, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
         )  # fmt: skip
         progress.trainer = trainer

@@ -21,6 +21,7 @@ from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
@@ -50,12 +51,16 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         lengths = sizes(data.documents).tokens
-        tokens = longest_micro_batch(lengths, data.sequences, config.training.batch_size)
+        tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
-        memory = use_memory(model, config, tokens, dtype, say)
-    training = Training(config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences)
+        if data.packed.shares_prefixes:
+            say(f"prefixes: {check_prefixes(model, dtype)}")
+        memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    training = Training(
+        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
+    )
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import Batch, PackedCollator
-from qlora_sft.data.render import Rendered
+from qlora_sft.data.batch import Batch
+from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
@@ -75,7 +75,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(
         self,
         model: CausalModel,
-        documents: Sequence[Rendered],
+        collate: PackedCollator,
         sequences: list[list[int]],
         run: Path,
         keep_less: Callable[[str], bool],
@@ -90,7 +90,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
-            data_collator=PackedCollator(documents),
+            data_collator=collate,
             train_dataset=Dataset.from_dict({"documents": sequences}),
             **kwargs,
         )
@@ -216,7 +216,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         totals = self.totals
         totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["position_weights"]).sum()
-        totals.correct = totals.correct + output.correct.sum()
+        totals.correct = totals.correct + (output.correct * inputs["position_counts"]).sum()
         totals.weight += inputs["weight_sum"]
         totals.supervised += inputs["n_supervised"]
         totals.tokens += inputs["input_ids"].numel()

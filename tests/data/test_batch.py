@@ -3,10 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_sft.config_data import DataConfig, TrainSourceConfig
-from qlora_sft.data.batch import PackedCollator, flatten
+from qlora_sft.data.batch import flatten
+from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.packing import pack
-from qlora_sft.data.prepare import plan_sequences
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sequences import plan_sequences
 
 weight = st.sampled_from([0.0, 0.5, 1.0])
 documents = st.lists(
@@ -54,10 +55,10 @@ def test_the_flat_row_describes_its_documents(docs: list[Rendered]) -> None:
 
 def test_the_order_depends_on_the_seed_alone_and_every_epoch_has_its_own() -> None:
     docs = [Rendered([1] * (1 + i % 9), [1.0] * (1 + i % 9), "s") for i in range(60)]
-    config = DataConfig([TrainSourceConfig("s")], max_length=16)
-    planned = plan_sequences(docs, config, epochs=2, seed=3)
-    assert planned == plan_sequences(docs, config, epochs=2, seed=3)
-    assert planned != plan_sequences(docs, config, epochs=2, seed=4)
+    config = DataConfig([TrainSourceConfig("s")], max_length=16, share_prefixes="off")
+    planned = plan_sequences(docs, config, epochs=2, seed=3).sequences
+    assert planned == plan_sequences(docs, config, epochs=2, seed=3).sequences
+    assert planned != plan_sequences(docs, config, epochs=2, seed=4).sequences
     half = len(planned) // 2
     assert planned[:half] != planned[half:]
     for epoch in (planned[:half], planned[half:]):

@@ -12,8 +12,9 @@ import pytest
 from qlora_sft.config_data import DataConfig, ReplayConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.dedup import clean_sources
 from qlora_sft.data.ledger import ledger_table
-from qlora_sft.data.prepare import plan_sequences, render_sources
+from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sequences import plan_sequences
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import DataError
 
@@ -135,7 +136,7 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
     said: list[str] = []
     sequences = plan_sequences(
         docs, DataConfig(weights, mixture="explicit", max_length=32), epochs=1, seed=0, say=said.append
-    )
+    ).sequences
     times = Counter(index for each in sequences for index in each)
     assert {times[index] for index in range(10)} == {5}
     assert sum(times.values()) == 100
@@ -147,17 +148,19 @@ def test_a_repeated_document_is_in_several_bins_and_the_table_says_so() -> None:
 
 def test_long_and_short_documents_come_in_turn_though_packing_takes_the_longest_first() -> None:
     docs = [Rendered([1] * n, [1.0] * n, "a") for n in [32] * 20 + [4] * 160]
-    sequences = plan_sequences(docs, DataConfig([TrainSourceConfig("a")], max_length=32), epochs=1, seed=0)
+    sequences = plan_sequences(
+        docs, DataConfig([TrainSourceConfig("a")], max_length=32, share_prefixes="off"), epochs=1, seed=0
+    ).sequences
     assert len(sequences) == 40
     assert 5 <= sum(len(each) == 1 for each in sequences[:20]) <= 15
 
 
 def test_a_window_is_trained_before_the_next_begins() -> None:
     docs = documents(a=170)
-    data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50)
-    sequences = plan_sequences(docs, data, epochs=1, seed=0)
+    data = DataConfig([TrainSourceConfig("a")], max_length=32, packing_window=50, share_prefixes="off")
+    sequences = plan_sequences(docs, data, epochs=1, seed=0).sequences
     assert {50, 100, 150, 170} <= set(accumulate(len(each) for each in sequences))
-    whole = plan_sequences(docs, replace(data, packing_window=None), epochs=1, seed=0)
+    whole = plan_sequences(docs, replace(data, packing_window=None), epochs=1, seed=0).sequences
     assert len(whole) <= len(sequences) <= len(whole) + 4
     assert sorted(index for each in sequences for index in each) == list(range(170))
 
@@ -167,7 +170,7 @@ def test_a_curriculum_survives_packing() -> None:
     data = DataConfig(
         [TrainSourceConfig("a")], max_length=32, replay=ReplayConfig("general", share=0.2), curriculum="progressive"
     )
-    sequences = plan_sequences(docs, data, epochs=1, seed=0)
+    sequences = plan_sequences(docs, data, epochs=1, seed=0).sequences
     replayed = [sum(index >= 1000 for index in each) for each in sequences]
     total = [len(each) for each in sequences]
     # 2x - x^2 of the replay has come after a part x of the run.

@@ -110,3 +110,17 @@ def test_a_turn_that_is_too_long_is_dropped_or_shortened_alone(tmp_path: Path) -
 def test_a_row_that_no_turn_can_be_rendered_of_is_refused_for_its_own_fault(tmp_path: Path, own_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: message 1 .* leaves out its 'reasoning'"):
         prepared(tmp_path, [TURNS], own_tokenizer, choose_chat_format(own_tokenizer))
+
+
+def test_supervise_turns_makes_a_document_of_every_turn(tmp_path: Path, tokenizer: Any) -> None:
+    """Each holds what the model is shown before the turn; two of three are the beginning of the next one."""
+    row = []
+    for n in range(3):
+        row += [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]
+    result = prepared(tmp_path, [row, row[:2]], tokenizer, choose_chat_format(tokenizer), supervise="turns")
+    found = [split(document, tokenizer) for document in result.all_documents]
+    assert len(found) == 4
+    for (before, turn), number in zip(found, (1, 3, 5, 1), strict=True):
+        assert before == tokenizer.apply_chat_template(row[:number], tokenize=False, add_generation_prompt=True)
+        assert turn.startswith(row[number]["content"])
+    assert result.ledger["rows"].notes["rows rendered once per turn, as supervise: turns asks for"].rows == 1

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from qlora_sft.model.attention import choose_path, document_attention
 from qlora_sft.model.attention_capped import plain_documents
+from qlora_sft.model.attention_tree import CPU, CUDA, Tree, tree_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -84,3 +85,20 @@ def test_capped_layers_of_two_kinds_train_on_sequences_of_many_lengths() -> None
             with torch.no_grad():
                 again, _ = document_attention(torch.nn.Module(), q, k, v, None, **said)
             assert (again.double() - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_a_tree_of_documents_is_each_path_alone() -> None:
+    """FlashAttention level by level, joined, forward and backward, against the same sums on the CPU in float64."""
+    tree = Tree((300, 40, 17, 128, 65, 1), (-1, 0, 1, 1, 0, -1))
+    q, k, v, _ = inputs((tree.bounds[-1],), 64, torch.bfloat16)
+    ours = tree_attention(q, k, v, tree, None, CUDA)
+    exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
+    theirs = tree_attention(*exact, tree, None, CPU)
+    gradient = torch.randn(theirs.shape, dtype=torch.float64)
+    theirs.backward(gradient)
+    ours.backward(gradient.to("cuda", torch.bfloat16))
+    assert float((ours.double().cpu() - theirs).norm()) <= 2e-2 * float(theirs.norm())
+    for own, other in zip((q, k, v), exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert float((own.grad.double().cpu() - other.grad).norm()) <= 2e-2 * float(other.grad.norm())

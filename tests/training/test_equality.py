@@ -23,7 +23,7 @@ from qlora_sft.training.run_folder import Beginning, begin_run
 
 
 def run_bins(
-    config: Config, documents: list[Rendered], bins: list[list[int]]
+    config: Config, documents: list[Rendered], bins: list[list[int]], shares_prefixes: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of every step and the trained adapter."""
     base = config.model.path
@@ -31,10 +31,14 @@ def run_bins(
     use_document_attention(model)
     run = Path(config.output)
     begin_run(run, config, Beginning("", None, "float32", "transformers"))
-    tokens = longest_micro_batch([len(document.input_ids) for document in documents], bins, config.training.batch_size)
-    with use_memory(model, config, tokens, torch.float32, lambda _: None):
+    tokens = longest_micro_batch(
+        [sum(len(documents[i].input_ids) for i in each) for each in bins], config.training.batch_size
+    )
+    with use_memory(model, config, tokens, torch.float32, lambda _: None, shares_prefixes):
         tokenizer = load_tokenizer(config.model, base)
-        training = Training(config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins)
+        training = Training(
+            config, run, lambda _: None, model, tokenizer, torch.float32, documents, bins, shares_prefixes
+        )
         fit(training, keep_less=lambda _: False)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], {
@@ -61,6 +65,22 @@ def test_packed_and_unpacked_training_are_the_same(make_config: Any) -> None:
     assert len(packed[0]) == 3
     assert packed[0][0] != packed[0][1]
     assert_same(packed, unpacked, 1e-5)
+
+
+@pytest.mark.parametrize("policy", ["none", "checkpoint", "offload"])
+def test_sharing_prefixes_changes_speed_and_nothing_else(make_config: Any, policy: str) -> None:
+    """Four documents behind one prompt, one of them twice, computed once or one by one: three steps of both."""
+    config = make_config("training.learning_rate=1e-3", f"memory.policy={policy}")
+    drawn = documents_of(config)[:6]
+    prompt = (drawn[0].input_ids * 4)[:70]
+    documents = [
+        Rendered(prompt[: 70 - 16 * (n % 2)] + d.input_ids, [0.0] * (70 - 16 * (n % 2)) + d.weights, "s")
+        for n, d in enumerate(drawn)
+    ]
+    bins = [[0, 1, 2, 0], [3, 4, 5], [1, 2, 4]]
+    alone = run_bins(config, documents, bins)
+    shared = run_bins(config, documents, bins, shares_prefixes=True)
+    assert_same(alone, shared, 1e-5)
 
 
 def test_accumulating_1x8_is_8x1(make_config: Any) -> None:

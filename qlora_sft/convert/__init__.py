@@ -1,0 +1,1 @@
+"""Turn configurations of other toolkits into recipes."""

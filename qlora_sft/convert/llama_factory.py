@@ -1,0 +1,137 @@
+"""Convert the common keys of a LLaMA-Factory configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, source, texts
+from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
+
+SAME = {
+    "cutoff_len": "data.max_length", "output_dir": "output", "lora_rank": "lora.r", "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout", "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation", "max_steps": "training.max_steps",
+    "learning_rate": "training.learning_rate", "weight_decay": "training.weight_decay", "seed": "seed",
+    "max_grad_norm": "training.max_grad_norm", "warmup_ratio": "training.warmup_ratio",
+    "save_steps": "training.save_steps", "save_total_limit": "training.save_total_limit",
+}  # fmt: skip
+# What LLaMA-Factory takes where nothing is given, and which is something else here.
+DEFAULTS = {
+    "cutoff_len": 2048, "lora_rank": 8, "num_train_epochs": 3, "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "warmup_ratio": 0.0, "save_steps": 500,
+}  # fmt: skip
+FINE = {
+    "do_train": "train does it", "trust_remote_code": "no code of a model is run here", "bf16": "model.dtype: auto",
+    "fp16": "model.dtype: auto", "flash_attn": "model.attention: auto", "overwrite_cache": "the cache knows",
+    "preprocessing_num_workers": "preparation decides", "dataloader_num_workers": "preparation decides",
+    "logging_steps": "every step is logged", "plot_loss": "metrics.jsonl", "overwrite_output_dir": "--overwrite",
+    "ddp_timeout": "one GPU", "quantization_method": "NF4", "report_to": "metrics.jsonl",
+    "disable_gradient_checkpointing": "memory.policy: auto", "per_device_eval_batch_size": "measured alike",
+    "eval_strategy": "measured before and after", "eval_steps": "measured before and after",
+    "save_only_model": "checkpoints are complete", "resume_from_checkpoint": "train --resume",
+}  # fmt: skip
+# Columns of dataset_info.json -> columns here.
+COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
+           "tools": "tools", "messages": "conversations"}  # fmt: skip
+
+
+def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
+    """Returns the recipe; names of data sets are looked up in dataset_info.json, beside ``folder`` or where one is.
+
+    Raises `ConfigError` for a kind of training that there is not here.
+    """
+    given: JsonObject = {**DEFAULTS, **given_keys(original)}
+    stage = given.pop("stage", "sft")
+    if stage not in ("sft", "pt"):
+        raise ConfigError(f"stage: {stage}: there is no preference training or reinforcement learning here")
+    given.setdefault("lora_alpha", int(2 * number("lora_rank", given["lora_rank"])))
+    made = Converted()
+    made.put("model.path", given.pop("model_name_or_path"))
+    _precision(given, made)
+    made.template(given, "template")
+    _sources(given, made, folder, stage)
+    if not (given.pop("packing", stage == "pt") or given.pop("neat_packing", False)):
+        made.put("data.packing", "none")
+    given.pop("neat_packing", None)
+    made.rename(given, SAME)
+    made.epochs(given, "num_train_epochs")
+    made.optimizer(given, "optim")
+    made.schedule(given, "lr_scheduler_type")
+    target = given.pop("lora_target", "all")
+    if target != "all":
+        made.put("lora.target_modules", texts(target))
+    size = given.pop("val_size", 0)
+    if size:
+        made.note("val_size", size, "nothing is split off; name held-out data in data.held_out")
+    made.leave(given, FINE)
+    return made
+
+
+def _precision(given: JsonObject, made: Converted) -> None:
+    kind, bits = given.pop("finetuning_type", "lora"), given.pop("quantization_bit", None)
+    if kind != "lora":
+        made.note("finetuning_type", kind, "only LoRA is trained here")
+    if bits not in (None, 4):
+        made.note("quantization_bit", bits, "the base is loaded in 4 bits (NF4)")
+    made.put("model.load_in_4bit", bits is not None)
+
+
+def _sources(given: JsonObject, made: Converted, folder: Path, stage: str) -> None:
+    known = _dataset_info(str(given.pop("dataset_dir", "data")), folder)
+    rows = given.pop("max_samples", None)
+    form = "text" if stage == "pt" else None
+    for key, sources in (("dataset", made.train), ("eval_dataset", made.held_out)):
+        sources += named_apart([_source(name, known, made, form) for name in texts(given.pop(key, []))])
+        for each in sources if rows else ():
+            each["max_rows"] = rows
+    _mixture(given, made)
+    if given.pop("train_on_prompt", False):
+        made.supervise("all")
+    elif given.pop("mask_history", False):
+        made.supervise("last")
+
+
+def _mixture(given: JsonObject, made: Converted) -> None:
+    strategy, shares = given.pop("mix_strategy", "concat"), given.pop("interleave_probs", None)
+    if strategy == "concat" or not shares:
+        return
+    for each, share in zip(made.train, texts(shares), strict=False):
+        each["weight"] = float(share)
+    made.put("data.mixture", "explicit")
+    made.note("mix_strategy", strategy, "an epoch has as many rows as all sources together, drawn by these shares")
+
+
+def _dataset_info(name: str, folder: Path) -> dict[str, JsonObject]:
+    """Returns the content of dataset_info.json in the folder that the configuration names, with paths of its files."""
+    for place in (Path(name), folder / name, folder.parent / name, folder.parent.parent / name):
+        file = place / "dataset_info.json"
+        if file.is_file():
+            entries: dict[str, JsonObject] = json.loads(file.read_text(encoding="utf-8"))
+            return {key: {**entry, "folder": str(place)} for key, entry in entries.items()}
+    return {}
+
+
+def _source(name: str, known: dict[str, JsonObject], made: Converted, form: str | None) -> JsonObject:
+    entry = known.get(name)
+    if entry is None:
+        made.note("dataset", name, "a name of dataset_info.json, which is not here; put its file or Hub id instead")
+        return source(name, {}, form)
+    if entry.get("ranking"):
+        made.note("dataset", name, "preference data, which is not trained here")
+    if "file_name" in entry:
+        path = str(Path(str(entry["folder"])) / str(entry["file_name"]))
+    else:
+        subset = f":{entry['subset']}" if entry.get("subset") else ""
+        path = f"{entry.get('hf_hub_url', name)}{subset}"
+    named = entry.get("columns")
+    columns = (
+        {COLUMNS[key]: str(value) for key, value in named.items() if key in COLUMNS} if isinstance(named, dict) else {}
+    )
+    if columns.get("conversations") == "messages":
+        del columns["conversations"]  # known under this name
+    made_source = source(path, columns, form)
+    if entry.get("split") and "file_name" not in entry:
+        made_source["split"] = entry["split"]
+    return made_source

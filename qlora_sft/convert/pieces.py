@@ -1,0 +1,142 @@
+"""Collect the parts of a converted recipe, and what of the original has no counterpart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qlora_sft.config_data import FORMS, SourceConfig, source_name
+from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
+
+# The shipped templates, by the names that other toolkits have for them.
+TEMPLATES = {
+    "chatml": "chatml", "llama3": "llama3", "llama-3": "llama3", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma",
+    "mistral": "mistral", "phi": "phi", "phi_4": "phi", "qwen3": "qwen3",
+}  # fmt: skip
+OPTIMIZERS = {
+    "adamw_torch": "adamw_torch", "adamw_torch_fused": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
+}  # fmt: skip
+
+
+@dataclass
+class Converted:
+    """Holds a recipe in the making, and notes on what could not be said in it."""
+
+    sections: dict[str, JsonObject] = field(default_factory=dict)
+    top: JsonObject = field(default_factory=dict)
+    """What stands in no section."""
+    train: list[JsonObject] = field(default_factory=list)
+    held_out: list[JsonObject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def tree(self) -> JsonObject:
+        """Returns the recipe in the order of the schema."""
+        data = {"train": self.train, **({"held_out": self.held_out} if self.held_out else {})}
+        sections: JsonObject = {**self.sections, "data": {**data, **self.sections.get("data", {})}}
+        order = ("model", "data", "lora", "training")
+        return {**{name: sections[name] for name in order if name in sections}, **self.top}
+
+    def put(self, key: str, value: object) -> None:
+        """Writes ``value`` under ``section.name``."""
+        section, _, name = key.rpartition(".")
+        place = self.sections.setdefault(section, {}) if section else self.top
+        place[name] = value
+
+    def note(self, key: str, value: object, why: str) -> None:
+        """Notes that ``key: value`` of the original is not in the recipe, and why."""
+        self.notes.append(f"{key}: {value}: {why}")
+
+    def rename(self, given: JsonObject, names: dict[str, str]) -> None:
+        """Moves the keys whose value means the same here; ``names`` maps theirs to ours."""
+        for theirs, ours in names.items():
+            if theirs in given:
+                self.put(ours, given.pop(theirs))
+
+    def epochs(self, given: JsonObject, key: str) -> None:
+        """Moves a number of epochs, which is whole here."""
+        value = given.pop(key)
+        given_number = number(key, value)
+        whole = max(1, round(given_number))
+        if whole != given_number:
+            self.note(key, value, f"epochs are whole here, {whole} is written; training.max_steps stops earlier")
+        self.put("training.epochs", whole)
+
+    def optimizer(self, given: JsonObject, key: str) -> None:
+        """Moves the optimizer if there is one of the same kind here."""
+        name = given.pop(key, None)
+        if name in OPTIMIZERS:
+            self.put("training.optimizer", OPTIMIZERS[name])
+        elif name:
+            self.note(key, name, "training.optimizer has no such kind; auto takes AdamW in 8 bits on a GPU")
+
+    def schedule(self, given: JsonObject, key: str) -> None:
+        """Notes a schedule that is not the one here."""
+        name = given.pop(key, None)
+        if name and name != "linear":
+            self.note(key, name, "the learning rate falls linearly to zero here")
+
+    def template(self, given: JsonObject, key: str) -> None:
+        """Moves the name of a chat template if it is a shipped one."""
+        name = given.pop(key, None)
+        if name in TEMPLATES:
+            self.put("model.chat_template", TEMPLATES[name])
+        elif name and name not in ("tokenizer_default", "default", "empty"):
+            self.note(key, name, "the tokenizer's own template is used; model.chat_template takes a .jinja file, too")
+
+    def supervise(self, value: str) -> None:
+        """Says for every source which tokens are trained."""
+        for source in self.train:
+            source["supervise"] = value
+
+    def leave(self, given: JsonObject, fine: dict[str, str]) -> None:
+        """Notes every key that is left, but for those of which ``fine`` says why nothing has to be said here."""
+        for key, value in given.items():
+            if not any(key == known or (known.endswith("*") and key.startswith(known[:-1])) for known in fine):
+                self.note(key, value, "has no counterpart")
+
+
+def source(path: str, columns: dict[str, str], form: str | None) -> JsonObject:
+    """Returns a source with the columns that are not called as they are here."""
+    made: JsonObject = {"path": path}
+    if form:
+        made["format"] = form
+    known = {name for needed, optional in FORMS.values() for name in (*needed, *optional)}
+    other = {ours: theirs for ours, theirs in columns.items() if ours != theirs and ours in known}
+    if other:
+        made["columns"] = other
+    return made
+
+
+def named_apart(sources: list[JsonObject]) -> list[JsonObject]:
+    """Gives sources that reports would call by one name a name each."""
+    names = [source_name(SourceConfig(str(each["path"]))) for each in sources]
+    for count, (name, each) in enumerate(zip(names, sources, strict=True)):
+        if names.count(name) > 1:
+            each["name"] = f"{name}-{count}"
+    return sources
+
+
+def given_keys(tree: JsonObject) -> JsonObject:
+    """Returns the keys that have a value; published configurations list many that have none."""
+    return {key: value for key, value in tree.items() if value not in (None, [], {}, "")}
+
+
+def number(key: str, value: object) -> float:
+    """Returns a number. Raises `ConfigError` for anything else."""
+    if isinstance(value, int | float):
+        return float(value)
+    raise ConfigError(f"{key}: expected a number, got {value!r}")
+
+
+def texts(value: object) -> list[str]:
+    """Returns the items of a list, or of a text in which commas part them."""
+    items = value if isinstance(value, list) else str(value).split(",")
+    return [str(item).strip() for item in items]
+
+
+def objects(key: str, value: object) -> list[JsonObject]:
+    """Returns a list of sections. Raises `ConfigError` for anything else."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return value
+    raise ConfigError(f"{key}: expected a list of data sets with keys, got {value!r}")

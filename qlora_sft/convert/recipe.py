@@ -1,0 +1,71 @@
+"""Convert a file: find out whose it is, write a recipe that loads, and name what has no counterpart."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_sft.atomic import written_file
+from qlora_sft.config import load_config
+from qlora_sft.convert.axolotl import convert_axolotl
+from qlora_sft.convert.llama_factory import convert_llama_factory
+from qlora_sft.convert.pieces import Converted
+from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
+from qlora_sft.text import as_path, read_text
+from qlora_sft.yaml_text import YamlFault, read_yaml, write_yaml
+
+
+class Recipe(NamedTuple):
+    """Holds the text of a converted recipe and what could not be said in it."""
+
+    text: str
+    notes: list[str]
+
+
+def convert(file: str) -> Recipe:
+    """Returns the recipe for a configuration of axolotl or LLaMA-Factory.
+
+    Raises `ConfigError` if the file is neither, or names a kind of training that there is not here.
+    """
+    path = as_path(file)
+    try:
+        original = read_yaml(read_text(path))
+    except YamlFault as fault:
+        raise ConfigError([f"{path}:{line}: {what}" for line, what in fault.faults]) from None
+    if not isinstance(original, dict):
+        raise ConfigError(f"{path}: expected keys and values")
+    toolkit, made = _converted(original, path)
+    header = [f"# Converted from {path.name}, a configuration of {toolkit}.", *(f"# not here: {n}" for n in made.notes)]
+    text = "\n".join([*(" ".join(line.split()) for line in header), write_yaml(made.tree())])
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_text(text, encoding="utf-8")
+        try:
+            load_config(copy)
+        except ConfigError as error:
+            raise ConfigError(
+                [problem.replace(str(copy), f"{path}, converted") for problem in error.problems]
+            ) from None
+    return Recipe(text, made.notes)
+
+
+def _converted(original: JsonObject, path: Path) -> tuple[str, Converted]:
+    if "base_model" in original:
+        return "axolotl", convert_axolotl(original)
+    if "model_name_or_path" in original and ("finetuning_type" in original or "stage" in original):
+        return "LLaMA-Factory", convert_llama_factory(original, path.parent)
+    raise ConfigError(
+        f"{path}: neither of axolotl (base_model: ...) nor of LLaMA-Factory (model_name_or_path: ..., stage: ...)"
+    )
+
+
+def write_recipe(recipe: Recipe, out: str) -> Path:
+    """Writes the text to the file ``out``, which must not exist, and returns its path."""
+    target = as_path(out)
+    if target.exists():
+        raise ConfigError(f"{target} exists; name another file, or remove it first")
+    with written_file(target) as beside:
+        beside.write_text(recipe.text, encoding="utf-8")
+    return target

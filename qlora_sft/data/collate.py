@@ -1,0 +1,20 @@
+"""Make micro-batches of the packed sequences that the data loader hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_sft.data.batch import Batch, flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.data.tree_batch import flatten_tree
+
+
+class PackedCollator:
+    """Turns ``[{"documents": [i, j]}, ...]``, packed sequences as the data loader hands them over, into a `Batch`."""
+
+    def __init__(self, documents: Sequence[Rendered], shares_prefixes: bool = False):
+        self.documents = documents
+        self.flatten = flatten_tree if shares_prefixes else flatten
+
+    def __call__(self, sequences: list[dict[str, list[int]]]) -> Batch:
+        return self.flatten([self.documents[index] for each in sequences for index in each["documents"]])

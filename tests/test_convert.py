@@ -1,0 +1,164 @@
+"""Configurations of axolotl and LLaMA-Factory become recipes that load; what has no counterpart is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.cli import main
+from qlora_sft.config import Config, load_config
+from qlora_sft.convert.recipe import convert
+from qlora_sft.errors import ConfigError
+
+AXOLOTL = """
+base_model: owner/Base-8B
+load_in_4bit: true
+adapter: qlora
+chat_template: llama3
+datasets:
+  - {path: owner/chats, type: chat_template, field_messages: turns, split: train, name: all}
+  - {path: owner/chats, type: chat_template, split: extra}
+  - {path: json, data_files: more.jsonl, ds_type: json, type: alpaca}
+test_datasets:
+  - {path: apart.jsonl, type: sharegpt}
+val_set_size: 0.05
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+lora_target_modules:
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 2.0
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+warmup_steps: 10
+bf16: auto
+flash_attention: true
+wandb_project:
+output_dir: ./outputs/out
+"""
+FACTORY = """
+model_name_or_path: owner/Base-8B
+stage: sft
+do_train: true
+finetuning_type: lora
+quantization_bit: 4
+lora_target: q_proj,v_proj
+template: qwen3
+dataset: ours, absent
+cutoff_len: 1024
+max_samples: 100
+mask_history: true
+num_train_epochs: 0.5
+lr_scheduler_type: linear
+deepspeed: z3.json
+output_dir: saves/out
+"""
+
+
+def converted(text: str, folder: Path) -> tuple[Config, str]:
+    file = folder / "theirs.yaml"
+    file.write_text(text)
+    recipe = convert(str(file))
+    copy = folder / "ours.yaml"
+    copy.write_text(recipe.text)
+    assert all(f"# not here: {note}" in recipe.text for note in recipe.notes)
+    return load_config(copy), "\n".join(recipe.notes)
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    config, notes = converted(AXOLOTL, tmp_path)
+    assert (config.model.path, config.model.load_in_4bit, config.model.chat_template) == (
+        "owner/Base-8B",
+        True,
+        "llama3",
+    )
+    turns, extra, more = config.data.train
+    assert (turns.path, turns.split, turns.columns) == ("owner/chats:all", "train", {"messages": "turns"})
+    assert (extra.path, extra.split, more.path, more.format) == ("owner/chats", "extra", "more.jsonl", "alpaca")
+    assert [each.path for each in config.data.held_out] == ["apart.jsonl"]
+    assert (config.data.max_length, config.data.packing) == (4096, "bfd")
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (32, 16, "all-linear")
+    t = config.training
+    assert (t.batch_size, t.gradient_accumulation, t.epochs, t.optimizer) == (2, 4, 2, "adamw_8bit")
+    assert (t.learning_rate, config.output) == (2e-4, "./outputs/out")
+    named = [note.split(":")[0] for note in notes.splitlines()]
+    assert sorted(named) == ["lr_scheduler", "type", "val_set_size", "warmup_steps"]
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    info: dict[str, Any] = {"ours": {"file_name": "ours.json", "columns": {"prompt": "question", "response": "output"}}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    config, notes = converted(FACTORY, tmp_path)
+    ours, absent = config.data.train
+    assert (ours.path, ours.columns) == (str(tmp_path / "data" / "ours.json"), {"instruction": "question"})
+    assert (absent.path, ours.max_rows, absent.max_rows, ours.supervise) == ("absent", 100, 100, "last")
+    assert (config.model.load_in_4bit, config.model.chat_template) == (True, "qwen3")
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj", "v_proj"])
+    assert (config.data.packing, config.training.epochs, config.training.learning_rate) == ("none", 1, 5e-5)
+    named = [note.split(":")[0] for note in notes.splitlines()]
+    assert sorted(named) == ["dataset", "deepspeed", "num_train_epochs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "check"),
+    [
+        (AXOLOTL, "train_on_inputs: true", lambda c: c.data.train[0].supervise == "all"),
+        (AXOLOTL, "dataset_exact_deduplication: true", lambda c: c.data.deduplicate == "exact"),
+        (AXOLOTL.replace("sample_packing: true", ""), "seed: 3", lambda c: (c.data.packing, c.seed) == ("none", 3)),
+        (AXOLOTL.replace("lora_target_linear: true", ""), "lora_target_modules: [q_proj]",
+         lambda c: c.lora.target_modules == ["q_proj"]),
+        (FACTORY, "train_on_prompt: true", lambda c: c.data.train[0].supervise == "all"),
+        (FACTORY, "packing: true", lambda c: c.data.packing == "bfd"),
+        (FACTORY, "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3",
+         lambda c: (c.data.mixture, [each.weight for each in c.data.train]) == ("explicit", [0.7, 0.3])),
+        (FACTORY.replace("stage: sft", "stage: pt"), "", lambda c: c.data.train[0].format == "text"),
+        (FACTORY.replace("quantization_bit: 4", ""), "", lambda c: c.model.load_in_4bit is False),
+    ],
+)  # fmt: skip
+def test_what_changes_training_is_taken_over(text: str, changed: str, check: Any, tmp_path: Path) -> None:
+    if changed.split(":")[0] == "lora_target_modules":
+        text = text.replace("lora_target_modules:\n", "")
+    config, _ = converted(f"{text}\n{changed}\n", tmp_path)
+    assert check(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (AXOLOTL + "rl: dpo\n", "rl: dpo: there is no preference training"),
+        (FACTORY.replace("stage: sft", "stage: dpo"), "stage: dpo: there is no preference training"),
+        ("model: {path: demo}\n", "neither of axolotl"),
+        ("- a\n", "expected keys and values"),
+        (
+            AXOLOTL.replace("learning_rate: 2e-4", "learning_rate: 20"),
+            "converted: training.learning_rate must be at most",
+        ),
+        (AXOLOTL.replace("lora_r: 32", "lora_r: many"), "converted: lora.r must be a whole number"),
+        ("base_model: a\ndatasets: x\n", "datasets: expected a list"),
+    ],
+)
+def test_what_cannot_be_converted_is_said(text: str, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        convert(str(file))
+
+
+def test_the_verb_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
+    file.write_text(AXOLOTL)
+    assert main(["convert", str(file)]) == 0
+    printed = capsys.readouterr()
+    assert "not in the recipe: warmup_steps: 10: has no counterpart" in printed.err
+    assert main(["convert", str(file), "--out", str(out)]) == 0
+    assert out.read_text() == printed.out
+    assert main(["convert", str(file), "--out", str(out)]) == 2
+    assert "exists; name another file" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""The shipped recipes: each loads, fits the schema, and by the plan's own word fits the card that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from base_shapes import BASES
+from qlora_kernels.offload.tiers import Tier, peak_bytes
+from schema_check import faults
+
+from qlora_sft.config import RECIPES, Config, load_config
+from qlora_sft.model.meta_model import read_settings
+from qlora_sft.model.rope import check_context
+from qlora_sft.plan.activations import sequence_bytes
+from qlora_sft.plan.blueprint import blueprint_of
+from qlora_sft.plan.split import activation_budget, fit_card
+from qlora_sft.plan.weights import residents
+from qlora_sft.yaml_text import read_yaml
+
+FILES = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+PLANNED = [name for name in FILES if name != "demo"]  # whose figures depend on the machine; README has them
+GIB = 2**30
+LINE = re.compile(
+    r"# Plan for a card of (\d+) GB: (\S+) GiB of weights, adapters and optimizer; (\S+) GiB of host memory for\n"
+    r"# max_length; longest sequence (\S+) tokens without host memory, (\S+) with (\S+) GiB of it\.\n"
+)
+
+
+class Figures(NamedTuple):
+    """What the plan says of a recipe on its card."""
+
+    held: float
+    host: float
+    alone: int
+    longest: int
+    most_host: float
+
+    def text(self, card: int) -> str:
+        return (
+            f"# Plan for a card of {card} GB: {self.held:.2f} GiB of weights, adapters and optimizer; "
+            f"{self.host:.1f} GiB of host memory for\n"
+            f"# max_length; longest sequence {self.alone:,} tokens without host memory, {self.longest:,} with "
+            f"{self.most_host:.1f} GiB of it.\n"
+        )
+
+
+def figures(config: Config, base: str, card: int) -> Figures:
+    """Asks the plan's own formulas, from config.json alone; training on a GPU in bfloat16."""
+    blueprint = blueprint_of(read_settings(config, base), config)
+    held = residents(blueprint, config, torch.bfloat16, "adamw_8bit", on_gpu=True).total
+    row = sequence_bytes(blueprint, config.lora, torch.bfloat16, on_gpu=True)
+    alone = fit_card(card, blueprint.n_layers, row, held, 0)
+    most = fit_card(card, blueprint.n_layers, row, held, 2**50)
+    assert most.choice
+    layer, loss = row(config.data.max_length * config.training.batch_size)
+
+    def fits(offloaded: int) -> bool:
+        tiers: list[Tier] = ["offload"] * offloaded + ["checkpoint"] * (blueprint.n_layers - offloaded)
+        return peak_bytes(tiers, layer, loss) <= activation_budget(card * GIB, held)
+
+    least = next(count for count in range(blueprint.n_layers + 1) if fits(count))
+    host = least * layer.input / GIB
+    return Figures(held / GIB, host, alone.tokens, most.tokens, most.choice.host_bytes / GIB)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_it_fits_the_card_that_it_names_as_its_header_says(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    (tmp_path / "config.json").write_text(json.dumps(BASES[config.model.path]))
+    check_context(config, str(tmp_path))
+    found = LINE.search(FILES[name].read_text())
+    card = int(found[1]) if found else 24
+    planned = figures(config, str(tmp_path), card)
+    assert found, f"the header of {name} lacks these lines, for its card:\n{planned.text(card)}"
+    said = Figures(*(float(text.replace(",", "")) for text in found.groups()[1:]))
+    assert said == pytest.approx(planned, rel=0.03, abs=0.06), f"the plan now says:\n{planned.text(card)}"
+    assert config.data.max_length * config.training.batch_size <= planned.longest
+    budget = config.memory.host_budget_gib
+    assert budget is None or budget >= planned.host
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_header_says_what_it_is_for_and_how_it_is_run(name: str) -> None:
+    schema, purpose, command, *_ = FILES[name].read_text().splitlines()
+    assert schema == "# yaml-language-server: $schema=schema.json"
+    assert re.fullmatch(r"# .{20,}[.:]", purpose)
+    assert command.startswith(f"#   qlora-sft train {name}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_schema_of_the_editor_takes_it(name: str) -> None:
+    schema: dict[str, Any] = json.loads((RECIPES / "schema.json").read_text())
+    assert list(faults(read_yaml(FILES[name].read_text()), schema)) == []
