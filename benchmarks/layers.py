@@ -47,6 +47,7 @@ PROVIDERS = {
     "ours, checkpoint": ("transformers", "checkpoint", "varlen"),
     "ours, offload": ("transformers", "offload", "varlen"),
     "ours, auto": ("transformers", "auto", "varlen"),
+    "ours, auto, q to o by PEFT": ("transformers", "auto", "varlen"),
     "ours, auto, sdpa": ("transformers", "auto", "sdpa"),
     "ours, offload, sdpa": ("transformers", "offload", "sdpa"),
     "ours, offload, on Unsloth": ("unsloth", "offload", "varlen"),
@@ -177,6 +178,7 @@ def replace_parts(model: PeftModel, name: str, way: Literal["varlen", "sdpa"], t
     from qlora_sft.model.attention import use_document_attention
     from qlora_sft.model.mlp import use_tiled_mlp
     from qlora_sft.model.norms import use_lean_norms
+    from qlora_sft.model.qkv import use_lean_attention
 
     if name == "Unsloth native":
         return
@@ -184,6 +186,8 @@ def replace_parts(model: PeftModel, name: str, way: Literal["varlen", "sdpa"], t
     if name.startswith("ours"):
         if "Unsloth" not in name:
             print(use_lean_norms(model))
+            if "PEFT" not in name:
+                print(use_lean_attention(model))
         print(use_tiled_mlp(model, "auto", tokens))
 
 

@@ -43,6 +43,7 @@ from qlora_sft.model.memory import install
 from qlora_sft.model.memory_budget import HOST_SHARE, available_ram
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.qkv import use_lean_attention
 from qlora_sft.plan.activations import SequenceBytes, sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of
 from qlora_sft.plan.random_model import random_model
@@ -296,6 +297,7 @@ def main(arguments: list[str]) -> int:
         print("attention:", use_document_attention(model, options.attention))
     print("embeddings:", use_host_embedding(model))
     print("norms:", use_lean_norms(model))
+    print("q, k, v and o:", use_lean_attention(model))
     print("tiled MLP:", use_tiled_mlp(model, "auto", max(PUBLISHED.values())), flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     machine = measured_on("max_context")

@@ -147,6 +147,33 @@ def packed_ce_paths(rows: list[Cell]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
+def train_cpu(rows: list[Cell]) -> list[str]:
+    """A table per machine, type and instruction set; speeds relative to Unsloth's trainer as it comes."""
+    lines = [
+        "## Training on a CPU: SmolLM2-135M in NF4, rank 16, GSM8K; the same documents and labels in every step",
+        "",
+    ]
+    speed = "supervised_tokens_per_second"
+    if not rows:
+        return [*lines, "not measured", ""]
+    newest = newest_cells(rows, "device capability dtype documents", "Unsloth")
+    for (device, capability, dtype, documents), cells in newest.items():
+        lines += [f"### {dtype}, {documents} documents a step, instructions: {capability}"]
+        lines += [f"{device}; {runs_of(cells)}", ""]
+        lines += ["| | supervised tokens/s | vs Unsloth | peak MB beside the model | losses |", "|---|---|---|---|---|"]
+        beside = cells.get("Unsloth", {})
+        for name, cell in cells.items():
+            if speed not in cell:
+                lines.append(f"| {name} | not measured: {cell['not_measured']} | | | |")
+                continue
+            same_run = speed in beside and beside["commit"] == cell["commit"] and beside["load"] == cell["load"]
+            ratio = f"{cell[speed] / beside[speed]:.2f}x" if same_run else ""
+            losses = " ".join(f"{loss:.3f}" for loss in cell["losses"])
+            lines.append(f"| {name} | {cell[speed]:.0f} | {ratio} | {cell['peak_bytes'] / 1e6:.0f} | {losses} |")
+        lines.append("")
+    return lines
+
+
 def machines(rows: list[Cell]) -> list[str]:
     """Names the machines of the measurements, each once."""
     return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
@@ -225,6 +252,7 @@ def main() -> None:
     lines += parts(read_rows("parts.jsonl"))
     lines += attention(read_rows("attention.jsonl"))
     lines += packed_ce_paths(read_rows("packed_ce_paths.jsonl"))
+    lines += train_cpu(read_rows("train_cpu.jsonl"))
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 

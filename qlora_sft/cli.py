@@ -12,13 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
+from qlora_sft.cli_recipes import add_recipe_verbs
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
-from qlora_sft.recipe_new import CARDS, GOALS
 from qlora_sft.run.report import Report
 
 CommandResult = Report | Mapping[str, object] | None
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="qlora-sft", description="QLoRA fine-tuning: from chat data to a GGUF that answers.", allow_abbrev=False
     )
     verbs: Verbs = parser.add_subparsers(required=True, metavar="VERB")
-    _add_recipe_verbs(verbs)
+    add_recipe_verbs(partial(_verb, verbs))
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
@@ -103,20 +104,6 @@ def _configured_verb(verbs: Verbs, name: str, action: Action, help: str) -> argp
     sub.add_argument("config", help="a YAML file or the name of a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the file's")
     return sub
-
-
-def _add_recipe_verbs(verbs: Verbs) -> None:
-    _verb(verbs, "recipes", _recipes, "the shipped recipes, and what each is for")
-    new = _verb(verbs, "new", _new, "write a commented recipe; asks for what is not given")
-    new.add_argument("file", help="YAML file to write")
-    new.add_argument("--model", metavar="PATH", help="folder or Hub id of the base model, or demo")
-    new.add_argument("--data", action="append", default=[], metavar="PATH", help="training data; may be given again")
-    new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
-    new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
-    new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
-    other = _verb(verbs, "convert", _convert, "make a recipe of a configuration of axolotl or LLaMA-Factory")
-    other.add_argument("file", help="their YAML file")
-    other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
 
 
 def _add_configured_verbs(verbs: Verbs) -> None:
@@ -199,41 +186,6 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     chat.add_argument(
         "--port", type=whole(0, 65_535), default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)"
     )
-
-
-def _recipes(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.recipe_list import recipe_table, shipped_recipes
-
-    recipes = shipped_recipes()
-    if not arguments.json:
-        print(recipe_table(recipes))
-    return {"recipes": [recipe._asdict() for recipe in recipes]}
-
-
-def _new(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.recipe_new import ask, check_card, check_goal, check_model, new_recipe
-
-    model = arguments.model or ask("--model (a folder, a Hub id, or demo)", check_model)
-    data = arguments.data or [ask("--data (a file, a folder, a glob or a Hub id)", check_model)]
-    card = arguments.card or int(ask(f"--card (GB of GPU memory: {', '.join(map(str, CARDS))})", check_card))
-    goal = arguments.goal or ask(f"--goal ({', '.join(GOALS)})", check_goal)
-    file = new_recipe(arguments.file, model, data, card, goal, arguments.held_out)
-    if not arguments.json:
-        print(f"wrote {file}; next: qlora-sft preview {file}, qlora-sft plan {file}, qlora-sft train {file}")
-    return {"file": str(file)}
-
-
-def _convert(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.convert.recipe import convert, write_recipe
-
-    recipe = convert(arguments.file)
-    for note in recipe.notes:
-        print(f"not in the recipe: {note}", file=sys.stderr)
-    if arguments.out:
-        print(f"wrote {write_recipe(recipe, arguments.out)}", file=sys.stderr)
-    elif not arguments.json:
-        print(recipe.text, end="")
-    return {"recipe": recipe.text, "notes": recipe.notes}
 
 
 def _train(arguments: argparse.Namespace) -> CommandResult:

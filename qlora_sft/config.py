@@ -5,7 +5,6 @@ Every problem is reported at once, each with its file, its key and the nearest v
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,9 @@ from qlora_sft.config_data import Require, check_data, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
+from qlora_sft.lora_from import fill_from_adapter
 from qlora_sft.ranges import Count, CountOrNone, Gibibytes, Range
-from qlora_sft.strict import apply_override, build, build_rest, did_you_mean, kind_of, range_faults
+from qlora_sft.strict import apply_override, as_tree, build, build_rest, did_you_mean, kind_of, range_faults
 from qlora_sft.text import as_path, read_text
 from qlora_sft.yaml_text import YamlFault, read_yaml, write_yaml
 
@@ -51,6 +51,11 @@ class ModelConfig:
 
     path: str
     """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
+    revision: str | None = None
+    """Of a Hub id: the commit, tag or branch to take; default: its main branch. The commit that was loaded is kept
+    with the run, and is what ``--resume``, merge, export, evaluate and chat take."""
+    trust_remote_code: bool = False
+    """Run code that the repository brings along for a model that transformers does not have."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     """``auto`` takes Unsloth where it imports and works, else transformers + peft, and says which and why."""
     load_in_4bit: bool = True
@@ -92,6 +97,9 @@ class LoraConfig:
     not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
     experts: Literal["train", "frozen"] = "train"
     """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
+    from_: str | None = None
+    """A run's folder or an adapter's, to go on from: rank, alpha and layers are taken from it. The base has to be the
+    one that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,7 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     origin: dict[str, str] = {}
     for override in overrides:
         apply_override(tree, override, origin, problems)
+    fill_from_adapter(tree.get("lora"))
     config = build(Config, tree, "", str(path), origin, problems)
     problems += _check_values(tree, str(path))
     if problems:
@@ -235,7 +244,7 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 def dump_config(config: Config) -> str:
     """Returns YAML that `load_config` reads back to an equal configuration."""
-    return write_yaml(dataclasses.asdict(config))
+    return write_yaml(as_tree(config))
 
 
 def _find(name: str) -> Path:

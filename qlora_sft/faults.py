@@ -21,11 +21,25 @@ _READ_AT_MOST = 2**28
 
 def load_checked(name: str, overrides: Sequence[str]) -> Config:
     """Returns the configuration of `load_config`, or raises its faults together with those of what it names."""
+    check_overrides(overrides)
     try:
         return load_config(name, overrides)
     except ConfigError as error:
         _raise_all(error, error.rest)
         raise
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for a value of the command line that a later one would undo without a word."""
+    problems = []
+    for i, later in enumerate(overrides):
+        key = later.lstrip("-").partition("=")[0]
+        for earlier in overrides[:i]:
+            before = earlier.lstrip("-").partition("=")[0]
+            if before == key or before.startswith(f"{key}."):
+                problems.append(f"override {later!r} would undo {earlier!r}; give one of them")
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager
@@ -76,13 +90,13 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
     if not isinstance(model, ModelConfig):
         return
     from qlora_sft.data.shipped import template_text
-    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.base_files import check_path
 
     if model.chat_template:
         yield partial(template_text, model.chat_template)
     if model.path == "demo":  # which may have to be downloaded, and is as it should be
         return
-    yield partial(resolve_base, model.path)
+    yield partial(check_path, model.path, model.revision)
     if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear" and Path(model.path).expanduser().is_dir():
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 

@@ -28,7 +28,7 @@ def is_mixture(config: Config) -> bool:
     if config.model.path == "demo":  # to build it imports transformers
         return False
     try:
-        return has_experts(read_config(resolve_base(config.model.path)))
+        return has_experts(read_config(resolve_base(config.model.path, config.model.revision)))
     except ConfigError:
         return False
 

@@ -94,10 +94,10 @@ def ask(question: str, check: Callable[[str], object]) -> str:
             return answer
 
 
-def check_model(answer: str) -> None:
+def check_given(answer: str) -> None:
     """Raises ValueError for an empty answer."""
     if not answer:
-        raise ValueError("name a folder or a Hub id, or demo")
+        raise ValueError("name a file, a folder or a Hub id")
 
 
 def check_card(answer: str) -> None:

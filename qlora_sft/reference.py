@@ -21,7 +21,7 @@ from typing import Any, Literal
 from qlora_sft.config import RECIPES, Config
 from qlora_sft.json_types import JsonObject
 from qlora_sft.ranges import Range
-from qlora_sft.strict import bare_type, options_of
+from qlora_sft.strict import bare_type, key_of, options_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 SCHEMA = RECIPES / "schema.json"
@@ -60,7 +60,7 @@ def keys_of(kind: type) -> list[Key]:
     for each in dataclasses.fields(kind):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         meaning = meanings.get(each.name) or _of_section(hints[each.name])
-        keys.append(Key(each.name, hints[each.name], default, " ".join(meaning.split())))
+        keys.append(Key(key_of(each.name), hints[each.name], default, " ".join(meaning.split())))
     return keys
 
 
@@ -106,7 +106,7 @@ def _sections(path: str, kind: type, listed: bool) -> Iterator[str]:
     yield f"## {f'`{path}`' if path else 'The whole file'}\n"
     doc = _markdown(" ".join((kind.__doc__ or "").split()))
     yield f"{'A list, every item with these keys. ' if listed else ''}{doc}\n"
-    own = set(kind.__annotations__)
+    own = {key_of(name) for name in kind.__annotations__}
     keys = [key for key in keys_of(kind) if key.name in own]
     if len(own) < len(dataclasses.fields(kind)):
         yield "It has all keys of [`data.held_out`](#dataheld_out), and:\n"

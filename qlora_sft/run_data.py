@@ -25,12 +25,15 @@ from qlora_sft.data.sequences import Packed
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.splits import RunSources
 from qlora_sft.data.template import ChatFormat, choose_chat_format
+from qlora_sft.errors import RunError
 from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
+from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import why_not_shared
+from qlora_sft.model.run_base import described_base
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
@@ -45,7 +48,7 @@ class RunData:
 
     backend: Backend
     base: str
-    """Folder or Hub id of the base model."""
+    """Folder of the base model."""
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer as the adapter will carry it."""
     chat_format: ChatFormat
@@ -54,6 +57,8 @@ class RunData:
     packed: Packed
     """Packed sequences in training order, with the documents as indices into `documents`."""
     removed: list[Removed]
+    commit: str | None = None
+    """Commit of the Hub that the base is of; None for a folder."""
 
     @property
     def documents(self) -> Chain:
@@ -67,12 +72,12 @@ class RunData:
 
 
 def checked_base(config: Config) -> str:
-    """Returns the folder or Hub id of the base.
+    """Returns the folder of the base.
 
     Raises `ConfigError` if the settings do not go with its config.json.
     """
     with every_fault(config):
-        base = resolve_base(config.model.path)
+        base = resolve_base(config.model.path, config.model.revision)
         check_base(config, base)
     choose_loss(config.model.loss, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return base
@@ -95,7 +100,9 @@ def render_data(
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
-    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed)
+    origin = hub_origin(config.model.path, base)
+    commit = origin.commit if origin else None
+    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed, commit)
 
 
 # ------------------------------------------------------------------ of a finished run
@@ -142,17 +149,17 @@ def saved_text(path: Path) -> SavedText:
         return SavedText(tokenizer, tokenizer, frozenset(saved_stop_token_ids(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    own, stop_token_ids = _before_end_turns(tokenizer, run.base), frozenset(saved_stop_token_ids(path, tokenizer))
+    own, stop_token_ids = _before_end_turns(tokenizer, run), frozenset(saved_stop_token_ids(path, tokenizer))
     return SavedText(tokenizer, own, stop_token_ids, run.model.chat_template, kept_day(path))
 
 
-def _before_end_turns(tokenizer: PreTrainedTokenizerBase, base: str) -> PreTrainedTokenizerBase:
+def _before_end_turns(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedTokenizerBase:
     """Returns a copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced."""
     from transformers import AutoTokenizer
 
     try:
-        eos_token = AutoTokenizer.from_pretrained(base).eos_token
-    except (OSError, ValueError):  # the base is gone; what was saved is the best there is
+        eos_token = AutoTokenizer.from_pretrained(described_base(run)).eos_token
+    except (OSError, ValueError, RunError):  # the base is gone; what was saved is the best there is
         return tokenizer
     own: Any = copy.deepcopy(tokenizer)
     own.eos_token = eos_token

@@ -58,8 +58,8 @@ def apply_override(tree: JsonObject, override: str, origin: dict[str, str], prob
 
 def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[str, str], problems: list[str]) -> Any:
     """Returns the dataclass ``kind`` made from ``tree``; None, with the problems noted, if anything in it is wrong."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {key_of(f.name): f for f in dataclasses.fields(kind)}
+    hints = _hints(kind)
     before = len(problems)
     values: JsonObject = {}
     for key, value in tree.items():
@@ -67,18 +67,37 @@ def build(kind: Any, tree: dict[Any, Any], prefix: str, file: str, origin: dict[
         if key not in fields:
             problems.append(f"{origin.get(where, file)}: unknown key {where!r}{did_you_mean(str(key), fields)}")
             continue
-        values[key] = _convert(hints[key], value, where, file, origin, problems)
+        values[fields[key].name] = _convert(hints[key], value, where, file, origin, problems)
     for name, f in fields.items():
         if name not in tree and f.default is MISSING and f.default_factory is MISSING:
             problems.append(f"{file}: missing key {prefix + name!r}")
     return kind(**values) if len(problems) == before else None
 
 
+def key_of(name: str) -> str:
+    """Returns the key of a field: a word of Python's own, as ``from``, has an underscore behind it in the dataclass."""
+    return name.rstrip("_")
+
+
+def _hints(kind: type) -> JsonObject:
+    return {key_of(name): hint for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+
+
+def as_tree(value: object) -> object:
+    """Returns what `build` reads back to an equal dataclass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {key_of(f.name): as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: as_tree(each) for key, each in value.items()}
+    return [as_tree(each) for each in value] if isinstance(value, list) else value
+
+
 def build_rest(kind: Any, tree: Any) -> Any:
     """Returns the dataclass ``kind`` made from what is right in ``tree``; None if a key
     that it needs is wrong or missing."""
     values: JsonObject = {}
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
+    names = {key_of(f.name): f.name for f in dataclasses.fields(kind)}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key in hints:
             found: list[str] = []
@@ -90,7 +109,7 @@ def build_rest(kind: Any, tree: Any) -> Any:
             elif found:
                 converted = build_rest(sections[0], value) if sections else None
             if not found or converted is not None:
-                values[key] = converted
+                values[names[key]] = converted
     try:
         return kind(**values)
     except TypeError:

@@ -21,7 +21,7 @@ from qlora_sft.run.folder import kept_day
 from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
-from qlora_sft.training.checkpoints import find_checkpoint
+from qlora_sft.training.checkpoints import as_begun, find_checkpoint
 from qlora_sft.training.run_folder import claim_run_folder
 
 
@@ -36,6 +36,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     with every_fault(config):
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
+        config = as_begun(config, run, say) if checkpoint else config
     # A run that goes on writes the date that it began with, if its chat template writes one.
     data = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
     with watch("imports"):

@@ -34,5 +34,6 @@ BASES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "Qwen/Qwen3-8B": QWEN3_8B,
+    "HuggingFaceTB/SmolLM3-3B-Base": SMOLLM3_3B,
     "google/gemma-3-1b-it": GEMMA_3_1B,
 }

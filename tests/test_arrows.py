@@ -18,6 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "qlora_kernels"
 ORDER = (
     "demo_run",
     "cli",
+    "cli_recipes",
     "train preview plan chat doctor",
     "export",
     "training",
@@ -31,7 +32,7 @@ ORDER = (
     "demo",
     "reference recipe_list recipe_new convert",
     "config",
-    "config_data",
+    "config_data lora_from",
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say json_types",

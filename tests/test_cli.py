@@ -7,6 +7,7 @@ import pytest
 from conftest import MakeConfig
 
 from qlora_sft.cli import main
+from qlora_sft.faults import check_overrides
 
 HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets", "numpy")
 
@@ -129,3 +130,16 @@ def test_json_goes_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert guarded(lambda: {"answer": 1}, as_json=True) == 0
     assert json.loads(capsys.readouterr().out) == {"answer": 1}
+
+
+def test_a_value_that_a_later_one_would_undo_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = {
+        ("lora.r=8", "lora.r=16"): "override 'lora.r=16' would undo 'lora.r=8'",
+        ("model.path=demo", "--model.path=other"): "would undo 'model.path=demo'",
+        ("lora.r=8", "lora={alpha: 4}"): "override 'lora={alpha: 4}' would undo 'lora.r=8'",
+    }
+    for overrides, expected in twice.items():
+        for verb in ("train", "preview", "plan"):
+            assert main([verb, "demo", "--", *overrides]) == 2
+            assert expected in capsys.readouterr().err
+    check_overrides(["lora={alpha: 4}", "lora.r=8", "lora.rank=3"])

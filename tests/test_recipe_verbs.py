@@ -77,7 +77,7 @@ def test_what_is_not_given_is_asked_until_it_is_right(
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert main(["new", str(file)]) == 0
     said = capsys.readouterr().err
-    assert "name a folder or a Hub id" in said
+    assert "name a file, a folder or a Hub id" in said
     assert "one of 8, 12" in said
     assert "tools (calls tools" in said
     config = load_config(file)

@@ -116,6 +116,14 @@ CORPUS: dict[str, tuple[Fault, str]] = {
     "no model in it": (base(without("config.json")), "has no config.json"),
     "no tokenizer": (base(without("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")), "tokenizer"),
     "no template": (base(without("chat_template.jinja")), "no chat template; name one"),
+    "quantised in FP8": (
+        base(edited("config.json", quantization_config={"quant_method": "fp8"})), "are quantised with fp8",
+    ),
+    "code of its own": (
+        base(edited("config.json", model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"})), "own.py",
+    ),
+    "revision of a folder": (settings("model.revision=v2"), "only a model of the Hub has revisions"),
+    "no adapter to go on from": (settings("lora.from=FOLDER"), "neither a run with an adapter nor an adapter"),
     "broken config.json": (base(lambda f: (f / "config.json").write_text("{") and None), "no readable config.json"),
     "no eos": (base(edited("tokenizer_config.json", eos_token=None)), "names no eos token"),
     # ---------------------------------------------------------------- settings that the base does not go with

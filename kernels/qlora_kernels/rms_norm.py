@@ -89,11 +89,13 @@ def normalised(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tupl
     if x.numel() <= block_values(x) or not x.is_contiguous():
         return one_block(x, weight, eps, form)
     rows = x.view(-1, x.shape[-1])
-    y = rows.new_empty(rows.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if form == "llama" else x.dtype)
+    # The result is no view, so that whoever gets it may write over it.
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if form == "llama" else x.dtype)
     root = rows.new_empty(len(rows), 1, dtype=torch.float32)
+    flat_y = y.view(rows.shape)
     for t in blocks(rows):
-        y[t], root[t] = one_block(rows[t], weight, eps, form)
-    return y.view(x.shape), root.view(*x.shape[:-1], 1)
+        flat_y[t], root[t] = one_block(rows[t], weight, eps, form)
+    return y, root.view(*x.shape[:-1], 1)
 
 
 def one_block(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:

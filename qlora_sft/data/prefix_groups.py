@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_sft.data.prefix_tree import Tokens, order_key, shared_length
 
-# A group takes at most this share of a packed sequence, so that the rest holds what else the mixture has at that time;
-# or, where the prefix itself is that long, so much that the prefix is no more than this share of the group.
+# A group takes at most the share of a packed sequence that its source has of the tokens, and at least this one, so that
+# the rest holds what else the mixture has at that time. Where the prefix itself is that long, it may take so much that
+# the prefix is no more than this share of the group.
 SHARE = 0.25
 
 
@@ -22,13 +24,18 @@ class Group:
     """Tokens that all of them share."""
 
 
-def group_by_prefix(rows: Sequence[Tokens], capacity: int) -> list[Group]:
+def group_by_prefix(rows: Sequence[Tokens], sources: Sequence[str], capacity: int) -> list[Group]:
     """Returns groups of the indices of ``rows``, none of whose trees is larger than ``capacity``.
+
+    sources: the source of every row.
 
     Rows are taken in an order in which those that begin alike are neighbours; every row joins the
     group of the one before it, if they share a prefix and the group has room.
     """
     order = sorted(range(len(rows)), key=lambda index: order_key(rows[index]))
+    total = Counter[str]()
+    for row, source in zip(rows, sources, strict=True):
+        total[source] += len(row)
     groups: list[Group] = []
     for number, index in enumerate(order):
         length = len(rows[index])
@@ -36,7 +43,7 @@ def group_by_prefix(rows: Sequence[Tokens], capacity: int) -> list[Group]:
         if shared:
             group = groups[-1]
             prefix = min(group.prefix, shared) if len(group.documents) > 1 else shared
-            if group.tokens + length - shared <= _room(prefix, capacity):
+            if group.tokens + length - shared <= _room(prefix, total[sources[index]] / total.total(), capacity):
                 group.documents.append(index)
                 group.tokens += length - shared
                 group.prefix = prefix
@@ -45,5 +52,6 @@ def group_by_prefix(rows: Sequence[Tokens], capacity: int) -> list[Group]:
     return groups
 
 
-def _room(prefix: int, capacity: int) -> int:
-    return min(capacity, max(int(SHARE * capacity), int(prefix / SHARE)))
+def _room(prefix: int, share: float, capacity: int) -> int:
+    """Returns how many tokens a group may have. share: that of its source in all tokens."""
+    return min(capacity, max(int(max(share, SHARE) * capacity), int(prefix / SHARE)))

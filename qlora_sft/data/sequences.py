@@ -58,7 +58,7 @@ def plan_sequences(
         for number, picks in enumerate(order)
         for window in _windows([numbers[name][row] for name, row in picks], config.packing_window)
     ]
-    planned = _shared(documents, stretches, config, seed, of_each.tokens, say, cannot_share)
+    planned = _shared(documents, stretches, config, seed, of_each, say, cannot_share)
     if planned is None:
         singles = [(number, [Group([i], of_each.tokens[i]) for i in window]) for number, window in stretches]
         planned = _packed(singles, config, seed)
@@ -72,7 +72,7 @@ def _shared(
     stretches: list[tuple[int, list[int]]],
     config: DataConfig,
     seed: int,
-    tokens: list[int],
+    of_each: Sizes,
     say: Say,
     cannot: str | None,
 ) -> Packed | None:
@@ -83,9 +83,9 @@ def _shared(
     grouped = []
     for number, window in stretches:
         rows |= {i: np.asarray(documents[i].input_ids, dtype=np.int32) for i in window if i not in rows}
-        groups = group_by_prefix([rows[i] for i in window], config.max_length)
+        groups = group_by_prefix([rows[i] for i in window], [of_each.source[i] for i in window], config.max_length)
         grouped.append((number, [Group([window[i] for i in g.documents], g.tokens, g.prefix) for g in groups]))
-    before = sum(tokens[i] for _, window in stretches for i in window)
+    before = sum(of_each.tokens[i] for _, window in stretches for i in window)
     after = sum(group.tokens for _, groups in grouped for group in groups)
     saved = 1 - after / before if before else 0
     worth = config.share_prefixes == "on" or saved > WORTH

@@ -17,6 +17,7 @@ from qlora_sft.evaluation.tasks import Task
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.model.rope import context_length
+from qlora_sft.model.run_base import described_base
 from qlora_sft.run.folder import Run
 from qlora_sft.run_data import SavedText, saved_text
 from qlora_sft.say import Say
@@ -91,7 +92,7 @@ def _chat_format(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
 
 def _positions(path: Path, run: Run | None) -> int:
     """Returns how many positions the model has."""
-    settings = text_config(read_config(run.base if run else str(path)))
+    settings = text_config(read_config(described_base(run) if run else str(path)))
     rope = run.model.rope_scaling if run else None
     return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.base import base_folder, check_base
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.gguf_metadata import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.imatrix import write_imatrix
@@ -21,6 +20,7 @@ from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_m
 from qlora_sft.export.parity import Figures, check_parity, record
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
+from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
@@ -168,8 +168,7 @@ def export_adapter(
     if ollama.create_as:
         require_ollama()
     opened = Run.open(run)
-    run, base = opened.path, base_folder(opened.base)
-    check_base(opened, base)
+    run, base = opened.path, run_base(opened)
     _require_layers(opened.adapter)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:

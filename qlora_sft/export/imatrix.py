@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_sft.errors import RunError
+from qlora_sft.run.folder import Run
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say:
     """
     documents = _training_documents(run)
     say(f"importance matrix from {sum(map(len, documents)):,} tokens of the training data")
-    sums, tokens = _collect(merged, documents)
+    sums, tokens = _collect(merged, documents, Run.open(run).model.trust_remote_code)
     names = gguf_names(architecture, merged)
     entries = {names(f"{module}.weight"): values for module, values in sums.items()}
     _write(target, {name: values for name, values in entries.items() if name}, tokens)
@@ -40,7 +41,6 @@ def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say:
 def _training_documents(run: Path) -> list[list[int]]:
     """Returns the first documents of all sources in turn, until there are enough tokens."""
     from qlora_sft.errors import QloraSftError
-    from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
 
     chosen: list[list[int]] = []
@@ -56,13 +56,13 @@ def _training_documents(run: Path) -> list[list[int]]:
     return chosen
 
 
-def _collect(merged: Path, documents: list[list[int]]) -> tuple[dict[str, np.ndarray], int]:
+def _collect(merged: Path, documents: list[list[int]], trust: bool) -> tuple[dict[str, np.ndarray], int]:
     """Returns, by module, the sum over tokens of the squares of its inputs [in], and the number of tokens."""
     import torch
 
     from qlora_sft.model.load import compute_dtype, load_base
 
-    model = load_base(str(merged), compute_dtype("auto")[0], load_in_4bit=False).eval()
+    model = load_base(str(merged), compute_dtype("auto")[0], load_in_4bit=False, trust=trust).eval()
     sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:

@@ -63,13 +63,16 @@ def expand_4bit(model: PreTrainedModel) -> None:
     model.hf_quantizer = None
 
 
-def model_logits(folder: Path, probe: Probe, out: Path) -> np.ndarray:
-    """Computes the logits of a model folder in plain transformers, in float32: [probe.tokens, vocabulary]."""
+def model_logits(folder: Path, probe: Probe, out: Path, trust: bool = False) -> np.ndarray:
+    """Computes the logits of a model folder in plain transformers, in float32: [probe.tokens, vocabulary].
+
+    trust: its own code may be run.
+    """
     import torch
 
     from qlora_sft.model.load import load_base
 
-    return _run_model(load_base(str(folder), torch.float32, load_in_4bit=False).eval(), probe, out)
+    return _run_model(load_base(str(folder), torch.float32, load_in_4bit=False, trust=trust).eval(), probe, out)
 
 
 def _run_model(model: PreTrainedModel, probe: Probe, out: Path) -> np.ndarray:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.export.base import base_folder, check_base
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.rope import with_rope_scaling
+from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import LEFT_OUT, Report
 from qlora_sft.say import Say, tell
@@ -73,8 +73,7 @@ def merge_run(
     too small. Then nothing is written under the final name.
     """
     opened = Run.open(run)
-    base = base_folder(opened.base)
-    check_base(opened, base)
+    base = run_base(opened)
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype}: one of {', '.join(get_args(Dtype))}")
     merge = _Merge(opened, base, say)
@@ -218,7 +217,7 @@ def write_trained_base(run: Run, target: Path) -> None:
     from qlora_sft.export.stacks import in_files
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
-    base = base_folder(run.base)
+    base = run_base(run)
     config = trained_config(run, base)
     stored = read_model(base)
     known = in_files(base, stored, config, {}, set(run.quantized_modules))
@@ -291,6 +290,8 @@ def _with_dtype(config: JsonObject, dtype: str) -> JsonObject:
 def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, say: Say) -> None:
     """Writes config.json, the tokenizer and generation_config.json, which stops at the trained eos token, too."""
     config.pop("quantization_config", None)
+    for code in base.glob("*.py") if config.get("auto_map") else ():
+        shutil.copy(code, target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = _write_tokenizer(adapter, target)
     generation = base / "generation_config.json"

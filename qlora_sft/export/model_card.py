@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from qlora_sft.errors import RunError
+from qlora_sft.model.run_base import described_base
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import RunReport
 
@@ -44,10 +46,13 @@ def base_name(run: Run) -> str:
 
 
 def base_licence(run: Run) -> str | None:
-    """Returns the licence that the base's own card states, or None if the base is not a folder with a card."""
+    """Returns the licence that the base's own card states, or None if the base has no card here."""
     if run.model.path == "demo":
         return DEMO[1]
-    card = Path(run.base) / "README.md"
+    try:
+        card = Path(described_base(run)) / "README.md"
+    except RunError:
+        return None
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.S)

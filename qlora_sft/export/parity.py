@@ -100,7 +100,8 @@ def quick_difference(run: Path) -> Iterator[Callable[[Path], float]]:
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         reference = adapter_logits(run, probe, Path(scratch, "adapter.npy"))
         merged = Path(scratch, "merged.npy")
-        yield lambda folder: compare(reference, model_logits(folder, probe, merged)).kl
+        trust = Run.open(run).model.trust_remote_code
+        yield lambda folder: compare(reference, model_logits(folder, probe, merged, trust)).kl
 
 
 def check_parity(
@@ -131,7 +132,7 @@ def check_parity(
         if not measured:
             reference = adapter_logits(run, probe, folder / "adapter.npy")
         if merged is not None:
-            ours = model_logits(merged, probe, folder / "merged.npy")
+            ours = model_logits(merged, probe, folder / "merged.npy", Run.open(run).model.trust_remote_code)
             if not measured:
                 found["merged"] = compare(reference, ours)
                 faults += _judge("merged", found["merged"], "adapter", probe.supervised_only, say)

@@ -188,6 +188,16 @@ def _no_mask(*_: object, **__: object) -> None:
     return None
 
 
+def register() -> None:
+    """Makes our attention known to transformers under both of its names."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, document_attention)
+    AttentionInterface.register(NAME_ONE_BY_ONE, partial(document_attention, one_by_one=True))
+    for name in (NAME, NAME_ONE_BY_ONE):
+        AttentionMaskInterface.register(name, _no_mask)
+
+
 def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str = "") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
 
@@ -196,12 +206,8 @@ def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str 
 
     Raises ValueError if the model does not follow the switch, or has layers that attend in a way of their own.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, document_attention)
-    AttentionInterface.register(NAME_ONE_BY_ONE, partial(document_attention, one_by_one=True))
+    register()
     name = NAME if way == "varlen" else NAME_ONE_BY_ONE
-    AttentionMaskInterface.register(name, _no_mask)
     base = base_of(model)
     base.set_attn_implementation(name)
     config = base.config.get_text_config()

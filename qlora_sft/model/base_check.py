@@ -17,7 +17,9 @@ from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
 from qlora_sft.model.base_files import Header, has_experts, read_config, read_headers, text_config
+from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
+from qlora_sft.model.remote_code import check_code
 from qlora_sft.model.rope import check_context
 from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
@@ -34,12 +36,14 @@ _PLACEHOLDERS = re.compile(r"(image|video|audio)_token")
 def check_base(config: Config, base: str) -> None:
     """Raises `ConfigError` with everything in which settings, weights and tokenizer of ``base`` do not fit."""
     settings = read_config(base)
+    check_code(config.model, base)
     checks: list[Callable[[], Any]] = [
         lambda: check_quantization(config.model, base, settings),
         lambda: check_weights(config, base, settings),
         lambda: check_context(config, base),
         lambda: check_layers(config, base),
         lambda: check_tokenizer(config.model, base, settings),
+        lambda: check_adapter(config, base),
         lambda: check_chat(config.model, base),
     ]
     all_at_once(checks)

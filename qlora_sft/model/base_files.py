@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.snapshot import Origin, fetch_snapshot, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
 
 
@@ -19,32 +20,54 @@ class Header(NamedTuple):
     nbytes: int
 
 
-def resolve_base(path: str) -> str:
-    """``demo`` -> the embedded model's folder; a folder or Hub id as it is. Raises `ConfigError` if it cannot be."""
+def resolve_base(path: str, revision: str | None = None) -> str:
+    """Returns the folder of the base: of ``demo`` the embedded one, of a Hub id that of its snapshot at ``revision``.
+
+    Of a Hub id everything but the weights is fetched. Raises `ConfigError` if it cannot be had.
+    """
+    check_path(path, revision)
     if path == "demo":
         from qlora_sft.demo import base_model_path
 
         return str(base_model_path())
-    folder = as_path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path: {folder} has no config.json; name the folder that holds the model itself")
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(f"model.path: {path}: no such folder (a Hub id looks like 'name/model'; 'demo' is built in)")
-    return path
+    if not is_hub_id(path):
+        return str(as_path(path))
+    folder = fetch_snapshot(path, revision)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: {path} at {folder.name} has no config.json; name a repository that holds a model"
+        )
+    return str(folder)
+
+
+def is_hub_id(path: str) -> bool:
+    """Says whether ``model.path`` names a repository of the Hub, and no folder here."""
+    return path != "demo" and not as_path(path).is_dir()
+
+
+def hub_origin(path: str, base: str) -> Origin | None:
+    """Returns name and commit of ``base``, the folder of ``model.path``, if that names a repository of the Hub."""
+    return origin_of(base) if is_hub_id(path) else None
+
+
+def check_path(path: str, revision: str | None = None) -> None:
+    """Raises `ConfigError` for a path that can be neither a model's folder nor a Hub id; nothing is fetched for it."""
+    if is_hub_id(path):
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            known = "a Hub id looks like 'name/model'; 'demo' is built in"
+            raise ConfigError(f"model.path: {path}: no such folder ({known})")
+        return
+    if path != "demo" and not (as_path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: {as_path(path)} has no config.json; name the folder that holds the model itself"
+        )
+    if revision:
+        raise ConfigError(f"model.revision: only a model of the Hub has revisions, and {path} is a folder; remove it")
 
 
 def read_config(base: str) -> dict[str, Any]:
-    """config.json of a folder or of a Hub id (only this file is fetched). Raises `ConfigError`."""
+    """Returns config.json of the folder ``base``. Raises `ConfigError`."""
     file = Path(base) / "config.json"
-    if not Path(base).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(base, "config.json"))
-        except Exception as error:
-            raise _unreachable(base, error) from None
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,27 +91,17 @@ def has_experts(config: dict[str, Any]) -> bool:
 
 
 def read_headers(base: str) -> dict[str, Header]:
-    """Name -> type, shape and bytes of every tensor; of a Hub id only the first kilobytes of its files are fetched.
+    """Name -> type, shape and bytes of every tensor; of a snapshot without its weights they are fetched from the Hub.
 
     Raises `ConfigError` for a model without safetensors files.
     """
-    folder = Path(base) if Path(base).is_dir() else _cached(base)
-    if folder is None:
-        return _headers_of_hub(base)
-    headers = {name: header for file in _files(folder) for name, header in _headers_of_file(file).items()}
+    folder, origin = Path(base), origin_of(base)
+    if origin and not has_weights(folder):
+        return _headers_of_hub(*origin)
+    headers = {name: header for file in weight_files(folder) for name, header in _headers_of_file(file).items()}
     if not headers:
         raise ConfigError(f"model.path: {base} has no safetensors files; their headers say how large the model is")
     return headers
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that the index names, or all there are: a folder may hold a second copy in other files."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -117,31 +130,21 @@ def _headers_of_file(file: Path) -> dict[str, Header]:
     }
 
 
-def _cached(base: str) -> Path | None:
-    """Folder of a Hub model whose weights were fetched before."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(base, local_files_only=True))
-    except Exception:
-        return None
-    files = _files(folder)
-    return folder if files and all(file.is_file() for file in files) else None
-
-
-def _headers_of_hub(base: str) -> dict[str, Header]:
+def _headers_of_hub(name: str, commit: str) -> dict[str, Header]:
     from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
-        metadata = get_safetensors_metadata(base)
+        metadata = get_safetensors_metadata(name, revision=commit)
+    except NotASafetensorsRepoError:
+        raise ConfigError(f"model.path: {name} has no safetensors files; see how large it is on the Hub") from None
     except Exception as error:
-        raise _unreachable(base, error) from None
+        raise ConfigError(
+            f"model.path: the weights of {name} at commit {commit} are not all here, and not to be had from the Hub: "
+            f"{first_line(error)}"
+        ) from None
     return {
         name: Header(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
-
-
-def _unreachable(base: str, error: Exception) -> ConfigError:
-    return ConfigError(f"model.path: {base} is neither a folder here nor to be had from the Hub: {first_line(error)}")

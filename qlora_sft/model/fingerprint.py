@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_sft.model.base_files import safetensors_header
+from qlora_sft.model.snapshot import weight_files
 
 # Bytes that are read from the middle of each tensor. Fine-tuning changes every tensor, and reading all of them whole
 # would take minutes.
@@ -20,12 +21,11 @@ SAMPLE = 4096
 def fingerprint(base: str | Path) -> str | None:
     """sha256 over name, type, shape and a sample of every tensor, by name: however they are spread over files.
 
-    ``base``: a folder, or the id of a model in the Hub's cache. None if its weights are not in safetensors files here.
+    ``base``: a folder. None if its weights are not, or not all, in safetensors files there.
     """
-    folder = Path(base) if Path(base).is_dir() else _in_cache(str(base))
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")) if folder else []:
+        for file in weight_files(Path(base)):
             header, begin = safetensors_header(file)
             tensors |= {name: (file, begin, entry) for name, entry in header.items()}
         digest = hashlib.sha256()
@@ -44,12 +44,3 @@ def _sample(file: Path, begin: int, offsets: list[int]) -> bytes:
     with file.open("rb") as handle:
         handle.seek(begin + middle)
         return handle.read(min(SAMPLE, stop - middle))
-
-
-def _in_cache(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors"]))
-    except Exception:
-        return None

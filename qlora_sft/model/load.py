@@ -14,12 +14,14 @@ from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
-from qlora_sft.model.base_files import has_experts, read_config
+from qlora_sft.model.base_files import has_experts, hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
 from qlora_sft.model.experts import in_nf4, router_names, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.peft_targets import as_named, read_targets
+from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
+from qlora_sft.model.run_base import described_base, run_base
 from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
@@ -56,16 +58,27 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendNa
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {first_line(error)}") from None
     if config.model.rope_scaling is not None:
-        check_rope(model, scaled_config(base, config.model.rope_scaling))
+        check_rope(model, scaled_config(base, config.model.rope_scaling, config.model.trust_remote_code))
+    compute_in(model, dtype)
+    _name_base(model, config.model.path, base)
     model.config.use_cache = False
     disable_inference_repacking(model)
     return model
 
 
+def _name_base(model: PeftModel, path: str, base: str) -> None:
+    """Has the adapter say which repository it is for, and at which commit, and not where this machine keeps it."""
+    origin = hub_origin(path, base)
+    if origin is not None:
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path, adapter.revision = path, origin.commit
+
+
 def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list[int]) -> PeftModel:
     fast = fast_language_model()
     rope = config.model.rope_scaling
-    scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope))}
+    trust = config.model.trust_remote_code
+    scaling = {} if rope is None else {"rope_scaling": _rope_parameters(scaled_config(base, rope, trust))}
     # Unsloth says what it does on stdout, which belongs to --json; what matters of it is in the run's own report.
     # Its trainer switches every layer on or off by what it was told here: True, whatever the tiers will be.
     checkpointing = {"use_gradient_checkpointing": True}
@@ -75,8 +88,10 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             max_seq_length=config.data.max_length,
             dtype=dtype,
             load_in_4bit=config.model.load_in_4bit,
-            # Else well-known names become those of Unsloth's own repositories, quantised by others.
+            # Else well-known names become those of Unsloth's own repositories, quantised by others. (A base of the Hub
+            # comes as the folder of its snapshot, in which there is no name to be mapped.)
             use_exact_model_name=True,
+            trust_remote_code=runs_code(base, trust),
             **scaling,
             **checkpointing,
         )
@@ -101,7 +116,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
 
     from qlora_sft.model.experts_lora import use_experts_lora
 
-    model = load_base(base, dtype, config.model.load_in_4bit, config.model.rope_scaling)
+    settings = config.model
+    model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
     grow(model, rows, initialise=True)
     if config.model.head_in_4bit:
         quantize_head(model, dtype)
@@ -124,15 +140,24 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     return peft
 
 
-def load_base(base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None) -> PreTrainedModel:
-    """The base in plain transformers, NF4 with double quantisation or in ``dtype``, on the GPU if there is one."""
+def load_base(
+    base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None, trust: bool = False
+) -> PreTrainedModel:
+    """Loads the base in plain transformers, in NF4 with double quantisation or in ``dtype``, on a GPU if there is one.
+
+    trust: code that the folder ``base`` brings along may be run.
+    """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope)}
-    if load_in_4bit:
+    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope, trust)}
+    # One that was saved in NF4 is loaded as it is.
+    if load_in_4bit and not read_config(base).get("quantization_config"):
         options["quantization_config"] = _quantization(base, dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, device_map=device, trust_remote_code=runs_code(base, trust), **options
+    )
+    compute_in(model, dtype)
     use_our_experts(model)
     return model
 
@@ -151,6 +176,15 @@ def _quantization(base: str, dtype: torch.dtype) -> Any:
     )
 
 
+def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Has 4-bit layers compute in ``dtype``: a checkpoint in NF4 brings the type that it was made with."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+
+
 def _rope_parameters(config: PretrainedConfig) -> dict[str, object]:
     parameters: dict[str, object] = config.get_text_config().rope_parameters
     return dict(parameters)
@@ -160,7 +194,9 @@ def load_trained_base(path: Path) -> PreTrainedModel:
     """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
-    base = load_base(run.base, dtype, run.model.load_in_4bit, run.model.rope_scaling)
+    settings = run.model
+    folder = str(run_base(run))
+    base = load_base(folder, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
     # The adapter has its own; without it the base is asked as it was before training, not with rows drawn at random.
     grow(base, trained_rows(run.adapter), initialise=True)
     if run.model.head_in_4bit:
@@ -200,7 +236,7 @@ def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[
     if not is_run(path):
         return stop_token_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
-    return stop_token_ids(run.model, run.base, tokenizer)
+    return stop_token_ids(run.model, described_base(run), tokenizer)
 
 
 def quantized_modules(model: CausalModel) -> list[str]:

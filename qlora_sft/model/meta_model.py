@@ -9,6 +9,7 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.base_files import has_experts, read_config
+from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -23,7 +24,7 @@ def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=is_foreign(settings))
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
@@ -38,7 +39,7 @@ def read_settings(config: Config, base: str) -> PretrainedConfig:
     from qlora_sft.model.rope import scaled_config
 
     try:
-        return scaled_config(base, config.model.rope_scaling)
+        return scaled_config(base, config.model.rope_scaling, config.model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: cannot read the configuration of {base}: {first_line(error)}") from None
 
@@ -65,22 +66,25 @@ def check_layers(config: Config, base: str) -> None:
         check_frozen_head(config.model, new_rows(config.model, base))
         check_head(model)
     if demanded:
-        why_mlp_stays(model, targets, config)
+        why_parts_stay(model, targets, config)
 
 
-def why_mlp_stays(model: PreTrainedModel, targets: list[str], config: Config) -> str:
-    """Says why the MLPs of a model without weights would not be tiled; "" if they would be.
+def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -> tuple[str, str]:
+    """Says why the MLPs of a model without weights would not be tiled, and why its q, k, v and o would be left to PEFT;
+    "" for what would be ours.
 
-    The rule is that of the run, which looks at layers with their adapters, so ``model`` is given some. Raises
+    Goes by the rules of the run, which look at layers with their adapters, so ``model`` is given some. Raises
     `ConfigError` where tiles are demanded and cannot be.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     from qlora_sft.model.mlp import why_not_tiled
     from qlora_sft.model.peft_targets import as_named
+    from qlora_sft.model.qkv import why_not_lean
 
     model.requires_grad_(False)
     lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
     with torch.device("meta"), as_named(model):
         inject_adapter_in_model(lora, model)
-    return why_not_tiled(list(model.get_decoder().layers), config.memory.tiled_mlp)
+    blocks = list(model.get_decoder().layers)
+    return why_not_tiled(blocks, config.memory.tiled_mlp), why_not_lean(blocks)

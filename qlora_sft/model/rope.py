@@ -8,6 +8,7 @@ from qlora_sft.config import Config, RopeScaling
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import read_config, text_config
+from qlora_sft.model.remote_code import runs_code
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,11 +86,11 @@ def _scaled(old: dict[str, Any], text: dict[str, Any], rope: RopeScaling, origin
     return new
 
 
-def scaled_config(base: str, rope: RopeScaling | None) -> PretrainedConfig:
-    """Returns transformers' configuration of ``base`` with the scaling."""
+def scaled_config(base: str, rope: RopeScaling | None, trust: bool = False) -> PretrainedConfig:
+    """Returns transformers' configuration of ``base`` with the scaling; ``trust``: its own code may be run."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=runs_code(base, trust))
     if rope is None:
         return config
     return type(config).from_dict(with_rope_scaling(read_config(base), rope))

@@ -13,12 +13,15 @@ from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import BackendName
 from qlora_sft.model.balance import describe_balance
 from qlora_sft.model.base import base_of
+from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.experts import describe_experts
+from qlora_sft.model.go_on import check_adapter, start_from
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.qkv import use_lean_attention
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
@@ -40,6 +43,9 @@ def prepare_model(
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
     """
     model = load_model(config, base, dtype, backend)
+    if config.lora.from_:
+        check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
+        say(f"adapter: {start_from(model, config.lora.from_)}")
     use_rows_beside_embedding(model)
     use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
     if config.memory.offload_embeddings:
@@ -49,8 +55,11 @@ def prepare_model(
     if experts:
         say(f"experts: {experts}; load-balance loss: {describe_balance(base_of(model))}")
     say(f"norms: {use_lean_norms(model)}")
+    say(f"q, k, v and o by nf4_lora: {use_lean_attention(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"model: {base}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
+    origin = hub_origin(config.model.path, base)
+    name = f"{origin.name} at commit {origin.commit}" if origin else base
+    say(f"model: {name}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
     return model

@@ -13,9 +13,9 @@ under autocast)::
     or the tiled MLP           s D + 2 s F   its input, gate and up, for all its layers; where recomputed s D
 
 On a GPU attention's result is the input of o, and counts once. LoRA's weights are kept once more in 16 bits, except by
-the tiled MLP. On a CPU, and on 16-bit layers, PEFT takes no notice of autocast and casts to float32 and back, so each
-LoRA layer has an input of its own; on a CPU the documents' results are joined into a copy. Frozen layers keep nothing:
-the gradient of their input needs only the weight.
+nf4_lora: in the tiled MLP, and in q, k, v and o where it computes those. On a CPU, and on 16-bit layers, PEFT takes
+no notice of autocast and casts to float32 and back, so each LoRA layer has an input of its own; on a CPU the documents'
+results are joined into a copy. Frozen layers keep nothing: the gradient of their input needs only the weight.
 
 The backward goes through the parts of a layer from the last to the first and frees what each has kept. Its peak is
 where what is still kept and what the part itself takes are most: with short rows in the MLP (dequantised weights), with
@@ -128,6 +128,7 @@ class _LayerFormula:
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
         self.tiled = not blueprint.why_not_tiled
+        self.lean = not blueprint.why_not_lean
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
         self.recast = self.size == 2 and not (on_gpu and all(x.quantized for x in self.linears if x.adapted))
 
@@ -194,8 +195,20 @@ class _LayerFormula:
         weight, and their sum), and the dequantised weight.
         """
         inputs = max(x.inputs for x in self.linears if x.short in group)
+        if self.lean:  # the gradients of its results are there; that of its input is one sum
+            results = sum(x.outputs for x in self.linears if x.short in group) if group is QKV else 0
+            taken = self.size * self.tokens * (self.blueprint.hidden + results + inputs) + self.weight(group)
+            return LayerPart(self.lean_saved(group), taken)
         taken = self.size * self.tokens * (2 * self.blueprint.hidden + 3 * inputs) + self.weight(group)
         return LayerPart(self.lora_saved(group), taken)
+
+    def lean_saved(self, group: set[str]) -> int:
+        """The input, unless it is counted with attention, and what A makes of it."""
+        adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
+        if not adapted:
+            return 0
+        own = adapted[0].inputs if group is not OUT or not self.on_gpu else 0
+        return self.tokens * self.size * (own + len(adapted) * self.lora.r)
 
     def lora_saved(self, group: set[str]) -> int:
         """Returns what LoRA saves: inputs, their products with A, and the adapter's weights in 16 bits."""

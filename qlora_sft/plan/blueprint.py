@@ -15,8 +15,9 @@ from qlora_kernels.packed_ce import HeadShape
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import Header, read_headers
-from qlora_sft.model.meta_model import meta_model, read_settings, why_mlp_stays
+from qlora_sft.model.meta_model import meta_model, read_settings, why_parts_stay
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Blueprint:
     """Of experts, in a mixture."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
+    why_not_lean: str = ""
+    """Why q, k, v and o are left to PEFT; empty if nf4_lora computes them."""
     input_embedding: int = 0
     """Values of the input embedding if the output head is another matrix, else 0."""
     lean_norms: bool = False
@@ -96,6 +99,8 @@ class Blueprint:
     """The matrices with such rows: the embedding, and the head where it is another."""
     grown: int = 0
     """Parameters that the files lack, because embedding and head have to grow for added tokens."""
+    nested: bool = True
+    """Whether the scales of NF4 weights are quantised themselves; a checkpoint that was saved in NF4 may differ."""
 
     @property
     def n_layers(self) -> int:
@@ -173,6 +178,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         input_embedding=_input_embedding(model),
         added_rows=len(rows),
         grown=model.num_parameters() - in_files,
+        nested=bool(_packed(settings).get("bnb_4bit_use_double_quant", not _packed(settings))),
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, prefix, targets, config),
         stacks=_stacks(model, prefix, config),
@@ -182,7 +188,8 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         ],
     )
     lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
-    return replace(blueprint, why_not_tiled=why_mlp_stays(model, targets, config), lean_norms=lean)
+    mlp, attention = why_parts_stay(model, targets, config)
+    return replace(blueprint, why_not_tiled=mlp, why_not_lean=attention, lean_norms=lean)
 
 
 def _input_embedding(model: PreTrainedModel) -> int:
@@ -209,12 +216,13 @@ def _stacks(model: PreTrainedModel, prefix: str, config: Config) -> list[Stack]:
 
 def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
     """Describes all linear layers of a model."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     from qlora_sft.model.experts import router_names
 
-    kept = [*get_keys_to_not_convert(model), *router_names(model)]
+    kept = HfQuantizer.get_modules_to_not_convert(model, _packed(model.config).get("llm_int8_skip_modules"))
+    kept = [*kept, *router_names(model)]
     head = model.get_output_embeddings()
 
     def quantized(name: str, module: torch.nn.Linear) -> bool:
@@ -233,6 +241,11 @@ def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Co
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]  # fmt: skip
+
+
+def _packed(settings: PretrainedConfig) -> JsonObject:
+    """Returns how a checkpoint was quantised when it was saved; empty for one in 16 bits."""
+    return dict(getattr(settings, "quantization_config", None) or {})
 
 
 def _is_norm(module: torch.nn.Module) -> bool:

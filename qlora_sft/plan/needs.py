@@ -20,6 +20,7 @@ from qlora_sft.model.backend import Backend
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
+from qlora_sft.model.snapshot import has_weights, origin_of
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
@@ -68,6 +69,10 @@ def needs_of(
             "backend": Choice(*backend),
             "dtype": Choice(str(dtype).removeprefix("torch."), dtype_reason),
             "optimizer": Choice(optimizer, optimizer_reason),
+            "q, k, v and o": Choice(
+                "PEFT" if blueprint.why_not_lean else "nf4_lora",
+                blueprint.why_not_lean or "a small module of their class gives the same results",
+            ),
             "tiled_mlp": Choice(
                 "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
             ),
@@ -199,7 +204,7 @@ def _disk(
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     return DiskPlan(
-        download=0 if Path(base).is_dir() else weights,
+        download=weights if origin_of(base) and not has_weights(Path(base)) else 0,
         prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
         adapter=held.adapters,
         checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
+from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,7 +36,7 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
     targets, experts = target_modules(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:

@@ -23,6 +23,7 @@ from qlora_sft.config import Config
 from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.qkv import use_lean_attention
 from qlora_sft.plan.blueprint import Blueprint
 from qlora_sft.plan.random_model import random_model
 
@@ -105,6 +106,7 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
         settings.layer_types = settings.layer_types[:1]
     model = random_model(settings, config, dtype, device)
     use_lean_norms(model)
+    use_lean_attention(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
     decoder: nn.Module = model.get_base_model().get_decoder()
     return decoder

@@ -16,6 +16,7 @@ from qlora_sft.plan.blueprint import Blueprint, Linear, Stack
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 # float32 tables of 16 and 256 values, and the mean that was subtracted before the maxima were quantised; per layer.
+NF4_TABLE = 16 * 4
 NF4_TABLES = (16 + 256 + 1) * 4
 LORA_BYTES = 4  # LoRA and its gradients are float32
 
@@ -57,7 +58,11 @@ def residents(
         full -= blueprint.input_embedding
     adapters = adapter_tensors(blueprint, config.lora.r)
     return Residents(
-        nf4=sum(nf4_bytes(linear.inputs * linear.outputs) for linear in blueprint.linears if linear.quantized)
+        nf4=sum(
+            nf4_bytes(linear.inputs * linear.outputs, blueprint.nested)
+            for linear in blueprint.linears
+            if linear.quantized
+        )
         + sum(stack_bytes(stack) for stack in blueprint.stacks if stack.quantized),
         full=full * dtype.itemsize,
         # PEFT keeps the rows of added tokens as they began.
@@ -68,9 +73,12 @@ def residents(
     )
 
 
-def nf4_bytes(count: int) -> int:
-    """Returns the bytes of ``count`` weights in NF4 with double quantisation: 4.127 bits each, and the tables."""
+def nf4_bytes(count: int, nested: bool = True) -> int:
+    """Returns the bytes of ``count`` weights in NF4: 4.127 bits each and the tables; 4.5 bits and one table if the
+    scales are not quantised themselves (``nested``)."""
     blocks = _ceil(count, NF4_BLOCK)
+    if not nested:
+        return _ceil(count, 2) + 4 * blocks + NF4_TABLE
     return _ceil(count, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + NF4_TABLES
 
 

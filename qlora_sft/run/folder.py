@@ -120,6 +120,12 @@ class Run:
         return None if found is None else str(found)
 
     @property
+    def base_commit(self) -> str | None:
+        """Returns the commit of the Hub that was trained on; None for a folder, and in runs from before it was kept."""
+        found = self._of("report").get("base_commit")
+        return None if found is None else str(found)
+
+    @property
     def dtype(self) -> str:
         """Returns the type that it computed in; ``auto`` may mean another one on this machine."""
         return str(self._of("report").get("dtype") or self.model.dtype)

@@ -13,6 +13,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
+from qlora_sft.strict import as_tree
 
 PACKAGES = (
     "qlora-sft torch transformers trl peft bitsandbytes unsloth unsloth_zoo triton datasets accelerate tokenizers"
@@ -48,5 +49,5 @@ def _sha256(files: list[str]) -> str | None:
 def write_manifest(file: Path, config: Config, data: dict[str, SourceLedger], report: RunReport) -> None:
     """Writes ``manifest.json``; with it a run is finished."""
     facts = {"data": describe_data(data), "report": report.to_json()}
-    manifest = {"config": asdict(config), "versions": versions(), "machine": platform.platform(), **facts}
+    manifest = {"config": as_tree(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)

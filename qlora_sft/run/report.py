@@ -135,6 +135,10 @@ class RunReport(Report):
     """Folder or Hub id of the base model."""
     base_sha256: str | None = None
     """Fingerprint of the base's weights."""
+    base_commit: str | None = None
+    """Commit of the Hub that its files are of."""
+    base_files: dict[str, str] = field(default_factory=dict)
+    """sha256 of its files, by name; large ones only where the Hub's cache names it."""
     data_sha256: str | None = None
     dtype: str
     quantized_modules: list[str]

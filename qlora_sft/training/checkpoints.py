@@ -17,14 +17,22 @@ from typing import TYPE_CHECKING
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
+from qlora_sft.lora_from import adapter_folder
 from qlora_sft.say import Say
+from qlora_sft.strict import as_tree
 
 if TYPE_CHECKING:
     from qlora_sft.data.documents import Documents
     from qlora_sft.training.run_folder import Beginning
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
-FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit")
+FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "model.revision")
+# Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
+# commit is compared, which several names may mean.
+NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
+# What a run takes from the adapter of lora.from.
+TAKEN = ("lora.r", "lora.alpha", "lora.target_modules")
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
@@ -101,7 +109,14 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         say(f"resume: {run} has no checkpoint yet, so it begins at step 0")
         return None
     before = load_config(run / "config.yaml")
-    changed = list(differences(dataclasses.asdict(before), dataclasses.asdict(config)))
+    begun = _begun(run)
+    found = differences(as_tree(before), as_tree(config))
+    lost = _lost_adapter(config)
+    changed = [
+        (key, old, new)
+        for key, old, new in found
+        if not (key in NAMED and begun.get(NAMED[key]) == new) and not (lost and key in TAKEN)
+    ]
     if changed:
         raise ConfigError(
             [f"--resume: {key} was {old!r} when {run} began and is {new!r} now" for key, old, new in changed]
@@ -109,6 +124,28 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         )
     say(f"resume: from step {step_of(checkpoint)} ({checkpoint})")
     return checkpoint
+
+
+def as_begun(config: Config, run: Path, say: Say) -> Config:
+    """Returns ``config`` with the commit of the base and the way to attend that ``run`` began with, where it leaves
+    them open: the main branch of the base may have moved, and another GPU may prefer another way."""
+    begun, model = _begun(run), config.model
+    commit, way = begun.get("base_commit"), begun.get("attention")
+    if isinstance(commit, str) and model.revision == load_config(run / "config.yaml").model.revision:
+        say(f"base: {model.path} at commit {commit}, with which this run began")
+        model = dataclasses.replace(model, revision=commit)
+    if way in ("varlen", "sdpa") and model.attention == "auto":
+        model = dataclasses.replace(model, attention="sdpa" if way == "sdpa" else "varlen")
+    lora = config.lora
+    if _lost_adapter(config):
+        say(f"lora.from: {lora.from_} is gone; the checkpoint has all of it")
+        lora = dataclasses.replace(load_config(run / "config.yaml").lora, from_=None)
+    return dataclasses.replace(config, model=model, lora=lora)
+
+
+def _lost_adapter(config: Config) -> bool:
+    """Says whether the adapter that the run went on from is there no more."""
+    return config.lora.from_ is not None and adapter_folder(config.lora.from_) is None
 
 
 def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, object, object]]:
@@ -124,11 +161,28 @@ def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, 
 
 def check_same(run: Path, beginning: Beginning) -> None:
     """Raises `ConfigError` where ``beginning`` is not what the run began with."""
-    facts = beginning.to_json()
-    begun = json.loads((run / "begun.json").read_text(encoding="utf-8"))
-    problems = [cure.format(begun[key], facts[key]) for key, cure in CURES.items() if begun[key] != facts[key]]
+    facts, begun = beginning.to_json(), _begun(run)
+    # What an older version did not know of its beginning cannot be compared.
+    known = {key: cure for key, cure in CURES.items() if begun.get(key) is not None}
+    problems = [cure.format(begun[key], facts[key]) for key, cure in known.items() if begun[key] != facts[key]]
     if problems:
         raise ConfigError([f"--resume: {problem}" for problem in problems])
+
+
+def check_commit(run: Path, commit: str | None) -> None:
+    """Raises `ConfigError` where the base is at another ``commit`` than when the run began: before its weights are
+    fetched."""
+    begun = _begun(run).get("base_commit")
+    if begun and begun != commit:
+        raise ConfigError(
+            f"--resume: the base model is at commit {commit}, and this run began with {begun}; set "
+            f"model.revision={begun}, or choose another output=... for a new run"
+        )
+
+
+def _begun(run: Path) -> JsonObject:
+    content: JsonObject = json.loads((run / "begun.json").read_text(encoding="utf-8"))
+    return content
 
 
 def data_digest(documents: Iterable[Documents], sequences: list[list[int]]) -> str:

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +19,20 @@ from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question
 from qlora_sft.evaluation.evaluate import evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.allocator import describe_allocator
+from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
+from qlora_sft.model.snapshot import fetch_weights, file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
-from qlora_sft.training.checkpoints import check_same, data_digest
+from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
@@ -41,16 +45,20 @@ def run_recipe(
 
     Raises the errors of `train`.
     """
+    with watch("base model"):
+        if checkpoint:
+            check_commit(run, data.commit)
+        fetch_weights(data.base)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        beginning = begins_with(data, dtype)
+        lengths = sizes(data.documents).tokens
+        beginning = begins_with(config, data, dtype, lengths)
         if checkpoint:
             check_same(run, beginning)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
-        lengths = sizes(data.documents).tokens
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
         if model.device.type == "cuda":
@@ -85,8 +93,10 @@ def run_recipe(
     report = RunReport(
         output=str(run),
         backend=Choice(*data.backend),
-        base=data.base,
+        base=config.model.path if data.commit else data.base,
         base_sha256=beginning.base_sha256,
+        base_commit=data.commit,
+        base_files=file_hashes(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         quantized_modules=quantized_modules(model),
@@ -103,12 +113,16 @@ def run_recipe(
     return report
 
 
-def begins_with(data: RunData, dtype: torch.dtype) -> Beginning:
-    """What a run that goes on must find again."""
+def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
+    """Returns what a run that goes on must find again. lengths: tokens of its documents."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Beginning(
         data_sha256=data_digest(data.train.documents.values(), data.sequences),
         base_sha256=fingerprint(data.base),
         dtype=str(dtype).removeprefix("torch."),
         backend=data.backend.name,
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
+        base_commit=data.commit,
+        attention=choose_way(config.model.attention, device, lengths).way,
+        lora_from_sha256=adapter_digest(config.lora.from_),
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.atomic import write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.lora_from import adapter_folder
 from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
 
@@ -41,6 +42,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = as_path(config.output)
     _check_writable(run)
+    _check_apart(config, run)
     earlier = [name for name in RUN_FILES if (run / name).exists()]
     if earlier and not (overwrite or resume):
         go_on = "" if (run / "manifest.json").exists() else ", or --resume to go on with it"
@@ -49,6 +51,13 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
             f"{go_on}"
         )
     return run
+
+
+def _check_apart(config: Config, run: Path) -> None:
+    """Raises `ConfigError` for a run that would write over the adapter that it goes on from."""
+    folder = adapter_folder(config.lora.from_) if config.lora.from_ else None
+    if folder and run.resolve() in (folder.resolve(), folder.resolve().parent):
+        raise ConfigError(f"lora.from: {folder} is in the folder of this run; choose another output=...")
 
 
 def _check_writable(run: Path) -> None:
@@ -73,6 +82,12 @@ class Beginning(Report):
     backend: str
     template_date: str | None = None
     """The date that the chat template wrote as today; None if it writes none."""
+    base_commit: str | None = None
+    """Commit of the Hub that the base is of."""
+    attention: str | None = None
+    """The way that attends inside documents."""
+    lora_from_sha256: str | None = None
+    """Of the weights of the adapter that it goes on from."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning) -> None:

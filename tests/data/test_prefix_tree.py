@@ -64,7 +64,7 @@ def test_what_continues_a_segment_stands_behind_it_in_one_stretch(drawn: list[tu
 @given(ROWS, st.integers(100, 200))
 def test_groups_hold_every_document_once_and_fit(drawn: list[tuple[list[int], list[int]]], capacity: int) -> None:
     rows = [tokens_of(parts) for parts in drawn]
-    groups = group_by_prefix(rows, capacity)
+    groups = group_by_prefix(rows, ["s"] * len(rows), capacity)
     assert sorted(index for group in groups for index in group.documents) == list(range(len(rows)))
     for group in groups:
         assert group.tokens == tree_tokens([rows[index] for index in group.documents]) <= capacity
@@ -74,8 +74,11 @@ def test_a_group_leaves_room_for_other_sources() -> None:
     """A thousand rows behind one prompt would fill packed sequences of their own, and a step would see nothing else."""
     prompt = np.full(64, 5, dtype=np.int32)
     rows = [np.concatenate([prompt, np.full(32, 10 + n, dtype=np.int32)]) for n in range(100)]
-    sizes = [group.tokens for group in group_by_prefix(rows, 4096)]
+    others = [np.arange(n, n + 200, dtype=np.int32) for n in range(1000, 1300)]
+    groups = group_by_prefix(rows + others, ["a"] * 100 + ["b"] * 300, 4096)
+    sizes = [group.tokens for group in groups if group.documents[0] < 100]
     assert max(sizes) <= 1024
+    assert max(group.tokens for group in group_by_prefix(rows, ["a"] * 100, 4096)) > 3000
     assert sum(sizes) < sum(map(len, rows)) * 0.45
 
 
@@ -83,6 +86,6 @@ def test_a_long_prompt_is_shared_by_enough_rows() -> None:
     """A quarter of a packed sequence would hold the prompt and little more."""
     prompt = np.full(960, 5, dtype=np.int32)
     rows = [np.concatenate([prompt, np.full(64, 10 + n, dtype=np.int32)]) for n in range(60)]
-    groups = group_by_prefix(rows, 4096)
+    groups = group_by_prefix(rows, ["a"] * 60, 4096)
     assert len(groups) <= 2
     assert sum(group.tokens for group in groups) < sum(map(len, rows)) * 0.15

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from qlora_kernels.nf4_lora import Activation, pointwise
-from qlora_kernels.nf4_lora.gated import activate, runs_triton
+from qlora_kernels.nf4_lora.gated import activate, gated_backward, runs_triton
 
 
 def wide_inputs(dtype: torch.dtype, shape: tuple[int, int]) -> list[torch.Tensor]:
@@ -28,8 +28,10 @@ def test_forward_and_backward(dtype: torch.dtype, error: float, activation: Any,
     h = activate(g, activation) * u
     wanted = [h.detach(), *torch.autograd.grad(h, [g, u], dh.double())]
     forward = pointwise.gated(gate, up, activation, torch.empty_like(gate))
-    backward = pointwise.gated_backward(dh.clone(), gate.clone(), up.clone(), activation)
-    for found, truth in zip([forward, *backward], [wanted[0], *wanted], strict=True):
+    over = [t.clone() for t in (gate, up)]
+    backward = pointwise.gated_backward(dh.clone(), *over, activation, *over)
+    beside = gated_backward(dh.clone(), gate, up, activation, keep=True)
+    for found, truth in zip([forward, *backward, *beside], [wanted[0], *wanted, *wanted], strict=True):
         torch.testing.assert_close(
             found.double(), truth, rtol=error, atol=max(1e-6, error / 10)
         )  # 1 + erf cancels far left

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from qlora_kernels import rotate_triton  # noqa: E402
 from qlora_kernels.nf4_lora import pointwise  # noqa: E402
 from qlora_kernels.packed_ce import gather_scatter, logit_kernels, select, triton_path  # noqa: E402
 
@@ -36,6 +37,16 @@ VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
     ("count", select.count_kernel, {"BLOCK": 1024}, 4),
     ("compact", select.compact_kernel, {"BLOCK": 1024}, 4),
     *(
+        (
+            f"rotate {'back' if inverse else ''}, heads of {2 * half}",
+            rotate_triton.rotate_kernel,
+            {"INVERSE": inverse, "HEADS": rotate_triton.PAIRS // half, "HALF": half},
+            rotate_triton.WARPS,
+        )
+        for inverse in (False, True)
+        for half in (64, 128)
+    ),
+    *(
         (f"{name}, {activation}", kernel, {"ACTIVATION": activation, "BLOCK": pointwise.BLOCK}, pointwise.WARPS)
         for name, kernel in (("gated", pointwise.gated_kernel), ("gated backward", pointwise.gated_backward_kernel))
         for activation in ("silu", "gelu", "gelu_tanh")
@@ -51,7 +62,9 @@ TYPES = {
     "document_kernel": "nll=*fp32 correct=*i8 bounds=*i32 out=*fp32",
     "count_kernel": "labels=*i64 documents=*i32 counts=*i32 T=i32 ignore=i32",
     "gated_kernel": "G=*half U=*half H=*half n=i64",
-    "gated_backward_kernel": "D=*half G=*half U=*half n=i64",
+    "gated_backward_kernel": "D=*half G=*half U=*half DG=*half DU=*half n=i64",
+    "rotate_kernel": "Q=*half K=*half OUT_Q=*half OUT_K=*half COS=*half SIN=*half q_token=i32 q_head=i32 k_token=i32 "
+    "k_head=i32 H=i32 G=i32 size=i32 half=i32",
     "compact_kernel": "labels=*i64 documents=*i32 ends=*i32 positions=*i32 kept_labels=*i32 "
     "kept_documents=*i32 T=i32 ignore=i32",
 }

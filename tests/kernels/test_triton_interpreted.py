@@ -13,7 +13,7 @@ from packaging.version import Version
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_gated.py"])
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_gated.py", "interpreted_rotate.py"])
 def test_the_triton_kernels_on_the_cpu(file: str) -> None:
     triton = pytest.importorskip("triton")
     if Version(triton.__version__) < Version("3.7"):

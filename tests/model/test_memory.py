@@ -25,6 +25,7 @@ from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.qkv import use_lean_attention
 
 GIB = 2**30
 LAYER = LayerBytes(input=GIB, attention=GIB, kept=10 * GIB, backward=4 * GIB)
@@ -52,12 +53,19 @@ def gradients(model: Any, batches: list[Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "dtype"), [("none", "float32"), ("offload", "float32"), ("auto", "bfloat16"), ("offload", "bfloat16")]
-)
-def test_every_policy_gives_the_gradients_of_checkpointing(make_config: Any, policy: str, dtype: str) -> None:
-    """LoRA with dropout on a packed row and on a single document, accumulated."""
+    ("policy", "dtype", "dropout"),
+    [
+        ("none", "float32", 0.2), ("offload", "float32", 0), ("auto", "bfloat16", 0.2), ("offload", "bfloat16", 0.2),
+        ("none", "bfloat16", 0), ("offload", "bfloat16", 0),
+    ],
+)  # fmt: skip
+def test_every_policy_gives_the_gradients_of_checkpointing(
+    make_config: Any, policy: str, dtype: str, dropout: float
+) -> None:
+    """On a packed row and on a single document, accumulated; with LoRA's dropout, or with q, k, v and o by nf4_lora."""
     found = []
-    model = prepared(make_config("lora.dropout=0.2", f"model.dtype={dtype}"), getattr(torch, dtype))
+    model = prepared(make_config(f"lora.dropout={dropout}", f"model.dtype={dtype}"), getattr(torch, dtype))
+    assert use_lean_attention(model).startswith("left to PEFT (LoRA dropout" if dropout else "on")
     for each in ("checkpoint", policy):
         config = make_config(f"memory.policy={each}")
         documents = documents_of(config)

@@ -42,6 +42,7 @@ from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import TiledMLP, set_recompute, use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
+from qlora_sft.model.qkv import use_lean_attention
 from qlora_sft.plan import activations
 from qlora_sft.plan.activations import layer_bytes
 from qlora_sft.plan.blueprint import Blueprint, blueprint_of, read_blueprint
@@ -95,9 +96,9 @@ def arithmetic(model: Any, dtype: torch.dtype, on_gpu: bool) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def plain_norms(blueprint: Blueprint) -> Blueprint:
-    """Of a model whose RMSNorms are left to transformers."""
-    return replace(blueprint, lean_norms=False)
+def plain(blueprint: Blueprint) -> Blueprint:
+    """Of a model whose RMSNorms are left to transformers, and q, k, v and o to PEFT."""
+    return replace(blueprint, lean_norms=False, why_not_lean="a test")
 
 
 def run_layer(model: Any, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -161,11 +162,11 @@ def test_kept_is_what_autograd_saves(family: str, dtype: torch.dtype, tmp_path: 
     """Of rows shorter and longer than a tile, with transformers' MLP and the tiled one."""
     config = load_config("demo", ["lora.r=4", "memory.tiled_mlp=off"])
     model = with_lora(FAMILIES[family], tmp_path, config, dtype)
-    plain = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), config))
+    untiled = plain(blueprint_of(deepcopy(FAMILIES[family]), config))
     for on_gpu in (False, True):
-        planned = layer_bytes(plain, 75, config.lora, dtype, on_gpu)
+        planned = layer_bytes(untiled, 75, config.lora, dtype, on_gpu)
         assert planned.kept == planned.recomputed == saved_bytes(model, dtype, 75, on_gpu)
-    blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), load_config("demo", ["lora.r=4"])))
+    blueprint = plain(blueprint_of(deepcopy(FAMILIES[family]), load_config("demo", ["lora.r=4"])))
     assert (not blueprint.why_not_tiled) == tiled(model, False, 75) == (family != "phi3")
     for on_gpu, tokens in ((False, 75), (True, 75), (True, 1100)):
         planned = layer_bytes(blueprint, tokens, config.lora, dtype, on_gpu)
@@ -189,7 +190,7 @@ def test_with_dropout_without_4_bits_and_with_some_modules_only(overrides: tuple
     model = with_lora(FAMILIES["llama"], tmp_path, config, torch.bfloat16)
     for mlp in ("off", "auto"):
         config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}", *overrides])
-        blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES["llama"]), config))
+        blueprint = plain(blueprint_of(deepcopy(FAMILIES["llama"]), config))
         assert (not blueprint.why_not_tiled) == (mlp == "auto" and tiled(model, False, 48))
         planned = layer_bytes(blueprint, 48, config.lora, torch.bfloat16, on_gpu=False)
         assert planned.kept == saved_bytes(model, torch.bfloat16, 48, on_gpu=False)
@@ -198,7 +199,7 @@ def test_with_dropout_without_4_bits_and_with_some_modules_only(overrides: tuple
 def test_the_real_model(base_model: Path) -> None:
     config = load_config("demo", ["model.backend=transformers"])
     model = load_model(config, str(base_model), torch.bfloat16, "transformers").train()
-    blueprint = plain_norms(read_blueprint(config, str(base_model)))
+    blueprint = plain(read_blueprint(config, str(base_model)))
     assert tiled(model, False, 64)
     for on_gpu in (False, True):
         planned = layer_bytes(blueprint, 64, config.lora, torch.bfloat16, on_gpu)
@@ -232,7 +233,7 @@ def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
     model = with_lora(FAMILIES[family], tmp_path, load_config("demo", ["lora.r=4"]), torch.bfloat16)
     for mlp in ("off", "auto"):
         config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}"])
-        blueprint = plain_norms(blueprint_of(deepcopy(FAMILIES[family]), config))
+        blueprint = plain(blueprint_of(deepcopy(FAMILIES[family]), config))
         for tokens in (768, 3072):  # with the tiled MLP less than a tile, and three
             planned = layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu=True)
             assert planned.recomputed is not None
@@ -245,8 +246,22 @@ def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
             assert planned.recomputed + planned.backward == pytest.approx(whole, rel=0.04), (mlp, tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]", "[gate_proj]"])
+def test_kept_with_our_q_k_v_and_o(targets: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = load_config("demo", ["lora.r=4", f"lora.target_modules={targets}"])
+    for family in ("llama", "qwen2", "qwen3", "gemma2") if targets == "all-linear" else ("llama",):
+        model = with_lora(FAMILIES[family], tmp_path / family, config, dtype)
+        tiled(model, False, 75)
+        assert use_lean_attention(model).startswith("on")
+        blueprint = replace(blueprint_of(deepcopy(FAMILIES[family]), config), lean_norms=False)
+        for on_gpu in (False, True):
+            planned = layer_bytes(blueprint, 75, config.lora, dtype, on_gpu)
+            assert planned.kept == saved_bytes(model, dtype, 75, on_gpu), (family, on_gpu)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_with_lean_norms(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_lean_norms_and_attention(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept exactly, and the peak within 4%."""
     for module, name in ((gated, "BLOCK"), (importlib.import_module("qlora_kernels.rms_norm"), "CPU_BLOCK")):
         monkeypatch.setattr(module, name, 1024)
@@ -255,6 +270,7 @@ def test_with_lean_norms(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     config = load_config("demo", ["lora.r=4"])
     model = with_lora(FAMILIES[family], tmp_path, config, torch.bfloat16)
     assert use_lean_norms(model).startswith("on")
+    assert use_lean_attention(model).startswith("on")
     blueprint = blueprint_of(deepcopy(FAMILIES[family]), config)
     planned = layer_bytes(blueprint, 3072, config.lora, torch.bfloat16, on_gpu=True)
     measured = []
@@ -297,7 +313,7 @@ def test_the_peak_of_a_whole_step_on_a_cpu(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
             loss = batch_loss(model, flatten(documents)).loss
         loss.backward()
-    blueprint = plain_norms(blueprint_of(deepcopy(settings), config))
+    blueprint = plain(blueprint_of(deepcopy(settings), config))
     layer = layer_bytes(blueprint, 1024, config.lora, dtype, on_gpu=False)
     between = between_bytes(blueprint.config, 1024, dtype, on_gpu=False)
     assert peak_bytes([tier] * 6, layer, between) == pytest.approx(use.peak(), rel=0.11)

@@ -18,7 +18,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted
 from qlora_sft.train import train
 from qlora_sft.training import recipe as module
-from qlora_sft.training.checkpoints import all_checkpoints
+from qlora_sft.training.checkpoints import all_checkpoints, as_begun
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 
@@ -181,6 +181,22 @@ def test_other_data_or_another_base_are_refused(make_config: Any, tmp_path: Path
         train(config, resume=True, say=lambda _: None)
     assert len(refused.value.problems) == 2
     assert "set model.dtype=float16, which this run began with" in str(refused.value)
+
+
+def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp_path: Path) -> None:
+    stopped_run(make_config, "model.dtype=auto", "model.backend=auto", f"output={tmp_path / 'stopped'}")
+    run = tmp_path / "stopped"
+    begun = json.loads((run / "begun.json").read_text())
+    assert (begun["backend"], begun["attention"]) == ("transformers", "varlen")
+    as_meant = [f"model.dtype={begun['dtype']}", "model.backend=transformers", "model.attention=varlen"]
+    named = make_config(*SHORT, *as_meant, f"output={run}")
+    other = make_config(*SHORT, *as_meant[1:], "model.dtype=float16", f"output={run}")
+    with pytest.raises(ConfigError, match=r"model\.dtype was 'auto' when .* began and is 'float16' now"):
+        train(other, resume=True, say=lambda _: None)
+    (run / "begun.json").write_text(json.dumps({**begun, "attention": "sdpa"}))
+    assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == "sdpa"
+    (run / "begun.json").write_text(json.dumps(begun))
+    assert train(named, resume=True, say=lambda _: None)["resumed_at"] == 2
 
 
 def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:

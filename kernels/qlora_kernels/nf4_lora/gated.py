@@ -57,19 +57,22 @@ def gated(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None =
     return out
 
 
-def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
-    """h, dgate, dup [t, F], which take the places of ``dh``, ``gate`` and ``up``."""
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: Activation, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h, dgate, dup [t, F], which take the places of ``dh``, ``gate`` and ``up``; keep: of ``dh`` only."""
+    out = (torch.empty_like(gate), torch.empty_like(up)) if keep else (gate, up)
     if runs_triton(gate.device, gate.dtype):
         from qlora_kernels.nf4_lora import pointwise
 
-        return pointwise.gated_backward(dh, gate, up, activation)
+        return pointwise.gated_backward(dh, gate, up, activation, *out)
     for rows in blocks(gate):
         g, u, d = wide(gate[rows]), wide(up[rows]), wide(dh[rows])
         a = activate(g, activation)
         h, dup = a * u, a.mul_(d)
         dgate = activate_backward(d * u, g, activation)
-        dh[rows], gate[rows], up[rows] = h, dgate, dup
-    return dh, gate, up
+        dh[rows], out[0][rows], out[1][rows] = h, dgate, dup
+    return dh, *out
 
 
 @cache

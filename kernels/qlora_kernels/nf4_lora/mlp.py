@@ -150,11 +150,12 @@ def tiled_backward(
         u_gate, u_up = gate.down(part), up.down(part)
         if kept is None:
             g, u = gate.forward(part, u_gate), up.forward(part, u_up)
-        else:  # what is kept may be asked for again (retain_graph), so it is not overwritten
-            g, u = kept[0][t].clone(), kept[1][t].clone()
+        else:
+            g, u = kept[0][t], kept[1][t]
         v = down.up(dy[t])
         dh = down.backward(dy[t], v).to(spec.precision.out)
-        h, dgate, dup = gated_backward(dh, g, u, spec.activation)
+        # What is kept may be asked for again (retain_graph), so it is not written over.
+        h, dgate, dup = gated_backward(dh, g, u, spec.activation, keep=kept is not None)
         down.accumulate(h, down.down(h), dy[t], v)
         v_gate, v_up = gate.up(dgate), up.up(dup)
         gate.accumulate(part, u_gate, dgate, v_gate)

@@ -42,8 +42,8 @@ def gated_kernel(G, U, H, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gated_backward_kernel(D, G, U, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """D = act(G) U,  G = D U act'(G),  U = D act(G): each from what stood there before."""
+def gated_backward_kernel(D, G, U, DG, DU, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """DG = D U act'(G),  DU = D act(G),  D = act(G) U: each from what stood there before; DG and DU may be G and U."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < n
     d = tl.load(D + o, mask=inside, other=0.0).to(tl.float32)
@@ -51,8 +51,8 @@ def gated_backward_kernel(D, G, U, n, ACTIVATION: tl.constexpr, BLOCK: tl.conste
     u = tl.load(U + o, mask=inside, other=0.0).to(tl.float32)
     slope, share = slope_and_share(g, ACTIVATION)
     tl.store(D + o, (g * share * u).to(D.dtype.element_ty), mask=inside)
-    tl.store(G + o, (d * u * slope).to(G.dtype.element_ty), mask=inside)
-    tl.store(U + o, (d * g * share).to(U.dtype.element_ty), mask=inside)
+    tl.store(DG + o, (d * u * slope).to(DG.dtype.element_ty), mask=inside)
+    tl.store(DU + o, (d * g * share).to(DU.dtype.element_ty), mask=inside)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
@@ -62,12 +62,14 @@ def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
     return out
 
 
-def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    check(dh, gate, up)
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, dgate: Tensor, dup: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(dh, gate, up, dgate, dup)
     if n := gate.numel():
         grid = (triton.cdiv(n, BLOCK),)
-        gated_backward_kernel[grid](dh, gate, up, n, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS)
-    return dh, gate, up
+        gated_backward_kernel[grid](dh, gate, up, dgate, dup, n, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS)
+    return dh, dgate, dup
 
 
 def check(*tensors: Tensor) -> None:

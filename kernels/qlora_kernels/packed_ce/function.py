@@ -78,7 +78,7 @@ def packed_linear_cross_entropy(
         path: ``auto``, ``triton`` or ``torch``; see `choose_path`.
         tile: columns of the vocabulary handled at once; default: on Triton all, unless they do not fit or the head
             is in 4 bits.
-        workspace_bytes: limit of a chunk's logits on Triton; default 256 MiB.
+        workspace_bytes: limit of a chunk's logits on Triton; default 512 MiB.
 
     Returns `CEOutput`. Zero positions give loss 0 with a zero gradient, not NaN.
     Raises ValueError naming the argument and its value for wrong shapes, dtypes, devices and targets. Targets that

@@ -15,7 +15,19 @@ from qlora_kernels.packed_ce.inputs import compute_dtype
 
 # ------------------------------------------------------------------ on a GPU
 
-WORKSPACE_BYTES = 256 * 2**20
+# Logits that are there at once. Share of the two products' time on an H200 (benchmarks/RESULTS.md), whole rows of a
+# vocabulary of 128,256 x 4096 (8B) and of 256,000 x 2304 (Gemma 2):
+#
+#   MiB    8B, a quarter supervised   8B, all   Gemma, a quarter   Gemma, all
+#   256    79%                        84%       68%                73%
+#   512    81%                        85%       71%                81%
+#   1024   83%                        72%       75%                81%
+#   2048   82%                        83%       73%                83%
+#
+# With 256 MiB a chunk of Gemma's has 262 rows, for which the second product (262 x 2304) is 27 tiles of 128 x 256 for
+# 132 processors; with 512 MiB 45. More gains little, and an 8B loses where the chunks fill the last wave badly.
+# A layer's backward takes as much as soon as a row has some thousand tokens, so the peak of a long row stays.
+WORKSPACE_BYTES = 512 * 2**20
 # Fewer rows than this starve the second product of a chunk; the vocabulary is then tiled.
 FEWEST_ROWS = 128
 TRITON_TILE = 16384

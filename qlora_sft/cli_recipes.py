@@ -1,0 +1,62 @@
+"""The verbs around recipes: list those that are shipped, write a new one, convert one of another toolkit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+
+from qlora_sft.recipe_new import CARDS, GOALS
+
+AddVerb = Callable[[str, Callable[[argparse.Namespace], Mapping[str, object]], str], argparse.ArgumentParser]
+"""Takes the name of a verb, what it does, and its help."""
+
+
+def add_recipe_verbs(add: AddVerb) -> None:
+    """Adds ``recipes``, ``new`` and ``convert`` to the command line."""
+    add("recipes", _recipes, "the shipped recipes, and what each is for")
+    new = add("new", _new, "write a commented recipe; asks for what is not given")
+    new.add_argument("file", help="YAML file to write")
+    new.add_argument("--model", metavar="PATH", help="folder or Hub id of the base model, or demo")
+    new.add_argument("--data", action="append", default=[], metavar="PATH", help="training data; may be given again")
+    new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
+    new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
+    new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
+    other = add("convert", _convert, "make a recipe of a configuration of axolotl or LLaMA-Factory")
+    other.add_argument("file", help="their YAML file")
+    other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
+
+
+def _recipes(arguments: argparse.Namespace) -> Mapping[str, object]:
+    from qlora_sft.recipe_list import recipe_table, shipped_recipes
+
+    recipes = shipped_recipes()
+    if not arguments.json:
+        print(recipe_table(recipes))
+    return {"recipes": [recipe._asdict() for recipe in recipes]}
+
+
+def _new(arguments: argparse.Namespace) -> Mapping[str, object]:
+    from qlora_sft.recipe_new import ask, check_card, check_given, check_goal, new_recipe
+
+    model = arguments.model or ask("--model (a folder, a Hub id, or demo)", check_given)
+    data = arguments.data or [ask("--data (a file, a folder, a glob or a Hub id)", check_given)]
+    card = arguments.card or int(ask(f"--card (GB of GPU memory: {', '.join(map(str, CARDS))})", check_card))
+    goal = arguments.goal or ask(f"--goal ({', '.join(GOALS)})", check_goal)
+    file = new_recipe(arguments.file, model, data, card, goal, arguments.held_out)
+    if not arguments.json:
+        print(f"wrote {file}; next: qlora-sft preview {file}, qlora-sft plan {file}, qlora-sft train {file}")
+    return {"file": str(file)}
+
+
+def _convert(arguments: argparse.Namespace) -> Mapping[str, object]:
+    from qlora_sft.convert.recipe import convert, write_recipe
+
+    recipe = convert(arguments.file)
+    for note in recipe.notes:
+        print(f"not in the recipe: {note}", file=sys.stderr)
+    if arguments.out:
+        print(f"wrote {write_recipe(recipe, arguments.out)}", file=sys.stderr)
+    elif not arguments.json:
+        print(recipe.text, end="")
+    return {"recipe": recipe.text, "notes": recipe.notes}

@@ -1,0 +1,57 @@
+"""Find the adapter that a run goes on from (``lora.from``) and read what it says of itself; no weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import JsonObject
+from qlora_sft.text import as_path
+
+# PEFT's names of what our settings are.
+KEYS = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+
+
+def adapter_folder(path: str) -> Path | None:
+    """Returns the folder of the adapter: ``path`` is a run's folder or its own; None if there is none."""
+    given = as_path(path)
+    return next((folder for folder in (given / "adapter", given) if (folder / "adapter_config.json").is_file()), None)
+
+
+def adapter_settings(folder: Path) -> JsonObject:
+    """Returns PEFT's settings of the adapter. Raises `ConfigError`."""
+    try:
+        content: JsonObject = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lora.from: {folder}: no readable adapter_config.json ({error})") from None
+    return content
+
+
+def fill_from_adapter(lora: object) -> None:
+    """Gives the section ``lora`` of a configuration the rank, the scale and the layers of the adapter that it names.
+
+    What is given stays; whether it is the adapter's, and whether there is an adapter, is found before training. A
+    finished run can be read without the adapter that it went on from.
+    """
+    path = lora.get("from") if isinstance(lora, dict) else None
+    folder = adapter_folder(path) if isinstance(path, str) else None
+    if folder is None or not isinstance(lora, dict):
+        return
+    settings = adapter_settings(folder)
+    for ours, theirs in KEYS.items():
+        value = settings.get(theirs)
+        if ours not in lora and value is not None:
+            lora[ours] = sorted(value) if isinstance(value, list) else value
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """Returns the fingerprint of the weights that the adapter was trained on, if a run's folder is around it."""
+    for name, section in (("manifest.json", "report"), ("begun.json", "")):
+        file = folder.parent / name
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found: str | None = (content.get(section) or {} if section else content).get("base_sha256")
+            if found:
+                return found
+    return None
