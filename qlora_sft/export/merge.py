@@ -189,13 +189,13 @@ class _Merge:
 
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
-        through_nf4 = set(self.run.quantized_modules) if onto == "nf4-dequantized" else set()
+        stored = read_model(base)
+        trained = self.run.quantized_modules if onto == "nf4-dequantized" else []
         updates = read_adapter(adapter)
         if not any(_does_something(update) for update in updates.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        stored = read_model(base)
-        known = in_files(base, stored, config, updates, through_nf4)
+        known = in_files(base, stored, config, updates, set(trained))
         plan = plan_merge(stored, config, known.updates, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)

@@ -16,6 +16,7 @@ import torch
 
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import RowReader, ThroughNF4
+from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
 from qlora_sft.export.tensors import Stored
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.experts import parts_of, stack_shape, stacks
@@ -104,10 +105,12 @@ def in_files(
 ) -> InFiles:
     """``updates`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
 
-    An update for which there is no tensor stays as it is.
+    An update for which there is no tensor stays as it is. Raises `RunError` for layers in NF4 that the files
+    do not have.
     """
     if not has_experts(config):
-        return InFiles(updates, through)
+        names = names_in_files(folder, tensors)
+        return InFiles(renamed(updates, names), modules_in_files(through, names, tensors))
     layout = _Layout.of(folder)
     found = InFiles(dict(updates), through - layout.stacks.keys())
     for name in tensors:
@@ -128,7 +131,7 @@ def in_files(
         if whole is not None:
             left = whole.left[place.expert].chunk(place.parts)[place.part]
             found.updates[name] = TensorUpdate(a=whole.right[place.expert], b=left, scale=whole.scale)
-    return found
+    return replace(found, through_nf4=modules_in_files(found.through_nf4, {}, tensors))
 
 
 def _rename(name: str, parameter: str, found: InFiles) -> None:
@@ -138,6 +141,7 @@ def _rename(name: str, parameter: str, found: InFiles) -> None:
     if parameter in found.updates:
         found.updates[name] = found.updates.pop(parameter)
     if parameter.removesuffix(".weight") in found.through_nf4:
+        found.through_nf4.remove(parameter.removesuffix(".weight"))
         found.through_nf4.add(name.removesuffix(".weight"))
 
 

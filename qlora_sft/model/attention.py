@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,7 +24,7 @@ from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from qlora_sft.model.base import CausalModel
 
@@ -31,8 +32,22 @@ NAME = "qlora_documents"
 # The same, one call of sdpa per document where a GPU could take all at once: faster where documents are long.
 NAME_ONE_BY_ONE = "qlora_documents_one_by_one"
 Way = Literal["varlen", "sdpa"]
-# What layers may ask for: the rest (chunks, recurrence) comes to no attention function as an argument.
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What layers may be: those that attend to all of a document, to a window or to chunks of it; those that mix tokens
+# without attention (`mixers.py`); and those that look at one token at a time. Others choose by themselves what they
+# attend to (sparse attention), by scores over the whole row.
+CHUNKS = "chunked_attention"
+LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKS, "linear_attention", "conv", "hybrid", "mlp", "moe"}
+# Families whose layers transformers does not tell where documents begin, or that reckon with the whole row in another
+# way. The check before training finds them, too, but a plan has no weights to check. A test holds this to what is so.
+RECURRENT = "its recurrent layers are not told where documents begin"
+ATTENTION = "its attention is not told where documents begin"
+POSITIONS = "it reckons with positions in the whole row"
+NOT_TOLD = {
+    "falcon_mamba": RECURRENT, "mamba": RECURRENT, "xlstm": RECURRENT,
+    "bigbird_pegasus": ATTENTION, "doge": ATTENTION, "moshi": ATTENTION, "nemotron": ATTENTION, "stablelm": ATTENTION,
+    "bart": POSITIONS, "blenderbot": POSITIONS, "blenderbot-small": POSITIONS, "marian": POSITIONS, "mbart": POSITIONS,
+    "pegasus": POSITIONS, "phimoe": POSITIONS, "plbart": POSITIONS,
+}  # fmt: skip
 
 
 def document_attention(
@@ -65,8 +80,12 @@ def document_attention(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
     longest = max_length_q if max_length_q is not None else int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
+    tree, chunk = tree_of(cu_seq_lens_q), chunk_of(module)
+    if tree is not None and chunk is not None:
+        raise ValueError(f"{type(module).__name__} attends in chunks, not over a tree")
+    if chunk is not None and chunk < longest:
+        cu_seq_lens_q, longest = chunked(cu_seq_lens_q, chunk), chunk
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    tree = tree_of(cu_seq_lens_q)
     if tree is not None:
         if window is not None or dropout or softcap is not None or s_aux is not None:
             raise ValueError(
@@ -183,6 +202,45 @@ def lengths_of(bounds: Tensor) -> list[int]:
     return found
 
 
+def why_one_at_a_time(model: CausalModel) -> str:
+    """Says why documents of ``model`` cannot share a row, as far as that is known without its weights; "" if they can.
+
+    Leaves the model's attention as it was.
+    """
+    before = base_of(model).config._attn_implementation
+    try:
+        use_document_attention(model)
+    except ValueError as error:
+        return str(error)
+    finally:
+        base_of(model).set_attn_implementation(before)
+    return ""
+
+
+def chunk_of(module: nn.Module) -> int | None:
+    """Returns the size of the chunks that an attention layer attends inside of; None if it is not of that kind."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None) or ()
+    number = getattr(module, "layer_idx", None)
+    if number is None or number >= len(types) or types[number] != CHUNKS:
+        return None
+    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+
+
+# Bounds of documents -> size of the chunks -> bounds of those: the same for all layers of a forward.
+_chunked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def chunked(bounds: Tensor, chunk: int) -> Tensor:
+    """Returns the bounds of the chunks of every document, counted from where it begins."""
+    made: dict[int, Tensor] = _chunked.setdefault(bounds, {})
+    if chunk not in made:
+        pieces = [min(chunk, length - at) for length in lengths_of(bounds) for at in range(0, length, chunk)]
+        made[chunk] = torch.tensor([0, *accumulate(pieces)], dtype=bounds.dtype).to(bounds.device)
+        remember_lengths(made[chunk], pieces)
+    return made[chunk]
+
+
 def _no_mask(*_: object, **__: object) -> None:
     """transformers builds a mask for every attention function; the bounds make one unnecessary."""
     return None
@@ -212,16 +270,40 @@ def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str 
     base.set_attn_implementation(name)
     config = base.config.get_text_config()
     if base.config._attn_implementation != name or config._attn_implementation != name:
-        raise ValueError(f"{type(base).__name__} keeps its own attention, so packed documents would see each other")
+        raise ValueError(f"{type(base).__name__} keeps its own attention")
+    told = NOT_TOLD.get(config.model_type)
+    if told is not None:
+        raise ValueError(f"{type(base).__name__}: {told}")
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if unknown:
-        raise ValueError(f"{type(base).__name__} has layers of type {', '.join(unknown)}, which cannot be packed here")
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    path = choose_path(base.device, base.dtype, head_size, _capped(base))
+        kinds = ", ".join(unknown)
+        raise ValueError(f"{type(base).__name__} has layers of type {kinds}, which choose what they attend to")
+    path = choose_path(base.device, base.dtype, head_size_of(config), _capped(base))
     if path.name != "varlen":
         return f"{path.name} ({path.reason})"
     said = "one call per document" if way == "sdpa" else path.reason
     return f"{way} ({said}{': ' if reason else ''}{reason})"
+
+
+def head_size_of(config: PretrainedConfig) -> int:
+    """Returns the size of the largest attention head; 0 for a model without attention.
+
+    ``config``: of the language model. Where layers differ (Gemma 4), it answers for single layers only.
+    """
+    return max(_head_size(layer) for layer in layer_settings(config))
+
+
+def layer_settings(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Returns the configuration of every layer where they differ, else the one that all have."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    given = getattr(config, "head_dim", None)
+    count = getattr(config, "num_attention_heads", None)
+    if isinstance(given, int) and given:
+        return given
+    return int(config.hidden_size) // count if isinstance(count, int) and count else 0
 
 
 def _capped(base: PreTrainedModel) -> bool:
@@ -230,13 +312,19 @@ def _capped(base: PreTrainedModel) -> bool:
     return softcap is not None or not getattr(base, "_supports_sdpa", True)
 
 
+def use_plain_attention(model: CausalModel) -> None:
+    """Switches ``model`` to transformers' own attention: sdpa, or eager where sdpa would leave out a cap on the logits
+    or attention sinks."""
+    base = base_of(model)
+    base.set_attn_implementation("eager" if _capped(base) else "sdpa")
+
+
 @contextmanager
 def plain_attention(model: CausalModel) -> Iterator[None]:
-    """Within it, ``model`` uses transformers' own attention, for padded batches and generation: sdpa, or eager where
-    sdpa would leave out a cap on the logits or attention sinks."""
+    """Within it, ``model`` uses transformers' own attention, for padded batches and generation."""
     base = base_of(model)
     before = base.config._attn_implementation
-    base.set_attn_implementation("eager" if _capped(base) else "sdpa")
+    use_plain_attention(model)
     try:
         yield
     finally:

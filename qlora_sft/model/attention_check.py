@@ -1,20 +1,25 @@
-"""Before training: a few documents in one row must come out as each of them does alone.
+"""Before training: how the documents of a packed sequence are kept apart, and whether they are.
 
-A model may carry attention of its own that takes no notice of document bounds, or mix tokens elsewhere (convolutions,
-recurrent states). Training would go on, with every document conditioned on strangers, and nothing would show it.
+In one sequence wherever that is exact: attention by document, recurrent and convolutional layers told where documents
+begin or run one document after the other. A model that still mixes documents, or attends in a way of its own, gets its
+documents one at a time. Nothing else of a run changes with that, and nothing is refused for it.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qlora_sft.errors import RunError
-from qlora_sft.model.attention import Way, use_document_attention
-from qlora_sft.model.base import base_of, has_unsloths_forward
+from qlora_sft.errors import ConfigError, RunError, first_line
+from qlora_sft.model.attention import Way, plain_attention, use_document_attention, use_plain_attention
+from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
+from qlora_sft.model.hidden import alone, hidden_states, number_documents, run_one_at_a_time
+from qlora_sft.model.leaks import leak
+from qlora_sft.model.mixers import mix_by_document, mixers_of, use_adapted_projections
 from qlora_sft.say import Say
 
 if TYPE_CHECKING:
@@ -26,63 +31,126 @@ LENGTHS = (11, 1, 23)
 # Relative difference of the hidden states that rounding explains. Packed and alone, matrix products have other shapes
 # and add up in another order; in a type of spacing eps that grows to about eps * sqrt(layers). A leak gives 0.1 to 1.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# What a family's forward raises where it does not take what it is given here.
+FAILURES = (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, IndexError, RuntimeError)
 
 
 def use_checked_attention(
     model: CausalModel, dtype: torch.dtype, say: Say, way: Way = "varlen", reason: str = ""
 ) -> None:
-    """`use_document_attention`, its choice printed, and the check. Raises `RunError` where packing mixes documents."""
+    """Chooses how the documents of a packed sequence are kept apart, checks that they are, and prints both.
+
+    Raises `ConfigError` for a model that is no causal language model, `RunError` for Unsloth's version of one that
+    mixes documents.
+    """
     base = base_of(model)
+    mixers = sum(len(mixers_of(layer)) for layer in decoder_layers(model))
+    if mixers:
+        number_documents(model)
+        use_adapted_projections(model)
+    obstacle = _use_shared_rows(model, dtype, say, mixers, way, reason)
+    if not obstacle:
+        return
+    if has_unsloths_forward(base):
+        raise RunError(f"{obstacle}. Set model.backend=transformers: this may be Unsloth's version of the model.")
+    run_one_at_a_time(model)
+    use_plain_attention(model)
+    remaining = obstacle_in(model, dtype, LENGTHS[-1:])
+    if remaining:
+        raise ConfigError(f"model.path: {type(base).__name__} cannot be trained here: {remaining}")
+    say(f"documents: one at a time, not packed, because {obstacle}; same result, slower if they are short")
+
+
+def _use_shared_rows(model: CausalModel, dtype: torch.dtype, say: Say, mixers: int, way: Way, reason: str) -> str:
+    """Returns why documents cannot share a packed sequence; "" if they can, and then all is set for it.
+
+    mixers: recurrent and convolutional layers of the model.
+    """
     try:
         choice = use_document_attention(model, way, reason)
-        if has_unsloths_forward(base):
-            choice = "as Unsloth does it (documents begin where positions do)"
-        say(f"attention: {choice}")
-        difference = packed_against_separate(model, dtype)
-    except (ValueError, NotImplementedError) as error:
-        raise RunError(f"{type(base).__name__}: {error}. {_cure(base)}") from None
+    except ValueError as error:
+        return str(error)
+    if has_unsloths_forward(base_of(model)):
+        choice = "as Unsloth does it (documents begin where positions do)"
+    obstacle = obstacle_in(model, dtype, LENGTHS)
+    how = "their kernels take the bounds of documents"
+    if obstacle and mixers:
+        mix_by_document(model)
+        how = "document by document, because their kernels are not installed or take no bounds"
+        obstacle = obstacle_in(model, dtype, LENGTHS)
+    if obstacle:
+        return obstacle
+    say(f"attention: {choice}")
+    if mixers:
+        say(f"recurrent and convolutional layers: {mixers}, {how}")
+    difference = packed_against_separate(model, dtype)
+    say(f"attention check: {len(LENGTHS)} documents packed and alone agree within {difference:.0e}, none sees another")
+    return ""
+
+
+def obstacle_in(model: CausalModel, dtype: torch.dtype, lengths: tuple[int, ...]) -> str:
+    """Says what is wrong with packed documents of ``lengths``: one is seen by another, or by its own past, or comes
+    out as it does not alone. "" if nothing is; the model stays in its mode."""
+    base = base_of(model)
+    try:
+        with Asking(base, dtype):
+            obstacle = leak(base, partial(_hidden_states, base), some_ids(base, lengths), lengths)
+        difference = 0.0 if obstacle or len(lengths) == 1 else packed_against_separate(model, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return f"{type(base).__name__}: {first_line(error)}"
     # A difference that is not a number is no agreement either.
     if not difference <= TOLERANCE[dtype]:
-        raise RunError(
-            f"{type(base).__name__}: documents in one row see each other: hidden states differ by {difference:.1e} "
-            f"from those of the same documents alone (rounding explains {TOLERANCE[dtype]:.0e}). {_cure(base)}"
+        obstacle = (
+            f"hidden states of packed documents differ by {difference:.1e} from those of the same documents alone "
+            f"(rounding explains {TOLERANCE[dtype]:.0e})"
         )
-    say(f"attention check: {len(LENGTHS)} documents packed and alone agree within {difference:.0e}")
+    return f"{type(base).__name__}: {obstacle}" if obstacle else ""
 
 
 def packed_against_separate(model: CausalModel, dtype: torch.dtype) -> float:
-    """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode."""
+    """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode.
+
+    Alone a document is run as transformers does it, with its own attention and the positions that the model counts.
+    """
     base = base_of(model)
+    ids = some_ids(base, LENGTHS)
+    with torch.no_grad(), Asking(base, dtype):
+        packed = _hidden_states(base, ids, LENGTHS).split(LENGTHS)
+        with plain_attention(base):
+            apart = [alone(base, part[None]).squeeze(0).float() for part in ids.split(LENGTHS)]
+        return max(_difference(*pair) for pair in zip(packed, apart, strict=True))
+
+
+class Asking:
+    """Within it, ``base`` is in evaluation mode, under the autocast of training."""
+
+    def __init__(self, base: PreTrainedModel, dtype: torch.dtype):
+        self.base, self.training = base, base.training
+        self.autocast = torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def __enter__(self) -> None:
+        self.base.eval()
+        self.autocast.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.autocast.__exit__(*error)
+        self.base.train(self.training)
+
+
+def some_ids(base: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
+    """Returns random token ids for documents of ``lengths`` behind one another, always the same."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).to(base.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            packed = _hidden_states(base, ids, LENGTHS)
-            edges = pairwise(accumulate(LENGTHS, initial=0))
-            return max(_difference(packed[a:b], _hidden_states(base, ids[a:b], (b - a,))) for a, b in edges)
-    finally:
-        model.train(training)
+    return torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(base.device)
 
 
 def _hidden_states(base: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """ids [T], documents of ``lengths`` behind one another -> [T, D], float32."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
-    output = base.get_decoder()(
-        input_ids=ids[None], position_ids=positions[None], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-        max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
-    )  # fmt: skip
-    hidden: Tensor = output.last_hidden_state.squeeze(0).float()
-    return hidden
+    return hidden_states(base, ids[None], positions[None], bounds, lengths).squeeze(0).float()
 
 
-def _difference(packed: Tensor, alone: Tensor) -> float:
-    return float((packed - alone).norm() / alone.norm())
-
-
-def _cure(base: PreTrainedModel) -> str:
-    if has_unsloths_forward(base):
-        return "Set model.backend=transformers: this may be Unsloth's version of the model."
-    return "Rows hold several documents here, so this model cannot be trained; take one whose layers only attend."
+def _difference(packed: Tensor, apart: Tensor) -> float:
+    return float((packed - apart).norm() / apart.norm())

@@ -22,11 +22,10 @@ def balance_coefficient(base: Any) -> float:
     return float(getattr(settings, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
 
 
-def balance_loss(base: Any, output: Any) -> Tensor | None:
-    """The family's own function of what its routers said of all rows of ``output``, times its coefficient; None where
+def balance_loss(base: Any, logits: tuple[Tensor, ...]) -> Tensor | None:
+    """The family's own function of what its routers said of all rows, ``logits``, times its coefficient; None where
     there is none."""
     coefficient = balance_coefficient(base)
-    logits = getattr(output, "router_logits", None)
     if not coefficient or not logits:
         return None
     function = getattr(sys.modules[type(base).__module__], FUNCTION)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.model.base import decoder_layers
+from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
 
@@ -123,7 +124,8 @@ def _documents(model: CausalModel, tokens: int, tree: bool = False) -> Batch:
     vocabulary = model.config.get_text_config().vocab_size
     none = torch.zeros(0, dtype=torch.int32)
     # Two of them, because the results of several are joined where each is attended to alone.
-    lengths = (tokens - tokens // 2, tokens // 2) if tokens > 1 else (1,)
+    halves = (tokens - tokens // 2, tokens // 2)
+    lengths = halves if tokens > 1 and not one_at_a_time(model) else (tokens,)
     parents = tuple(range(-1, len(lengths) - 1)) if tree else None
     edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=model.device)
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])

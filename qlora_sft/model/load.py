@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from qlora_kernels.cpu import bfloat16_products
 
-from qlora_sft.config import Config, LoraConfig, ModelConfig, RopeScaling
+from qlora_sft.config import Config, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
-from qlora_sft.model.experts import in_nf4, router_names, stacks, target_parameters, use_our_experts
+from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
+from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
+from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
@@ -103,7 +105,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=target_modules(model, config.lora),
+            target_modules=peft_targets(model, target_modules(model, config.lora)),
             trainable_token_indices=trainable_rows(model, rows),
             **checkpointing,
             random_state=config.seed,
@@ -129,7 +131,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=target_modules(model, config.lora),
+        target_modules=peft_targets(model, target_modules(model, config.lora)),
         target_parameters=target_parameters(model, config.lora) or None,
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
@@ -149,10 +151,11 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {} if rope is None else {"config": scaled_config(base, rope, trust)}
+    settings = scaled_config(base, rope, trust)
+    options: dict[str, Any] = {} if rope is None else {"config": settings}
     # One that was saved in NF4 is loaded as it is.
     if load_in_4bit and not read_config(base).get("quantization_config"):
-        options["quantization_config"] = _quantization(base, dtype)
+        options["quantization_config"] = _quantization(base, dtype, kept_in_full(meta_model(settings)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, device_map=device, trust_remote_code=runs_code(base, trust), **options
@@ -162,8 +165,9 @@ def load_base(
     return model
 
 
-def _quantization(base: str, dtype: torch.dtype) -> Any:
-    """NF4 with double quantisation of all linear layers, and of experts where the base has some."""
+def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None) -> Any:
+    """NF4 with double quantisation of all linear layers but those ``kept`` in full, and of experts where
+    the base has some."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig
@@ -172,7 +176,11 @@ def _quantization(base: str, dtype: torch.dtype) -> Any:
 
         config = experts_config
     return config(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
     )
 
 
@@ -248,24 +256,6 @@ def quantized_modules(model: CausalModel) -> list[str]:
     layers = [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
     experts = [(path.replace(".base_layer", ""), name) for path, module, name in stacks(base) if in_nf4(module, name)]
     return layers + [f"{path}.{name}" for path, name in experts]
-
-
-def target_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head, and
-    not those that route to experts.
-
-    Raises `ConfigError` for a name that neither a layer nor a stack of experts has.
-    """
-    blocks = model.get_decoder().layers
-    linear = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear)}
-    if lora.target_modules == "all-linear":
-        return sorted(linear - {name.rsplit(".", 1)[-1] for name in router_names(blocks)})
-    experts = {name for _, _, name in stacks(blocks)}
-    unknown = sorted(set(lora.target_modules) - linear - experts)
-    if unknown:
-        has = sorted(linear | experts)
-        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {has}")
-    return [name for name in lora.target_modules if name in linear]
 
 
 def disable_inference_repacking(model: CausalModel) -> None:

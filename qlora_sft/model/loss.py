@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.attention_tree import remember_tree
 from qlora_sft.model.balance import balance_loss
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
+from qlora_sft.model.hidden import Decoded, decode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # The implementation that `use_loss` has chosen for each model, kept for as long as the model lives.
 _chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
+# Gemma 2 and later; RecurrentGemma; xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
@@ -66,23 +68,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
-    return cast(Tensor, _decoded(model, batch).last_hidden_state)
+    return _decoded(model, batch).hidden
 
 
-def _decoded(model: CausalModel, batch: Batch) -> Any:
-    """Returns all that the decoder returns."""
-    base = base_of(model)
-    remember_lengths(batch["cu_seqlens"], batch["lengths"])
+def _decoded(model: CausalModel, batch: Batch) -> Decoded:
+    """Returns the hidden states, and what a mixture's routers said."""
     if batch["parents"] is not None:
         remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
-    return base.get_decoder()(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seq_lens_q=batch["cu_seqlens"],
-        cu_seq_lens_k=batch["cu_seqlens"],
-        max_length_q=batch["longest"],
-        max_length_k=batch["longest"],
-        use_cache=False,
+    return decode(
+        model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"], batch["longest"]
     )
 
 
@@ -95,7 +89,7 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
     """
     base = base_of(model)
     decoded = _decoded(model, batch)
-    hidden: Tensor = decoded.last_hidden_state
+    hidden = decoded.hidden
     if batch["repeated"].numel():
         hidden = torch.cat([hidden, hidden[:, batch["repeated"]]], dim=1)
     n_documents = batch["cu_seqlens"].numel() - 1
@@ -111,7 +105,7 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
         path=path_of(base) or "auto",
         **logit_transform(base.config),
     )
-    balance = balance_loss(base, decoded) if model.training else None
+    balance = balance_loss(base, decoded.router_logits) if model.training else None
     if balance is None:
         return output
     share = 1.0 if n_items is None else batch["weight_sum"] / n_items
@@ -132,13 +126,17 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """
     text = config.get_text_config()
     options: LogitTransform = {}
-    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and later
-    if softcap:
-        options["softcap"] = float(softcap)
+    for name in SOFTCAPS:
+        softcap = getattr(text, name, None)
+        if softcap:
+            options["softcap"] = float(softcap)
     scale = getattr(text, "logit_scale", None)  # Cohere multiplies
     if scale is not None:
         options["logit_scale"] = float(scale)
     scaling = getattr(text, "logits_scaling", None)  # Granite divides
     if scaling is not None:
         options["logit_scale"] = 1.0 / float(scaling)
+    multiplier = getattr(text, "lm_head_multiplier", None)  # Falcon-H1 multiplies
+    if multiplier is not None:
+        options["logit_scale"] = float(multiplier)
     return options

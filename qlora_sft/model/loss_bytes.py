@@ -12,6 +12,7 @@ import torch
 from qlora_kernels.offload import LayerBytes
 from qlora_kernels.packed_ce import HeadShape, PathName, backward_bytes, workspace_bytes
 
+from qlora_sft.model.attention import head_size_of
 from qlora_sft.model.loss import logit_transform
 
 if TYPE_CHECKING:
@@ -77,6 +78,5 @@ def loss_bytes(
 
 
 def rotation_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of the cosines and sines, one pair for all layers."""
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return 2 * tokens * size * dtype.itemsize
+    """Returns the bytes of the cosines and sines, one pair for all layers; none without attention."""
+    return 2 * tokens * head_size_of(config) * dtype.itemsize

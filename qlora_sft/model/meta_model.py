@@ -25,7 +25,8 @@ def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=is_foreign(settings))
-    except (ValueError, AttributeError) as error:
+    # Whatever a family's code raises for a configuration that it cannot make a model of.
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
@@ -51,7 +52,7 @@ def check_layers(config: Config, base: str) -> None:
     """
     from qlora_sft.model.experts import check_blocks, target_parameters
     from qlora_sft.model.head import check_frozen_head, check_head
-    from qlora_sft.model.load import target_modules
+    from qlora_sft.model.linears import target_modules
     from qlora_sft.model.vocabulary import new_rows
 
     demanded, experts = config.memory.tiled_mlp == "on", has_experts(read_config(base))
@@ -78,6 +79,7 @@ def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from qlora_sft.model.base import decoder_layers
     from qlora_sft.model.mlp import why_not_tiled
     from qlora_sft.model.peft_targets import as_named
     from qlora_sft.model.qkv import why_not_lean
@@ -86,5 +88,5 @@ def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -
     lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
     with torch.device("meta"), as_named(model):
         inject_adapter_in_model(lora, model)
-    blocks = list(model.get_decoder().layers)
+    blocks = decoder_layers(model)
     return why_not_tiled(blocks, config.memory.tiled_mlp), why_not_lean(blocks)

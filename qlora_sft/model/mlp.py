@@ -13,7 +13,7 @@ from qlora_kernels.nf4_lora import Activation, Projection, default_tile, lora_ml
 from torch import Tensor
 
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.projection import base_dtype, projection_of
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def use_tiled_mlp(model: CausalModel, requested: Requested, tokens: int) -> str:
 
     Raises `ConfigError` when ``on`` is demanded where it cannot be.
     """
-    base = base_of(model)
-    blocks = list(base.get_decoder().layers)
+    blocks: list[Any] = decoder_layers(model)
     reason = why_not_tiled(blocks, requested)
     if reason:
         return f"off ({reason})"

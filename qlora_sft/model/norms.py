@@ -12,7 +12,7 @@ import torch
 from qlora_kernels.rms_norm import NormFormula, rms_norm
 from torch import Tensor
 
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import decoder_layers, decoder_of
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -53,10 +53,9 @@ def use_lean_norms(model: CausalModel) -> str:
 
     Always on where the formula is known: nothing but memory changes, and measured on a CPU it is faster.
     """
-    base = base_of(model)
-    decoder = base.get_decoder()
+    decoder = decoder_of(model)
     # On a GPU its layers' forward reads a norm's weight and leaves the module's own forward aside.
-    if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder.layers):
+    if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder_layers(model)):
         return "off (Unsloth's layers compute their norms in their own way)"
     found = [
         (parent, name, child)

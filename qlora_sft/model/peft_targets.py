@@ -10,7 +10,6 @@ adapter have the same names either way.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,11 @@ from torch import nn
 
 from qlora_sft.model.base import base_of
 from qlora_sft.model.experts import decoder, stacks, within_block
+from qlora_sft.model.linears import layers_prefix
 
 WEIGHT = ".weight"
+# The names that PEFT takes for experts.
+MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 
 @contextmanager
@@ -51,19 +53,24 @@ def write_portable_targets(model: Any, folder: Path) -> None:
         return
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    renamed = set(config["target_modules"] or ()) & {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
-    weights = {
-        re.sub(r"\.base_layer$", "", within_block(path)) + WEIGHT
+    targets = config["target_modules"] or ()
+    layers = [
+        path.removesuffix(".base_layer")
         for path, module in decoder(base).named_modules()
-        if isinstance(module, nn.Linear) and _adapted_name(path) in renamed
-    }
-    config["target_modules"] = sorted(set(config["target_modules"] or ()) - renamed)
+        if isinstance(module, nn.Linear) and path.endswith(".base_layer")
+    ]
+    # A pattern says that other parts of the model have layers of these names: then each layer is named in full.
+    full = isinstance(targets, str)
+    named = {path: layers_prefix(base) + path if full else within_block(path) for path in layers}
+    weights = {named[path] + WEIGHT for path in layers if _last(path) in MOVED}
+    kept = {named[path] if full else _last(path) for path in layers if _last(path) not in MOVED}
+    config["target_modules"] = sorted(kept)
     config["target_parameters"] = sorted({*(config["target_parameters"] or ()), *weights})
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _adapted_name(path: str) -> str:
-    return path.rsplit(".", 2)[-2] if path.endswith(".base_layer") else ""
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def read_targets(folder: Path) -> Any:

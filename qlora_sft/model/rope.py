@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.config import Config, RopeScaling
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import base_of, decoder_of
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.remote_code import runs_code
 
@@ -107,7 +107,7 @@ def check_rope(model: CausalModel, config: PretrainedConfig) -> None:
     layer_type = {"layer_type": "full_attention"} if nested else {}
     wanted, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](text, "cpu", **layer_type)
     base = base_of(model)
-    rotary = getattr(base.get_decoder(), "rotary_emb", None)
+    rotary = getattr(decoder_of(base), "rotary_emb", None)
     prefix = "full_attention_" if nested else ""
     found = getattr(rotary, f"{prefix}inv_freq", None)
     found_scale = getattr(rotary, f"{prefix}attention_scaling", None)

@@ -17,8 +17,10 @@ from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.experts import describe_experts
 from qlora_sft.model.go_on import check_adapter, start_from
+from qlora_sft.model.linears import describe_linears
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import use_loss
+from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.qkv import use_lean_attention
@@ -47,6 +49,7 @@ def prepare_model(
         check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
         say(f"adapter: {start_from(model, config.lora.from_)}")
     use_rows_beside_embedding(model)
+    say(f"linear layers: {describe_linears(model)}")
     use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"
@@ -57,6 +60,7 @@ def prepare_model(
     say(f"norms: {use_lean_norms(model)}")
     say(f"q, k, v and o by nf4_lora: {use_lean_attention(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
+    check_logits(model, dtype)
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     origin = hub_origin(config.model.path, base)

@@ -56,12 +56,12 @@ def layer_bytes(
     joined: on a GPU, documents are attended to one by one, and their results are joined into a copy. Raises
     `ConfigError` if the layers are not Llama-like.
     """
-    heads, _, size = blueprint.heads
     each = [
         _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)
     ]
     for layer in each:
         layer.require_known()
+    heads, _, size = blueprint.heads
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
     again = max((layer.parts(again=True) for layer in each), key=_saved)
     return LayerBytes(
@@ -127,6 +127,7 @@ class _LayerFormula:
         self.joined = joined and on_gpu
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
+        self.stacked = blueprint.stacked(number)
         self.tiled = not blueprint.why_not_tiled
         self.lean = not blueprint.why_not_lean
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
@@ -150,6 +151,7 @@ class _LayerFormula:
         """Raises `ConfigError` if the layer has a part for which there is no formula here."""
         known = QKV | OUT | GATE_UP | DOWN
         odd = sorted({linear.short for linear in self.linears} - known)
+        odd += self.stacked
         odd += sorted({norm.kind for norm in self.norms if "RMSNorm" not in norm.kind})
         dense = any(linear.short in DOWN for linear in self.linears)
         if self.stacks and (dense or self.blueprint.config.model_type not in SOFTMAX_ROUTERS):

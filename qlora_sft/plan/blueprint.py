@@ -16,6 +16,8 @@ from qlora_kernels.packed_ce import HeadShape
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.attention import head_size_of, layer_settings
+from qlora_sft.model.base import layer_list
 from qlora_sft.model.base_files import Header, read_headers
 from qlora_sft.model.meta_model import meta_model, read_settings, why_parts_stay
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
@@ -37,6 +39,8 @@ class Linear:
     block: int | None
     quantized: bool
     adapted: bool
+    head: bool = False
+    """Whether it is the output head."""
 
     @property
     def short(self) -> str:
@@ -97,6 +101,10 @@ class Blueprint:
     """Tokens that the chat template adds, whose rows are trained."""
     trained_matrices: int = 0
     """The matrices with such rows: the embedding, and the head where it is another."""
+    prefix: str = "model.layers."
+    """What the names of the parameters of the decoder layers begin with."""
+    why_one_at_a_time: str = ""
+    """Why documents are run one at a time; empty if they share packed sequences."""
     grown: int = 0
     """Parameters that the files lack, because embedding and head have to grow for added tokens."""
     nested: bool = True
@@ -120,18 +128,27 @@ class Blueprint:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Returns (query heads, key and value heads, size of a head)."""
-        count = int(self.config.num_attention_heads)
-        groups = int(getattr(self.config, "num_key_value_heads", None) or count)
-        return count, groups, int(getattr(self.config, "head_dim", None) or self.hidden // count)
+        """Returns (query heads, key and value heads, size of a head), of the layers with most."""
+        each = layer_settings(self.config)
+        count = max(int(layer.num_attention_heads) for layer in each)
+        groups = max(int(getattr(layer, "num_key_value_heads", None) or count) for layer in each)
+        return count, groups, head_size_of(self.config)
 
     @property
     def head_in_4bit(self) -> bool:
-        return any(linear.quantized for linear in self.linears if linear.block is None)
+        return any(linear.quantized for linear in self.linears if linear.head)
 
     def head(self, dtype: torch.dtype) -> HeadShape:
         """Returns the output head as the loss meets it."""
         return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
+
+    def stacked(self, number: int) -> list[str]:
+        """Returns the parameters of a decoder layer that are more than a matrix and not known: convolutions, experts of
+        another form."""
+        here = f"{self.prefix}{number}."
+        found = {name.removeprefix(here) for name, shape in self.parameters.items() if len(shape) > 2}
+        known = {stack.name for stack in self.stacks}
+        return sorted(name for name in found if here + name in self.parameters and here + name not in known)
 
     def layer(self, number: int) -> list[Linear]:
         """Returns the linear layers of the decoder layer of this number."""
@@ -153,13 +170,14 @@ def read_blueprint(config: Config, base: str) -> Blueprint:
 
 def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int] = ()) -> Blueprint:
     """Describes a model by transformers' configuration object and the ids of the tokens that are added (``rows``)."""
+    from qlora_sft.model.attention import why_one_at_a_time
     from qlora_sft.model.head import check_head
-    from qlora_sft.model.load import target_modules
+    from qlora_sft.model.linears import layers_prefix, target_modules
     from qlora_sft.model.norms import FORMS
 
     model = meta_model(settings)
     try:
-        blocks = model.get_decoder().layers
+        blocks = layer_list(model)
         targets = target_modules(model, config.lora)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
@@ -169,7 +187,6 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
     grow(model, rows, initialise=False)
     if config.model.head_in_4bit:
         check_head(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     blueprint = Blueprint(
         kind=type(model).__name__,
         config=model.config.get_text_config(),
@@ -180,8 +197,10 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         grown=model.num_parameters() - in_files,
         nested=bool(_packed(settings).get("bnb_4bit_use_double_quant", not _packed(settings))),
         trained_matrices=len(trainable_rows(model, rows) or ()),
-        linears=_linears(model, prefix, targets, config),
-        stacks=_stacks(model, prefix, config),
+        linears=_linears(model, targets, config),
+        stacks=_stacks(model, config),
+        prefix=layers_prefix(model),
+        why_one_at_a_time=why_one_at_a_time(model),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks
@@ -198,11 +217,12 @@ def _input_embedding(model: PreTrainedModel) -> int:
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
 
 
-def _stacks(model: PreTrainedModel, prefix: str, config: Config) -> list[Stack]:
+def _stacks(model: PreTrainedModel, config: Config) -> list[Stack]:
     """Describes all stacks of experts of a model."""
     from qlora_sft.model.experts import parts_of, stack_shape, stacks, target_parameters
+    from qlora_sft.model.linears import layers_prefix
 
-    targets = tuple(f".{name}" for name in target_parameters(model, config.lora))
+    prefix, targets = layers_prefix(model), tuple(f".{name}" for name in target_parameters(model, config.lora))
     found = []
     for path, module, name in stacks(model):
         count, rows, width = stack_shape(module, name)
@@ -214,15 +234,15 @@ def _stacks(model: PreTrainedModel, prefix: str, config: Config) -> list[Stack]:
     return found
 
 
-def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Config) -> list[Linear]:
+def _linears(model: PreTrainedModel, targets: list[str], config: Config) -> list[Linear]:
     """Describes all linear layers of a model."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from qlora_sft.model.experts import router_names
+    from qlora_sft.model.linears import is_linear, layers_prefix, not_quantized
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, _packed(model.config).get("llm_int8_skip_modules"))
-    kept = [*kept, *router_names(model)]
+    prefix, skipped = layers_prefix(model), _packed(model.config).get("llm_int8_skip_modules")
+    kept = HfQuantizer.get_modules_to_not_convert(model, skipped) if skipped else not_quantized(model)
     head = model.get_output_embeddings()
 
     def quantized(name: str, module: torch.nn.Linear) -> bool:
@@ -236,10 +256,11 @@ def _linears(model: PreTrainedModel, prefix: str, targets: list[str], config: Co
             name, module.in_features, module.out_features,
             block=int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None,
             quantized=quantized(name, module),
-            adapted=name.rsplit(".", 1)[-1] in targets,
+            adapted=name.startswith(prefix) and name.rsplit(".", 1)[-1] in targets,
+            head=module is head,
         )
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if is_linear(module)
     ]  # fmt: skip
 
 

@@ -73,6 +73,10 @@ def needs_of(
                 "PEFT" if blueprint.why_not_lean else "nf4_lora",
                 blueprint.why_not_lean or "a small module of their class gives the same results",
             ),
+            "documents": Choice(
+                "one at a time" if blueprint.why_one_at_a_time else "packed",
+                blueprint.why_one_at_a_time or "no layer lets one see another; checked before training",
+            ),
             "tiled_mlp": Choice(
                 "off" if blueprint.why_not_tiled else "on", blueprint.why_not_tiled or "its formula is known"
             ),

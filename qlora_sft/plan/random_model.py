@@ -16,7 +16,7 @@ from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
@@ -29,10 +29,11 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.attention import use_document_attention
-    from qlora_sft.model.experts import router_names, target_parameters, use_our_experts
+    from qlora_sft.model.experts import target_parameters, use_our_experts
     from qlora_sft.model.experts_lora import use_experts_lora
     from qlora_sft.model.head import quantize_head
-    from qlora_sft.model.load import disable_inference_repacking, target_modules
+    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.load import disable_inference_repacking
     from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
@@ -40,8 +41,7 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     model.tie_weights()
     targets, experts = target_modules(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:
-        blocks = model.get_decoder().layers
-        _quantize(blocks, set(router_names(blocks)), dtype, device)
+        _quantize(model, dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
         # inputs to float32.
         model.is_loaded_in_4bit = True
@@ -64,13 +64,18 @@ def random_model(settings: PretrainedConfig, config: Config, dtype: torch.dtype,
     return peft
 
 
-def _quantize(layers: nn.Module, kept: set[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces every linear layer but those ``kept`` by one with random NF4 weights, doubly quantised."""
-    from qlora_sft.model.head import nf4_linear
+def _quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Replaces every linear layer but those that stay in full by one with random NF4 weights, doubly quantised."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    for path, parent in list(layers.named_modules()):
+    from qlora_sft.model.base import layer_list
+    from qlora_sft.model.head import nf4_linear
+    from qlora_sft.model.linears import layers_prefix, not_quantized
+
+    prefix, kept = layers_prefix(model), not_quantized(model)
+    for path, parent in list(layer_list(model).named_modules()):
         for name, old in list(parent.named_children()):
-            if type(old) is nn.Linear and f"{path}.{name}" not in kept:
+            if type(old) is nn.Linear and should_convert_module(f"{prefix}{path}.{name}", kept):
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 

@@ -20,6 +20,7 @@ from qlora_kernels.offload.tiers import ATTENTION_SHARE, Tier
 from torch import Tensor, nn
 
 from qlora_sft.config import Config
+from qlora_sft.model.base import decoder_of
 from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
@@ -108,7 +109,7 @@ def one_layer(blueprint: Blueprint, config: Config, dtype: torch.dtype, device: 
     use_lean_norms(model)
     use_lean_attention(model)
     use_tiled_mlp(model, config.memory.tiled_mlp, LONGEST[device.type])
-    decoder: nn.Module = model.get_base_model().get_decoder()
+    decoder: nn.Module = decoder_of(model)
     return decoder
 
 

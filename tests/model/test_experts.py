@@ -21,7 +21,8 @@ from qlora_sft.export.logits import expand_4bit
 from qlora_sft.model import experts_load
 from qlora_sft.model.experts import out_of_reach, stack_shape, stacks, target_parameters, weight_of
 from qlora_sft.model.experts_lora import ExpertsLora, use_experts_lora
-from qlora_sft.model.load import disable_inference_repacking, load_base, quantized_modules, target_modules, with_adapter
+from qlora_sft.model.linears import target_modules
+from qlora_sft.model.load import disable_inference_repacking, load_base, quantized_modules, with_adapter
 from qlora_sft.model.peft_targets import as_named, write_portable_targets
 
 IDS = torch.randint(1, 300, (1, 40), generator=torch.Generator().manual_seed(3))

@@ -10,7 +10,7 @@ import torch
 
 from qlora_sft.config import load_config
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.load import load_model, quantized_modules, resolve_base
+from qlora_sft.model.load import load_base, load_model, quantized_modules, resolve_base
 from qlora_sft.model.tokenizer import load_tokenizer
 
 STEP = """
@@ -153,3 +153,18 @@ def test_an_unknown_target_module_lists_those_there_are(base_model: Path) -> Non
     config = load_config("demo", ["lora.target_modules=[query]"])
     with pytest.raises(ConfigError, match=r"no linear layer is named \['query'\]; this model has .*q_proj"):
         load_model(config, str(base_model), torch.bfloat16, "transformers")
+
+
+def test_layers_of_a_width_that_nf4_has_no_blocks_for_stay_as_they_are(tmp_path: Path) -> None:
+    """bitsandbytes on a CPU takes a block that goes on in the next row for another."""
+    from tiny_models import write_tiny
+
+    from qlora_sft.plan.blueprint import read_blueprint
+
+    base = write_tiny("llama", tmp_path, intermediate_size=96)
+    config = load_config("demo", ["model.chat_template=null"])
+    model = load_base(str(base), torch.float32, load_in_4bit=True)
+    names = {name.rsplit(".", 1)[-1] for name in quantized_modules(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    planned = {linear.name for linear in read_blueprint(config, str(base)).linears if linear.quantized}
+    assert planned == set(quantized_modules(model))

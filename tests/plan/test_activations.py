@@ -37,7 +37,8 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.layer_bytes import memory_use
-from qlora_sft.model.load import load_base, load_model, target_modules
+from qlora_sft.model.linears import target_modules
+from qlora_sft.model.load import load_base, load_model
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.loss_bytes import between_bytes
 from qlora_sft.model.mlp import TiledMLP, set_recompute, use_tiled_mlp

@@ -7,7 +7,7 @@ import pytest
 import torch
 from moe_bases import settings_of, write_base
 from qlora_kernels.nf4_lora import experts as kernel
-from test_activations import peak_of_a_layer, plain_norms, saved_bytes
+from test_activations import peak_of_a_layer, plain, saved_bytes
 from test_weights import plain_name
 
 from qlora_sft.config import load_config
@@ -56,7 +56,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family: str, dtype: torch.dty
     write_base(tmp_path, family, dtype)
     config = load_config("demo", [*BACKEND, f"model.path={tmp_path}"])
     model: Any = load_model(config, str(tmp_path), dtype, "transformers").train()
-    blueprint = plain_norms(blueprint_of(settings_of(family), config))
+    blueprint = plain(blueprint_of(settings_of(family), config))
     for on_gpu in (False, True):
         planned = layer_bytes(blueprint, 75, config.lora, dtype, on_gpu)
         assert planned.kept == planned.recomputed == saved_bytes(model, dtype, 75, on_gpu)
@@ -69,7 +69,7 @@ def test_the_peak_of_a_layers_backward_is_not_underrated(tmp_path: Path, monkeyp
     write_base(tmp_path, "qwen3_moe", torch.bfloat16)
     config = load_config("demo", [*BACKEND, f"model.path={tmp_path}"])
     model: Any = load_model(config, str(tmp_path), torch.bfloat16, "transformers").train()
-    blueprint = plain_norms(blueprint_of(settings_of("qwen3_moe"), config))
+    blueprint = plain(blueprint_of(settings_of("qwen3_moe"), config))
     for tokens in (256, 2048):
         planned = layer_bytes(blueprint, tokens, config.lora, torch.bfloat16, on_gpu=True)
         measured = peak_of_a_layer(model, tokens)

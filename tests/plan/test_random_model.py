@@ -14,7 +14,7 @@ from qlora_sft.plan.blueprint import blueprint_of
 from qlora_sft.plan.random_model import random_model
 from qlora_sft.plan.weights import residents
 
-SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "pad_token_id": 0}
+SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -63,6 +63,24 @@ def test_a_trained_mixture_is_the_model_that_is_merged(family: str, tmp_path: Pa
     assert other.modules == written.modules
 
 
+@pytest.mark.parametrize("experts", ["train", "frozen"])
+def test_a_run_goes_on_from_the_adapter_of_a_mixture(experts: str, tmp_path: Path, small_tokenizer: Any) -> None:
+    """Of one with stacks, shared experts and a dense layer, whose names are those of experts too."""
+    config = config_for(tmp_path, "deepseek_v3", small_tokenizer, f"lora.experts={experts}", "evaluation.loss=false")
+    train(config, say=lambda _: None)
+    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    still = [*SETTINGS[:2], "data.packing=none", "training.max_steps=1", "training.learning_rate=1e-10"]
+    still += [f"lora.from={tmp_path / 'run'}", f"output={tmp_path / 'next'}", "evaluation.loss=false"]
+    again = configured(tmp_path, tmp_path / "base")(*still)
+    assert (again.lora.experts, again.lora.r) == (experts, 4)
+    train(again, say=lambda _: None)
+    after = load_file(tmp_path / "next" / "adapter" / "adapter_model.safetensors")
+    assert after.keys() == first.keys()
+    assert any(".experts." in name for name in after) == (experts == "train")
+    for name, tensor in first.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-8)
+
+
 def test_every_tier_trains_the_same_adapter(tmp_path: Path, small_tokenizer: Any) -> None:
     adapters = []
     for policy in ("none", "checkpoint", "offload"):

@@ -1,0 +1,217 @@
+"""Which of transformers' causal architectures can be trained here, and with what: tried on tiny models, one of each.
+
+    python benchmarks/every_family.py          writes docs/families.md
+
+Every model is made from its family's own configuration with small sizes, saved, loaded in NF4 with LoRA as a run loads
+it, and trained for three steps on rows of several documents. Tests use the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import tiny_model
+
+from qlora_sft.config import Config, load_config
+from qlora_sft.data.batch import Batch, flatten
+from qlora_sft.data.render import Rendered
+from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.export.llama_cpp import llama_cpp_path, llama_cpp_version
+from qlora_sft.model.attention import plain_attention
+from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.hidden import alone, hidden_states, one_at_a_time
+from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.memory import use_memory
+from qlora_sft.model.mixers import mixers_of
+from qlora_sft.model.mlp import TiledMLP
+from qlora_sft.model.norms import has_lean_norms
+from qlora_sft.model.setup import prepare_model
+
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+ROWS = TABLE.with_suffix(".jsonl")
+LENGTHS = (21, 1, 13, 34)
+STEPS = 3
+# Configurations that transformers makes no model of from its own defaults, or only one too large for a test.
+NOT_MADE = {
+    "blt": "its parts have sizes that depend on one another",
+    "cohere_compass_text": "its default rope parameters are not those of its layers",
+    "dbrx": "its default configuration lacks rope_theta",
+    "gemma3n": "its tower needs the package timm",
+    "gemma4_assistant": "a drafting head of another model",
+    "gemma4_unified_assistant": "a drafting head of another model",
+    "longcat_flash": "its parts have sizes that depend on one another",
+    "musicgen": "music, not text",
+    "musicgen_melody": "music, not text",
+    "phi4_multimodal": "towers of fixed sizes",
+    "qwen4_exp": "its default configuration lacks sizes",
+    "qwen4_exp_text": "its default configuration lacks sizes",
+    "zamba": "its default ties do not fit fewer layers",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one family."""
+
+    kind: str
+    how: str
+    """"packed", "one at a time" or "refused"."""
+    reason: str = ""
+    architecture: str = ""
+    mixers: int = 0
+    """Recurrent and convolutional layers."""
+    experts: bool = False
+    tiled: bool = False
+    lean: bool = False
+    difference: float = 0.0
+    """Of the hidden states of packed documents from those that transformers' own attention gives for each alone."""
+    losses: tuple[float, ...] = ()
+
+
+def architectures() -> dict[str, str]:
+    """Returns model type -> class, of all causal language models of the installed transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def settings() -> Config:
+    return load_config("demo", ["model.backend=transformers", "model.chat_template=null", "lora.r=4"])
+
+
+def packed_documents() -> Batch:
+    random = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 200, (length,), generator=random).tolist() for length in LENGTHS]
+    return flatten([Rendered(each, [1.0] * len(each), "s") for each in ids])
+
+
+def try_family(kind: str, folder: Path) -> Outcome:
+    """Trains a tiny model of the type ``kind`` in the empty ``folder``. Only a refusal is caught: what else is raised
+    is a fault."""
+    model = tiny_model(kind)
+    architecture = type(model).__name__
+    model.save_pretrained(folder)
+    try:
+        return _trained(kind, architecture, folder)
+    except ConfigError as refusal:
+        return Outcome(kind, "refused", first_line(refusal).removeprefix("model.path: "), architecture)
+
+
+def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
+    config, said = settings(), list[str]()
+    batch = packed_documents()
+    model = prepare_model(config, str(folder), torch.float32, "transformers", sum(LENGTHS), said.append, LENGTHS)
+    difference = difference_from_alone(model, batch)
+    memory = use_memory(model, config, sum(LENGTHS), torch.float32, said.append)
+    with memory:
+        losses = tuple(train(model, batch))
+    layers = decoder_layers(model)
+    kept = next((line for line in said if line.startswith("documents: ")), "")
+    return Outcome(
+        kind=kind,
+        how="one at a time" if one_at_a_time(model) else "packed",
+        reason=kept.removeprefix("documents: one at a time, not packed, because ").split(";")[0],
+        architecture=architecture,
+        mixers=sum(len(mixers_of(layer)) for layer in layers),
+        experts=any(p.dim() == 3 and "expert" in name for layer in layers for name, p in layer.named_parameters()),
+        tiled=any(isinstance(module, TiledMLP) for module in model.modules()),
+        lean=has_lean_norms(model),
+        difference=difference,
+        losses=losses,
+    )
+
+
+@torch.no_grad()
+def difference_from_alone(model: Any, batch: Batch) -> float:
+    """Returns the largest relative difference of a packed document from the same document alone."""
+    model.eval()
+    bounds = (batch["cu_seqlens"], batch["lengths"])
+    packed = hidden_states(model, batch["input_ids"], batch["position_ids"], *bounds)[0].split(LENGTHS)
+    with plain_attention(model):
+        apart = [alone(base_of(model), ids)[0] for ids in batch["input_ids"].split(LENGTHS, dim=1)]
+    model.train()
+    return max(float((ours - own).norm() / own.norm()) for ours, own in zip(packed, apart, strict=True))
+
+
+def train(model: Any, batch: Batch) -> Iterator[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(STEPS):
+        loss = batch_loss(model, batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield float(loss)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def converted() -> set[str]:
+    """Returns the architectures that the pinned converter of llama.cpp knows, by its sources."""
+    folder = llama_cpp_path()
+    sources = [folder / "convert_hf_to_gguf.py", *sorted((folder / "conversion").glob("*.py"))]
+    text = "\n".join(source.read_text(encoding="utf-8") for source in sources if source.is_file())
+    return set(re.findall(r'"(\w+(?:LM|LMHeadModel|Generation|Model))"', text))
+
+
+def table(outcomes: list[Outcome], known: set[str]) -> str:
+    counts = {how: sum(each.how == how for each in outcomes) for how in ("packed", "one at a time", "refused")}
+    lines = [
+        "# Families",
+        "",
+        "Written by `benchmarks/every_family.py`, which trained a tiny model of every causal architecture of",
+        "transformers in NF4 with LoRA on a CPU. **Documents**: whether they share a packed sequence, or are run one",
+        "at a time (the same result, slower where they are short). **Tiled MLP**, **lean norms**: whether",
+        f"this project's own apply. **GGUF**: whether the converter ({llama_cpp_version()}) knows the",
+        "architecture, and with it llama.cpp and Ollama.",
+        "",
+        f"{len(outcomes)} families: {counts['packed']} train packed, {counts['one at a time']} one document at a time, "
+        f"{counts['refused']} are refused with the reason.",
+        "",
+        "| family | documents | recurrent layers | experts | tiled MLP | lean norms | GGUF |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in outcomes:
+        if each.how == "refused":
+            continue
+        marks = ["yes" if each.experts else "", "yes" if each.tiled else "", "yes" if each.lean else ""]
+        gguf = "yes" if each.architecture in known else ""
+        lines.append(f"| {each.kind} | {each.how} | {each.mixers or ''} | {' | '.join(marks)} | {gguf} |")
+    lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
+    lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "refused"]
+    lines += ["", "## One document at a time", "", "| family | reason |", "|---|---|"]
+    lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "one at a time"]
+    lines += ["", "## Not tried", "", "| family | reason |", "|---|---|"]
+    lines += [f"| {kind} | {reason} |" for kind, reason in NOT_MADE.items()]
+    done = {each.kind for each in outcomes} | set(NOT_MADE)
+    lines += [f"| {kind} | no row yet: run the script again |" for kind in architectures() if kind not in done]
+    return "\n".join(lines) + "\n"
+
+
+def main(*wanted: str) -> None:
+    """Tries the families of ``wanted``, or all that have no row yet, and writes the table of all rows."""
+    warnings.filterwarnings("ignore")
+    ROWS.parent.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+    found = {row["kind"]: Outcome(**row) for row in rows}
+    tried = [kind for kind in architectures() if kind not in NOT_MADE]
+    for kind in wanted or [kind for kind in tried if kind not in found]:
+        with tempfile.TemporaryDirectory() as folder:
+            found[kind] = try_family(kind, Path(folder))
+        print(kind, found[kind].how, found[kind].reason, file=sys.stderr, flush=True)
+        ordered = [found[kind] for kind in tried if kind in found]
+        ROWS.write_text("".join(json.dumps(asdict(each)) + "\n" for each in ordered), encoding="utf-8")
+    TABLE.write_text(table([found[kind] for kind in tried if kind in found], converted()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""Hybrids, families with names of their own and models that also see: trained by the command's own way, then merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeConfig, configured
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+
+from qlora_sft.export.merge import merge_run
+from qlora_sft.model.load import load_base, load_for_inference
+from qlora_sft.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+# Recurrent layers; names that transformers changes while it loads; a tower.
+QUICK = ("nemotron_h", "gemma3")
+SLOW = (
+    "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "gemma4_text", "gemma3n_text", "llama4_text",
+    "gpt_oss",
+)  # fmt: skip
+PROBE = torch.arange(20, 60)[None]
+
+
+def write_base(kind: str, folder: Path, tokenizer: Any) -> Path:
+    """A tiny model with a real vocabulary, and its tokenizer."""
+    tiny_model(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained_and_merged(kind: str, folder: Path, tokenizer: Any) -> tuple[Path, Path]:
+    base = write_base(kind, folder / "base", tokenizer)
+    make: MakeConfig = configured(folder, base)
+    config = make("model.load_in_4bit=true", "training.max_steps=2", "training.learning_rate=1e-2", "lora.r=4")
+    run = Path(train(config, say=lambda _: None)["output"])
+    assert merge_run(run, say=lambda _: None)["onto"] == "nf4-dequantized"
+    return base, run
+
+
+@torch.no_grad()
+def log_shares(model: Any) -> torch.Tensor:
+    return torch.log_softmax(model(input_ids=PROBE, use_cache=False).logits.float(), dim=-1)
+
+
+def check(kind: str, folder: Path, tokenizer: Any) -> tuple[Path, Path]:
+    base, run = trained_and_merged(kind, folder, tokenizer)
+    adapter = log_shares(load_for_inference(run))
+    merged = log_shares(load_base(str(run / "merged"), torch.float32, load_in_4bit=False).eval())
+    untrained = log_shares(load_base(str(base), torch.float32, load_in_4bit=False).eval())
+    assert kl(adapter, merged) < 1e-6
+    assert kl(adapter, untrained) > 100 * kl(adapter, merged)
+    return base, run
+
+
+def kl(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.exp() * (one - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
+    base, run = check(kind, tmp_path, own_tokenizer)
+    before, after = (load_file(path / "model.safetensors") for path in (base, run / "merged"))
+    assert before.keys() == after.keys()
+    towers = [name for name in before if "vision" in name or "projector" in name]
+    assert bool(towers) == (kind == "gemma3")
+    assert all(torch.equal(before[name], after[name]) for name in towers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SLOW)
+def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
+    check(kind, tmp_path, own_tokenizer)
