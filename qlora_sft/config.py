@@ -93,7 +93,10 @@ class LoraConfig:
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Share of an adapter's input values that are set to zero at random in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """``all-linear``: every linear layer of every block, not the output head."""
+    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
+    not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
+    experts: Literal["train", "frozen"] = "train"
+    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
     from_: str | None = None
     """A run's folder or an adapter's, to go on from: rank, alpha and layers are taken from it. The base has to be the
     one that it was trained on."""

@@ -28,6 +28,27 @@ def adapter_settings(folder: Path) -> JsonObject:
     return content
 
 
+def adapter_layers(settings: JsonObject) -> list[str] | None:
+    """Returns the names of the layers that an adapter is on, as ``lora.target_modules`` has them; None if it has none.
+
+    PEFT is told more of a mixture of experts (stacks, and weights of layers by their paths) and of a model with towers
+    for images or sound (a pattern that ends with the names).
+    """
+    modules = settings.get("target_modules")
+    paths = modules.rsplit("(", 1)[-1].rstrip(")").split("|") if isinstance(modules, str) else _texts(modules)
+    paths = [*paths, *_texts(settings.get("target_parameters"))]
+    return sorted({path.removesuffix(".weight").rsplit(".", 1)[-1] for path in paths}) or None
+
+
+def _texts(value: object) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def setting_of_adapter(settings: JsonObject, key: str) -> object:
+    """Returns what an adapter says of our setting ``key``, one of `KEYS`."""
+    return adapter_layers(settings) if key == "target_modules" else settings.get(KEYS[key])
+
+
 def fill_from_adapter(lora: object) -> None:
     """Gives the section ``lora`` of a configuration the rank, the scale and the layers of the adapter that it names.
 
@@ -39,10 +60,14 @@ def fill_from_adapter(lora: object) -> None:
     if folder is None or not isinstance(lora, dict):
         return
     settings = adapter_settings(folder)
-    for ours, theirs in KEYS.items():
-        value = settings.get(theirs)
-        if ours not in lora and value is not None:
-            lora[ours] = sorted(value) if isinstance(value, list) else value
+    for key in KEYS:
+        value = setting_of_adapter(settings, key)
+        if key not in lora and value is not None:
+            lora[key] = value
+    # The names of layers beside the experts may be those of stacks as well.
+    parameters = _texts(settings.get("target_parameters"))
+    if parameters and all(path.endswith(".weight") for path in parameters):
+        lora.setdefault("experts", "frozen")
 
 
 def base_of_adapter(folder: Path) -> str | None:

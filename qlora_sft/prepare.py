@@ -11,14 +11,26 @@ from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
+from qlora_sft.errors import ConfigError
 from qlora_sft.faults import every_fault
 from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
+from qlora_sft.model.base_files import has_experts, read_config, resolve_base
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from qlora_sft.run_data import RunData
+
+
+def is_mixture(config: Config) -> bool:
+    """Whether the base is a mixture of experts; a base that is not there is reported later, with all else."""
+    if config.model.path == "demo":  # to build it imports transformers
+        return False
+    try:
+        return has_experts(read_config(resolve_base(config.model.path, config.model.revision)))
+    except ConfigError:
+        return False
 
 
 def prepare(
@@ -40,7 +52,7 @@ def prepare(
         backend = Backend("transformers", "nothing is trained in this process")
         if unsloth or config.model.backend == "unsloth":
             use_expandable_segments()
-            backend = choose_backend(config.model.backend)
+            backend = choose_backend(config.model.backend, is_mixture(config))
             say(f"backend: {backend.name} ({backend.reason})")
         from qlora_sft.run_data import checked_base, render_data
     with watch("base model"):

@@ -117,6 +117,49 @@ class NF4Weight:
         return part.dequantize()
 
 
+@dataclass(frozen=True)
+class NF4Stack:
+    """Weights [E, R, C] of E experts in 4 bits. Every expert's rows are cut into equal parts, and each part was
+    quantised on its own, scales and all, so that it has the bits that it would have as a layer of its own.
+
+    packed: uint8 [E, R * C / 2], as in `NF4Weight`; absmax: uint8 [E * parts, blocks of a part]; nested: what undoes
+    the quantisation of these scales, with absmax [E * parts, n] and offset [E * parts]; code: float32 [16].
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested: NestedScales
+    code: Tensor
+    shape: tuple[int, int, int]
+    blocksize: int
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+    def scales(self, experts: slice | Tensor) -> Tensor:
+        """float32 [n, R * C / blocksize] of the chosen experts."""
+        count, n = self.shape[0], self.nested
+        absmax = self.absmax.view(count, -1, self.absmax.shape[-1])[experts]
+        nested = n.absmax.view(count, -1, n.absmax.shape[-1])[experts].repeat_interleave(n.blocksize, dim=-1)
+        values = n.code[absmax.int()] * nested[..., : absmax.shape[-1]]
+        return values.add_(n.offset.view(count, -1, 1)[experts]).flatten(1)
+
+    def dequantize(self, experts: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[n, R, C] of the chosen experts in ``dtype`` (default: the weights' own)."""
+        dtype = dtype or self.dtype
+        packed, scales = self.packed[experts], self.scales(experts)
+        shape = (len(packed), *self.shape[1:])
+        operators = bitsandbytes_operators("dequantize_4bit") if dtype.itemsize <= 4 else None
+        if operators is None:
+            values = unpack(packed, self.code) * scales.repeat_interleave(self.blocksize, dim=1)
+            return values.view(shape).to(dtype)
+        # As one row: on a CPU bitsandbytes (0.50) begins a block with every row, also where one was quantised across
+        # rows, because they are shorter than a block.
+        flat = operators.dequantize_4bit(
+            packed.reshape(-1, 1), scales.view(-1), self.blocksize, "nf4", [2 * packed.numel()], dtype
+        )
+        return cast(Tensor, flat).view(shape)
+
+
 def unpack(packed: Tensor, code: Tensor) -> Tensor:
     """Returns the values of packed weights: uint8 [..., n] -> float32 [..., 2 n]."""
     code = code.to(packed.device, torch.float32)

@@ -19,7 +19,6 @@ UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -28,16 +27,23 @@ UNSUPPORTED = (
 )
 
 
+# The stacks of a module of experts, in the order in which every family of transformers has them.
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
 class LoraSettings(TypedDict, total=False):
     """Holds what ``adapter_config.json`` says that decides the merged weights."""
 
     peft_type: str
+    r: int
+    rank_pattern: dict[str, int] | None
     lora_alpha: float
     alpha_pattern: dict[str, float] | None
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
     trainable_token_indices: list[int] | dict[str, list[int]] | None
+    target_parameters: list[str] | None
 
 
 @dataclass
@@ -46,7 +52,9 @@ class TensorUpdate:
 
     The value starts as ``replaced`` or else the base's. Then ``scale * b @ a`` is added, then come DoRA, the rows of
     trained tokens, and ``added``. Shapes: a [r, in], b [out, r], magnitude [out], tokens (indices [n], rows [n, in]),
-    added, which is a bias, [out].
+    added, which is a bias, [out]. Of a stack of experts a [E, r, in] and b [E, out, r]; `stacks.in_files` says what
+    that comes to in the files.
+
     """
 
     replaced: Stored | None = None
@@ -128,6 +136,12 @@ def _read_one(
         updates.setdefault(name, TensorUpdate()).replaced = tensors[key]
         return
     module, part = match[1], match["part"]
+    parameter = _stack_of(module, config)
+    if parameter:
+        if part == "lora_A":
+            other = _partner(key, "lora_A", "lora_B", tensors).whole().float()
+            updates[parameter] = _stack_update(key, tensors[key].whole().float(), other, config, folder)
+        return
     update = updates.setdefault(f"{module}.bias" if match["kind"] == ".bias" else f"{module}.weight", TensorUpdate())
     values = tensors[key].whole().float()
     if not values.isfinite().all():
@@ -150,6 +164,29 @@ def _read_one(
         else:
             # Embeddings, and layers of the type Conv1D as in GPT-2, store the transpose of the product B A.
             update.a, update.b = other.T.contiguous(), values.T.contiguous()
+
+
+def _stack_of(module: str, config: LoraSettings) -> str:
+    """The stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a layer.
+
+    PEFT wraps a module once for each of its parameters, in their order, so the innermost wrapper is the first one's.
+    """
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    depth = module.count(".base_layer", len(bare))
+    targets = [f".{name}" for name in config.get("target_parameters") or ()]
+    wrapped = [name for name in STACKS if any(f".{bare}.{name}".endswith(target) for target in targets)]
+    return f"{bare}.{wrapped[-1 - depth]}" if depth < len(wrapped) else ""
+
+
+def _stack_update(key: str, a: torch.Tensor, b: torch.Tensor, config: LoraSettings, folder: Path) -> TensorUpdate:
+    """a [E * r, in] and b [out, r * E] as PEFT keeps them."""
+    rank = int(config["r"])
+    if config.get("rank_pattern") or len(a) % rank or b.shape[1] != len(a):
+        raise RunError(f"{folder}: {key} is no adapter of experts of rank {rank}; this adapter cannot be merged")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise RunError(f"{folder}: {key} has values that are not finite; train again with a lower learning rate")
+    by_expert = b.view(len(b), rank, -1).permute(2, 0, 1)
+    return TensorUpdate(a=a.view(-1, rank, a.shape[1]), b=by_expert, scale=_scale(key, rank, config))
 
 
 def _partner(key: str, part: str, other: str, tensors: dict[str, Stored]) -> Stored:

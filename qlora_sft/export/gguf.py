@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import written_file
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.gguf_metadata import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.imatrix import write_imatrix
@@ -141,6 +141,16 @@ def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, want
     return target
 
 
+def _require_layers(adapter: Path) -> None:
+    """Raises `RunError` for an adapter of more than linear layers, which llama.cpp's converter does not know."""
+    from qlora_sft.export.adapter import read_adapter_config
+
+    if read_adapter_config(adapter).get("target_parameters"):
+        raise RunError(
+            f"{adapter}: llama.cpp's converter knows no adapters of experts; export the merged model, without --adapter"
+        )
+
+
 def export_adapter(
     run: str | Path,
     out: str | Path | None = None,
@@ -159,6 +169,7 @@ def export_adapter(
         require_ollama()
     opened = Run.open(run)
     run, base = opened.path, run_base(opened)
+    _require_layers(opened.adapter)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     with written_file(target) as beside:
         convert_lora(opened.adapter, base, beside)

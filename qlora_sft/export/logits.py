@@ -25,9 +25,8 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     All products are computed in float32.
     """
     import torch
-    from peft import PeftModel
 
-    from qlora_sft.model.load import load_trained_base
+    from qlora_sft.model.load import load_trained_base, with_adapter
 
     # The base is loaded as for training, because NF4 depends on the type that was quantised. It computes in float32, so
     # that the weights are compared and not the rounding of the arithmetic.
@@ -35,12 +34,11 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     expand_4bit(base)
     # transformers refuses base.float() for a model that was quantised.
     torch.nn.Module.float(base)
-    model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    return _run_model(model, probe, out)
+    return _run_model(with_adapter(base, run / "adapter"), probe, out)
 
 
 def expand_4bit(model: PreTrainedModel) -> None:
-    """Replaces every 4-bit layer by a plain one with the weight with which training computed.
+    """Replaces every 4-bit layer, and every stack of experts, by a plain one with the weight of training.
 
     The weight has the type that was quantised. Given float32 inputs, bitsandbytes would dequantise to float32, which
     training never saw, and it would do so again at every call.
@@ -49,6 +47,9 @@ def expand_4bit(model: PreTrainedModel) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
+    from qlora_sft.model.experts import expand_stacks
+
+    expand_stacks(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):

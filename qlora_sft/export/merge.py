@@ -184,20 +184,19 @@ class _Merge:
 
         from qlora_sft.export.adapter import read_adapter
         from qlora_sft.export.merge_plan import plan_merge
-        from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
+        from qlora_sft.export.stacks import in_files
         from qlora_sft.export.tensors import read_model, write_index, write_shard
 
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
         stored = read_model(base)
-        names = names_in_files(base, stored)
         trained = self.run.quantized_modules if onto == "nf4-dequantized" else []
-        through_nf4 = modules_in_files(trained, names, stored)
-        updates = renamed(read_adapter(adapter), names)
+        updates = read_adapter(adapter)
         if not any(_does_something(update) for update in updates.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        plan = plan_merge(stored, config, updates, through_nf4, wanted, str(adapter))
+        known = in_files(base, stored, config, updates, set(trained))
+        plan = plan_merge(stored, config, known.updates, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
@@ -215,14 +214,14 @@ class _Merge:
 def write_trained_base(run: Run, target: Path) -> None:
     """Writes the base as the adapter saw it in training as a model folder: dequantised NF4 for a 4-bit run."""
     from qlora_sft.export.merge_plan import plan_merge
-    from qlora_sft.export.tensor_names import modules_in_files, names_in_files
+    from qlora_sft.export.stacks import in_files
     from qlora_sft.export.tensors import read_model, write_index, write_shard
 
     base = run_base(run)
     config = trained_config(run, base)
     stored = read_model(base)
-    through_nf4 = modules_in_files(run.quantized_modules, names_in_files(base, stored), stored)
-    plan = plan_merge(stored, config, {}, through_nf4, None, str(base))
+    known = in_files(base, stored, config, {}, set(run.quantized_modules))
+    plan = plan_merge(stored, config, {}, known.through_nf4, None, str(base), known.stacked)
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:
         for file, tensors in plan.shards().items():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import FromNF4Checkpoint, RowReader, ThroughNF4, companions, described
+from qlora_sft.export.stacks import StackUpdate, UnitsThroughNF4, planned_rows
 from qlora_sft.export.tensors import Planned, Stored, copied, row_ranges
 from qlora_sft.json_types import JsonObject
 
@@ -66,8 +68,10 @@ def plan_merge(
     through_nf4: set[str],
     dtype: torch.dtype | None,
     where: str,
+    stacked: Mapping[str, tuple[StackUpdate | None, int]] = MappingProxyType({}),
 ) -> MergePlan:
-    """Plans every tensor of ``base`` with its update.
+    """Plans every tensor of ``base`` with its update; stacked: as in `stacks.InFiles`.
+
 
     Modules in ``through_nf4`` go through NF4 first. Floating-point tensors become ``dtype``, or keep their type if it
     is None. Raises `RunError` when the adapter updates something that the base does not have; ``where`` names the
@@ -81,6 +85,11 @@ def plan_merge(
     for name, stored in {**base, **head}.items():
         if name in hidden or (name == HEAD and _ties(config) and not head):
             todo.pop(name, None)
+            continue
+        if name in stacked:
+            plan.tensors.append(_planned_stack(name, stored, *stacked[name], dtype))
+            plan.files.append(stored.file)
+            plan.modules += [name] if stacked[name][0] is not None else []
             continue
         update = todo.pop(name, None)
         tensor = _planned(name, stored, base, update, name.removesuffix(".weight") in through_nf4, dtype)
@@ -180,6 +189,17 @@ def _planned(
     )
 
 
+def _planned_stack(
+    name: str, stored: Stored, update: StackUpdate | None, unit: int, wanted: torch.dtype | None
+) -> Planned:
+    """A stack of experts, ``unit`` rows of which go through NF4 at a time (0: none do)."""
+    flat, final = planned_rows(stored), wanted or stored.dtype
+    if update is not None and (len(update.left) * update.left.shape[1], update.right.shape[2]) != flat.shape:
+        raise RunError(f"{name}: the adapter is for experts of another shape, the base has {stored.shape}")
+    source = (lambda: UnitsThroughNF4(flat, unit)) if unit else (lambda: flat)
+    return Planned(name, final, stored.shape, lambda: _changed(name, source(), flat.shape, final, update))
+
+
 def _cast(rows: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """Returns the rows in another type as one slice, or no slice if there are none."""
     return [rows.to(dtype)] if len(rows) else []
@@ -215,7 +235,7 @@ def _opener(
 
 
 def _changed(
-    name: str, source: RowReader, shape: tuple[int, ...], dtype: torch.dtype, update: TensorUpdate | None
+    name: str, source: RowReader, shape: tuple[int, ...], dtype: torch.dtype, update: TensorUpdate | StackUpdate | None
 ) -> Iterator[torch.Tensor]:
     """Yields the new rows of a tensor, slice by slice. Raises `RunError` for values that are not finite."""
     for start, stop in row_ranges(shape):

@@ -16,7 +16,13 @@ import numpy as np
 from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
 from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
-from qlora_sft.model.base_files import Header, check_quantization, read_config, read_headers, text_config
+from qlora_sft.model.base_files import (
+    Header,
+    check_quantization,
+    read_config,
+    read_headers,
+    text_config,
+)
 from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.remote_code import check_code

@@ -91,6 +91,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return inner
 
 
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a mixture of experts: every family has a name of its own for their number."""
+    counts = (value for key, value in text_config(config).items() if "expert" in key)
+    return any(type(count) is int and count > 1 for count in counts)
+
+
 def read_headers(base: str) -> dict[str, Header]:
     """Name -> type, shape and bytes of every tensor; of a snapshot without its weights they are fetched from the Hub.
 
@@ -167,6 +173,11 @@ def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) 
         raise ConfigError(
             f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
             "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
+        )
+    if has_experts(settings):
+        raise ConfigError(
+            f"model.path: the experts in {base} are stored in 4 bits one by one, which cannot be trained here; name "
+            "the model that was not quantised (it is loaded in NF4)"
         )
     if not model.load_in_4bit:
         raise ConfigError(

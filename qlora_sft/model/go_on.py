@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
-from qlora_sft.lora_from import KEYS, adapter_folder, adapter_settings, base_of_adapter
+from qlora_sft.lora_from import KEYS, adapter_folder, adapter_settings, base_of_adapter, setting_of_adapter
+from qlora_sft.model.base import base_of
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.peft_targets import as_named
 from qlora_sft.model.vocabulary import new_rows, trained_rows
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 # What would be another function than the one that is built here.
 OTHER_FORMS = (
     "use_rslora", "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "lora_bias", "target_parameters", "layers_to_transform", "layers_pattern", "layer_replication", "exclude_modules",
+    "lora_bias", "layers_to_transform", "layers_pattern", "layer_replication", "exclude_modules",
     "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config", "monteclora_config",
     "corda_config", "eva_config", "lora_ga_config",
 )  # fmt: skip
@@ -57,10 +59,9 @@ def _of_form(settings: JsonObject) -> list[str]:
 def _of_settings(config: Config, settings: JsonObject) -> list[str]:
     """Returns what is given beside ``from`` and is another. ``all-linear`` is compared when the model is there."""
     found = []
-    for ours, theirs in KEYS.items():
-        given, value = getattr(config.lora, ours), settings.get(theirs)
+    for ours in KEYS:
+        given, value = getattr(config.lora, ours), setting_of_adapter(settings, ours)
         if isinstance(value, list):
-            value = sorted(value)
             given = sorted(given) if isinstance(given, list) else given
         if given != value and given != "all-linear":
             found.append(f"has {ours} {value}, and lora.{ours} is {given}; leave lora.{ours} out")
@@ -99,7 +100,8 @@ def start_from(model: PeftModel, path: str) -> str:
             f"lora.from: the adapter in {folder} is for other layers than this model with lora.target_modules has "
             f"({len(other)} differ, first: {min(other)}); leave lora.target_modules out, or name its base as model.path"
         )
-    set_peft_model_state_dict(model, weights)
+    with as_named(base_of(model)):
+        set_peft_model_state_dict(model, weights)
     known = "checked" if base_of_adapter(folder) else "not known: there is no run around it"
     return f"goes on from {folder} ({len(weights)} tensors; the base that it was trained on is {known})"
 

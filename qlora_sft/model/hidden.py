@@ -4,7 +4,7 @@ packed sequence."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -16,6 +16,16 @@ from qlora_sft.model.base import base_of, decoder_of
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
+
+
+class Decoded(NamedTuple):
+    """Holds what a decoder returns."""
+
+    hidden: Tensor
+    """The hidden states [1, T, D] behind the last norm and before the output head."""
+    router_logits: tuple[Tensor, ...] = ()
+    """What the routers of a mixture of experts said in every layer that has one, [T, E], if they are asked to tell."""
+
 
 # Models whose documents are run one at a time, and those whose layers take the number of every token's document.
 _one_at_a_time: WeakSet[nn.Module] = WeakSet()
@@ -48,7 +58,19 @@ def hidden_states(
     lengths: Sequence[int],
     longest: int | None = None,
 ) -> Tensor:
-    """Returns the hidden states [1, T, D] behind the last norm and before the output head.
+    """Returns the hidden states that `decode` returns."""
+    return decode(model, ids, positions, bounds, lengths, longest).hidden
+
+
+def decode(
+    model: CausalModel,
+    ids: Tensor,
+    positions: Tensor,
+    bounds: Tensor,
+    lengths: Sequence[int],
+    longest: int | None = None,
+) -> Decoded:
+    """Runs the decoder over packed documents.
 
     ids and positions [1, T] are of documents with ``lengths`` tokens, between the ``bounds`` int32 [D + 1]; longest:
     tokens of the longest one, by default that of ``lengths``.
@@ -56,11 +78,11 @@ def hidden_states(
     if one_at_a_time(model):
         if tree_of(bounds) is not None:
             raise ValueError("documents that are run one at a time cannot share prefixes; set data.share_prefixes=off")
-        return torch.cat([alone(model, part) for part in ids.split(list(lengths), dim=1)], dim=1)
+        return _joined([_decoded_alone(model, part) for part in ids.split(list(lengths), dim=1)])
     remember_lengths(bounds, lengths)
     longest = max(lengths) if longest is None else longest
     numbers = {"seq_idx": document_numbers(lengths, ids.device)} if base_of(model) in _numbered else {}
-    hidden: Tensor = decoder_of(model)(
+    output = decoder_of(model)(
         input_ids=ids,
         position_ids=positions,
         cu_seq_lens_q=bounds,
@@ -69,8 +91,8 @@ def hidden_states(
         max_length_k=longest,
         use_cache=False,
         **numbers,
-    ).last_hidden_state
-    return hidden
+    )
+    return _decoded(output)
 
 
 def alone(model: CausalModel, ids: Tensor) -> Tensor:
@@ -78,8 +100,21 @@ def alone(model: CausalModel, ids: Tensor) -> Tensor:
 
     It needs neither positions nor bounds, which not every family takes.
     """
-    hidden: Tensor = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden
+    return _decoded_alone(model, ids).hidden
+
+
+def _decoded_alone(model: CausalModel, ids: Tensor) -> Decoded:
+    return _decoded(decoder_of(model)(input_ids=ids, use_cache=False))
+
+
+def _decoded(output: Any) -> Decoded:
+    return Decoded(output.last_hidden_state, tuple(getattr(output, "router_logits", None) or ()))
+
+
+def _joined(parts: list[Decoded]) -> Decoded:
+    """Returns what documents that were run one at a time come to, one behind the other."""
+    routers = zip(*(part.router_logits for part in parts), strict=True)
+    return Decoded(torch.cat([part.hidden for part in parts], dim=1), tuple(torch.cat(layer) for layer in routers))
 
 
 def document_numbers(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """Which linear layers of a model are quantised and which get adapters: by where they stand and how they are used.
 
 Quantised are those of the language model, but not its output head. Adapted are those of its decoder layers. Both leave
-out what a layer reads the weight of without calling it, and other parts of a model (towers for images and sound).
+out what routes to experts, what a layer reads the weight of without calling it, and other parts of a model (towers for
+images and sound).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_of, layer_list
+from qlora_sft.model.experts import router_names, stacks
 from qlora_sft.model.head import BLOCK
 
 if TYPE_CHECKING:
@@ -27,25 +29,29 @@ REFUSED_BY_PEFT = {name: {"out_proj"} for name in ("falcon_h1", "falcon_mamba", 
 
 
 def target_modules(model: CausalModel, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head.
+    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head, and
+    not those that route to experts.
 
-    Raises `ConfigError` for a name that no layer has, or that cannot get one.
+    Raises `ConfigError` for a name that neither a layer nor a stack of experts has, or that cannot get one.
     """
     linear, barred = linear_names(model), barred_names(model)
     if lora.target_modules == "all-linear":
-        chosen = sorted(linear - barred.keys())
+        routers = {name.rsplit(".", 1)[-1] for name in router_names(model)}
+        chosen = sorted(linear - barred.keys() - routers)
         if not chosen:
             raise ConfigError(
                 f"model.path: {type(base_of(model)).__name__} has no linear layers that could get adapters"
             )
         return chosen
-    unknown = sorted(set(lora.target_modules) - linear)
+    experts = {name for _, _, name in stacks(layer_list(model))}
+    unknown = sorted(set(lora.target_modules) - linear - experts)
     if unknown:
-        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {sorted(linear)}")
+        has = sorted(linear | experts)
+        raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {has}")
     without = [f"{name} ({barred[name]})" for name in lora.target_modules if name in barred]
     if without:
         raise ConfigError(f"lora.target_modules: no adapter can be on {', '.join(without)}; remove it")
-    return list(lora.target_modules)
+    return [name for name in lora.target_modules if name in linear]
 
 
 def linear_names(model: CausalModel) -> set[str]:
@@ -126,7 +132,7 @@ def not_quantized(model: CausalModel) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = kept_in_full(model) or get_keys_to_not_convert(model)
-    return [*kept, *(model._keep_in_fp32_modules or ())]
+    return [*kept, *router_names(model), *(model._keep_in_fp32_modules or ())]
 
 
 def other_parts(model: CausalModel) -> list[str]:

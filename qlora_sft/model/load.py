@@ -14,11 +14,13 @@ from qlora_sft.config import Config, ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
-from qlora_sft.model.base_files import hub_origin, read_config
+from qlora_sft.model.base_files import has_experts, hub_origin, read_config
 from qlora_sft.model.base_files import resolve_base as resolve_base
+from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
 from qlora_sft.model.meta_model import meta_model
+from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
@@ -114,6 +116,8 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
+    from qlora_sft.model.experts_lora import use_experts_lora
+
     settings = config.model
     model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
     grow(model, rows, initialise=True)
@@ -128,10 +132,14 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=peft_targets(model, target_modules(model, config.lora)),
+        target_parameters=target_parameters(model, config.lora) or None,
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with as_named(model):
+        peft = get_peft_model(model, lora)
+    use_experts_lora(peft)
+    return peft
 
 
 def load_base(
@@ -141,25 +149,39 @@ def load_base(
 
     trust: code that the folder ``base`` brings along may be run.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     settings = scaled_config(base, rope, trust)
     options: dict[str, Any] = {} if rope is None else {"config": settings}
     # One that was saved in NF4 is loaded as it is.
     if load_in_4bit and not read_config(base).get("quantization_config"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=kept_in_full(meta_model(settings)),
-        )
+        options["quantization_config"] = _quantization(base, dtype, kept_in_full(meta_model(settings)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, device_map=device, trust_remote_code=runs_code(base, trust), **options
     )
     compute_in(model, dtype)
+    use_our_experts(model)
     return model
+
+
+def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None) -> Any:
+    """NF4 with double quantisation of all linear layers but those ``kept`` in full, and of experts where
+    the base has some."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig
+    if has_experts(read_config(base)):
+        from qlora_sft.model.experts_load import experts_config
+
+        config = experts_config
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
 
 
 def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -195,7 +217,6 @@ def load_for_inference(path: Path) -> CausalModel:
     """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
     if not is_run(path):
         return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
     base = load_trained_base(path)
@@ -203,7 +224,19 @@ def load_for_inference(path: Path) -> CausalModel:
     base.generation_config.eos_token_id = sorted(
         saved_stop_token_ids(path, AutoTokenizer.from_pretrained(path / "adapter"))
     )
-    return PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+    return with_adapter(base, path / "adapter")
+
+
+def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """``base`` with a saved adapter, in evaluation mode."""
+    from peft import PeftModel
+
+    from qlora_sft.model.experts_lora import use_experts_lora
+
+    with as_named(base):
+        model = PeftModel.from_pretrained(base, str(folder), config=read_targets(folder)).eval()
+    use_experts_lora(model)
+    return model
 
 
 def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -215,11 +248,14 @@ def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def quantized_modules(model: CausalModel) -> list[str]:
-    """Paths, in the base model, of the layers whose weights are NF4: what a merge has to send through NF4 too."""
+    """Paths, in the base model, of the layers whose weights are NF4, and of stacks of experts, as parameters: what a
+    merge has to send through NF4 too."""
     from bitsandbytes.nn import Linear4bit
 
     base = base_of(model)
-    return [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
+    layers = [name.removesuffix(".base_layer") for name, layer in base.named_modules() if isinstance(layer, Linear4bit)]
+    experts = [(path.replace(".base_layer", ""), name) for path, module, name in stacks(base) if in_nf4(module, name)]
+    return layers + [f"{path}.{name}" for path, name in experts]
 
 
 def disable_inference_repacking(model: CausalModel) -> None:

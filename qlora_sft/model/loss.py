@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention_tree import remember_tree
+from qlora_sft.model.balance import balance_loss
 from qlora_sft.model.base import base_of
 from qlora_sft.model.head import loss_weight
-from qlora_sft.model.hidden import hidden_states
+from qlora_sft.model.hidden import Decoded, decode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,9 +68,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
+    return _decoded(model, batch).hidden
+
+
+def _decoded(model: CausalModel, batch: Batch) -> Decoded:
+    """Returns the hidden states, and what a mixture's routers said."""
     if batch["parents"] is not None:
         remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
-    return hidden_states(
+    return decode(
         model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["lengths"], batch["longest"]
     )
 
@@ -76,16 +83,19 @@ def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
 def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -> CEOutput:
     """Computes the cross-entropy of the supervised positions of ``batch``, divided by ``n_items``.
 
-    By default the divisor is the batch's own weight.
+    By default the divisor is the batch's own weight. In training a mixture's load-balance loss is added, where
+    config.json has one; over an accumulation group it is the mean of its batches', each with the weight of its
+    supervised positions.
     """
     base = base_of(model)
-    hidden = last_hidden_states(model, batch)
+    decoded = _decoded(model, batch)
+    hidden = decoded.hidden
     if batch["repeated"].numel():
         hidden = torch.cat([hidden, hidden[:, batch["repeated"]]], dim=1)
     n_documents = batch["cu_seqlens"].numel() - 1
     targets = Targets.from_host(batch["positions"], batch["targets"], batch["position_documents"], n_documents)
     head = base.get_output_embeddings()
-    return packed_linear_cross_entropy(
+    output = packed_linear_cross_entropy(
         hidden.squeeze(0),
         loss_weight(head),
         targets,
@@ -95,6 +105,11 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
         path=path_of(base) or "auto",
         **logit_transform(base.config),
     )
+    balance = balance_loss(base, decoded.router_logits) if model.training else None
+    if balance is None:
+        return output
+    share = 1.0 if n_items is None else batch["weight_sum"] / n_items
+    return replace(output, loss=output.loss + share * balance)
 
 
 class LogitTransform(TypedDict, total=False):

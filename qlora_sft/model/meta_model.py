@@ -8,6 +8,7 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.model.base_files import has_experts, read_config
 from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
@@ -49,15 +50,19 @@ def check_layers(config: Config, base: str) -> None:
 
     Loading would find that out too, after all data is prepared and all weights are read.
     """
+    from qlora_sft.model.experts import check_blocks, target_parameters
     from qlora_sft.model.head import check_frozen_head, check_head
     from qlora_sft.model.linears import target_modules
     from qlora_sft.model.vocabulary import new_rows
 
-    demanded = config.memory.tiled_mlp == "on"
-    if config.lora.target_modules == "all-linear" and not config.model.head_in_4bit and not demanded:
+    demanded, experts = config.memory.tiled_mlp == "on", has_experts(read_config(base))
+    if config.lora.target_modules == "all-linear" and not (config.model.head_in_4bit or demanded or experts):
         return
     model = meta_model(read_settings(config, base))
     targets = target_modules(model, config.lora)
+    target_parameters(model, config.lora)
+    if config.model.load_in_4bit:
+        check_blocks(model)
     if config.model.head_in_4bit:
         check_frozen_head(config.model, new_rows(config.model, base))
         check_head(model)
@@ -76,11 +81,12 @@ def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -
 
     from qlora_sft.model.base import decoder_layers
     from qlora_sft.model.mlp import why_not_tiled
+    from qlora_sft.model.peft_targets import as_named
     from qlora_sft.model.qkv import why_not_lean
 
     model.requires_grad_(False)
     lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
-    with torch.device("meta"):
+    with torch.device("meta"), as_named(model):
         inject_adapter_in_model(lora, model)
     blocks = decoder_layers(model)
     return why_not_tiled(blocks, config.memory.tiled_mlp), why_not_lean(blocks)

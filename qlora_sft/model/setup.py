@@ -11,8 +11,11 @@ from qlora_sft.config import Config
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import BackendName
+from qlora_sft.model.balance import describe_balance
+from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.embeddings import use_host_embedding
+from qlora_sft.model.experts import describe_experts
 from qlora_sft.model.go_on import check_adapter, start_from
 from qlora_sft.model.linears import describe_linears
 from qlora_sft.model.load import load_model
@@ -51,6 +54,9 @@ def prepare_model(
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"
         say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")
+    experts = describe_experts(model, config.lora)
+    if experts:
+        say(f"experts: {experts}; load-balance loss: {describe_balance(base_of(model))}")
     say(f"norms: {use_lean_norms(model)}")
     say(f"q, k, v and o by nf4_lora: {use_lean_attention(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")

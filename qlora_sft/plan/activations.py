@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from qlora_kernels.nf4_lora import default_tile, gated
+from qlora_kernels.nf4_lora.experts import GROUP_VALUES
 from qlora_kernels.offload.tiers import LayerBytes
 from qlora_kernels.packed_ce import PathName
 from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
@@ -45,6 +46,8 @@ QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 OUT = {"o_proj"}
 GATE_UP = {"gate_proj", "up_proj", "gate_up_proj"}
 DOWN = {"down_proj"}
+# Families whose router is known: the likeliest k of a softmax over all experts.
+SOFTMAX_ROUTERS = {"qwen3_moe", "mixtral", "olmoe"}
 
 
 def layer_bytes(
@@ -128,6 +131,7 @@ class _LayerFormula:
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
         self.joined = joined and on_gpu
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
+        self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
         self.stacked = blueprint.stacked(number)
         self.tiled = not blueprint.why_not_tiled
         self.lean = not blueprint.why_not_lean
@@ -142,7 +146,7 @@ class _LayerFormula:
         places: dict[str, list[LayerPart]] = {place: [] for place in ("first", "heads", "middle", "last")}
         for norm in self.norms:
             places[_place(norm)].append(self.norm(norm))
-        mlp = self.tiled_mlp(again) if self.tiled else self.mlp()
+        mlp = self.experts() if self.stacks else self.tiled_mlp(again) if self.tiled else self.mlp()
         return [
             self.input(), *places["first"], self.linear(QKV), *places["heads"], self.attention(), self.linear(OUT),
             *places["middle"], mlp, *places["last"],
@@ -154,7 +158,10 @@ class _LayerFormula:
         odd = sorted({linear.short for linear in self.linears} - known)
         odd += self.stacked
         odd += sorted({norm.kind for norm in self.norms if "RMSNorm" not in norm.kind})
-        missing = not any(linear.short in DOWN for linear in self.linears)
+        dense = any(linear.short in DOWN for linear in self.linears)
+        if self.stacks and (dense or self.blueprint.config.model_type not in SOFTMAX_ROUTERS):
+            odd.append("experts beside a dense MLP" if dense else "this family's router")
+        missing = not dense and not self.stacks
         if odd or missing:
             raise ConfigError(
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
@@ -282,6 +289,33 @@ class _LayerFormula:
         gradients = self.tokens * (self.incoming() + hidden)
         taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
         return LayerPart(self.size * self.tokens * (hidden + kept), taken)
+
+    def experts(self) -> LayerPart:
+        """Returns the bytes of a mixture of experts: `lora_experts` behind a router that takes the likeliest k of a
+        softmax.
+
+        It keeps its input, the softmax in float32, the choice and its weights. The backward has the gradients of its
+        result and, in float32, of its input and of all factors, the dequantised weights of a group of experts, and the
+        rows of a tile.
+        """
+        up, down = self.stacks
+        hidden, wide, settings = self.blueprint.hidden, down.inputs, self.blueprint.config
+        chosen, count = int(settings.num_experts_per_tok), up.count
+        scaled = getattr(settings, "norm_topk_prob", True)  # weights that are made to add up to one
+        weights = chosen * (4 if settings.model_type == "mixtral" else self.size)
+        router = 4 * count + 8 * chosen + (4 * chosen + 4 if scaled else 0) + weights
+        each = up.inputs * up.outputs + down.inputs * down.outputs
+        group = min(count, max(1, GROUP_VALUES // each))
+        factors = sum(x.count * self.lora.r * (x.inputs + x.outputs) for x in self.stacks if x.adapted)
+        # Some groups get more rows than others; twice their share is counted.
+        rows = min(self.tokens * chosen * min(2 * group, count) // count, default_tile(hidden))
+        # When the weights of the choice get their gradient, behind the activation's, and in the gradient of the input.
+        s, inner = self.size, up.outputs + 3 * wide
+        moments = (2 * s * hidden + s * inner + 12 * wide, 2 * s * (hidden + inner), (3 * s + 4) * hidden + s * inner)
+        of_group = s * group * (each + factors // count) + rows * max(moments)
+        of_tokens = self.tokens * ((s + 4) * hidden + 20 * chosen)
+        taken = of_tokens + 4 * factors + max(of_group, self.tokens * s * hidden)
+        return LayerPart(self.tokens * (self.size * hidden + router), taken)
 
     def incoming(self) -> int:
         """Returns the values per token of the gradients that reach the MLP.

@@ -7,7 +7,7 @@ real model. Which layers bitsandbytes quantises is asked of transformers' own ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +49,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Describes one stack of experts: ``count`` of them, each ``inputs`` -> ``outputs``."""
+
+    name: str
+    count: int
+    inputs: int
+    outputs: int
+    block: int
+    parts: int
+    """How many parts of an expert are quantised on their own."""
+    quantized: bool
+    adapted: bool
+
+
+@dataclass(frozen=True)
 class Norm:
     """Describes a normalisation layer."""
 
@@ -72,6 +87,8 @@ class Blueprint:
     linears: list[Linear]
     norms: list[list[Norm]]
     """The norms of every decoder layer."""
+    stacks: list[Stack] = field(default_factory=list)
+    """Of experts, in a mixture."""
     why_not_tiled: str = ""
     """Why the MLPs stay transformers' own; empty if they are computed by tiles."""
     why_not_lean: str = ""
@@ -126,10 +143,12 @@ class Blueprint:
         return HeadShape(self.vocabulary, self.hidden, dtype, self.head_in_4bit, self.added_rows)
 
     def stacked(self, number: int) -> list[str]:
-        """Returns the parameters of a decoder layer that are more than a matrix: experts, convolutions."""
+        """Returns the parameters of a decoder layer that are more than a matrix and not known: convolutions, experts of
+        another form."""
         here = f"{self.prefix}{number}."
         found = {name.removeprefix(here) for name, shape in self.parameters.items() if len(shape) > 2}
-        return sorted(name for name in found if here + name in self.parameters)
+        known = {stack.name for stack in self.stacks}
+        return sorted(name for name in found if here + name in self.parameters and here + name not in known)
 
     def layer(self, number: int) -> list[Linear]:
         """Returns the linear layers of the decoder layer of this number."""
@@ -179,6 +198,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         nested=bool(_packed(settings).get("bnb_4bit_use_double_quant", not _packed(settings))),
         trained_matrices=len(trainable_rows(model, rows) or ()),
         linears=_linears(model, targets, config),
+        stacks=_stacks(model, config),
         prefix=layers_prefix(model),
         why_one_at_a_time=why_one_at_a_time(model),
         norms=[
@@ -195,6 +215,23 @@ def _input_embedding(model: PreTrainedModel) -> int:
     """Returns the values of the input embedding; 0 if the output head is the same matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
+
+
+def _stacks(model: PreTrainedModel, config: Config) -> list[Stack]:
+    """Describes all stacks of experts of a model."""
+    from qlora_sft.model.experts import parts_of, stack_shape, stacks, target_parameters
+    from qlora_sft.model.linears import layers_prefix
+
+    prefix, targets = layers_prefix(model), tuple(f".{name}" for name in target_parameters(model, config.lora))
+    found = []
+    for path, module, name in stacks(model):
+        count, rows, width = stack_shape(module, name)
+        outputs, inputs = (width, rows) if module.is_transposed else (rows, width)
+        full, block = f"{path}.{name}", int(path.removeprefix(prefix).split(".")[0])
+        adapted = bool(targets) and full.endswith(targets)
+        parts = parts_of(module, name)
+        found.append(Stack(full, count, inputs, outputs, block, parts, config.model.load_in_4bit, adapted))
+    return found
 
 
 def _linears(model: PreTrainedModel, targets: list[str], config: Config) -> list[Linear]:

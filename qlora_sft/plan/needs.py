@@ -108,6 +108,7 @@ def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
         parameters=blueprint.n_parameters,
         layers=blueprint.n_layers,
         quantized_layers=sum(linear.quantized for linear in blueprint.linears),
+        quantized_stacks=sum(stack.quantized for stack in blueprint.stacks),
         note=note,
     )
 

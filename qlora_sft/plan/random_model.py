@@ -33,34 +33,43 @@ def random_model(
     from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.attention import use_document_attention
+    from qlora_sft.model.experts import target_parameters, use_our_experts
+    from qlora_sft.model.experts_lora import use_experts_lora
     from qlora_sft.model.head import quantize_head
     from qlora_sft.model.linears import target_modules
     from qlora_sft.model.load import disable_inference_repacking
+    from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
-    targets = target_modules(model, config.lora)
+    targets, experts = target_modules(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:
         _quantize(model, dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
         # inputs to float32.
         model.is_loaded_in_4bit = True
-    _fill(model, dtype, device)
+    _fill(model, dtype, device, config.model.load_in_4bit)
     model.tie_weights()
+    use_our_experts(model)
     if config.model.head_in_4bit:
         quantize_head(model, dtype)
     model.requires_grad_(False)
     disable_inference_repacking(model)
     lora = config.lora
-    adapters = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    peft = get_peft_model(model, adapters).train()
+    adapters = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+        target_modules=targets, target_parameters=experts or None,
+    )  # fmt: skip
+    with as_named(model):
+        peft = get_peft_model(model, adapters).train()
+    use_experts_lora(peft)
     use_document_attention(peft, way)
     return peft
 
 
 def _quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces every linear layer by one with random NF4 weights, doubly quantised."""
+    """Replaces every linear layer but those that stay in full by one with random NF4 weights, doubly quantised."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     from qlora_sft.model.base import layer_list
@@ -74,8 +83,11 @@ def _quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) 
                 setattr(parent, name, nf4_linear(old, _random(old.weight, dtype, device), dtype))
 
 
-def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives every parameter that has no values yet random ones, on ``device``."""
+def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> None:
+    """Gives every parameter that has no values yet random ones, on ``device``; experts become NF4 if ``in_4bit``."""
+    from qlora_sft.model.experts import stack_names
+    from qlora_sft.model.experts_load import quantize_experts
+
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -83,6 +95,8 @@ def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
                 setattr(module, name, filled)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+        if in_4bit and stack_names(module):
+            quantize_experts(module)
 
 
 def _random(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,8 @@ class ModelPlan(Report):
     parameters: int
     layers: int
     quantized_layers: int
+    quantized_stacks: int
+    """Of experts."""
     note: str
     """What does not fit the configuration; empty if all does."""
 

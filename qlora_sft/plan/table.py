@@ -22,9 +22,10 @@ def _model(plan: PlanReport) -> str:
 
 def _memory(plan: PlanReport) -> str:
     held, run = plan.resident, plan.this_run
+    stacks = f", {plan.model.quantized_stacks} stacks of experts" if plan.model.quantized_stacks else ""
     lines = [f"memory of this run ({run.device}, {size(run.memory)})"]
     lines += [
-        _line("weights in NF4", held.nf4, f"{plan.model.quantized_layers} linear layers, exact"),
+        _line("weights in NF4", held.nf4, f"{plan.model.quantized_layers} linear layers{stacks}, exact"),
         _line("weights in full", held.full + held.buffers, "embeddings, head, norms, exact"),
         _line("adapters and gradients", held.adapters + held.gradients, "float32, exact"),
         _line("optimizer", held.optimizer, "exact"),

@@ -11,7 +11,7 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.model.memory_budget import optimizer_bytes
-from qlora_sft.plan.blueprint import Blueprint, Linear
+from qlora_sft.plan.blueprint import Blueprint, Linear, Stack
 
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -52,6 +52,7 @@ def residents(
     With ``memory.offload_embeddings`` a GPU has no input embedding.
     """
     quantized = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
+    quantized |= {stack.name for stack in blueprint.stacks if stack.quantized}
     full = sum(shape.numel() for name, shape in blueprint.parameters.items() if name not in quantized)
     if on_gpu and config.memory.offload_embeddings:
         full -= blueprint.input_embedding
@@ -61,7 +62,8 @@ def residents(
             nf4_bytes(linear.inputs * linear.outputs, blueprint.nested)
             for linear in blueprint.linears
             if linear.quantized
-        ),
+        )
+        + sum(stack_bytes(stack) for stack in blueprint.stacks if stack.quantized),
         full=full * dtype.itemsize,
         # PEFT keeps the rows of added tokens as they began.
         buffers=blueprint.buffer_bytes + sum(row_tensors(blueprint)) * LORA_BYTES,
@@ -80,10 +82,18 @@ def nf4_bytes(count: int, nested: bool = True) -> int:
     return _ceil(count, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + NF4_TABLES
 
 
+def stack_bytes(stack: Stack) -> int:
+    """Returns the bytes of a stack of experts in NF4. Every part has scales of its own; all share one table."""
+    units = stack.count * stack.parts
+    tables = NF4_TABLES - LORA_BYTES  # without the mean
+    return units * (nf4_bytes(stack.inputs * stack.outputs // stack.parts) - tables) + tables
+
+
 def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
     """Returns the elements of every A [rank, inputs] and B [outputs, rank], and of the trained rows of added tokens."""
     lora = [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
-    return lora + row_tensors(blueprint)
+    experts = [stack.count * size for stack in blueprint.stacks if stack.adapted for size in _lora(stack, rank)]
+    return lora + experts + row_tensors(blueprint)
 
 
 def row_tensors(blueprint: Blueprint) -> list[int]:
@@ -91,7 +101,7 @@ def row_tensors(blueprint: Blueprint) -> list[int]:
     return [blueprint.added_rows * blueprint.hidden] * blueprint.trained_matrices
 
 
-def _lora(linear: Linear, rank: int) -> tuple[int, int]:
+def _lora(linear: Linear | Stack, rank: int) -> tuple[int, int]:
     return rank * linear.inputs, rank * linear.outputs
 
 

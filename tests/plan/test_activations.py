@@ -28,7 +28,6 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -284,10 +283,11 @@ def test_with_lean_norms_and_attention(family: str, tmp_path: Path, monkeypatch:
 
 
 def test_layers_that_are_not_known_are_named() -> None:
-    settings = Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     config = load_config("demo")
-    with pytest.raises(ConfigError, match=r"Qwen3MoeForCausalLM: what its layers keep is not known"):
-        layer_bytes(blueprint_of(settings, config), 16, config.lora, torch.bfloat16, True)
+    blueprint = replace(blueprint_of(deepcopy(FAMILIES["llama"]), config), kind="Tomorrow")
+    odd = replace(blueprint.linears[0], name="model.layers.0.mixer.in_proj")
+    with pytest.raises(ConfigError, match=r"Tomorrow: what its layers keep is not known \(in_proj\)"):
+        layer_bytes(replace(blueprint, linears=[odd, *blueprint.linears]), 16, config.lora, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("vocabulary", [pytest.param(97, marks=pytest.mark.slow), 3000])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.nf4 import NF4Stack, NF4Weight
 
 FrozenWeight = Tensor | NF4Weight
 Adapter = tuple[Tensor | None, Tensor | None, Tensor | None]  # A, B, bias
@@ -81,10 +81,10 @@ class Precision:
     out: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor, weight: FrozenWeight, base: torch.dtype | None = None) -> Precision:
+    def of(cls, x: Tensor, weight: FrozenWeight | NF4Stack, base: torch.dtype | None = None) -> Precision:
         """For input ``x``; ``base`` overrides the type of the base products."""
         auto = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, NF4Weight | NF4Stack):
             return cls(base or x.dtype, auto, x.dtype)
         if auto is None and x.dtype != weight.dtype:
             raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}: convert one, or use torch.autocast")

@@ -1,4 +1,4 @@
-"""The textbook: what `lora_linear` and `lora_mlp` compute, in plain operations that autograd differentiates.
+"""The textbook: what `lora_linear`, `lora_mlp` and `lora_experts` compute, in operations that autograd differentiates.
 
 Given float64 tensors it is the truth that tests compare with.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.nf4 import NF4Stack, NF4Weight
+from qlora_kernels.nf4_lora.experts import Experts, Middle
 from qlora_kernels.nf4_lora.gated import Activation, activate
 from qlora_kernels.nf4_lora.projection import Projection
 
@@ -28,3 +29,25 @@ def reference_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection,
     """x [.., D] -> [.., D]"""
     hidden = activate(reference_linear(x, gate), activation) * reference_linear(x, up)
     return reference_linear(hidden, down)
+
+
+def reference_experts(x: Tensor, index: Tensor, weights: Tensor, up: Experts, down: Experts, middle: Middle) -> Tensor:
+    """x [T, D] -> [T, D]: one row and one expert at a time."""
+    rows = []
+    for t, row in enumerate(x):
+        total = torch.zeros_like(row)
+        for k, expert in enumerate(index[t].tolist()):
+            if expert < up.count:
+                hidden = middle(reference_linear(row, one_of(up, expert))[None])[0]
+                total = total + weights[t, k] * reference_linear(hidden, one_of(down, expert))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def one_of(p: Experts, expert: int) -> Projection:
+    """The projection of one expert."""
+    which = slice(expert, expert + 1)
+    stack = p.weight.dequantize(which, torch.float32) if isinstance(p.weight, NF4Stack) else p.weight[which]
+    weight = stack[0].t() if p.transposed else stack[0]
+    A, B, bias = (None if t is None else t[expert] for t in (p.A, p.B, p.bias))
+    return Projection(weight, A, B, p.scale, bias)

@@ -1,0 +1,218 @@
+"""Stacks of experts between memory and files: one parameter [E, R, C] there; here that, or a tensor for every expert.
+
+Which file tensor belongs to which part of which stack is asked of transformers, which stacks them when it loads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_sft.export.adapter import TensorUpdate
+from qlora_sft.export.nf4 import RowReader, ThroughNF4
+from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
+from qlora_sft.export.tensors import Stored
+from qlora_sft.model.base_files import has_experts
+from qlora_sft.model.experts import parts_of, stack_shape, stacks
+from qlora_sft.model.meta_model import meta_model
+
+
+@dataclass(frozen=True)
+class StackUpdate:
+    """Adds ``scale * left[e] @ right[e]`` to every expert of a stack. left [E, R, r], right [E, r, C]; rows are those
+    of all experts one after the other."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows [start : start + n) of the stack, [n, C], in float32, updated."""
+        total, each = rows.float(), self.left.shape[1]
+        for expert in range(start // each, -(-(start + len(rows)) // each)):
+            begin, end = max(start, expert * each), min(start + len(rows), (expert + 1) * each)
+            left = self.left[expert, begin - expert * each : end - expert * each]
+            total[begin - start : end - start].addmm_(left, self.right[expert], alpha=self.scale)
+        return total
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One of the parts of a stack that were quantised on their own, as a matrix."""
+
+    source: RowReader
+    begin: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.count, self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.source.rows(self.begin + start, self.begin + stop)
+
+
+class UnitsThroughNF4:
+    """A stack as a matrix, every ``unit`` rows of it quantised to NF4 and back on their own; one unit is held."""
+
+    def __init__(self, source: RowReader, unit: int):
+        self.source, self.unit, self.shape, self.dtype = source, unit, source.shape, source.dtype
+        self.held: tuple[int, ThroughNF4] | None = None
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        parts = []
+        while start < stop:
+            number = start // self.unit
+            begin = number * self.unit
+            end = min(stop, begin + self.unit)
+            parts.append(self._through(number).rows(start - begin, end - begin))
+            start = end
+        return torch.cat(parts)
+
+    def _through(self, number: int) -> ThroughNF4:
+        if self.held is None or self.held[0] != number:
+            self.held = number, ThroughNF4(Unit(self.source, number * self.unit, self.unit))
+        return self.held[1]
+
+
+@dataclass
+class InFiles:
+    """What an adapter and NF4 do to the tensors of the files, by their names there."""
+
+    updates: dict[str, TensorUpdate]
+    through_nf4: set[str]
+    """Without .weight."""
+    stacked: dict[str, tuple[StackUpdate | None, int]] = field(default_factory=dict)
+    """Of tensors that are whole stacks: the update, and the rows that went through NF4 on their own (0: none)."""
+
+
+def in_files(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    config: dict[str, Any],
+    updates: dict[str, TensorUpdate],
+    through: set[str],
+) -> InFiles:
+    """``updates`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
+
+    An update for which there is no tensor stays as it is. Raises `RunError` for layers in NF4 that the files
+    do not have.
+    """
+    if not has_experts(config):
+        names = names_in_files(folder, tensors)
+        return InFiles(renamed(updates, names), modules_in_files(through, names, tensors))
+    layout = _Layout.of(folder)
+    found = InFiles(dict(updates), through - layout.stacks.keys())
+    for name in tensors:
+        place = layout.place(name)
+        stack = layout.stacks.get(place.parameter)
+        if stack is None:
+            _rename(name, place.parameter, found)
+            continue
+        update, quantized = updates.get(place.parameter), place.parameter in through
+        found.updates.pop(place.parameter, None)
+        whole = None if update is None else _stack_update(update, stack.transposed)
+        if place.expert is None:
+            unit = stack.rows // stack.parts if quantized else 0
+            found.stacked[name] = whole, unit
+            continue
+        if quantized:
+            found.through_nf4.add(name.removesuffix(".weight"))
+        if whole is not None:
+            left = whole.left[place.expert].chunk(place.parts)[place.part]
+            found.updates[name] = TensorUpdate(a=whole.right[place.expert], b=left, scale=whole.scale)
+    return replace(found, through_nf4=modules_in_files(found.through_nf4, {}, tensors))
+
+
+def _rename(name: str, parameter: str, found: InFiles) -> None:
+    """Moves what is known of ``parameter`` to the name that it has in the files."""
+    if name == parameter:
+        return
+    if parameter in found.updates:
+        found.updates[name] = found.updates.pop(parameter)
+    if parameter.removesuffix(".weight") in found.through_nf4:
+        found.through_nf4.remove(parameter.removesuffix(".weight"))
+        found.through_nf4.add(name.removesuffix(".weight"))
+
+
+def _stack_update(update: TensorUpdate, transposed: bool) -> StackUpdate:
+    """a [E, r, in] and b [E, out, r] of the adapter, as they stand to the weights."""
+    assert update.a is not None
+    assert update.b is not None
+    if transposed:
+        return StackUpdate(update.a.transpose(1, 2), update.b.transpose(1, 2), update.scale)
+    return StackUpdate(update.b, update.a, update.scale)
+
+
+# ------------------------------------------------------------------ what transformers knows
+
+
+@dataclass(frozen=True)
+class _Stack:
+    rows: int
+    transposed: bool
+    parts: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the model a tensor of the files goes: a parameter, or one of the parts of an expert of a stack."""
+
+    parameter: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of a model folder: its stacks by name, and what transformers does to the names of its tensors."""
+
+    stacks: dict[str, _Stack]
+    renamings: list[Any]
+    converters: list[Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Layout:
+        from transformers import AutoConfig
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        model = meta_model(AutoConfig.from_pretrained(folder))
+        found = {
+            f"{path}.{name}": _Stack(stack_shape(module, name)[1], bool(module.is_transposed), parts_of(module, name))
+            for path, module, name in stacks(model)
+        }
+        known = get_model_conversion_mapping(model)
+        kinds = ([each for each in known if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter))
+        return cls(found, *kinds)
+
+    def place(self, name: str) -> _Place:
+        """Where the tensor ``name`` of the files goes."""
+        from transformers.core_model_loading import rename_source_key
+
+        parameter, pattern = rename_source_key(name, self.renamings, self.converters)
+        if pattern is None:
+            return _Place(parameter)
+        sources = next(each.source_patterns for each in self.converters if pattern in each.source_patterns)
+        for each in self.renamings:
+            name, _ = each.rename_source_key(name)
+        number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if number is None or not number.groups():
+            return _Place(parameter)
+        return _Place(parameter, int(number[1]), list(sources).index(pattern), len(sources))
+
+
+def planned_rows(stored: Stored) -> Stored:
+    """A stack [E, R, C] in a file as the matrix [E * R, C]."""
+    return replace(stored, shape=(prod(stored.shape[:-1]), stored.shape[-1]))

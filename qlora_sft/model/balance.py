@@ -1,0 +1,39 @@
+"""The load-balance loss of a mixture of experts, as the family has it: in training, where config.json asks for it.
+
+transformers adds it in the model's own forward, which computes all logits and is not used here. Routers are frozen;
+what the loss changes are the adapters before them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+FUNCTION = "load_balancing_loss_func"
+
+
+def balance_coefficient(base: Any) -> float:
+    """What the loss is multiplied by: config.json's ``router_aux_loss_coef`` where that sets ``output_router_logits``,
+    else 0."""
+    settings = base.config.get_text_config()
+    wanted = getattr(settings, "output_router_logits", False) and hasattr(sys.modules[type(base).__module__], FUNCTION)
+    return float(getattr(settings, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
+
+
+def balance_loss(base: Any, logits: tuple[Tensor, ...]) -> Tensor | None:
+    """The family's own function of what its routers said of all rows, ``logits``, times its coefficient; None where
+    there is none."""
+    coefficient = balance_coefficient(base)
+    if not coefficient or not logits:
+        return None
+    function = getattr(sys.modules[type(base).__module__], FUNCTION)
+    loss: Tensor = coefficient * function(logits, base.num_experts, base.num_experts_per_tok, None)
+    return loss
+
+
+def describe_balance(base: Any) -> str:
+    """One phrase, to print."""
+    coefficient = balance_coefficient(base)
+    return f"{coefficient:g} times it" if coefficient else "none (config.json does not set output_router_logits)"

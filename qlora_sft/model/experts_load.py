@@ -1,0 +1,111 @@
+"""Loads the experts of a mixture in NF4, stack by stack: transformers and bitsandbytes quantise linear layers only.
+
+A quantiser for transformers, which is asked about every parameter while the files are read, so that no more than one
+layer's stack exists in 16 bits. Import it only when the backend is chosen: it imports transformers at the top.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from qlora_sft.model.experts import BLOCK, SCALES, parts_of, router_names, stack_names, stacks
+
+METHOD = "nf4_with_experts"
+
+
+class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
+    """bitsandbytes' settings, under a method of our own."""
+
+    def __init__(self, **settings: Any):
+        settings.pop("quant_method", None)
+        super().__init__(**settings)
+        self.quant_method = METHOD
+
+
+class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """bitsandbytes' 4-bit quantiser, for stacks of experts as well; linear layers that route stay as they are."""
+
+    def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        kept: list[str] = super().get_modules_to_not_convert(model, *args, **kwargs)
+        return [*kept, *router_names(model)]
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        for _, module, name in list(stacks(model)):
+            for scale in SCALES:
+                module.register_buffer(f"{name}_{scale}", torch.empty(0, device="meta"))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return name in stack_names(module) or bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(self)
+
+
+class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        module, name = get_module_from_name(model, full_layer_name)
+        if name not in stack_names(module):
+            return dict(super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs))
+        (value,) = input_dict.values()
+        packed, scales = quantized_stack(value[0] if isinstance(value, list) else value, parts_of(module, name))
+        module.nf4_dtype = getattr(module, name).dtype
+        return {full_layer_name: packed, **{f"{full_layer_name}_{scale}": scales[scale] for scale in SCALES}}
+
+
+def quantize_experts(module: Any) -> None:
+    """Replaces the stacks of a module of experts by their NF4 form."""
+    for name in stack_names(module):
+        weight = getattr(module, name)
+        packed, scales = quantized_stack(weight.detach(), parts_of(module, name))
+        module.nf4_dtype = weight.dtype
+        setattr(module, name, packed)
+        for scale in SCALES:
+            module.register_buffer(f"{name}_{scale}", scales[scale])
+
+
+def quantized_stack(weight: Tensor, parts: int) -> tuple[nn.Parameter, dict[str, Tensor]]:
+    """(packed values, scales as `experts.SCALES` names them) of a stack [E, R, C]; form: `NF4Stack`.
+
+    Raises ValueError if a part of an expert is no whole number of NF4's blocks.
+    """
+    count, rows, width = weight.shape
+    if rows % parts or rows // parts * width % BLOCK:
+        raise ValueError(f"experts of {rows} x {width} weights cannot be cut into NF4's blocks of {BLOCK}")
+    packed, states = [], []
+    for part in weight.reshape(count * parts, rows // parts, width):
+        values, state = quantize_4bit(part, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        packed.append(values.view(-1))
+        states.append(state)
+    first = states[0]
+    scales = {
+        "absmax": torch.stack([state.absmax for state in states]),
+        "nested_absmax": torch.stack([state.state2.absmax for state in states]),
+        "offset": torch.stack([state.offset for state in states]),
+        "code": first.code,
+        "nested_code": first.state2.code,
+    }
+    parameter: Any = nn.Parameter(torch.stack(packed).view(count, -1), requires_grad=False)
+    # Where PEFT looks for the shape of a parameter that is kept in another form.
+    parameter.ds_shape = torch.Size((count, rows, width))
+    return parameter, scales
+
+
+def experts_config(**settings: Any) -> ExpertsConfig:
+    """The quantisation of a base with experts, to be given to ``from_pretrained``."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(ExpertsConfig)
+        register_quantizer(METHOD)(ExpertsQuantizer)
+    return ExpertsConfig(**settings)

@@ -1,0 +1,47 @@
+"""PEFT's adapters of experts (``target_parameters``), computed expert by expert.
+
+PEFT's own way adds the product of the factors to the whole stack, all experts of it, in every forward; for NF4 there is
+no such sum. The adapters stay PEFT's, by name, shape and in what is saved. Import it only when the backend is chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+
+from qlora_sft.model.base import base_of
+from qlora_sft.model.experts import Factors, experts_forward, stack_names
+from qlora_sft.model.projection import active_factors
+
+
+class ExpertsLora(ParamWrapper):  # type: ignore[misc]
+    """The outermost of the wrappers that PEFT puts around a module of experts, one for each of its stacks."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        factors: dict[str, Factors] = {}
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            found = active_factors(layer, self.training)
+            if isinstance(found, str):
+                raise NotImplementedError(f"experts cannot be computed with {found}")
+            if found is not None:
+                A, B, scale = found
+                by_expert = A.view(layer.num_experts, -1, A.shape[1])
+                factors[layer.parameter_name] = by_expert, B.view(len(B), -1, layer.num_experts).permute(2, 0, 1), scale
+            layer = layer.base_layer
+        return experts_forward(layer, x, index, weights, factors)
+
+
+def use_experts_lora(model: Any) -> int:
+    """Lets the adapters of all experts of a PEFT model be computed here; returns how many modules have some."""
+    taken = 0
+    for parent in list(base_of(model).modules()):
+        for layer in parent.children():
+            outermost = isinstance(layer, ParamWrapper) and not isinstance(parent, ParamWrapper)
+            if outermost and stack_names(layer.get_base_layer()):
+                # The same object with another forward: whoever holds it, and PEFT's own functions, go on with it.
+                layer.__class__ = ExpertsLora
+                taken += 1
+    return taken

@@ -1,0 +1,87 @@
+"""What PEFT is told to adapt in a mixture of experts, and what it makes of that.
+
+PEFT (0.21) takes gate_proj, up_proj and down_proj among the ``target_modules`` of such a model for the experts of
+transformers 4, which had a layer each, and turns them into the stacks of transformers 5. The linear layers of these
+names (shared experts, dense blocks) then get no adapter. So it does not learn here which family a model is of, and a
+saved adapter names these layers' weights as ``target_parameters``, which any PEFT leaves as they are. The tensors of an
+adapter have the same names either way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qlora_sft.model.base import base_of
+from qlora_sft.model.experts import decoder, stacks, within_block
+from qlora_sft.model.linears import layers_prefix
+
+WEIGHT = ".weight"
+# The names that PEFT takes for experts.
+MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
+
+
+@contextmanager
+def as_named(model: Any) -> Iterator[None]:
+    """Inside, PEFT adapts the layers of ``model`` that it is told to, and no others."""
+    settings = model.config
+    if not has_stacks(model):
+        yield
+        return
+    # The class has the family's name; this one hides it.
+    settings.model_type = ""
+    try:
+        yield
+    finally:
+        del settings.model_type
+
+
+def has_stacks(model: Any) -> bool:
+    """Whether ``model`` keeps experts in stacks."""
+    return any(True for _ in stacks(model))
+
+
+def write_portable_targets(model: Any, folder: Path) -> None:
+    """Lets the adapter that a PEFT model of a mixture has saved in ``folder`` name all its targets as parameters."""
+    base = base_of(model)
+    if not has_stacks(base):
+        return
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    targets = config["target_modules"] or ()
+    layers = [
+        path.removesuffix(".base_layer")
+        for path, module in decoder(base).named_modules()
+        if isinstance(module, nn.Linear) and path.endswith(".base_layer")
+    ]
+    # A pattern says that other parts of the model have layers of these names: then each layer is named in full.
+    full = isinstance(targets, str)
+    named = {path: layers_prefix(base) + path if full else within_block(path) for path in layers}
+    weights = {named[path] + WEIGHT for path in layers if _last(path) in MOVED}
+    kept = {named[path] if full else _last(path) for path in layers if _last(path) not in MOVED}
+    config["target_modules"] = sorted(kept)
+    config["target_parameters"] = sorted({*(config["target_parameters"] or ()), *weights})
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def read_targets(folder: Path) -> Any:
+    """PEFT's configuration of the adapter in ``folder``, with linear layers as modules again."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    named = set(config.target_parameters or ())
+    layers = {name for name in named if name.endswith(WEIGHT)}
+    if layers:
+        modules = {name.removesuffix(WEIGHT) for name in layers}
+        config.target_modules = {*(config.target_modules or ()), *modules}
+        config.target_parameters = sorted(named - layers) or None
+    return config
