@@ -13,7 +13,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.tree_batch import flatten_tree
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of
-from qlora_sft.model.base_files import read_config, text_config
+from qlora_sft.model.base_files import has_experts, read_config, text_config
 from qlora_sft.model.loss import batch_loss, to_device
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def _obstacle(config: Config, settings: JsonObject, backend: BackendName) -> str
         return f"the model attends in a sliding window of {window} tokens"
     if settings.get("attn_logit_softcapping") or settings.get("model_type") == "gpt_oss":
         return "the model caps its logits or has attention sinks"
+    if has_experts(settings):
+        return "the balance of a mixture's experts counts every token of every row"
     if settings.get("kv_lora_rank"):
         return "keys and values of the model have heads of different sizes"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):

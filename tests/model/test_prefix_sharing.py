@@ -118,6 +118,7 @@ def test_another_token_in_one_branch_changes_nothing_in_its_siblings() -> None:
         ({"attn_logit_softcapping": 30.0}, "caps its logits"),
         ({"attention_dropout": 0.1}, "dropout"),
         ({"kv_lora_rank": 8}, "different sizes"),
+        ({"num_experts": 8}, "every token of every row"),
     ],
 )
 def test_a_model_that_cannot_share_says_why(make_config: Any, change: dict[str, Any], why: str) -> None:
