@@ -27,8 +27,8 @@ torch-environment: $(OTHER)/installed
 test-torch: $(OTHER)/installed
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile tests/kernels tests/plan/test_weights.py \
 	  tests/plan/test_random_model.py tests/model/test_attention.py tests/model/test_attention_families.py \
-	  tests/model/test_flex_trace.py tests/model/test_memory.py tests/training/test_equality.py \
-	  tests/training/test_masters.py
+	  tests/model/test_flex_trace.py tests/model/test_attention_tree.py tests/model/test_qkv.py tests/model/test_memory.py \
+	  tests/training/test_equality.py tests/training/test_masters.py
 
 # Triton comes with torch; everything else is that of the lock.
 $(OTHER)/installed: requirements.lock pyproject.toml
