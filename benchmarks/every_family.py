@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import Batch, flatten
@@ -28,9 +28,11 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.export.llama_cpp import llama_cpp_path, llama_cpp_version
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.experts import check_reach
 from qlora_sft.model.hidden import alone, hidden_states, one_at_a_time
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.mixers import mixers_of
 from qlora_sft.model.mlp import TiledMLP
 from qlora_sft.model.norms import has_lean_norms
@@ -84,8 +86,14 @@ def architectures() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def settings() -> Config:
-    return load_config("demo", ["model.backend=transformers", "model.chat_template=null", "lora.r=4"])
+def settings(kind: str) -> Config:
+    """Returns the settings for a model of the type ``kind``; experts of a form that is not known stay frozen."""
+    given = ["model.backend=transformers", "model.chat_template=null", "lora.r=4"]
+    try:
+        check_reach(meta_model(tiny_config(kind)))
+    except ConfigError:
+        given.append("lora.experts=frozen")
+    return load_config("demo", given)
 
 
 def packed_documents() -> Batch:
@@ -107,7 +115,7 @@ def try_family(kind: str, folder: Path) -> Outcome:
 
 
 def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
-    config, said = settings(), list[str]()
+    config, said = settings(kind), list[str]()
     batch = packed_documents()
     model = prepare_model(config, str(folder), torch.float32, "transformers", sum(LENGTHS), said.append, LENGTHS)
     difference = difference_from_alone(model, batch)
@@ -122,12 +130,17 @@ def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
         reason=kept.removeprefix("documents: one at a time, not packed, because ").split(";")[0],
         architecture=architecture,
         mixers=sum(len(mixers_of(layer)) for layer in layers),
-        experts=any(p.dim() == 3 and "expert" in name for layer in layers for name, p in layer.named_parameters()),
+        experts=any(_is_stack(name, p) for layer in layers for name, p in layer.named_parameters()),
         tiled=any(isinstance(module, TiledMLP) for module in model.modules()),
         lean=has_lean_norms(model),
         difference=difference,
         losses=losses,
     )
+
+
+def _is_stack(name: str, parameter: torch.Tensor) -> bool:
+    """Says whether a parameter holds the weights of several experts, in NF4 or not."""
+    return "expert" in name and len(getattr(parameter, "ds_shape", parameter.shape)) == 3
 
 
 @torch.no_grad()

@@ -7,14 +7,17 @@ what the loss changes are the adapters before them.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FUNCTION = "load_balancing_loss_func"
 
 
-def balance_coefficient(base: Any) -> float:
+def balance_coefficient(base: PreTrainedModel) -> float:
     """What the loss is multiplied by: config.json's ``router_aux_loss_coef`` where that sets ``output_router_logits``,
     else 0."""
     settings = base.config.get_text_config()
@@ -22,7 +25,7 @@ def balance_coefficient(base: Any) -> float:
     return float(getattr(settings, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
 
 
-def balance_loss(base: Any, logits: tuple[Tensor, ...]) -> Tensor | None:
+def balance_loss(base: PreTrainedModel, logits: tuple[Tensor, ...]) -> Tensor | None:
     """The family's own function of what its routers said of all rows, ``logits``, times its coefficient; None where
     there is none."""
     coefficient = balance_coefficient(base)
@@ -33,7 +36,7 @@ def balance_loss(base: Any, logits: tuple[Tensor, ...]) -> Tensor | None:
     return loss
 
 
-def describe_balance(base: Any) -> str:
+def describe_balance(base: PreTrainedModel) -> str:
     """One phrase, to print."""
     coefficient = balance_coefficient(base)
     return f"{coefficient:g} times it" if coefficient else "none (config.json does not set output_router_logits)"

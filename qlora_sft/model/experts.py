@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from qlora_kernels.nf4_lora import Experts, NestedScales, NF4Stack, lora_experts
@@ -20,6 +20,9 @@ from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
 
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
+
 NAME = "qlora_experts"
 """Under which transformers knows `experts_forward`."""
 BLOCK = 64  # weights that share a scale in NF4
@@ -27,7 +30,7 @@ BLOCK = 64  # weights that share a scale in NF4
 SCALES = ("absmax", "nested_absmax", "offset", "code", "nested_code")
 # Linear layers that choose or weigh experts. They stay as they are: a little noise in them is another choice.
 ROUTER = re.compile(r"(^|\.)(router|gate|classifier|shared_expert_gate)(\.|$)")
-# Parameters of a block that may be out of reach without a word: convolutions, states, routers.
+# Share of the blocks that may be out of reach without a word: what experts have beside their weights.
 NEGLIGIBLE = 0.05
 
 Factors = tuple[Tensor, Tensor, float]
@@ -43,7 +46,7 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
     return names if all(isinstance(getattr(module, name, None), nn.Parameter) for name in names) else ()
 
 
-def stacks(model: Any) -> Iterator[tuple[str, nn.Module, str]]:
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yields (path of the module, module, name of the parameter) for every stack of experts in ``model``."""
     for path, module in model.named_modules():
         for name in stack_names(module):
@@ -77,7 +80,7 @@ def weight_of(module: Any, name: str) -> Tensor | NF4Stack:
     return NF4Stack(parameter, absmax, scales, code, parameter.ds_shape, BLOCK, module.nf4_dtype)
 
 
-def expand_stacks(model: Any) -> None:
+def expand_stacks(model: nn.Module) -> None:
     """Replaces the stacks of ``model`` that are in NF4 by what these stand for, in the type that was quantised."""
     for _, module, name in list(stacks(model)):
         weight = weight_of(module, name)
@@ -106,7 +109,7 @@ def _projection(module: Any, name: str, factors: Factors | None) -> Experts:
     return Experts(weight_of(module, name), module.is_transposed, A, B, scale, bias)
 
 
-def use_our_experts(model: Any) -> None:
+def use_our_experts(model: CausalModel) -> None:
     """Lets transformers compute the experts of ``model``, if it has some, by `experts_forward`."""
     if not any(True for _ in stacks(model)):
         return
@@ -120,7 +123,7 @@ def use_our_experts(model: Any) -> None:
 # ------------------------------------------------------------------ what is trained
 
 
-def describe_experts(model: Any, lora: LoraConfig) -> str:
+def describe_experts(model: CausalModel, lora: LoraConfig) -> str:
     """One line on the experts of a PEFT model, to print: what they are in and what of them is trained. "" for a model
     that has none."""
     base = base_of(model)
@@ -141,7 +144,7 @@ def describe_experts(model: Any, lora: LoraConfig) -> str:
     return f"{count} in {len(found) // 2} layers, in {kept}, {adapters}{frozen}; routers in full and frozen"
 
 
-def target_parameters(model: Any, lora: LoraConfig) -> list[str]:
+def target_parameters(model: CausalModel, lora: LoraConfig) -> list[str]:
     """The stacks that get adapters, as PEFT's ``target_parameters`` names them: the ends of their paths.
 
     Raises `ConfigError` where the blocks have weights that neither adapters nor NF4 can reach.
@@ -160,7 +163,7 @@ def target_parameters(model: Any, lora: LoraConfig) -> list[str]:
     return sorted(found)
 
 
-def check_reach(model: Any) -> None:
+def check_reach(model: CausalModel) -> None:
     """Raises `ConfigError` if much of the blocks' weights are experts in a form that is not known here."""
     kind, count, share = out_of_reach(model)
     if share > NEGLIGIBLE:
@@ -171,7 +174,7 @@ def check_reach(model: Any) -> None:
         )
 
 
-def check_blocks(model: Any) -> None:
+def check_blocks(model: nn.Module) -> None:
     """Raises `ConfigError` for experts that are no whole number of NF4's blocks."""
     for path, module, name in stacks(model):
         _, rows, width = stack_shape(module, name)
@@ -182,25 +185,26 @@ def check_blocks(model: Any) -> None:
             )
 
 
-def out_of_reach(model: Any) -> tuple[str, int, float]:
-    """(class that has most of them, values, share of the blocks' values) of matrices in the decoder's blocks that are
-    neither linear layers nor stacks of experts."""
+def out_of_reach(model: CausalModel) -> tuple[str, int, float]:
+    """(class that has most of them, values, share of the blocks' values) of experts in the decoder's blocks that are
+    neither linear layers nor stacks. What else has no form of these two (a convolution, a state) is of no account."""
     reached = lost = 0
     largest: dict[str, int] = {}
-    for module in decoder(model).modules():
-        known = isinstance(module, nn.Linear) or bool(stack_names(module))
+    for path, module in decoder(model).named_modules():
+        kind = type(module).__name__
+        is_expert = "expert" in f"{path} {kind}".lower()
+        known = isinstance(module, nn.Linear) or bool(stack_names(module)) or not is_expert
         for parameter in module.parameters(recurse=False):
             if known or parameter.dim() < 2:
                 reached += parameter.numel()
             else:
                 lost += parameter.numel()
-                kind = type(module).__name__
                 largest[kind] = largest.get(kind, 0) + parameter.numel()
     kind = max(largest, key=lambda name: largest[name], default="")
     return kind, lost, lost / max(1, reached + lost)
 
 
-def router_names(model: Any) -> list[str]:
+def router_names(model: nn.Module) -> list[str]:
     """Paths of the linear layers that choose or weigh experts, in the blocks of a model that has experts."""
     counts = {stack_shape(module, name)[0] for _, module, name in stacks(model)}
     return [
@@ -210,7 +214,7 @@ def router_names(model: Any) -> list[str]:
     ]
 
 
-def decoder(model: Any) -> nn.Module:
+def decoder(model: CausalModel) -> nn.Module:
     """The decoder's blocks."""
     return nn.ModuleList(decoder_layers(model))
 

@@ -6,7 +6,7 @@ no such sum. The adapters stay PEFT's, by name, shape and in what is saved. Impo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from qlora_sft.model.base import base_of
 from qlora_sft.model.experts import Factors, experts_forward, stack_names
 from qlora_sft.model.projection import active_factors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class ExpertsLora(ParamWrapper):  # type: ignore[misc]
@@ -34,7 +37,7 @@ class ExpertsLora(ParamWrapper):  # type: ignore[misc]
         return experts_forward(layer, x, index, weights, factors)
 
 
-def use_experts_lora(model: Any) -> int:
+def use_experts_lora(model: PeftModel) -> int:
     """Lets the adapters of all experts of a PEFT model be computed here; returns how many modules have some."""
     taken = 0
     for parent in list(base_of(model).modules()):

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,13 +21,18 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.experts import decoder, stacks, within_block
 from qlora_sft.model.linears import layers_prefix
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from qlora_sft.model.base import CausalModel
+
 WEIGHT = ".weight"
 # The names that PEFT takes for experts.
 MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 
 @contextmanager
-def as_named(model: Any) -> Iterator[None]:
+def as_named(model: CausalModel) -> Iterator[None]:
     """Inside, PEFT adapts the layers of ``model`` that it is told to, and no others."""
     settings = model.config
     if not has_stacks(model):
@@ -41,12 +46,12 @@ def as_named(model: Any) -> Iterator[None]:
         del settings.model_type
 
 
-def has_stacks(model: Any) -> bool:
+def has_stacks(model: nn.Module) -> bool:
     """Whether ``model`` keeps experts in stacks."""
     return any(True for _ in stacks(model))
 
 
-def write_portable_targets(model: Any, folder: Path) -> None:
+def write_portable_targets(model: CausalModel, folder: Path) -> None:
     """Lets the adapter that a PEFT model of a mixture has saved in ``folder`` name all its targets as parameters."""
     base = base_of(model)
     if not has_stacks(base):
@@ -73,11 +78,11 @@ def _last(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
-def read_targets(folder: Path) -> Any:
+def read_targets(folder: Path) -> PeftConfig:
     """PEFT's configuration of the adapter in ``folder``, with linear layers as modules again."""
     from peft import PeftConfig
 
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
     named = set(config.target_parameters or ())
     layers = {name for name in named if name.endswith(WEIGHT)}
     if layers:

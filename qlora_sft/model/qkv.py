@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_sft.errors import first_line
 from qlora_sft.model.attention import NAME, register
-from qlora_sft.model.base import base_of
+from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.norms import FORMS, LeanRMSNorm
 from qlora_sft.model.projection import base_dtype, projection_of
 
@@ -107,7 +107,7 @@ def use_lean_attention(model: Any) -> str:
 
     Always on where it can be: results are as exact as PEFT's, with fewer bytes and fewer passes over them.
     """
-    blocks = list(base_of(model).get_decoder().layers)
+    blocks = decoder_layers(model)
     reason = why_not_lean(blocks)
     if reason:
         return f"left to PEFT ({reason})"

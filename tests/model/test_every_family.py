@@ -72,7 +72,7 @@ def test_a_plan_counts_a_family_or_says_why_not(kind: str) -> None:
 
 def check_plan(kind: str) -> None:
     """All parameters are counted, on the meta device, and what layers keep where there is a formula."""
-    config, wanted = settings(), tiny_config(kind)
+    config, wanted = settings(kind), tiny_config(kind)
     blueprint = blueprint_of(wanted, config)
     assert blueprint.n_parameters == meta_model(wanted).num_parameters()
     held = residents(blueprint, config, torch.bfloat16, "adamw_torch_fused")
