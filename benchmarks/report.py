@@ -201,6 +201,19 @@ def masters(rows: list[Cell]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
+def prefixes(rows: list[Cell]) -> list[str]:
+    """A row per data: what rows share at their beginning computed once, beside every row alone."""
+    lines = ["## Shared prefixes: forward and backward of the 135M model, the same rows with and without sharing", ""]
+    lines += ["| | tokens in rows | computed | rows' tokens/s | alone | ratio |", "|---|---|---|---|---|---|"]
+    newest = newest_cells(rows, "case", "alone")
+    for (case,), cells in newest.items():
+        shared, alone = cells["shared"], cells["alone"]
+        speeds = f"{shared['row_tokens_per_second']:.0f} | {alone['row_tokens_per_second']:.0f}"
+        tokens = f"{shared['tokens_in_rows']:,} | {shared['tokens_computed']:,}"
+        lines.append(f"| {case} | {tokens} | {speeds} | {alone['seconds'] / shared['seconds']:.2f}x |")
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
 def machines(rows: list[Cell]) -> list[str]:
     """Names the machines of the measurements, each once."""
     return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
@@ -281,6 +294,7 @@ def main() -> None:
     lines += packed_ce_paths(read_rows("packed_ce_paths.jsonl"))
     lines += train_cpu(read_rows("train_cpu.jsonl"))
     lines += masters(read_rows("masters.jsonl"))
+    lines += prefixes(read_rows("prefixes.jsonl"))
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 
