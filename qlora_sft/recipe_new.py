@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_sft.atomic import written_file
 from qlora_sft.config import RECIPES, load_config
+from qlora_sft.convert.pieces import named_apart
 from qlora_sft.errors import ConfigError
 from qlora_sft.text import as_path
 from qlora_sft.yaml_text import write_yaml
@@ -85,7 +86,10 @@ def ask(question: str, check: Callable[[str], object]) -> str:
     if not sys.stdin.isatty():
         raise ConfigError(f"qlora-sft new: {question} is not given, and there is no terminal to ask on")
     while True:
-        answer = input(f"{question}: ").strip()
+        try:
+            answer = input(f"{question}: ").strip()
+        except EOFError:
+            raise ConfigError(f"qlora-sft new: {question} is not given; the answers ended") from None
         try:
             check(answer)
         except (ValueError, ConfigError) as error:
@@ -120,20 +124,21 @@ def _text(file: Path, model: str, data: Sequence[str], held_out: Sequence[str], 
     rank = 16 if card <= 8 else goal.rank
     accumulation = max(1, min(16, 65_536 // length))
     small = _small_card(model, card)
+    named = _one_line(str(file))
     lines = [
         f"# yaml-language-server: $schema={RECIPES / 'schema.json'}",
-        f"# {Path(model).name}: {goal.purpose}, on a card of {card} GB.",
-        f"#   qlora-sft preview {file}    what is trained, token by token",
-        f"#   qlora-sft plan {file}       whether it fits this machine, and how long it takes",
-        f"#   qlora-sft train {file}",
-        "# All keys: docs/config.md.",
+        f"# {_one_line(Path(model).name)}: {goal.purpose}, on a card of {card} GB.",
+        f"#   qlora-sft preview {named}    what is trained, token by token",
+        f"#   qlora-sft plan {named}       whether it fits this machine, and how long it takes",
+        f"#   qlora-sft train {named}",
+        "# All keys: the schema above, with their meaning. Other recipes: qlora-sft recipes.",
         "model:",
         f"  {_pair('path', model)}",
         *small.get("model", ()),
         *_template(goal),
         "data:",
         "  train:",
-        *(line for path in data for line in _source(path, goal.source)),
+        *_sources(data, goal),
         *_held_out(held_out, goal),
         f"  max_length: {length:<20} # longest conversation and packed sequence, in tokens; longer ones are dropped",
         "lora:",
@@ -145,7 +150,7 @@ def _text(file: Path, model: str, data: Sequence[str], held_out: Sequence[str], 
         "  # max_steps: 20                 # for a first try",
         *(["evaluation:", *(f"  {line}" for line in goal.evaluation)] if goal.evaluation else []),
         *(["memory:", *small["memory"]] if small else []),
-        f"output: {json.dumps('runs/' + file.stem)}",
+        f"output: {json.dumps('runs/' + file.stem, ensure_ascii=False)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -156,13 +161,17 @@ def _template(goal: Goal) -> list[str]:
     return []
 
 
-def _source(path: str, extra: Sequence[str]) -> list[str]:
-    return [f"    - {_pair('path', path)}", *(f"      {line}" for line in extra)]
+def _sources(paths: Sequence[str], goal: Goal) -> list[str]:
+    lines = []
+    for source in named_apart([{"path": path} for path in paths]):
+        first, *others = [*(_pair(key, str(value)) for key, value in source.items()), *goal.source]
+        lines += [f"    - {first}", *(f"      {line}" for line in others)]
+    return lines
 
 
 def _held_out(paths: Sequence[str], goal: Goal) -> list[str]:
     if paths:
-        return ["  held_out:", *(line for path in paths for line in _source(path, goal.source))]
+        return ["  held_out:", *_sources(paths, goal)]
     return [
         "  # held_out:                     # rows kept apart show what was learned; never trained on",
         "  #   - path: held_out.jsonl",
@@ -178,7 +187,7 @@ def _small_card(model: str, card: int) -> dict[str, list[str]]:
     return {
         "model": [f"  {off}head_in_4bit: true".ljust(33) + f" # saves 0.7 GiB of an 8B{why}"],
         "memory": [
-            "  policy: auto                    # keeps what fits, recomputes the rest; docs/memory.md",
+            "  policy: auto                    # keeps what fits, recomputes the rest",
             f"  {off}offload_embeddings: true".ljust(33) + f" # saves 1 GiB of an 8B{why}",
         ],
     }
@@ -195,4 +204,12 @@ def _untied(model: str) -> bool:
 
 
 def _pair(key: str, value: str) -> str:
+    """Returns ``key: value`` on one line."""
+    if len(value.splitlines()) > 1:
+        return f"{key}: {json.dumps(value)}"
     return write_yaml({key: value}).strip()
+
+
+def _one_line(text: str) -> str:
+    """Returns a text for a comment, which a line break would end and bytes of a file's name that are no UTF-8 spoil."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()

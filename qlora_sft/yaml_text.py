@@ -119,8 +119,8 @@ def read_yaml(text: str) -> object:
 
 
 def write_yaml(tree: object) -> str:
-    """Returns a text that `read_yaml` reads back to the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Returns a text that `read_yaml` reads back to the same tree, in which no line is folded."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:

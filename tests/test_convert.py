@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import Config, load_config
 from qlora_sft.convert.recipe import convert
 from qlora_sft.errors import ConfigError
+from qlora_sft.yaml_text import read_yaml, write_yaml
 
 AXOLOTL = """
 base_model: owner/Base-8B
@@ -110,6 +112,12 @@ def test_llama_factory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "changed", "check"),
     [
+        (AXOLOTL, "trust_remote_code: true\nrevision_of_model: abc",
+         lambda c: (c.model.trust_remote_code, c.model.revision) == (True, "abc")),
+        (FACTORY, "trust_remote_code: true\nmodel_revision: abc",
+         lambda c: (c.model.trust_remote_code, c.model.revision) == (True, "abc")),
+        (AXOLOTL.replace("output_dir: ./outputs/out", ""), "", lambda c: c.output == "runs/theirs"),
+        (FACTORY.replace("output_dir: saves/out", ""), "", lambda c: c.output == "runs/theirs"),
         (AXOLOTL, "train_on_inputs: true", lambda c: c.data.train[0].supervise == "all"),
         (AXOLOTL, "dataset_exact_deduplication: true", lambda c: c.data.deduplicate == "exact"),
         (AXOLOTL.replace("sample_packing: true", ""), "seed: 3", lambda c: (c.data.packing, c.seed) == ("none", 3)),
@@ -143,6 +151,15 @@ def test_what_changes_training_is_taken_over(text: str, changed: str, check: Any
         ),
         (AXOLOTL.replace("lora_r: 32", "lora_r: many"), "converted: lora.r must be a whole number"),
         ("base_model: a\ndatasets: x\n", "datasets: expected a list"),
+        (AXOLOTL + "3: 4\n", r"theirs\.yaml: 3: a key must be a text"),
+        (AXOLOTL + "peft: [{true: 4}]\n", "True: a key must be a text"),
+        (AXOLOTL.replace("num_epochs: 2.0", "num_epochs: .inf"), "num_epochs: expected a finite number, got inf"),
+        (AXOLOTL.replace("num_epochs: 2.0", "num_epochs: .nan"), "num_epochs: expected a finite number, got nan"),
+        (AXOLOTL.replace("chat_template: llama3", "chat_template: [a]"), "chat_template: expected a text"),
+        (AXOLOTL.replace("adamw_bnb_8bit", "{a: 1}"), "optimizer: expected a text"),
+        (FACTORY + "lora_rank: .inf\n", "lora_rank: expected a finite number"),
+        (FACTORY + "mix_strategy: interleave_under\ninterleave_probs: a,b\n", "interleave_probs: expected numbers"),
+        (FACTORY + "mix_strategy: interleave_under\ninterleave_probs: 0.5\n", "interleave_probs: 1 numbers for 2"),
     ],
 )
 def test_what_cannot_be_converted_is_said(text: str, fault: str, tmp_path: Path) -> None:
@@ -162,3 +179,56 @@ def test_the_verb_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.read_text() == printed.out
     assert main(["convert", str(file), "--out", str(out)]) == 2
     assert "exists; name another file" in capsys.readouterr().err
+
+
+def test_a_format_of_ones_own_gives_the_columns(tmp_path: Path) -> None:
+    kind = "{field_instruction: q, field_output: a, field_system: rules, format: '[INST] {instruction}'}"
+    config, notes = converted(AXOLOTL.replace("type: alpaca", f"type: {kind}"), tmp_path)
+    more = config.data.train[2]
+    assert (more.format, more.columns) == ("alpaca", {"instruction": "q", "output": "a", "system": "rules"})
+    assert "type.format: '[INST] {instruction}': the chat template writes the turns here" in notes
+
+
+def test_every_file_is_a_source(tmp_path: Path) -> None:
+    text = AXOLOTL.replace("data_files: more.jsonl", "data_files: [a/more.jsonl, b/more.jsonl]")
+    config, _ = converted(text, tmp_path)
+    assert [each.path for each in config.data.train[2:]] == ["a/more.jsonl", "b/more.jsonl"]
+    assert len({each.name for each in config.data.train[2:]}) == 2
+    _, notes = converted(text.replace("path: json", "path: owner/files"), tmp_path)
+    assert "data_files: a/more.jsonl, b/more.jsonl: files of owner/files" in notes
+
+
+def test_the_schedule_that_stands_nowhere_is_noted(tmp_path: Path) -> None:
+    _, notes = converted(AXOLOTL.replace("lr_scheduler: cosine\n", ""), tmp_path)
+    assert "lr_scheduler: cosine: the learning rate falls linearly" in notes
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"ours":\n', r"dataset_info\.json:2: not valid JSON"),
+        (b"[1]", r"dataset_info\.json: expected an object"),
+        (b'{"ours": 3}', r"dataset_info\.json: ours: expected an object"),
+        (b'{"ours": {"columns": [1]}}', r"ours\.columns: expected an object"),
+        (b'{"ours": {"file_name": ["a"]}}', r"ours\.file_name: expected a text"),
+        (b"\xff", r"dataset_info\.json: not UTF-8"),
+    ],
+)
+def test_a_broken_dataset_info_is_named(content: bytes, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"theirs\.yaml: .*{fault}"):
+        converted(FACTORY, tmp_path)
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, FACTORY])
+def test_odd_values_are_converted_or_refused(text: str, tmp_path: Path) -> None:
+    tree = read_yaml(text)
+    assert isinstance(tree, dict)
+    more = ("interleave_probs", "mask_history", "max_samples", "dataset_dir", "rl", "packing", "lora_rank", "template")
+    file = tmp_path / "theirs.yaml"
+    for key in [*tree, *more]:
+        for odd in ([1, [2]], {"a": {"b": 1}}, float("inf"), "a,b", 10**400, [{"path": ["x"]}]):
+            file.write_text(write_yaml({**tree, "mix_strategy": "interleave_over", key: odd}))
+            with suppress(ConfigError):
+                assert convert(str(file)).text

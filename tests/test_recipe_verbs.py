@@ -10,7 +10,7 @@ import pytest
 from qlora_sft.cli import main
 from qlora_sft.config import RECIPES, load_config
 from qlora_sft.errors import ConfigError
-from qlora_sft.recipe_new import CARDS, GOALS, new_recipe
+from qlora_sft.recipe_new import CARDS, GOALS, Goal, new_recipe
 
 
 def test_every_shipped_recipe_is_listed_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,12 +50,15 @@ def test_a_small_card_gets_the_head_in_4_bits_only_where_it_is_not_tied(tmp_path
         assert "head_in_4bit" in file.read_text()
 
 
-def test_nothing_is_overwritten_and_faults_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_and_faults_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.yaml"
     flags = ["--model", "demo", "--data", "a.jsonl", "--card", "12", "--goal", "chat"]
-    twice = [*flags, "--data", "b/a.jsonl"]
-    assert main(["new", str(file), *twice]) == 2
-    assert f"{file}: data.train has two sources named a" in capsys.readouterr().err
+    with monkeypatch.context() as changed:
+        changed.setitem(GOALS, "chat", Goal("learns too fast", learning_rate="20"))
+        assert main(["new", str(file), *flags]) == 2
+    assert f"{file}: training.learning_rate must be at most" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert main(["new", str(file), *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"file": str(file)}
@@ -82,3 +85,28 @@ def test_what_is_not_given_is_asked_until_it_is_right(
     assert "tools (calls tools" in said
     config = load_config(file)
     assert (config.model.path, config.data.train[0].path, config.data.max_length) == ("demo", "a.jsonl", 8192)
+
+
+def test_long_names_line_breaks_and_equal_names_load(tmp_path: Path) -> None:
+    data = [f"{'a folder ' * 20}/a.jsonl", "b/a.jsonl", "b/c\nd.jsonl", "b/a-1.jsonl"]
+    file = new_recipe(
+        str(tmp_path / "mein 😀.yaml"), "owner/\udcffa\nlora: {r: 1}", data, 8, "chat", ["x/h.jsonl", "y/h.jsonl"]
+    )
+    config = load_config(file)
+    assert (config.model.path, config.lora.r, config.output) == ("owner/\udcffa\nlora: {r: 1}", 16, "runs/mein 😀")
+    assert [source.path for source in config.data.train] == data
+    assert [source.name for source in config.data.train] == ["a-0", "a-2", None, None]
+    assert [source.name for source in config.data.held_out] == ["h-0", "h-1"]
+    assert "docs/" not in file.read_text()
+
+
+def test_the_end_of_the_answers_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", ended)
+    assert main(["new", str(tmp_path / "mine.yaml")]) == 2
+    assert "--model (a folder, a Hub id, or demo) is not given; the answers ended" in capsys.readouterr().err

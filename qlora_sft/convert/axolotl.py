@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from qlora_sft.convert.pieces import Converted, given_keys, named_apart, objects, source
+from qlora_sft.convert.pieces import Converted, given_keys, named_apart, objects, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 
 SAME = {
+    "trust_remote_code": "model.trust_remote_code", "revision_of_model": "model.revision",
     "base_model": "model.path", "sequence_len": "data.max_length", "output_dir": "output", "lora_r": "lora.r",
     "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "micro_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation", "max_steps": "training.max_steps",
@@ -15,7 +16,10 @@ SAME = {
     "save_steps": "training.save_steps", "save_total_limit": "training.save_total_limit",
 }  # fmt: skip
 # What axolotl takes where nothing is given, and which is something else here.
-DEFAULTS = {"sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+DEFAULTS = {
+    "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
+    "lr_scheduler": "cosine",
+}  # fmt: skip
 FINE = {
     "model_type": "config.json says it", "tokenizer_type": "the tokenizer's files say it",
     "bf16": "model.dtype: auto", "fp16": "model.dtype: auto", "tf32": "does not concern 16-bit products",
@@ -29,6 +33,12 @@ FINE = {
     "eval_sample_packing": "held-out rows are packed by the same rule",
 }  # fmt: skip
 FORMS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
+# Found by the file's name and the rows themselves.
+FOUND = {
+    "ds_type", "message_field_role", "message_field_content", "roles", "message_property_mappings", "split",
+}  # fmt: skip
+# What the datasets library calls its readers of files; any other path beside data_files is where the files are.
+READERS = ("", "json", "csv", "parquet", "text", "arrow")
 
 
 def convert_axolotl(original: JsonObject) -> Converted:
@@ -40,9 +50,9 @@ def convert_axolotl(original: JsonObject) -> Converted:
     made.rename(given, {"base_model": SAME["base_model"]})
     _precision(given, made)
     made.template(given, "chat_template")
-    made.train = named_apart([_source(each, made) for each in objects("datasets", given.pop("datasets", None))])
-    tests = objects("test_datasets", given.pop("test_datasets", []))
-    made.held_out = named_apart([_source(each, made) for each in tests])
+    made.train = named_apart(_sources("datasets", given, made))
+    given.setdefault("test_datasets", [])
+    made.held_out = named_apart(_sources("test_datasets", given, made))
     made.rename(given, SAME)
     made.epochs(given, "num_epochs")
     made.optimizer(given, "optimizer")
@@ -63,36 +73,58 @@ def _precision(given: JsonObject, made: Converted) -> None:
     made.put("model.load_in_4bit", bool(in_4bit or in_8bit))
 
 
-def _source(each: JsonObject, made: Converted) -> JsonObject:
+def _sources(key: str, given: JsonObject, made: Converted) -> list[JsonObject]:
+    return [made_source for each in objects(key, given.pop(key, None)) for made_source in _of_one(each, made)]
+
+
+def _of_one(each: JsonObject, made: Converted) -> list[JsonObject]:
+    """Returns the sources of one entry: one for every file."""
     each = given_keys(each)
-    path, kind = str(each.pop("path", "")), each.pop("type", "chat_template")
-    files = each.pop("data_files", None)
-    if files:
-        path = str(files[0] if isinstance(files, list) else files)
-    elif "name" in each:
-        path += f":{each.pop('name')}"
+    paths = _paths(each, made)
+    form, columns = _form(each, made)
+    sources = [source(path, columns, form) for path in paths]
+    if "split" in each and "data_files" not in each:
+        for made_source in sources:
+            made_source["split"] = each["split"]
+    made.leave(each, dict.fromkeys([*FOUND, "data_files"], ""))
+    return sources
+
+
+def _paths(each: JsonObject, made: Converted) -> list[str]:
+    path = text("path", each.pop("path", ""))
+    if "data_files" in each:
+        files = texts("data_files", each["data_files"])
+        if path not in READERS:
+            made.note("data_files", ", ".join(files), f"files of {path}; put their paths on this machine")
+        return files
+    return [f"{path}:{each.pop('name')}" if "name" in each else path]
+
+
+def _form(each: JsonObject, made: Converted) -> tuple[str | None, dict[str, str]]:
+    """Returns the form of the rows, None if they tell it, and the names of their columns."""
+    kind = each.pop("type", "chat_template")
+    if isinstance(kind, dict):
+        return "alpaca", _own_columns(given_keys(kind), made)
+    kind = text("type", kind)
     if kind == "alpaca":
         made.note("type", kind, "the chat template writes the turns here, not '### Instruction:'")
     elif kind not in FORMS:
         made.note("type", kind, "the form of the rows is found by their columns; look at it with preview")
-    columns = {"messages": str(each.pop("field_messages", "messages")), "tools": str(each.pop("field_tools", "tools"))}
-    columns["system"] = str(each.pop("field_system", "system"))
+    columns = {name: text(f"field_{name}", each.pop(f"field_{name}", name)) for name in ("messages", "tools", "system")}
     if columns["messages"] == "conversations":
         del columns["messages"]  # known under this name
-    made_source = source(path, columns, FORMS.get(kind) if isinstance(kind, str) else None)
-    if "split" in each and not files:
-        made_source["split"] = each.pop("split")
-    for key in (
-        "ds_type",
-        "message_field_role",
-        "message_field_content",
-        "roles",
-        "message_property_mappings",
-        "split",
-    ):
-        each.pop(key, None)  # found by the file's name and the rows themselves
-    made.leave(each, {})
-    return made_source
+    if FORMS.get(kind) == "text":
+        columns = {"text": text("field", each.pop("field", "text"))}
+    return FORMS.get(kind), columns
+
+
+def _own_columns(kind: JsonObject, made: Converted) -> dict[str, str]:
+    """Returns the columns of a format of the user's own, and notes what else it says: the texts around them."""
+    names = ("instruction", "input", "output", "system")
+    columns = {name: text(f"type.field_{name}", kind.pop(f"field_{name}", name)) for name in names}
+    for key, value in kind.items():
+        made.note(f"type.{key}", repr(value), "the chat template writes the turns here")
+    return columns
 
 
 def _data(given: JsonObject, made: Converted) -> None:

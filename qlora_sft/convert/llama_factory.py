@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, source, texts
+from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
+from qlora_sft.text import read_text
 
 SAME = {
+    "trust_remote_code": "model.trust_remote_code", "model_revision": "model.revision",
     "cutoff_len": "data.max_length", "output_dir": "output", "lora_rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "per_device_train_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation", "max_steps": "training.max_steps",
@@ -23,7 +26,7 @@ DEFAULTS = {
     "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "warmup_ratio": 0.0, "save_steps": 500,
 }  # fmt: skip
 FINE = {
-    "do_train": "train does it", "trust_remote_code": "no code of a model is run here", "bf16": "model.dtype: auto",
+    "do_train": "train does it", "bf16": "model.dtype: auto",
     "fp16": "model.dtype: auto", "flash_attn": "model.attention: auto", "overwrite_cache": "the cache knows",
     "preprocessing_num_workers": "preparation decides", "dataloader_num_workers": "preparation decides",
     "logging_steps": "every step is logged", "plot_loss": "metrics.jsonl", "overwrite_output_dir": "--overwrite",
@@ -48,7 +51,7 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
         raise ConfigError(f"stage: {stage}: there is no preference training or reinforcement learning here")
     given.setdefault("lora_alpha", int(2 * number("lora_rank", given["lora_rank"])))
     made = Converted()
-    made.put("model.path", given.pop("model_name_or_path"))
+    made.rename(given, {"model_name_or_path": "model.path"})
     _precision(given, made)
     made.template(given, "template")
     _sources(given, made, folder, stage)
@@ -61,7 +64,7 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
     made.schedule(given, "lr_scheduler_type")
     target = given.pop("lora_target", "all")
     if target != "all":
-        made.put("lora.target_modules", texts(target))
+        made.put("lora.target_modules", texts("lora_target", target))
     size = given.pop("val_size", 0)
     if size:
         made.note("val_size", size, "nothing is split off; name held-out data in data.held_out")
@@ -79,11 +82,11 @@ def _precision(given: JsonObject, made: Converted) -> None:
 
 
 def _sources(given: JsonObject, made: Converted, folder: Path, stage: str) -> None:
-    known = _dataset_info(str(given.pop("dataset_dir", "data")), folder)
+    known = _dataset_info(text("dataset_dir", given.pop("dataset_dir", "data")), folder)
     rows = given.pop("max_samples", None)
     form = "text" if stage == "pt" else None
     for key, sources in (("dataset", made.train), ("eval_dataset", made.held_out)):
-        sources += named_apart([_source(name, known, made, form) for name in texts(given.pop(key, []))])
+        sources += named_apart([_source(name, known, made, form) for name in texts(key, given.pop(key, []))])
         for each in sources if rows else ():
             each["max_rows"] = rows
     _mixture(given, made)
@@ -97,20 +100,46 @@ def _mixture(given: JsonObject, made: Converted) -> None:
     strategy, shares = given.pop("mix_strategy", "concat"), given.pop("interleave_probs", None)
     if strategy == "concat" or not shares:
         return
-    for each, share in zip(made.train, texts(shares), strict=False):
-        each["weight"] = float(share)
+    weights = _shares("interleave_probs", shares)
+    if len(weights) != len(made.train):
+        raise ConfigError(f"interleave_probs: {len(weights)} numbers for {len(made.train)} data sets")
+    for each, weight in zip(made.train, weights, strict=True):
+        each["weight"] = weight
     made.put("data.mixture", "explicit")
     made.note("mix_strategy", strategy, "an epoch has as many rows as all sources together, drawn by these shares")
+
+
+def _shares(key: str, value: object) -> list[float]:
+    """Returns the numbers of a list, or of a text in which commas part them."""
+    try:
+        return [number(key, float(share)) for share in texts(key, value)]
+    except ValueError:
+        raise ConfigError(f"{key}: expected numbers parted by commas, got {value!r}") from None
 
 
 def _dataset_info(name: str, folder: Path) -> dict[str, JsonObject]:
     """Returns the content of dataset_info.json in the folder that the configuration names, with paths of its files."""
     for place in (Path(name), folder / name, folder.parent / name, folder.parent.parent / name):
         file = place / "dataset_info.json"
-        if file.is_file():
-            entries: dict[str, JsonObject] = json.loads(file.read_text(encoding="utf-8"))
-            return {key: {**entry, "folder": str(place)} for key, entry in entries.items()}
+        if os.path.isfile(file):  # and no error for a name that no file can have
+            return {key: {**entry, "folder": str(place)} for key, entry in _entries(file).items()}
     return {}
+
+
+def _entries(file: Path) -> dict[str, JsonObject]:
+    """Returns the entries of a dataset_info.json. Raises `ConfigError` if it is none."""
+    try:
+        entries = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"dataset_dir: {file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"dataset_dir: {file}: not valid JSON: nested too deep") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"dataset_dir: {file}: expected an object of data sets by their names")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise ConfigError(f"dataset_dir: {file}: {name}: expected an object, got {entry!r}")
+    return entries
 
 
 def _source(name: str, known: dict[str, JsonObject], made: Converted, form: str | None) -> JsonObject:
@@ -121,14 +150,15 @@ def _source(name: str, known: dict[str, JsonObject], made: Converted, form: str 
     if entry.get("ranking"):
         made.note("dataset", name, "preference data, which is not trained here")
     if "file_name" in entry:
-        path = str(Path(str(entry["folder"])) / str(entry["file_name"]))
+        path = str(Path(str(entry["folder"])) / text(f"{name}.file_name", entry["file_name"]))
     else:
         subset = f":{entry['subset']}" if entry.get("subset") else ""
         path = f"{entry.get('hf_hub_url', name)}{subset}"
-    named = entry.get("columns")
-    columns = (
-        {COLUMNS[key]: str(value) for key, value in named.items() if key in COLUMNS} if isinstance(named, dict) else {}
-    )
+    named = entry.get("columns") or {}
+    if not isinstance(named, dict):
+        raise ConfigError(f"dataset_info.json: {name}.columns: expected an object, got {named!r}")
+    columns = {COLUMNS[key]: text(f"{name}.columns.{key}", value) for key, value in named.items()
+               if key in COLUMNS and value}  # fmt: skip
     if columns.get("conversations") == "messages":
         del columns["conversations"]  # known under this name
     made_source = source(path, columns, form)

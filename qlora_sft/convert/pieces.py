@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "adamw_torch": "adamw_torch", "adamw_torch_fused": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
+# No number of a configuration is larger; infinities and what no float holds are.
+LARGEST = 1e18
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Converted:
 
     def optimizer(self, given: JsonObject, key: str) -> None:
         """Moves the optimizer if there is one of the same kind here."""
-        name = given.pop(key, None)
+        name = text(key, given.pop(key, ""))
         if name in OPTIMIZERS:
             self.put("training.optimizer", OPTIMIZERS[name])
         elif name:
@@ -72,13 +74,13 @@ class Converted:
 
     def schedule(self, given: JsonObject, key: str) -> None:
         """Notes a schedule that is not the one here."""
-        name = given.pop(key, None)
+        name = text(key, given.pop(key, ""))
         if name and name != "linear":
             self.note(key, name, "the learning rate falls linearly to zero here")
 
     def template(self, given: JsonObject, key: str) -> None:
         """Moves the name of a chat template if it is a shipped one."""
-        name = given.pop(key, None)
+        name = text(key, given.pop(key, ""))
         if name in TEMPLATES:
             self.put("model.chat_template", TEMPLATES[name])
         elif name and name not in ("tokenizer_default", "default", "empty"):
@@ -111,9 +113,11 @@ def source(path: str, columns: dict[str, str], form: str | None) -> JsonObject:
 def named_apart(sources: list[JsonObject]) -> list[JsonObject]:
     """Gives sources that reports would call by one name a name each."""
     names = [source_name(SourceConfig(str(each["path"]))) for each in sources]
+    taken = set(names)
     for count, (name, each) in enumerate(zip(names, sources, strict=True)):
         if names.count(name) > 1:
-            each["name"] = f"{name}-{count}"
+            each["name"] = next(new for i in range(count, 2 * len(names) + 1) if (new := f"{name}-{i}") not in taken)
+            taken.add(str(each["name"]))
     return sources
 
 
@@ -123,16 +127,23 @@ def given_keys(tree: JsonObject) -> JsonObject:
 
 
 def number(key: str, value: object) -> float:
-    """Returns a number. Raises `ConfigError` for anything else."""
-    if isinstance(value, int | float):
+    """Returns a finite number. Raises `ConfigError` for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
-    raise ConfigError(f"{key}: expected a number, got {value!r}")
+    raise ConfigError(f"{key}: expected a finite number, got {value!r}")
 
 
-def texts(value: object) -> list[str]:
-    """Returns the items of a list, or of a text in which commas part them."""
-    items = value if isinstance(value, list) else str(value).split(",")
-    return [str(item).strip() for item in items]
+def text(key: str, value: object) -> str:
+    """Returns a text, also of a number. Raises `ConfigError` for a list or a section."""
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{key}: expected a text, got {value!r}")
+    return str(value)
+
+
+def texts(key: str, value: object) -> list[str]:
+    """Returns the items of a list, or of a text in which commas part them. Raises `ConfigError` for anything else."""
+    items = value if isinstance(value, list) else text(key, value).split(",")
+    return [text(key, item).strip() for item in items]
 
 
 def objects(key: str, value: object) -> list[JsonObject]:

@@ -36,7 +36,14 @@ def convert(file: str) -> Recipe:
         raise ConfigError([f"{path}:{line}: {what}" for line, what in fault.faults]) from None
     if not isinstance(original, dict):
         raise ConfigError(f"{path}: expected keys and values")
-    toolkit, made = _converted(original, path)
+    try:
+        _check_keys(original)
+        toolkit, made = _converted(original, path)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+    if "output" not in made.top:
+        made.put("output", f"runs/{path.stem}")
+        made.note("output_dir", "not given", f"output: runs/{path.stem} is written, after the file's name")
     header = [f"# Converted from {path.name}, a configuration of {toolkit}.", *(f"# not here: {n}" for n in made.notes)]
     text = "\n".join([*(" ".join(line.split()) for line in header), write_yaml(made.tree())])
     with tempfile.TemporaryDirectory() as folder:
@@ -56,9 +63,17 @@ def _converted(original: JsonObject, path: Path) -> tuple[str, Converted]:
         return "axolotl", convert_axolotl(original)
     if "model_name_or_path" in original and ("finetuning_type" in original or "stage" in original):
         return "LLaMA-Factory", convert_llama_factory(original, path.parent)
-    raise ConfigError(
-        f"{path}: neither of axolotl (base_model: ...) nor of LLaMA-Factory (model_name_or_path: ..., stage: ...)"
-    )
+    raise ConfigError("neither of axolotl (base_model: ...) nor of LLaMA-Factory (model_name_or_path: ..., stage: ...)")
+
+
+def _check_keys(tree: object) -> None:
+    """Raises `ConfigError` for a key that is no text, in any section."""
+    for key in tree if isinstance(tree, dict) else ():
+        if not isinstance(key, str):
+            raise ConfigError(f"{key!r}: a key must be a text; quote it or remove it")
+    if isinstance(tree, list | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            _check_keys(item)
 
 
 def write_recipe(recipe: Recipe, out: str) -> Path:
