@@ -72,6 +72,8 @@ class Outcome:
     mixers: int = 0
     """Recurrent and convolutional layers."""
     experts: bool = False
+    frozen: bool = False
+    """Its experts have a form that is not known here: trained with ``lora.experts=frozen``, refused without."""
     tiled: bool = False
     lean: bool = False
     difference: float = 0.0
@@ -131,6 +133,7 @@ def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
         architecture=architecture,
         mixers=sum(len(mixers_of(layer)) for layer in layers),
         experts=any(_is_stack(name, p) for layer in layers for name, p in layer.named_parameters()),
+        frozen=config.lora.experts == "frozen",
         tiled=any(isinstance(module, TiledMLP) for module in model.modules()),
         lean=has_lean_norms(model),
         difference=difference,
@@ -181,14 +184,21 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
     lines = [
         "# Families",
         "",
-        "Written by `benchmarks/every_family.py`, which trained a tiny model of every causal architecture of",
-        "transformers in NF4 with LoRA on a CPU. **Documents**: whether they share a packed sequence, or are run one",
-        "at a time (the same result, slower where they are short). **Tiled MLP**, **lean norms**: whether",
-        f"this project's own apply. **GGUF**: whether the converter ({llama_cpp_version()}) knows the",
-        "architecture, and with it llama.cpp and Ollama.",
+        "Written by `benchmarks/every_family.py`, which makes a tiny model of a causal architecture of transformers",
+        f"and trains it for {STEPS} steps in NF4 with LoRA on a CPU. A row is as of the commit at which it was tried.",
         "",
-        f"{len(outcomes)} families: {counts['packed']} train packed, {counts['one at a time']} one document at a time, "
-        f"{counts['refused']} are refused with the reason.",
+        f"So far {len(outcomes)} of {len(architectures())} families were tried: {counts['packed']} train packed, "
+        f"{counts['one at a time']} one document at a time, {counts['refused']} are refused with the reason.",
+        f"No model is made of {len(NOT_MADE)}, with the reason; {len(_without_row(outcomes))} have no row yet.",
+        "",
+        "- **Documents**: whether they share a packed sequence, or are run one at a time (the same result, slower",
+        "  where they are short).",
+        "- **Recurrent layers**: how many recurrent or convolutional mixers the tiny model has.",
+        "- **Experts**: yes, in NF4 with adapters; frozen, in a form that is not known here: the family is refused",
+        "  unless `lora.experts=frozen` leaves them in 16 bits and untrained.",
+        "- **Tiled MLP**, **lean norms**: whether this project's own apply; where not, the model's own are used.",
+        f"- **GGUF**: whether the converter ({llama_cpp_version()}) knows the architecture, and with it",
+        "  llama.cpp and Ollama.",
         "",
         "| family | documents | recurrent layers | experts | tiled MLP | lean norms | GGUF |",
         "|---|---|---|---|---|---|---|",
@@ -196,7 +206,8 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
     for each in outcomes:
         if each.how == "refused":
             continue
-        marks = ["yes" if each.experts else "", "yes" if each.tiled else "", "yes" if each.lean else ""]
+        experts = "frozen" if each.frozen else "yes" if each.experts else ""
+        marks = [experts, "yes" if each.tiled else "", "yes" if each.lean else ""]
         gguf = "yes" if each.architecture in known else ""
         lines.append(f"| {each.kind} | {each.how} | {each.mixers or ''} | {' | '.join(marks)} | {gguf} |")
     lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
@@ -205,9 +216,13 @@ def table(outcomes: list[Outcome], known: set[str]) -> str:
     lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "one at a time"]
     lines += ["", "## Not tried", "", "| family | reason |", "|---|---|"]
     lines += [f"| {kind} | {reason} |" for kind, reason in NOT_MADE.items()]
-    done = {each.kind for each in outcomes} | set(NOT_MADE)
-    lines += [f"| {kind} | no row yet: run the script again |" for kind in architectures() if kind not in done]
+    lines += [f"| {kind} | no row yet: run the script again |" for kind in _without_row(outcomes)]
     return "\n".join(lines) + "\n"
+
+
+def _without_row(outcomes: list[Outcome]) -> list[str]:
+    done = {each.kind for each in outcomes} | set(NOT_MADE)
+    return [kind for kind in architectures() if kind not in done]
 
 
 def main(*wanted: str) -> None:
