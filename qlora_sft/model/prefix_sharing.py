@@ -13,8 +13,10 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.tree_batch import flatten_tree
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of
-from qlora_sft.model.base_files import has_experts, read_config, text_config
+from qlora_sft.model.base_files import has_experts
+from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.loss import batch_loss, to_device
+from qlora_sft.model.meta_model import read_settings
 
 if TYPE_CHECKING:
     from qlora_sft.json_types import JsonObject
@@ -34,7 +36,8 @@ def why_not_shared(config: Config, base: str, backend: BackendName) -> str | Non
     """
     if config.data.share_prefixes == "off" or config.data.packing == "none":
         return "data.share_prefixes=off" if config.data.packing != "none" else "data.packing=none"
-    settings = text_config(read_config(base))
+    # As transformers understands them: Mistral has a window that its config.json need not name.
+    settings = read_settings(config, base).get_text_config().to_dict()
     reason = _obstacle(config, settings, backend)
     kind = settings.get("model_type")
     if reason is None and config.data.share_prefixes == "auto" and kind not in TRIED:
@@ -64,8 +67,20 @@ def _obstacle(config: Config, settings: JsonObject, backend: BackendName) -> str
         return "the balance of a mixture's experts counts every token of every row"
     if settings.get("kv_lora_rank"):
         return "keys and values of the model have heads of different sizes"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.is_available():
+        return _obstacle_of_flash(config, settings)
+    return None
+
+
+def _obstacle_of_flash(config: Config, settings: JsonObject) -> str | None:
+    """Returns why FlashAttention, which computes trees on a GPU, cannot do it; None if it can."""
+    if torch.cuda.get_device_capability() < (8, 0):
         return "FlashAttention needs compute capability 8.0"
+    if config.model.dtype == "float32":
+        return "FlashAttention computes in 16 bits only"
+    size = settings.get("head_dim")
+    if isinstance(size, int) and size > 256:
+        return f"FlashAttention has heads of up to 256, this model of {size}"
     return None
 
 
@@ -78,6 +93,8 @@ def check_prefixes(model: CausalModel, dtype: torch.dtype) -> str:
 
     Returns what to print. Raises `RunError` if rounding does not explain the difference.
     """
+    if one_at_a_time(model):
+        raise RunError("documents that are run one at a time cannot share prefixes; set data.share_prefixes=off")
     generator = torch.Generator().manual_seed(0)
     vocabulary = base_of(model).get_input_embeddings().weight.shape[0]
     drawn = torch.randint(0, vocabulary, (8, BLOCK), generator=generator).tolist()

@@ -63,11 +63,18 @@ class LeanAttention(torch.nn.Module):
             )
         q, k, v = self.projected(hidden_states, layers[:3], position_embeddings)
         options: dict[str, Any] = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
-        options |= {own: getattr(self, name) for name, own in PASSED.items() if getattr(self, name, None) is not None}
+        options |= {own: value for name, own in PASSED.items() if (value := self.setting(name)) is not None}
         result, weights = attend(self, q, k, v, attention_mask, **options, **kwargs)
         result = result.reshape(*hidden_states.shape[:-1], -1)
         (out,) = lora_linears(result, layers[3:], dtype=base_dtype(self.o_proj))
         return out.view(*hidden_states.shape[:-1], -1), weights
+
+    def setting(self, name: str) -> Any:
+        """The module's own value of ``name``, or that of its configuration: Mistral's reads its window from there.
+
+        Where a module has the attribute it counts, None included: a full layer of Qwen2 has a window in its settings.
+        """
+        return getattr(self if hasattr(self, name) else self.config, name, None)
 
     def projected(
         self, x: Tensor, layers: list[Projection], position_embeddings: tuple[Tensor, Tensor] | None
@@ -165,6 +172,9 @@ def small_one(attention: Any) -> Any:
         "hidden_size": 4 * TRIED_HEAD, "num_attention_heads": 4, "num_key_value_heads": groups, "head_dim": TRIED_HEAD
     }.items():  # fmt: skip
         setattr(config, name, value)
+    if getattr(config, "sliding_window", None):
+        # Shorter than the documents that are tried, so that a window that is not handed on shows.
+        config.sliding_window = TRIED_TOKENS // 4
     config._attn_implementation = NAME
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # In training, so that a dropout that is not known here shows.

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
@@ -115,7 +115,9 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     changed = [
         (key, old, new)
         for key, old, new in found
-        if not (key in NAMED and begun.get(NAMED[key]) == new) and not (lost and key in TAKEN)
+        if not (key in NAMED and begun.get(NAMED[key]) == new)
+        and not (key == "data.share_prefixes" and new == _sharing(begun))
+        and not (lost and key in TAKEN)
     ]
     if changed:
         raise ConfigError(
@@ -127,8 +129,9 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
 
 
 def as_begun(config: Config, run: Path, say: Say) -> Config:
-    """Returns ``config`` with the commit of the base and the way to attend that ``run`` began with, where it leaves
-    them open: the main branch of the base may have moved, and another GPU may prefer another way."""
+    """Returns ``config`` with the commit of the base, the way to attend and the sharing of prefixes that ``run`` began
+    with, where it leaves them open: the main branch of the base may have moved, and another device may choose
+    otherwise."""
     begun, model = _begun(run), config.model
     commit, way = begun.get("base_commit"), begun.get("attention")
     if isinstance(commit, str) and model.revision == load_config(run / "config.yaml").model.revision:
@@ -140,7 +143,15 @@ def as_begun(config: Config, run: Path, say: Say) -> Config:
     if _lost_adapter(config):
         say(f"lora.from: {lora.from_} is gone; the checkpoint has all of it")
         lora = dataclasses.replace(load_config(run / "config.yaml").lora, from_=None)
-    return dataclasses.replace(config, model=model, lora=lora)
+    data = config.data
+    if data.share_prefixes == "auto":
+        data = dataclasses.replace(data, share_prefixes=_sharing(begun))
+    return dataclasses.replace(config, model=model, lora=lora, data=data)
+
+
+def _sharing(begun: Mapping[str, object]) -> Literal["on", "off"]:
+    """Returns whether a run shares prefixes, as a setting. Runs of versions that knew no sharing did not."""
+    return "on" if begun.get("shares_prefixes") else "off"
 
 
 def _lost_adapter(config: Config) -> bool:

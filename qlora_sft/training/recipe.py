@@ -124,5 +124,6 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
         base_commit=data.commit,
         attention=choose_way(config.model.attention, device, lengths).way,
+        shares_prefixes=data.packed.shares_prefixes,
         lora_from_sha256=adapter_digest(config.lora.from_),
     )

@@ -86,6 +86,8 @@ class Beginning(Report):
     """Commit of the Hub that the base is of."""
     attention: str | None = None
     """The way that attends inside documents."""
+    shares_prefixes: bool | None = None
+    """Whether what rows share at their beginning is computed once, which decides what is packed together."""
     lora_from_sha256: str | None = None
     """Of the weights of the adapter that it goes on from."""
 

@@ -23,6 +23,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 5}),
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3}),
+    # A window that is read from the configuration, longer than what the small module is tried with.
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
 }
 IDS = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
 BOUNDS = torch.tensor([0, 13, 40], dtype=torch.int32)

@@ -189,12 +189,17 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
     begun = json.loads((run / "begun.json").read_text())
     assert (begun["backend"], begun["attention"]) == ("transformers", "varlen")
     as_meant = [f"model.dtype={begun['dtype']}", "model.backend=transformers", "model.attention=varlen"]
+    as_meant += [f"data.share_prefixes={'on' if begun['shares_prefixes'] else 'off'}"]
     named = make_config(*SHORT, *as_meant, f"output={run}")
     other = make_config(*SHORT, *as_meant[1:], "model.dtype=float16", f"output={run}")
     with pytest.raises(ConfigError, match=r"model\.dtype was 'auto' when .* began and is 'float16' now"):
         train(other, resume=True, say=lambda _: None)
     (run / "begun.json").write_text(json.dumps({**begun, "attention": "sdpa"}))
     assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == "sdpa"
+    # A run of a version that knew no sharing packed every row alone.
+    old = {key: value for key, value in begun.items() if key != "shares_prefixes"}
+    (run / "begun.json").write_text(json.dumps(old))
+    assert as_begun(make_config(*SHORT), run, lambda _: None).data.share_prefixes == "off"
     (run / "begun.json").write_text(json.dumps(begun))
     assert train(named, resume=True, say=lambda _: None)["resumed_at"] == 2
 
