@@ -69,8 +69,8 @@ class LeanAttention(torch.nn.Module):
         (out,) = lora_linears(result, layers[3:], dtype=base_dtype(self.o_proj))
         return out.view(*hidden_states.shape[:-1], -1), weights
 
-    def setting(self, name: str) -> Any:
-        """The module's own value of ``name``, or that of its configuration: Mistral's reads its window from there.
+    def setting(self, name: str) -> object:
+        """Returns the module's own value of ``name``, or its configuration's, from where Mistral's reads its window.
 
         Where a module has the attribute it counts, None included: a full layer of Qwen2 has a window in its settings.
         """
