@@ -17,8 +17,8 @@ MOST_ANY = 98
 """Functions whose signature may mention Any, in all; libraries without types need some."""
 MOST_LINES = 80
 MOST_PARAMETERS = 7
-WIDE = {"document_attention", "_one_by_one", "plain_documents", "flex_documents"}
-"""Functions that may take more: those with the parameters of transformers' attention."""
+WIDE = {"document_attention"}
+"""Functions that may take more: what transformers calls with arguments of its own."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

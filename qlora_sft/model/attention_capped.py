@@ -11,7 +11,7 @@ Both take a sliding window. Formulas, for the logits ``l = scaling * q k^T`` of 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,31 @@ from qlora_sft.model.block_mask import BLOCK, block_mask_of, documents_of
 VARIANTS = 64
 
 
+class Scores(NamedTuple):
+    """Says how the products of queries and keys become the weights of values."""
+
+    scaling: float | None = None
+    """What they are multiplied by; default: the inverse root of the size of a head."""
+    window: int | None = None
+    """A token sees itself and the ``window - 1`` tokens before it; default: all of them."""
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[H]"""
+    dropout: float = 0.0
+
+
 def in_band(length: int, window: int | None, device: torch.device) -> Tensor:
     """Returns bool [length, length]: query i sees key j iff ``i - window < j <= i``."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() if window is None else ones.tril().triu(1 - window)
 
 
-def plain_documents(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Attends in plain products: query [1, H, T, d], key and value [1, Hkv, T, d], sinks [H] -> [1, T, H, d].
+def plain_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scores: Scores) -> Tensor:
+    """Attends in plain products: query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d].
 
     It takes memory for the square of a document.
     """
+    scaling, window, softcap, sinks, dropout = scores
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = (bounds[1:] - bounds[:-1]).tolist()
@@ -57,13 +68,14 @@ def plain_documents(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def flex_documents(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
-    window: int | None, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Computes the same in one kernel, which skips the blocks of other documents. On a CPU it runs uncompiled."""
+def flex_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scores: Scores) -> Tensor:
+    """Computes the same, without dropout, in one kernel, which skips the blocks of other documents.
+
+    On a CPU it runs uncompiled.
+    """
     from torch.nn.attention.flex_attention import AuxRequest
 
+    scaling, window, softcap, sinks, _ = scores
     length = query.shape[2]
     whole = whole_blocks(length)
     # Filled up with a document of its own: a length that is no multiple of a block, or only one block, would each be

@@ -22,7 +22,7 @@ from transformers import (
 from qlora_sft.errors import ConfigError
 from qlora_sft.model import attention
 from qlora_sft.model.attention import choose_path, plain_attention, use_document_attention
-from qlora_sft.model.attention_capped import flex_documents, plain_documents
+from qlora_sft.model.attention_capped import Scores, flex_documents, plain_documents
 from qlora_sft.model.attention_check import obstacle_in, packed_against_separate, use_checked_attention
 from qlora_sft.model.hidden import one_at_a_time
 
@@ -112,8 +112,8 @@ def test_flex_attention_is_the_textbook(window: int | None, softcap: float | Non
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     q, k, v = torch.randn(1, 4, 131, 16), torch.randn(1, 2, 131, 16), torch.randn(1, 2, 131, 16)
     sinks = torch.randn(4) if with_sinks else None
-    theirs = plain_documents(q, k, v, bounds, 0.3, 0.0, window, softcap, sinks)
-    ours = flex_documents(q, k, v, bounds, 0.3, window, softcap, sinks)
+    theirs = plain_documents(q, k, v, bounds, Scores(0.3, window, softcap, sinks))
+    ours = flex_documents(q, k, v, bounds, Scores(0.3, window, softcap, sinks))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

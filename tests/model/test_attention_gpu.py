@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qlora_sft.model.attention import choose_path, document_attention
-from qlora_sft.model.attention_capped import plain_documents
+from qlora_sft.model.attention_capped import Scores, plain_documents
 from qlora_sft.model.attention_tree import CPU, CUDA, Tree, tree_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -43,7 +43,7 @@ def test_output_and_gradients_are_those_of_plain_products(
         softcap=softcap, s_aux=extra,
     )  # fmt: skip
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    theirs = plain_documents(*exact, bounds, None, 0.0, window, softcap, None if extra is None else extra.double())
+    theirs = plain_documents(*exact, bounds, Scores(None, window, softcap, None if extra is None else extra.double()))
     gradient = torch.randn_like(theirs)
     theirs.backward(gradient)
     ours.backward(gradient.to(dtype))
@@ -75,7 +75,7 @@ def test_capped_layers_of_two_kinds_train_on_sequences_of_many_lengths() -> None
             said = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window, "softcap": 3.0}
             ours, _ = document_attention(torch.nn.Module(), q, k, v, None, **said)
             exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-            theirs = plain_documents(*exact, bounds, None, 0.0, window, 3.0, None)
+            theirs = plain_documents(*exact, bounds, Scores(None, window, 3.0))
             theirs.sum().backward()
             ours.sum().backward()
             for own, other in zip((q, k, v), exact, strict=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_sft.model import attention_capped
-from qlora_sft.model.attention_capped import compiled_flex, flex_documents, plain_documents
+from qlora_sft.model.attention_capped import Scores, compiled_flex, flex_documents, plain_documents
 
 LIMIT = 8
 """Compilations of one function that torch allows; with ``fullgraph`` the next one is an error."""
@@ -47,8 +47,8 @@ def attend(length: int, window: int | None, softcap: float | None, with_sinks: b
     bounds = torch.tensor([0, length // 3, length], dtype=torch.int32)
     q, k, v = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
     sinks = torch.randn(4) if with_sinks else None
-    ours = flex_documents(q, k, v, bounds, 0.3, window, softcap, sinks)
-    theirs = plain_documents(q, k, v, bounds, 0.3, 0.0, window, softcap, sinks)
+    ours = flex_documents(q, k, v, bounds, Scores(0.3, window, softcap, sinks))
+    theirs = plain_documents(q, k, v, bounds, Scores(0.3, window, softcap, sinks))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
