@@ -22,6 +22,19 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     Control tokens that a shipped template writes and the base lacks are added, with a message. Raises `ConfigError` if
     there is no tokenizer, or one without an eos token.
     """
+    tokenizer = read_tokenizer(base)
+    if model.chat_template:
+        tokenizer.chat_template = template_text(model.chat_template)
+        if missing := missing_tokens(model.chat_template, tokenizer):
+            add_tokens(tokenizer, missing)
+            say(describe_new(missing, model.chat_template))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
+    return tokenizer
+
+
+def read_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer in the folder ``base`` as it is. Raises `ConfigError` if there is none, or a damaged one."""
     from transformers import AutoTokenizer
 
     if Path(base).is_dir():
@@ -30,13 +43,6 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
-    if model.chat_template:
-        tokenizer.chat_template = template_text(model.chat_template)
-        if missing := missing_tokens(model.chat_template, tokenizer):
-            add_tokens(tokenizer, missing)
-            say(describe_new(missing, model.chat_template))
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
     return tokenizer
 
 
