@@ -160,7 +160,7 @@ def _before_end_turns(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTraine
     from transformers import AutoTokenizer
 
     try:
-        eos_token = AutoTokenizer.from_pretrained(described_base(run)).eos_token
+        eos_token = AutoTokenizer.from_pretrained(described_base(run), trust_remote_code=False).eos_token
     except (OSError, ValueError, RunError):  # the base is gone; what was saved is the best there is
         return tokenizer
     own: Any = copy.deepcopy(tokenizer)

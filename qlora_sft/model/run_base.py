@@ -21,7 +21,10 @@ def described_base(run: Run) -> str:
         return run.base
     if not _looks_like_hub_id(run.base):
         if run.model.path == "demo":
-            return resolve_base("demo")
+            try:
+                return resolve_base("demo")
+            except ConfigError as error:
+                raise RunError(f"the base model of {run.path} is not here: {error}") from None
         raise RunError(
             f"{run.path}: the base model is no longer at {run.base}; put it back there, or write its new place as "
             f"report.base in {run.path / 'manifest.json'}"
@@ -30,11 +33,8 @@ def described_base(run: Run) -> str:
         return str(fetch_snapshot(run.base, run.base_commit))
     except ConfigError as error:
         # Older runs remember no commit, and folders as they were typed.
-        moved = (
-            ""
-            if run.base_commit
-            else f"; if it was a folder, write its place as report.base in {run.path}/manifest.json"
-        )
+        cure = f"if it was a folder, write its place as report.base in {run.path / 'manifest.json'}"
+        moved = "" if run.base_commit else f"; {cure}"
         raise RunError(f"the base model of {run.path} is not here: {error}{moved}") from None
 
 

@@ -40,7 +40,9 @@ def read_tokenizer(base: str) -> PreTrainedTokenizerBase:
     if Path(base).is_dir():
         check_tokenizer_files(Path(base))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
+        # False, trusted or not: a tokenizer's own code is refused before, and without it transformers would ask on
+        # stdin whether to run the model's.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
     return tokenizer
