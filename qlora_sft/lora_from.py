@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.text import as_path
 
 # PEFT's names of what our settings are.
@@ -22,10 +21,9 @@ def adapter_folder(path: str) -> Path | None:
 def adapter_settings(folder: Path) -> JsonObject:
     """Returns PEFT's settings of the adapter. Raises `ConfigError`."""
     try:
-        content: JsonObject = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return read_object(folder / "adapter_config.json")
     except (OSError, ValueError) as error:
         raise ConfigError(f"lora.from: {folder}: no readable adapter_config.json ({error})") from None
-    return content
 
 
 def adapter_layers(settings: JsonObject) -> list[str] | None:
@@ -71,12 +69,28 @@ def fill_from_adapter(lora: object) -> None:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """Returns the fingerprint of the weights that the adapter was trained on, if a run's folder is around it."""
+    """Returns the fingerprint of the weights that the adapter was trained on, if a run's folder is around it.
+
+    Raises `ConfigError` if what that run wrote of itself is damaged: then nobody knows.
+    """
     for name, section in (("manifest.json", "report"), ("begun.json", "")):
         file = folder.parent / name
         if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found: str | None = (content.get(section) or {} if section else content).get("base_sha256")
+            found = _part(file, section).get("base_sha256")
             if found:
-                return found
+                return str(found)
     return None
+
+
+def _part(file: Path, section: str) -> JsonObject:
+    try:
+        content = read_object(file)
+        part = content.get(section, {}) if section else content
+        if not isinstance(part, dict):
+            raise ValueError(f"its {section} is not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"lora.from: {file}: damaged ({error}), so it does not say which weights the adapter was trained on; copy "
+            "the run again, or name a copy of its folder 'adapter' alone"
+        ) from None
+    return part

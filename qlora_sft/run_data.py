@@ -33,8 +33,9 @@ from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import why_not_shared
+from qlora_sft.model.remote_code import check_folder
 from qlora_sft.model.run_base import described_base
-from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
+from qlora_sft.model.tokenizer import end_turns, load_tokenizer, read_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
 
@@ -145,7 +146,8 @@ def saved_text(path: Path) -> SavedText:
     from transformers import AutoTokenizer
 
     if not is_run(path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        check_folder(path)
+        tokenizer = read_tokenizer(str(path))
         return SavedText(tokenizer, tokenizer, frozenset(saved_stop_token_ids(path, tokenizer)))
     run = Run.open(path)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
@@ -158,7 +160,7 @@ def _before_end_turns(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTraine
     from transformers import AutoTokenizer
 
     try:
-        eos_token = AutoTokenizer.from_pretrained(described_base(run)).eos_token
+        eos_token = AutoTokenizer.from_pretrained(described_base(run), trust_remote_code=False).eos_token
     except (OSError, ValueError, RunError):  # the base is gone; what was saved is the best there is
         return tokenizer
     own: Any = copy.deepcopy(tokenizer)

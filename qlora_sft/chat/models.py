@@ -67,8 +67,15 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     from transformers import AutoTokenizer
 
     from qlora_sft.model.load import load_for_inference
+    from qlora_sft.model.remote_code import check_folder
+    from qlora_sft.model.tokenizer import read_tokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path / "adapter" if is_run(path) else path)
+    tokenizer: PreTrainedTokenizerBase
+    if is_run(path):
+        tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
+    else:
+        check_folder(path)
+        tokenizer = read_tokenizer(str(path))
     model = load_for_inference(path)
     stop_token_ids = _stop_token_ids(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31

@@ -122,7 +122,7 @@ def _compare_tokenizer(fields: Mapping[str, Any], model: Path) -> Iterator[str]:
     """Yields the faults of tokens, stop token, chat template, bos token and merges."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tokens = fields.get("tokenizer.ggml.tokens") or []
     ours = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     wrong = [i for i, token in enumerate(ours) if i >= len(tokens) or tokens[i] != token]

@@ -58,7 +58,7 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not tokenizer.chat_template or writes_bos(tokenizer):
         return
     reader = GGUFReader(str(gguf), "r+")
@@ -76,7 +76,7 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         # The converter also describes the model by the name of its folder, so the folder has the name of the run.
         view = Path(scratch, model.resolve().parent.name or "model")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.base_files import read_config
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
@@ -161,10 +162,9 @@ def trained_config(run: Run, base: Path) -> JsonObject:
 def _read_config(base: Path) -> JsonObject:
     """Reads the base's config.json. Raises `RunError` if it cannot be read."""
     try:
-        config: JsonObject = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{base}: no readable config.json ({error}); the base model is incomplete") from None
-    return config
+        return read_config(str(base))
+    except ConfigError as error:
+        raise RunError(f"{error}; the base model is incomplete") from None
 
 
 # ------------------------------------------------------------------ the merge itself
@@ -195,7 +195,7 @@ class _Merge:
         if not any(_does_something(update) for update in updates.values()):
             raise RunError(f"{adapter}: every update is zero, the merged model would be the base; was it trained?")
         wanted = getattr(torch, TORCH_DTYPES[dtype]) if dtype != "auto" else None
-        known = in_files(base, stored, config, updates, set(trained))
+        known = in_files(base, stored, config, updates, set(trained), self.run.model.trust_remote_code)
         plan = plan_merge(stored, config, known.updates, known.through_nf4, wanted, str(adapter), known.stacked)
         for note in plan.notes:
             say(note)
@@ -220,7 +220,7 @@ def write_trained_base(run: Run, target: Path) -> None:
     base = run_base(run)
     config = trained_config(run, base)
     stored = read_model(base)
-    known = in_files(base, stored, config, {}, set(run.quantized_modules))
+    known = in_files(base, stored, config, {}, set(run.quantized_modules), run.model.trust_remote_code)
     plan = plan_merge(stored, config, {}, known.through_nf4, None, str(base), known.stacked)
     _check_disk(target, plan.nbytes)
     with written_folder(target) as beside:

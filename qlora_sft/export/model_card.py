@@ -32,7 +32,7 @@ def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
         "## Training data\n\n" + _data(opened),
         "## Training\n\n" + _training(opened),
         *(["## Exports against the trained model\n\n" + _parity(parity)] if parity else []),
-        "## How to run it\n\n" + _usage(repo, what, base, ggufs),
+        "## How to run it\n\n" + _usage(repo, what, base, opened.base_commit, ggufs),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -76,8 +76,9 @@ def _about(run: Run, base: str, licence: str | None) -> str:
     kind = "NF4 (4-bit) weights" if run.model.load_in_4bit else "16-bit weights"
     of_base = f"Licence of the base: {licence}." if licence else "Licence: that of the base model; see there."
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
+    commit = f" at commit `{run.base_commit}`" if run.base_commit else ""
     return (
-        f"{link}, fine-tuned with LoRA (rank {lora.r}, alpha {lora.alpha}) on {kind} by "
+        f"{link}{commit}, fine-tuned with LoRA (rank {lora.r}, alpha {lora.alpha}) on {kind} by "
         f"qlora_sft {run.versions.get('qlora-sft', '')}.\n\n{of_base}"
     )
 
@@ -128,7 +129,7 @@ def _parity(parity: dict[str, dict[str, float]]) -> str:
     return _table(["format", "same likeliest token", "mean KL (nats)", "tokens"], rows)
 
 
-def _usage(repo: str, what: str, base: str, ggufs: list[str]) -> str:
+def _usage(repo: str, what: str, base: str, commit: str | None, ggufs: list[str]) -> str:
     if what == "gguf":
         file = ggufs[0]
         name = file.removesuffix(".gguf")
@@ -140,8 +141,9 @@ def _usage(repo: str, what: str, base: str, ggufs: list[str]) -> str:
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if what == "adapter":
         imports = "from peft import PeftModel\n" + imports
+        revision = f'revision="{commit}", ' if commit else ""
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", {revision}dtype="auto", device_map="auto")\n'
             f'model = PeftModel.from_pretrained(base, "{repo}")'
         )
     return (

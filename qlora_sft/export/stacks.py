@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qlora_sft.errors import RunError, first_line
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import RowReader, ThroughNF4
 from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
@@ -102,16 +103,17 @@ def in_files(
     config: dict[str, Any],
     updates: dict[str, TensorUpdate],
     through: set[str],
+    trust: bool = False,
 ) -> InFiles:
     """``updates`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
 
-    An update for which there is no tensor stays as it is. Raises `RunError` for layers in NF4 that the files
-    do not have.
+    trust: code that ``folder`` brings along may be run. An update for which there is no tensor stays as it is. Raises
+    `RunError` for layers in NF4 that the files do not have.
     """
     if not has_experts(config):
-        names = names_in_files(folder, tensors)
+        names = names_in_files(folder, tensors, trust)
         return InFiles(renamed(updates, names), modules_in_files(through, names, tensors))
-    layout = _Layout.of(folder)
+    layout = _Layout.of(folder, trust)
     found = InFiles(dict(updates), through - layout.stacks.keys())
     for name in tensors:
         place = layout.place(name)
@@ -183,12 +185,18 @@ class _Layout:
     converters: list[Any]
 
     @classmethod
-    def of(cls, folder: Path) -> _Layout:
+    def of(cls, folder: Path, trust: bool) -> _Layout:
         from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        model = meta_model(AutoConfig.from_pretrained(folder))
+        from qlora_sft.model.remote_code import runs_code
+
+        try:
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code(str(folder), trust))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder}: cannot read the model's configuration: {first_line(error)}") from None
+        model = meta_model(settings)
         found = {
             f"{path}.{name}": _Stack(stack_shape(module, name)[1], bool(module.is_transposed), parts_of(module, name))
             for path, module, name in stacks(model)

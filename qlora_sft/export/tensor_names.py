@@ -15,19 +15,22 @@ from qlora_sft.errors import ConfigError, RunError
 Value = TypeVar("Value")
 
 
-def names_in_files(base: Path, stored: Iterable[str]) -> dict[str, str]:
+def names_in_files(base: Path, stored: Iterable[str], trust: bool = False) -> dict[str, str]:
     """Returns name in the loaded model -> name in the files of ``base``, for the tensors where the two differ.
 
-    stored: the names in the files. Tensors that transformers takes apart or puts together are not among them.
+    stored: the names in the files. trust: code that ``base`` brings along may be run. Tensors that transformers takes
+    apart or puts together are not among them.
     """
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     from qlora_sft.model.meta_model import meta_model
+    from qlora_sft.model.remote_code import runs_code
 
     try:
-        model = meta_model(AutoConfig.from_pretrained(base))
+        code = runs_code(str(base), trust)
+        model = meta_model(AutoConfig.from_pretrained(base, trust_remote_code=code))
     except (ConfigError, OSError, ValueError):  # a model that transformers cannot make has the names that it has
         return {}
     transforms = get_model_conversion_mapping(model)

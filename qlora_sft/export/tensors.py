@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base_files import safetensors_header
+from qlora_sft.model.snapshot import weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -91,11 +92,14 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def read_model(folder: Path) -> dict[str, Stored]:
-    """Returns the tensors of a model folder by name, shard after shard. Raises `RunError` if a shard is missing."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
+    """Returns the tensors of a model folder by name, shard after shard.
+
+    Raises `RunError` if a shard is missing, or the list of them is damaged.
+    """
+    try:
+        files = [file.name for file in weight_files(folder)] if (folder / INDEX).is_file() else ["model.safetensors"]
+    except ConfigError as error:
+        raise RunError(str(error)) from None
     tensors: dict[str, Stored] = {}
     for name in files:
         if not (folder / name).is_file():

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_sft.config import Config, ModelConfig
 from qlora_sft.data.documents import Documents
-from qlora_sft.errors import ConfigError, DataError, all_at_once, first_line
+from qlora_sft.errors import ConfigError, DataError, all_at_once
 from qlora_sft.model.base_files import (
     Header,
     check_quantization,
@@ -27,7 +27,7 @@ from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.remote_code import check_code
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
+from qlora_sft.model.tokenizer import load_tokenizer, read_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ def check_tokenizer(model: ModelConfig, base: str, settings: dict[str, Any]) -> 
     count = _rows_of(base, settings)
     if count is None:
         return
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
+    tokenizer: Any = read_tokenizer(base)
     named = {**tokenizer.init_kwargs, **tokenizer.special_tokens_map}
     placeholders = {str(token) for name, token in named.items() if _PLACEHOLDERS.fullmatch(name)}
     beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= count and token not in placeholders}

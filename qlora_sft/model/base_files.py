@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.json_types import read_object
+from qlora_sft.model.hub_fault import hub_fault
 from qlora_sft.model.snapshot import Origin, fetch_snapshot, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
 
@@ -30,7 +32,8 @@ class Header(NamedTuple):
 def resolve_base(path: str, revision: str | None = None) -> str:
     """Returns the folder of the base: of ``demo`` the embedded one, of a Hub id that of its snapshot at ``revision``.
 
-    Of a Hub id everything but the weights is fetched. Raises `ConfigError` if it cannot be had.
+    The folder is absolute: a run remembers it, and is opened from other places. Of a Hub id everything but the weights
+    is fetched. Raises `ConfigError` if it cannot be had.
     """
     check_path(path, revision)
     if path == "demo":
@@ -38,7 +41,7 @@ def resolve_base(path: str, revision: str | None = None) -> str:
 
         return str(base_model_path())
     if not is_hub_id(path):
-        return str(as_path(path))
+        return str(as_path(path).absolute())
     folder = fetch_snapshot(path, revision)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -73,13 +76,26 @@ def check_path(path: str, revision: str | None = None) -> None:
 
 
 def read_config(base: str) -> dict[str, Any]:
-    """Returns config.json of the folder ``base``. Raises `ConfigError`."""
+    """Returns config.json of the folder ``base``. Raises `ConfigError` for one that is damaged."""
     file = Path(base) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_object(file)
+        _check_kinds(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {base}: no readable config.json ({error})") from None
     return config
+
+
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Raises ValueError for a config.json with values of other kinds than its readers take for granted."""
+    kinds = {"model_type": str, "text_config": dict, "quantization_config": dict}
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key, kind in kinds.items():
+            value = section.get(key)
+            if not isinstance(value, kind | None):
+                wanted = "a text" if kind is str else "an object"
+                raise ValueError(f"its {key} is {str(value)[:40]!r}, not {wanted}")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +138,8 @@ def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         if length > file.stat().st_size - 8:
             raise ValueError("the header is longer than the file")
         header: dict[str, dict[str, Any]] = json.loads(opened.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -148,7 +166,7 @@ def _headers_of_hub(name: str, commit: str) -> dict[str, Header]:
     except Exception as error:
         raise ConfigError(
             f"model.path: the weights of {name} at commit {commit} are not all here, and not to be had from the Hub: "
-            f"{first_line(error)}"
+            f"{hub_fault(name, commit, error)}"
         ) from None
     return {
         name: Header(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
@@ -190,11 +208,11 @@ def check_tokenizer_files(base: Path) -> None:
     """Raises `ConfigError` if the folder ``base`` has no tokenizer, or one that cannot be read."""
     if not any((base / name).is_file() for name in TOKENIZERS):
         raise ConfigError(f"model.path: no tokenizer in {base}: it has none of {', '.join(TOKENIZERS)}")
-    file = base / "tokenizer.json"
-    if file.is_file():
+    for file in (base / "tokenizer.json", base / "tokenizer_config.json"):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if file.is_file():
+                read_object(file)
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model.path: no tokenizer in {base}: {file.name} is no JSON: {first_line(error)}"
+                f"model.path: no tokenizer in {base}: {file.name} is damaged: {first_line(error)}"
             ) from None

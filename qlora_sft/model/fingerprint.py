@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qlora_sft.errors import ConfigError
 from qlora_sft.model.base_files import safetensors_header
 from qlora_sft.model.snapshot import weight_files
 
@@ -32,7 +33,7 @@ def fingerprint(base: str | Path) -> str | None:
         for name, (file, begin, entry) in sorted(tensors.items()):
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
             digest.update(_sample(file, begin, entry["data_offsets"]))
-    except (OSError, ValueError, KeyError):
+    except (ConfigError, OSError, ValueError, KeyError):
         return None
     return digest.hexdigest() if tensors else None
 

@@ -21,7 +21,7 @@ from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
 from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.peft_targets import as_named, read_targets
-from qlora_sft.model.remote_code import runs_code
+from qlora_sft.model.remote_code import check_folder, runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
 from qlora_sft.model.tokenizer import stop_token_ids
@@ -214,9 +214,16 @@ def load_trained_base(path: Path) -> PreTrainedModel:
 
 
 def load_for_inference(path: Path) -> CausalModel:
-    """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode."""
+    """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode.
+
+    Raises `ConfigError` for a model folder that cannot be loaded.
+    """
     if not is_run(path):
-        return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
+        check_folder(path)
+        try:
+            return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot load the model: {first_line(error)}") from None
     from transformers import AutoTokenizer
 
     base = load_trained_base(path)

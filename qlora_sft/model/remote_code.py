@@ -6,13 +6,13 @@ would load.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base_files import read_config
+from qlora_sft.json_types import read_object
+from qlora_sft.model.base_files import check_tokenizer_files, read_config
 
 
 def check_code(model: ModelConfig, base: str) -> None:
@@ -33,6 +33,18 @@ def check_code(model: ModelConfig, base: str) -> None:
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Raises `ConfigError` for a model folder that cannot be opened as it is, without a run that says what to trust."""
+    base = str(folder)
+    if files := [*model_code(read_config(base)), *tokenizer_code(base)]:
+        raise ConfigError(
+            f"{folder}: transformers does not have this model, and the folder brings code for it, which would be run "
+            f"on this machine with your rights: {', '.join(files)}. Only a run that was trained with "
+            "model.trust_remote_code=true runs such code; name the folder of the run"
+        )
+    check_tokenizer_files(folder)
+
+
 def runs_code(base: str, trust: bool) -> bool:
     """Says whether code in the folder ``base`` is to be run: it is trusted, and transformers has none of its own."""
     return trust and bool(model_code(read_config(base)))
@@ -46,7 +58,7 @@ def model_code(settings: Mapping[str, object]) -> list[str]:
         return []
     named = settings.get("auto_map")
     named = named if isinstance(named, dict) else {}
-    return _files(named[name] for name in ("AutoConfig", "AutoModelForCausalLM") if name in named)
+    return _files(named.get(name) for name in ("AutoConfig", "AutoModelForCausalLM"))
 
 
 def tokenizer_code(base: str) -> list[str]:
@@ -57,18 +69,21 @@ def tokenizer_code(base: str) -> list[str]:
     if not file.is_file():
         return []
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        settings = read_object(file)
+    except (OSError, ValueError):
         return []  # which is said where the tokenizer is read
     if hasattr(transformers, str(settings.get("tokenizer_class"))):
         return []
-    given = (settings.get("auto_map") or {}).get("AutoTokenizer") or []
+    given = settings.get("auto_map")
+    if isinstance(given, dict):  # in older files it is the tokenizers themselves
+        given = given.get("AutoTokenizer")
     return _files(given if isinstance(given, list) else [given])
 
 
-def _files(references: Iterable[str | None]) -> list[str]:
+def _files(references: Iterable[object]) -> list[str]:
     """Returns the files of ``module.Class``, or ``owner/name--module.Class`` for code in another repository."""
-    return sorted({f"{reference.rpartition('.')[0]}.py".replace("--", ":") for reference in references if reference})
+    named = (reference for reference in references if reference and isinstance(reference, str))
+    return sorted({f"{reference.rpartition('.')[0]}.py".replace("--", ":") for reference in named})
 
 
 def is_foreign(settings: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.model.base_files import resolve_base
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.snapshot import fetch_snapshot, fetch_weights
 from qlora_sft.run.folder import Run
@@ -13,14 +14,32 @@ from qlora_sft.run.folder import Run
 def described_base(run: Run) -> str:
     """Returns the folder with configuration and tokenizer of the base; of a Hub model at the commit of the training.
 
-    Raises `RunError` if it is not to be had, naming the commits that are here.
+    The built-in one is built anew if it is gone. Raises `RunError` if the base is not to be had, naming the place where
+    it was, or the commits that are here.
     """
     if Path(run.base).is_dir():
         return run.base
+    if not _looks_like_hub_id(run.base):
+        if run.model.path == "demo":
+            try:
+                return resolve_base("demo")
+            except ConfigError as error:
+                raise RunError(f"the base model of {run.path} is not here: {error}") from None
+        raise RunError(
+            f"{run.path}: the base model is no longer at {run.base}; put it back there, or write its new place as "
+            f"report.base in {run.path / 'manifest.json'}"
+        )
     try:
         return str(fetch_snapshot(run.base, run.base_commit))
     except ConfigError as error:
-        raise RunError(f"the base model of {run.path} is not here: {error}") from None
+        # Older runs remember no commit, and folders as they were typed.
+        cure = f"if it was a folder, write its place as report.base in {run.path / 'manifest.json'}"
+        moved = "" if run.base_commit else f"; {cure}"
+        raise RunError(f"the base model of {run.path} is not here: {error}{moved}") from None
+
+
+def _looks_like_hub_id(base: str) -> bool:
+    return base.count("/") == 1 and "\\" not in base and not base.startswith((".", "/", "~"))
 
 
 def run_base(run: Run) -> Path:

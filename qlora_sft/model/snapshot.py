@@ -8,11 +8,12 @@ folder by whichever library. What describes a model is fetched at once, its weig
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.errors import ConfigError
+from qlora_sft.json_types import read_object
+from qlora_sft.model.hub_fault import hub_fault
 
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md"]
 # Larger ones are described by the fingerprint of the weights, or by the Hub's own hash.
@@ -60,13 +61,25 @@ def origin_of(base: str | Path) -> Origin | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or all there are: a folder may hold a second copy in other files."""
+    """The files that the index names, or all there are: a folder may hold a second copy in other files.
+
+    Raises `ConfigError` for a damaged index.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in _named_in(index)]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _named_in(index: Path) -> list[str]:
+    try:
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError("its weight_map does not say which file each tensor is in")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {index}: damaged ({error}); copy or download it again") from None
+    return sorted(set(places.values()))
 
 
 def has_weights(folder: Path) -> bool:
@@ -110,9 +123,8 @@ def _unreachable(name: str, revision: str | None, error: Exception) -> ConfigErr
     here = sorted(path.name for path in _cache_of(name).glob("snapshots/*"))
     at = f" at revision {revision}" if revision else ""
     known = f" (the Hub's cache holds {name} at {', '.join(here)})" if here else ""
-    return ConfigError(
-        f"model.path: {name}{at} is neither a folder here nor to be had from the Hub: {first_line(error)}{known}"
-    )
+    reason = hub_fault(name, revision, error)
+    return ConfigError(f"model.path: {name}{at} is neither a folder here nor to be had from the Hub: {reason}{known}")
 
 
 def _cache_of(name: str) -> Path:

@@ -22,14 +22,7 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     Control tokens that a shipped template writes and the base lacks are added, with a message. Raises `ConfigError` if
     there is no tokenizer, or one without an eos token.
     """
-    from transformers import AutoTokenizer
-
-    if Path(base).is_dir():
-        check_tokenizer_files(Path(base))
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
+    tokenizer = read_tokenizer(base)
     if model.chat_template:
         tokenizer.chat_template = template_text(model.chat_template)
         if missing := missing_tokens(model.chat_template, tokenizer):
@@ -37,6 +30,21 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
             say(describe_new(missing, model.chat_template))
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
+    return tokenizer
+
+
+def read_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer in the folder ``base`` as it is. Raises `ConfigError` if there is none, or a damaged one."""
+    from transformers import AutoTokenizer
+
+    if Path(base).is_dir():
+        check_tokenizer_files(Path(base))
+    try:
+        # False, trusted or not: a tokenizer's own code is refused before, and without it transformers would ask on
+        # stdin whether to run the model's.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
     return tokenizer
 
 

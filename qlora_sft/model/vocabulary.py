@@ -47,7 +47,7 @@ def new_rows(model: ModelConfig, base: str) -> list[int]:
 def _new_rows(template: str | None, base: str) -> tuple[int, ...]:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     missing = missing_tokens(template, tokenizer)
     if not missing:
         return ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 from qlora_sft.config import Config, ModelConfig, RopeScaling, load_config
 from qlora_sft.errors import ConfigError
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.run.report import RunReport
 
 
@@ -26,11 +25,19 @@ def kept_day(run: Path) -> date | None:
     begun = run / "begun.json"
     if not begun.is_file():
         return None
-    content = json.loads(begun.read_text(encoding="utf-8"))
+    content = _read(begun, "train the run again")
     if "template_date" not in content:  # a run of an earlier version wrote the date on which it began
         return date.fromtimestamp(begun.stat().st_mtime)
     day = content["template_date"]
-    return date.fromisoformat(day) if day else None
+    return date.fromisoformat(str(day)) if day else None
+
+
+def _read(file: Path, cure: str) -> JsonObject:
+    """Reads one of the files that a run wrote of itself. Raises `ConfigError` with ``cure`` for one that is damaged."""
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: damaged ({error}); {cure}") from None
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,7 @@ class Run:
         file = path / "manifest.json"
         if not file.is_file():
             raise ConfigError(f"{path}: not the folder of a finished run (it has no manifest.json); train one first")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file}: damaged ({error}); train the run again") from None
-        return cls(path, content)
+        return cls(path, _read(file, "train the run again"))
 
     # ------------------------------------------------------------------ what stands in the folder
 
@@ -86,7 +89,7 @@ class Run:
     def exports(self) -> dict[str, Any]:
         """Returns what ``export.json`` says of its merged model and GGUF files."""
         file = self.path / "export.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return _read(file, "remove it and export again") if file.is_file() else {}
 
     # ------------------------------------------------------------------ what it was configured with
 
@@ -99,12 +102,24 @@ class Run:
     def model(self) -> ModelConfig:
         """Returns the section ``model`` of its configuration, without keys that this version does not know."""
         given = self._of("config").get("model") or {}
-        assert isinstance(given, dict)
+        if not isinstance(given, dict):
+            raise self._lacks("the configuration in its manifest.json has no section 'model'")
         known = {each.name for each in dataclasses.fields(ModelConfig)}
         values: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
-        if isinstance(rope := values.get("rope_scaling"), dict):
-            values["rope_scaling"] = RopeScaling(**rope)
+        if "rope_scaling" in values:
+            values["rope_scaling"] = self._rope_scaling(values["rope_scaling"])
         return ModelConfig(**{"path": self.base, **values})
+
+    def _rope_scaling(self, given: object) -> RopeScaling:
+        """Positions that were scaled in a way that is not known here would be other positions, so it is no default."""
+        try:
+            return RopeScaling(**cast(dict[str, Any], given))
+        except TypeError:
+            known = ", ".join(each.name for each in dataclasses.fields(RopeScaling))
+            raise ConfigError(
+                f"{self.path / 'manifest.json'}: model.rope_scaling is {given}, and this version knows {known}; take "
+                "the version that trained the run, or train it again"
+            ) from None
 
     # ------------------------------------------------------------------ what it reported
 

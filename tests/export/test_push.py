@@ -115,6 +115,16 @@ def test_the_card_says_what_was_measured(run: Path) -> None:
     assert "ollama create run-q8_0" in card
 
 
+def test_the_card_names_the_commit_of_the_base(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["report"] |= {"base": "owner/base", "base_commit": "a1" * 20}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    card = model_card(run, "me/my-model", "adapter", [])
+    assert f"[owner/base](https://huggingface.co/owner/base) at commit `{'a1' * 20}`, fine-tuned" in card
+    assert f'AutoModelForCausalLM.from_pretrained("owner/base", revision="{"a1" * 20}", dtype' in card
+    assert "revision=" not in model_card(run, "me/my-model", "merged", [])
+
+
 def test_the_licence_is_the_one_of_the_base(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["report"]["base"] = str(tmp_path)

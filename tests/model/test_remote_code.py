@@ -68,7 +68,11 @@ def test_code_for_a_model_that_transformers_has_is_not_needed(
     assert not (tmp_path / "mark").exists()
 
 
-def test_what_is_trusted_is_trained_planned_and_merged(own: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_is_trusted_is_trained_planned_and_merged(
+    own: Path, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "n")
     trusted = [*SHORT, f"model.path={own}", "model.trust_remote_code=true", "model.load_in_4bit=true"]
     config = make_config(*trusted)
     assert main(["plan", str(tmp_path / "config.yaml"), *trusted[-3:], "--no-data", "--no-time"]) == 0
@@ -77,4 +81,5 @@ def test_what_is_trusted_is_trained_planned_and_merged(own: Path, make_config: M
     run = Run.open(config.output)
     merge_run(run.path, say=lambda _: None)
     assert check_parity(run.path, run.merged, say=lambda _: None)["merged"].kl < 1e-4
+    assert asked == []  # transformers asks on stdin about code of which nothing was said
     assert {*CODE} <= {file.name for file in run.merged.iterdir()}
