@@ -6,6 +6,7 @@ meet the next at the next try. So whatever can be checked without the faulty par
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -97,8 +98,9 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
     if model.path == "demo":  # which may have to be downloaded, and is as it should be
         return
     yield partial(check_path, model.path, model.revision)
-    folder = Path(model.path).expanduser()
-    if not (folder / "config.json").is_file():
+    # Of os.path, which answers for a text that can be no path instead of raising an error.
+    folder = Path(os.path.expanduser(model.path))
+    if not os.path.isfile(folder / "config.json"):
         return
     yield partial(_check_files, model, folder)
     yield partial(check_tokenizer_files, folder)

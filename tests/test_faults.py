@@ -111,7 +111,7 @@ def test_the_files_of_the_base_are_reported_with_the_data(
     for part in (
         "chat.jsonl:1: not valid JSON",
         "quantised with gptq",
-        f"no tokenizer in {base}: tokenizer.json is no",
+        f"{base}: tokenizer.json is damaged",
     ):
         assert part in "\n".join(found)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from qlora_sft.config_data import Overlong
 from qlora_sft.data.conversation import Conversation
+from qlora_sft.data.formats import UNDESIRED
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import DataError
 
 TOO_LONG = "too long"
 NOTHING_LEFT = "nothing supervised within max_length"
 NOTHING_SUPERVISED = "nothing supervised"
-UNDESIRED = "label: false, an answer that is not wanted"
 
 
 def fit(

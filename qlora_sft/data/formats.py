@@ -23,6 +23,7 @@ _SHAREGPT_ROLES = {
     **{"system": "system", "function_call": "function_call", "tool_call": "function_call"},
 }
 # Columns of unpaired preference data: TRL's and ms-swift's, LLaMA-Factory's.
+UNDESIRED = "label: false, an answer that is not wanted"
 UNDESIRED_COLUMNS = ("label", "kto_tag")
 _SHAREGPT_KEYS = {"from", "value", *MESSAGE_KEYS} - {"role", "content"}
 

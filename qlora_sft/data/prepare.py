@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from qlora_sft.config_data import DataConfig
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.documents import Chain, Documents, Writer, sizes
-from qlora_sft.data.fit import NOTHING_SUPERVISED, UNDESIRED, fit
-from qlora_sft.data.formats import with_thinking
+from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
+from qlora_sft.data.formats import UNDESIRED, with_thinking
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place

@@ -19,8 +19,7 @@ from typing import Literal
 
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
-from qlora_sft.data.fit import UNDESIRED
-from qlora_sft.data.formats import convert, detect, with_thinking
+from qlora_sft.data.formats import UNDESIRED, convert, detect, with_thinking
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.grade import last_number, marked_number
