@@ -1,6 +1,6 @@
 """Question: what do float32 masters change, against adapters (and optimizer states) in bfloat16?
 
-    python benchmarks/masters.py [--seeds 3] [--data FOLDER] [--output FILE]
+    python benchmarks/masters.py [--seeds 0 1 2] [--data FOLDER] [--output FILE]
 
 The demo and a part of GSM8K are trained with every seed, once as the toolkit does it and once with the adapters cast to
 bfloat16 when the model is ready, which is what TRL's trainer does to a quantised model. Everything else is the same:
@@ -110,14 +110,17 @@ def quiet(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=["demo", "gsm8k"], choices=["demo", "gsm8k"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     from measuring import measured_on
 
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name, overrides in settings(options.data).items():
+            if name not in options.only:
+                continue
             # In turn, so that a slower hour of the machine is no merit of one of them.
             for masters in MASTERS if seed % 2 == 0 else MASTERS[::-1]:
                 with tempfile.TemporaryDirectory(prefix="masters-") as folder:
