@@ -133,7 +133,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Questions with known answers, asked by ``qlora-sft evaluate``."""
+    """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
     """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
