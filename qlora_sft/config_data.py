@@ -55,6 +55,9 @@ class SourceConfig:
     """Which tokens are trained: every assistant turn, the last one only, or the whole conversation. ``turns``: every
     assistant turn in a document of its own that holds what the model is shown before it at inference, with the history
     as the template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
+    allow_share: bool = False
+    """Lets any share of its tokens be supervised. Otherwise less than 5% or more than 95% is an error in conversations,
+    and less than 20% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
@@ -99,6 +102,9 @@ class DataConfig:
     overlong: Overlong = "drop"
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
     its last tokens, or ends the run. Every case is counted and shown. Plain text is split into pieces that fit."""
+    min_answer_tokens: Count | None = None
+    """Drops a training conversation of which no answer has so many tokens, the token that ends the turn aside. Default:
+    none is dropped, and a source is named of which a fifth of the answers have fewer than 4; 1 accepts them all."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit
     decreasing. Packing changes the speed and nothing else."""

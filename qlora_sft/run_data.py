@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from qlora_sft.config import Config, SourceConfig
 from qlora_sft.data.dedup import Removed
 from qlora_sft.data.documents import Chain
+from qlora_sft.data.judge import Finding, judge, tell_findings
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
 from qlora_sft.data.render import Rendered
@@ -60,6 +61,8 @@ class RunData:
     removed: list[Removed]
     commit: str | None = None
     """Commit of the Hub that the base is of; None for a folder."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is to be said of the training data."""
 
     @property
     def documents(self) -> Chain:
@@ -98,12 +101,14 @@ def render_data(
     say(f"chat template: {chat.reason}")
     cannot_share = why_not_shared(config, base, backend.name)
     train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, cannot_share)
+    findings = judge(config, sources.train, train, packed)
+    tell_findings(findings, say)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
     origin = hub_origin(config.model.path, base)
     commit = origin.commit if origin else None
-    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed, commit)
+    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed, commit, findings)
 
 
 # ------------------------------------------------------------------ of a finished run
