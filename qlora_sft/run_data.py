@@ -23,8 +23,8 @@ from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sequences import Packed
-from qlora_sft.data.sources import read_sources
-from qlora_sft.data.splits import RunSources
+from qlora_sft.data.sources import Source, read_sources
+from qlora_sft.data.splits import RunSources, read_held_out, read_trained
 from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.errors import RunError
 from qlora_sft.faults import every_fault
@@ -136,12 +136,18 @@ class SavedText:
 
     def render(self, config: Config, sources: Sequence[SourceConfig]) -> Prepared:
         """Renders all rows of ``sources`` as training did. Raises `DataError`."""
-        read = read_sources(list(sources), config.seed)
-        return render_sources(read, config.data, self.training_tokenizer, self.chat_format)
+        return self._rendered(config, read_sources(list(sources), config.seed))
 
-    def documents(self, config: Config, sources: Sequence[SourceConfig]) -> Iterator[Rendered]:
-        """Yields documents as `render` makes them, one of every source in turn, rendered as they are taken."""
-        read = read_sources(list(sources), config.seed)
+    def held_out(self, config: Config) -> Prepared:
+        """Renders all rows that the run held out, as it did. Raises `DataError`."""
+        return self._rendered(config, read_held_out(config))
+
+    def _rendered(self, config: Config, sources: list[Source]) -> Prepared:
+        return render_sources(sources, config.data, self.training_tokenizer, self.chat_format)
+
+    def documents(self, config: Config) -> Iterator[Rendered]:
+        """Yields documents that were trained on, one of every source in turn, rendered as they are taken."""
+        read = read_trained(config)
         each = (render_rows(source, config.data, self.training_tokenizer, self.chat_format) for source in read)
         return (document for group in zip_longest(*each) for document in group if document is not None)
 

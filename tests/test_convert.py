@@ -91,7 +91,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (t.batch_size, t.gradient_accumulation, t.epochs, t.optimizer) == (2, 4, 2, "adamw_8bit")
     assert (t.learning_rate, config.output) == (2e-4, "./outputs/out")
     named = [note.split(":")[0] for note in notes.splitlines()]
-    assert sorted(named) == ["lr_scheduler", "type", "val_set_size", "warmup_steps"]
+    assert sorted(named) == ["lr_scheduler", "type", "val_set_size", "warmup_steps"]  # beside test_datasets
 
 
 def test_llama_factory(tmp_path: Path) -> None:

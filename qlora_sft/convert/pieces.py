@@ -65,6 +65,15 @@ class Converted:
             )
         self.put("training.epochs", epochs if epochs > 0 else 1)
 
+    def split(self, given: JsonObject, key: str) -> None:
+        """Moves the share of the data that is split off for evaluation; a number of rows has no counterpart."""
+        value = given.pop(key, 0)
+        share = number(key, value)
+        if 0 < share <= 0.5 and not self.held_out:
+            self.put("data.held_out", f"{100 * share:.9g}%")
+        elif share:
+            self.note(key, value, "a share of at most half is split off here, beside no named data (data.held_out: 5%)")
+
     def optimizer(self, given: JsonObject, key: str) -> None:
         """Moves the optimizer if there is one of the same kind here."""
         name = text(key, given.pop(key, ""))
