@@ -8,7 +8,6 @@ from qlora_sft.config import Config
 from qlora_sft.config_data import held_out_shares, held_out_sources
 from qlora_sft.data.dedup import Removed, clean_sources
 from qlora_sft.data.sources import Source, read_sources
-from qlora_sft.data.split_off import split_off
 from qlora_sft.say import Say
 
 
@@ -34,6 +33,8 @@ def read_data(config: Config, say: Say) -> RunSources:
     if data.decontaminate or data.deduplicate != "none":
         train_sources, removed = clean_sources(train_sources, data, say)
     if shares := held_out_shares(data):
+        from qlora_sft.data.split_off import split_off  # which needs numpy
+
         train_sources, split = split_off(train_sources, shares, config.seed, say)
         held_out = [*held_out, *split]
     return RunSources(train_sources, held_out, removed)
