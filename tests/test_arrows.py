@@ -19,7 +19,7 @@ ORDER = (
     "demo_run",
     "cli",
     "cli_recipes",
-    "train preview plan chat doctor",
+    "train preview plan chat doctor install",
     "export",
     "training",
     "evaluation",
