@@ -2,7 +2,7 @@
 
 Run as::
 
-    python -m qlora_sft.install [--dry-run]
+    python -m qlora_sft.install [--dry-run] [--driver VERSION]
 
 A machine with an NVIDIA driver gets the CUDA build of torch that its driver can run, with the libraries of CUDA that
 this build names; any other gets a CPU build, where pip is offered one. A torch that is there and was tested is kept.
@@ -61,22 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_sft.install", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print the commands; install nothing")
+    parser.add_argument("--driver", metavar="VERSION", help="of the NVIDIA driver of another machine, for an image")
     arguments = parser.parse_args(argv)
     try:
-        install(arguments.dry_run)
+        install(arguments.driver or nvidia_driver(), arguments.dry_run)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def install(dry_run: bool) -> None:
-    """Prints which torch is chosen and why, and runs the calls of pip, or only prints them."""
+def install(driver: str | None, dry_run: bool) -> None:
+    """Prints which torch is chosen for a driver, and why, and runs the calls of pip, or only prints them."""
     if not PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]:
         found = ".".join(map(str, sys.version_info[:2]))
         raise RunError(f"this is Python {found}; 3.11 to 3.13 are tested. Name one: make install PYTHON=python3.13")
+    if not LOCK.is_file():
+        raise RunError(f"{LOCK} is missing; run it in a checkout of the project (a wheel is installed by pip alone)")
     ours = Path(sys.prefix) == ROOT / ".venv"
-    reason, steps = decide(nvidia_driver(), installed(), ours)
+    reason, steps = decide(driver, installed(), ours)
     print(reason, flush=True)
     for step in steps:
         print(shlex.join(["pip", *step.pip]), flush=True)
