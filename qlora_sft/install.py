@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -90,11 +91,12 @@ def install(driver: str | None, dry_run: bool) -> None:
 
 
 def _run(step: Step) -> None:
-    file = Path(sys.prefix) / "qlora-sft-versions.txt"
-    file.write_text("".join(f"{line}\n" for line in step.file), encoding="utf-8")
-    arguments = [str(file) if part == "FILE" else part for part in step.pip]
-    done = subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], cwd=ROOT)
-    file.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "versions.txt"
+        file.write_text("".join(f"{line}\n" for line in step.file), encoding="utf-8")
+        arguments = [str(file) if part == "FILE" else part for part in step.pip]
+        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         raise RunError(f"pip ended with {done.returncode}; what it says stands above")
 
@@ -175,18 +177,31 @@ def nvidia_driver(version_file: Path = VERSION_FILE) -> str | None:
 
 
 def installed() -> dict[str, str]:
-    """Returns the version of every installed package under its normalised name."""
-    return {_normal(each.metadata["Name"]): each.version for each in distributions() if each.metadata["Name"]}
+    """Returns the version of every installed package under its normalised name; the first of several is what counts."""
+    found: dict[str, str] = {}
+    for each in distributions():
+        found.setdefault(re.sub(r"[-_.]+", "-", each.metadata["Name"] or "").lower(), each.version)
+    return found
+
+
+def restart_hint() -> str:
+    """Says what a session has to do that was running while things were installed; empty if it can go on.
+
+    What it had imported before stays as it was, whatever version is on the disk by now.
+    """
+    now = installed()
+    loaded = {name: str(getattr(module, "__version__", "")) for name, module in list(sys.modules.items())}
+    # A build's own name, +cu128, is left out of some of them.
+    older = sorted(n for n, was in loaded.items() if was and now.get(n, was).split("+")[0] != was.split("+")[0])
+    if not older:
+        return ""
+    return f"Restart the session and go on behind this cell: {', '.join(older)} had been imported in another version"
 
 
 def locked() -> dict[str, str]:
     """Returns the version of every package of the lock under its name."""
     lines = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     return {line.split("==")[0]: line.split("==")[1] for line in lines}
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
