@@ -81,7 +81,7 @@ def install(driver: str | None, dry_run: bool) -> None:
         raise RunError(f"{LOCK} is missing; run it in a checkout of the project (a wheel is installed by pip alone)")
     ours = Path(sys.prefix) == ROOT / ".venv"
     reason, steps = decide(driver, installed(), ours)
-    print(reason, flush=True)
+    print(f"{reason}\nThis takes some minutes the first time, by the speed of the network.", flush=True)
     for step in steps:
         print(shlex.join(["pip", *step.pip]), flush=True)
         if dry_run:
@@ -95,7 +95,9 @@ def _run(step: Step) -> None:
         file = Path(folder) / "versions.txt"
         file.write_text("".join(f"{line}\n" for line in step.file), encoding="utf-8")
         arguments = [str(file) if part == "FILE" else part for part in step.pip]
-        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        # What is downloaded for torch may be gigabytes, so pip shows its bars then.
+        quiet = [] if any(part.startswith("torch=") for part in arguments) else ["--quiet"]
+        command = [sys.executable, "-m", "pip", *quiet, "--disable-pip-version-check", *arguments]
         done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         raise RunError(f"pip ended with {done.returncode}; what it says stands above")
