@@ -32,14 +32,16 @@ from qlora_sft.model.loss import batch_loss
 from qlora_sft.say import Say
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
 from qlora_sft.training.guards import RngState, too_full
-from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot
+from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from transformers import TrainerControl
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.training.watch import Watch
 
 
 @dataclass
@@ -73,6 +75,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     whole accumulation group, so accumulating gives the same gradient as one large batch.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: CausalModel,
@@ -99,6 +103,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.computes_in = computed_type(self.args)
         scale_gradients(self.accelerator, self.computes_in)
         self.totals = StepTotals()
+        self.watch: Watch | None = None
+        """What evaluates while training; it is set where something does."""
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
@@ -121,7 +127,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            publish(unfinished, folder, self.args.save_total_limit)
+            publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
             survive_full_disk(error, folder, self.say)
         finally:
@@ -130,6 +136,21 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Writes the adapter as it is saved at the end of the run, without the trainer's pickled arguments."""
         write_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Evaluates with our own measure of held-out data. Training goes on as if nothing had happened."""
+        if self.watch is None:
+            raise RuntimeError("the trainer was asked to evaluate, and nothing is to be evaluated")
+        with undisturbed(self.accelerator.unwrap_model(self.model)):
+            metrics = self.watch.measure(self.state.global_step)
+        if metrics:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def load_adapter(self, checkpoint: Path) -> None:
+        """Gives the model the adapter of ``checkpoint``, as a run that goes on from there gets it."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Writes no card: a checkpoint serves to resume, and what is published gets a card of ours."""
