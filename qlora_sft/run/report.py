@@ -167,6 +167,8 @@ class RunReport(Report):
     """None in runs of earlier versions, which kept the last step."""
     stopped_early: str | None = None
     """Why the run ended before its last step; None if it did not."""
+    warnings: list[str] = field(default_factory=list)
+    """What there was to warn of while it went."""
     train_loss: Course
     tokens: int
     supervised_tokens: int

@@ -14,12 +14,15 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.data.collate import PackedCollator
+from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.evaluation.held_out import held_out_loss
 from qlora_sft.run.report import Course, Kept
 from qlora_sft.say import Say
+from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
+from qlora_sft.training.display import Display
 from qlora_sft.training.evaluations import Evaluations
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
@@ -66,6 +69,7 @@ class Fitted:
     resumed_at: int | None
     kept: Kept
     stopped_early: str | None
+    warnings: list[str]
     train_loss: Course
     tokens: int
     supervised_tokens: int
@@ -81,28 +85,35 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
     Raises `RunError` when the run fails and `Interrupted` after Ctrl-C.
     """
-    config, run, say = training.config, training.run, training.say
+    config, run = training.config, training.run
     steps = count_steps(len(training.sequences), config)
     t = config.training
     # The trainer gets only the sequences that it will reach: a resumed run skips all others one by one.
     sequences = training.sequences[: steps * t.batch_size * t.gradient_accumulation]
     clear_unfinished(run)
+    begin = step_of(checkpoint) if checkpoint else 0
+    display = Display(steps, begin, training.say)
+    say = display.say
     # On the same disk as the run, so that what is complete there needs no copying.
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
         args, optimizer = sft_config(config, Path(scratch), steps, training.dtype)
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
-        begin = step_of(checkpoint) if checkpoint else 0
-        progress = Progress(run / "metrics.jsonl", steps, begin)
-        finite = FiniteSteps(
-            lambda step: sources_of(step, config, training.documents, sequences), lambda: what_is_left(run), say
-        )
-        watch = watch_of(training, steps, begin)
+
+        def describe(step: int) -> str:
+            return sources_of(step, config, training.documents, sequences)
+
+        alarms = Alarms(steps, describe, say)
+        progress = Progress(run / "metrics.jsonl", display, alarms)
+        finite = FiniteSteps(describe, lambda: what_is_left(run), say)
+        watch = watch_of(training, steps, begin, alarms, say)
         collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
             training.model, collate, sequences, run, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop, watch],
         )  # fmt: skip
-        progress.trainer, trainer.watch = trainer, watch
+        progress.begin(trainer)
+        trainer.watch = watch
+        alarms.data(sizes(training.documents), training.shares_prefixes)
         try:
             # Unsloth's trainer prints a banner to stdout, which belongs to --json.
             with contextlib.redirect_stdout(sys.stderr):
@@ -129,6 +140,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         resumed_at=begin or None,
         kept=kept,
         stopped_early=stopped_early,
+        warnings=alarms.texts,
         train_loss=summarize_losses(progress.losses),
         tokens=progress.tokens,
         supervised_tokens=progress.supervised,
@@ -137,7 +149,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     )
 
 
-def watch_of(training: Training, steps: int, begin: int) -> Watch:
+def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Say) -> Watch:
     """Returns what evaluates the model while it is trained. The line of the evaluation before training is written here.
 
     begin: the number of steps that are done already.
@@ -150,7 +162,7 @@ def watch_of(training: Training, steps: int, begin: int) -> Watch:
 
     if config.evaluation.every_steps and training.baseline and not evaluations.rows:
         evaluations.add(0, training.baseline, training.baseline_seconds)
-    return Watch(config, steps, evaluations, measure, training.say)
+    return Watch(config, steps, evaluations, measure, alarms, say)
 
 
 def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from qlora_sft.config import Config
 from qlora_sft.say import Say
+from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.evaluations import EvaluationRow, Evaluations
 
 if TYPE_CHECKING:
@@ -26,14 +27,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         steps: int,
         evaluations: Evaluations,
         held_out_loss: Callable[[], dict[str, float]],
+        alarms: Alarms,
         say: Say,
     ):
         """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model."""
-        self.evaluations, self.held_out_loss, self.say, self.steps = evaluations, held_out_loss, say, steps
+        self.evaluations, self.held_out_loss, self.alarms, self.say = evaluations, held_out_loss, alarms, say
+        self.steps = steps
         self.every = config.evaluation.every_steps
         self.patience = config.training.patience
         self.keeps_best = keeps_best(config)
         self.saves = bool(config.training.save_steps)
+        for number in range(len(evaluations.rows)):
+            alarms.evaluated(evaluations.rows[: number + 1], self.keeps_best, quiet=True)
 
     @property
     def best_step(self) -> int | None:
@@ -70,6 +75,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return {}
         row = self.evaluations.add(step, losses, time.perf_counter() - started)
         self.say(f"step {step}: held-out loss {described(row)}")
+        self.alarms.evaluated(self.evaluations.rows, self.keeps_best)
         mean = float("nan") if row.mean is None else row.mean
         return {"eval_loss": mean, **{f"eval_held_out/{name}": loss for name, loss in losses.items()}}
 

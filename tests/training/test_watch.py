@@ -43,6 +43,8 @@ def held_out(tmp_path: Path) -> list[str]:
     return [f"data.held_out=[{{path: {files[0]}}}, {{path: {files[1]}}}]"]
 
 
+NEW = ("kept", "stopped_early", "warnings")
+"""What reports of earlier versions do not have."""
 OVERFIT = [
     "training.epochs=50", "training.learning_rate=5e-3", "data.max_length=512", "lora.alpha=32",
     "evaluation.every_steps=4", "training.patience=4", "training.save_steps=10", "training.save_total_limit=1",
@@ -93,6 +95,10 @@ def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
     assert f"has not fallen since step {best}, in 4 evaluations" in report.stopped_early
     assert f"stopping after step {report.steps}: {report.stopped_early}" in said
     assert all(means[step] > means[best] + 0.1 for step in range(best + 8, report.steps, 4))
+    # It was said at the third rise, before patience had run out, and stands in the report.
+    (warning,) = (text for text in report.warnings if "has risen in 3 evaluations in a row" in text)
+    assert f"at step {best + 12} from {means[best]:.3f} at step {best}" in warning
+    assert said.count(f"warning: {warning}") == 1
     # Of all checkpoints those of the best and of the last step are left; the adapter is that of the best.
     assert [step_of(each) for each in all_checkpoints(run.path)] == [best, report.steps]
     assert adapter(run.adapter) == adapter(run.checkpoints / f"step-{best:06d}")
@@ -104,9 +110,9 @@ def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
     assert {name: pair.before for name, pair in report.loss.items()} == rows[0]["held_out"]
     assert run.report == report
     # A manifest of an earlier version says nothing of it.
-    earlier = {key: value for key, value in report.to_json().items() if key not in ("kept", "stopped_early")}
+    earlier = {key: value for key, value in report.to_json().items() if key not in NEW}
     old = RunReport.from_json(earlier)
-    assert (old.kept, old.stopped_early) == (None, None)
+    assert (old.kept, old.stopped_early, old.warnings) == (None, None, [])
 
 
 def test_evaluating_changes_nothing_that_is_trained(
