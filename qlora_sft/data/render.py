@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
+from qlora_sft.data.code_parts import outputs_apart, placed
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.pieces import Piece, RowPieces, Supervise, cut_row
@@ -141,8 +142,11 @@ def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     forget_tokens()
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
-    shielded, disguises = shield(conversation, tokenizer)
+    marked = placed(conversation)
+    shielded, disguises = shield(marked, tokenizer)
     text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
+    if marked is not conversation:
+        text = "".join(stretch for stretch, _ in outputs_apart(text))
     pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
     (result,) = _encoded([RowPieces(pieces)], tokenizer, chat_format.stop_token_ids, "")
     if isinstance(result, DataError):
