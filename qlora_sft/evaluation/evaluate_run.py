@@ -43,19 +43,60 @@ def evaluate_run(
     Results of a task that was asked in another way are kept. Raises `ConfigError` or `DataError` before a model is
     loaded.
     """
+    path, run, chosen = _opened(path, tasks, settings)
+    read = _read_all(run, chosen, run_code, seed, say)
+    from qlora_sft.evaluation.asking import ask_model
+
+    return ask_model(path, run, read, base and run is not None, seed, say)
+
+
+def diagnose_run(
+    path: str | Path,
+    tasks: Sequence[TaskConfig] = (),
+    settings: Mapping[str, Any] | None = None,
+    *,
+    run_code: bool = False,
+    seed: int = 0,
+    say: Say = tell,
+) -> EvaluationReport:
+    """Does what `evaluate_run` does, and asks everything once more behind examples and in other words.
+
+    Harmless questions (``benign``) are asked as well. All together tells forgetting from alignment tax.
+    """
+    path, run, chosen = _opened(path, tasks, settings)
+    if all(task.form != "refusal" and task.path != "benign" for task in chosen):
+        chosen.append(_with(TaskConfig("benign", form="refusal"), _limits(settings or {})))
+    read = _read_all(run, chosen, run_code, seed, say)
+    from qlora_sft.evaluation.asking import ask_model
+    from qlora_sft.evaluation.diagnose import in_other_ways
+
+    return ask_model(path, run, [*read, *in_other_ways(read, seed)], run is not None, seed, say)
+
+
+def _opened(
+    path: str | Path, tasks: Sequence[TaskConfig], settings: Mapping[str, Any] | None
+) -> tuple[Path, Run | None, list[TaskConfig]]:
+    """Returns the folder, the run in it if it is one, and the tasks with their settings. Raises `ConfigError`."""
     path = Path(path).expanduser().resolve()
     run = Run.open(path) if is_run(path) else None
     if run is None and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
-    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
+    return path, run, [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
+
+
+def _read_all(run: Run | None, chosen: list[TaskConfig], run_code: bool, seed: int, say: Say) -> list[Task]:
+    """Reads the questions of all tasks. Raises `ConfigError` or `DataError` for all that is wrong with them."""
     _check(chosen)
     read = read_tasks(chosen, seed, say)
     _check_code(read, run_code, say)
     if run:
         _warn_of_contamination(run, chosen, say)
-    from qlora_sft.evaluation.asking import ask_model
+    return read
 
-    return ask_model(path, run, read, base and run is not None, seed, say)
+
+def _limits(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that hold for harmless questions as well: how many are asked, and how long answers are."""
+    return {key: settings[key] for key in ("max_rows", "max_new_tokens") if key in settings}
 
 
 def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
@@ -106,6 +147,6 @@ def _check_code(tasks: Sequence[Task], run_code: bool, say: Say) -> None:
 def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:
     """Names the tasks whose questions were not searched for in the training rows."""
     checked = run.config.data.decontaminate
-    unchecked = [task_name(task) for task in tasks if task.path not in checked]
+    unchecked = [task_name(task) for task in tasks if task.path not in checked and task.path != "benign"]
     if unchecked:
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")
