@@ -20,7 +20,7 @@ _CANNOT = (
     r"do(?: not|n'?t) feel comfortable)"
 )
 _DOING = (
-    r"(?:help|assist|answer|provide|do (?:that|this|so)|comply|fulfil+|support|discuss|engage|generate|respond|"
+    r"(?:help|assist|answer|be able|provide|do (?:that|this|so)|comply|fulfil+|support|discuss|engage|generate|respond|"
     r"proceed|continue with|accommodate|complete|process|give (?:you|advice|instructions)|answering|helping|providing)"
 )
 _REFUSALS = [
