@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
-    _verb(verbs, "doctor", _doctor, "what works here, what does not, and how to get it")
+    _verb(verbs, "doctor", _doctor, "try every part in small: what works here, what does not, and how to get it")
     return parser
 
 
@@ -235,14 +235,17 @@ def _plan(arguments: argparse.Namespace) -> CommandResult:
 
 def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.config import TaskConfig
-    from qlora_sft.evaluation.evaluate_run import diagnose_run, evaluate_run
+    from qlora_sft.evaluation.evaluate_run import TaskSettings, diagnose_run, evaluate_run
     from qlora_sft.evaluation.keep_right import check_target, keep_right
 
     kept = Path(arguments.keep_right) if arguments.keep_right else None
     if kept:
         check_target(kept)
     names = ("form", "samples", "temperature", "max_rows", "max_new_tokens", "thinking")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given: TaskSettings = {}
+    for name in names:
+        if getattr(arguments, name) is not None:
+            given[name] = getattr(arguments, name)  # type: ignore[literal-required]
     named = [re.fullmatch(r"(?:([\w.-]+)=)?(.+)", task, re.DOTALL) for task in arguments.task]
     tasks = [TaskConfig(found[2], name=found[1]) for found in named if found]
     if arguments.diagnose:
@@ -320,9 +323,12 @@ def _push(arguments: argparse.Namespace) -> CommandResult:
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.doctor import examine, table
+    from qlora_sft.doctor import examine, proved, table
+    from qlora_sft.say import tell
 
+    tell("trying an NF4 product, a Triton kernel and a step of LoRA (half a minute)")
     facts = examine()
+    facts["checks"] += proved()
     if not arguments.json:
         print(table(facts))
     return facts

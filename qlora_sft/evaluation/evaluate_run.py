@@ -6,10 +6,10 @@ questions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from qlora_sft.config import TaskConfig, check_tasks, task_name
 from qlora_sft.errors import ConfigError
@@ -22,10 +22,21 @@ if TYPE_CHECKING:
     from qlora_sft.evaluation.compare import EvaluationReport
 
 
+class TaskSettings(TypedDict, total=False):
+    """Holds fields of `TaskConfig` that replace those of every task."""
+
+    form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"]
+    samples: int
+    temperature: float
+    max_rows: int
+    max_new_tokens: int
+    thinking: Literal["auto", "on", "off"]
+
+
 def evaluate_run(
     path: str | Path,
     tasks: Sequence[TaskConfig] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: TaskSettings | None = None,
     *,
     base: bool = True,
     run_code: bool = False,
@@ -53,7 +64,7 @@ def evaluate_run(
 def diagnose_run(
     path: str | Path,
     tasks: Sequence[TaskConfig] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: TaskSettings | None = None,
     *,
     run_code: bool = False,
     seed: int = 0,
@@ -74,7 +85,7 @@ def diagnose_run(
 
 
 def _opened(
-    path: str | Path, tasks: Sequence[TaskConfig], settings: Mapping[str, Any] | None
+    path: str | Path, tasks: Sequence[TaskConfig], settings: TaskSettings | None
 ) -> tuple[Path, Run | None, list[TaskConfig]]:
     """Returns the folder, the run in it if it is one, and the tasks with their settings. Raises `ConfigError`."""
     path = Path(path).expanduser().resolve()
@@ -94,9 +105,14 @@ def _read_all(run: Run | None, chosen: list[TaskConfig], run_code: bool, seed: i
     return read
 
 
-def _limits(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _limits(settings: TaskSettings) -> TaskSettings:
     """Returns the settings that hold for harmless questions as well: how many are asked, and how long answers are."""
-    return {key: settings[key] for key in ("max_rows", "max_new_tokens") if key in settings}
+    kept: TaskSettings = {}
+    if "max_rows" in settings:
+        kept["max_rows"] = settings["max_rows"]
+    if "max_new_tokens" in settings:
+        kept["max_new_tokens"] = settings["max_new_tokens"]
+    return kept
 
 
 def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
@@ -108,13 +124,16 @@ def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
     return tasks
 
 
-def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
+def _with(task: TaskConfig, settings: TaskSettings) -> TaskConfig:
     """Replaces settings of a task by those of the command line.
 
     One command line may be for tasks of several forms, so ``samples`` is left out where it has no effect.
     """
     form = settings.get("form") or task.form
-    return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
+    changed = settings.copy()
+    if form in ("choices", "loss"):
+        changed.pop("samples", None)
+    return replace(task, **changed)
 
 
 def _check(tasks: list[TaskConfig]) -> None:
