@@ -58,13 +58,19 @@ def new_rows(model: ModelConfig, base: str, template: str | None = None) -> list
 
     template: as in `wanted_tokens`.
     """
-    return list(_new_rows(wanted_tokens(model, template), base))
+    wanted = wanted_tokens(model, template)
+    return list(_new_rows(wanted, base, _written(base))) if wanted else []
+
+
+def _written(base: str) -> tuple[tuple[str, int, int], ...]:
+    """Returns name, time of writing and size of the base's small files, among which are those of its tokenizer."""
+    files = [file for file in Path(base).glob("*") if file.suffix in (".json", ".model", ".txt")]
+    return tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=4)
-def _new_rows(tokens: tuple[str, ...], base: str) -> tuple[int, ...]:
-    if not tokens:
-        return ()
+def _new_rows(tokens: tuple[str, ...], base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
+    """Returns the ids of the new tokens, read once per state of the base's files."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
