@@ -50,10 +50,8 @@ def families() -> dict[str, list[str]]:
 def matrix() -> str:
     """Returns the table, between its marks."""
     tried = families()
-    lines = [
-        "| | `model_type` | documents | recurrent layers | experts | own MLP and norms | shipped template | GGUF | Ollama |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["", "`model_type`", "documents", "recurrent layers", "experts", "own MLP and norms", "shipped template"]
+    lines = ["| " + " | ".join([*heads, "GGUF", "Ollama"]) + " |", "|" + "---|" * 9]
     for name, (family, template) in NAMES.items():
         documents, recurrent, experts, mlp, norms, gguf = tried[family]
         fast = " and ".join(word for word, there in (("MLP", mlp), ("norms", norms)) if there)
