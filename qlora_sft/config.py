@@ -136,6 +136,9 @@ class TrainingConfig:
     patience: Count | None = None
     """Ends the run after so many evaluations without a lower held-out loss; default: never. Needs
     ``evaluation.every_steps``."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
+    TensorBoard's files are in the run folder; the others write where their own settings say."""
 
 
 @dataclass(frozen=True)
