@@ -59,6 +59,8 @@ class Training:
     """Their loss before training, where it was measured."""
     baseline_seconds: float = 0.0
     """Time that the evaluation before training took."""
+    ask_tasks: Callable[[], dict[str, float]] | None = None
+    """Asks the model the questions that are asked while training; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Sa
 
     if config.evaluation.every_steps and training.baseline and not evaluations.rows:
         evaluations.add(0, training.baseline, training.baseline_seconds)
-    return Watch(config, steps, evaluations, measure, alarms, say)
+    return Watch(config, steps, evaluations, measure, alarms, say, training.ask_tasks)
 
 
 def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:

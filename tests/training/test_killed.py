@@ -31,10 +31,17 @@ def work(config: Config, resume: bool) -> None:
     train(config, resume=resume, say=lambda _: None)
 
 
+def evaluations_of(run: Path) -> list[dict[str, Any]]:
+    """What the run has measured; the last line may be cut off where it was killed."""
+    file = run / "evaluations.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
 def outcome(run: Path) -> tuple[Any, ...]:
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     report = Run.open(run).report
-    evaluations = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    evaluations = evaluations_of(run)
     held_out = {name: (pair.before, pair.after) for name, pair in report.loss.items()}
     return *result(run), evaluations, report.kept, report.stopped_early, report.warnings, held_out
 
@@ -52,30 +59,37 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(make_
         process.start()
         return process
 
+    def wait_for(process: Any, file: Path) -> float:
+        """Waits until the run has begun to train, if it does, and returns when that was."""
+        while process.is_alive() and not (file.exists() and file.read_text()):
+            time.sleep(0.02)
+        return time.monotonic()
+
     for name in ("warm", "whole"):  # the first one starts the server
-        began = time.monotonic()
         whole = start(name, resume=False)
+        began = wait_for(whole, tmp_path / name / "metrics.jsonl")
         whole.join()
-        took = time.monotonic() - began
         assert whole.exitcode == 0
+        took = time.monotonic() - began
     expected = outcome(tmp_path / "whole")
     assert expected == outcome(tmp_path / "warm")
     draw = random.Random(0)
     left = []
     for number in range(KILLS):
-        name = f"killed{number}"
+        run = tmp_path / f"killed{number}"
         for resume in (False, True):
-            process = start(name, resume)
-            process.join(draw.uniform(0.2, 1.0) * took)
+            process = start(run.name, resume)
+            wait_for(process, run / "metrics.jsonl")
+            process.join(draw.uniform(0.0, 1.0) * took)
             process.kill()
             process.join()
-            if (tmp_path / name / "manifest.json").exists():
+            if (run / "manifest.json").exists():
                 break
-            left.append(len(list((tmp_path / name).glob("checkpoints/step-*"))))
+            left.append(len(evaluations_of(run)))
         else:
-            last = start(name, resume=True)
+            last = start(run.name, resume=True)
             last.join()
-            assert last.exitcode == 0, name
-        assert outcome(tmp_path / name) == expected, name
-    assert sum(left) > 0, "none was killed between its first checkpoint and its end"
-    print(f"killed {len(left)} times, with checkpoints: {left}")
+            assert last.exitcode == 0, run.name
+        assert outcome(run) == expected, run.name
+    assert sum(left) > 0, "none was killed between its first evaluation and its end"
+    print(f"killed {len(left)} times, after so many evaluations: {left}")
