@@ -146,15 +146,22 @@ class TaskConfig:
     """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
-    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
+    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``. ``benign``
+    is a shipped list of harmless questions, for ``refusal``."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
-    form: Literal["auto", "choices", "number", "exact", "code", "loss"] = "auto"
+    form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"] = "auto"
     """How answers are graded. ``choices`` takes the likeliest letter (rows as MMLU's and ARC's); ``number`` compares
-    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``loss``
-    measures the loss of the rows without asking. ``auto`` decides by the columns and prints what it found."""
+    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``refusal``
+    counts the answers that refuse, to questions that nobody needs to refuse; ``loss`` measures the loss of the rows
+    without asking. ``auto`` decides by the columns and prints what it found."""
     max_rows: Count | None = None
     """Asks only so many questions, drawn at random with the seed of the evaluation."""
+    shots: Annotated[int, Range(0, 100)] = 0
+    """Examples with their answers before every question, drawn from the other questions of the task."""
+    phrasing: Literal["plain", "labelled", "polite"] = "plain"
+    """``plain`` asks as the file does; ``labelled`` writes Question: and Answer: around it; ``polite`` asks for help
+    first. What a model can do does not hang on that."""
     samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
@@ -335,6 +342,11 @@ def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluatio
             require(False, f"{here}.{name}", fault)
         sampled = task.form not in ("choices", "loss")
         require(sampled or task.samples == 1, f"{here}.samples", f"has no effect with form {task.form}; remove it")
+        asked = task.form != "loss"
+        require(asked or task.shots == 0, f"{here}.shots", "has no effect with form loss; remove it")
+        require(asked or task.phrasing == "plain", f"{here}.phrasing", "has no effect with form loss; remove it")
+        referenced = task.form not in ("code", "refusal") or task.shots == 0
+        require(referenced, f"{here}.shots", f"needs answers to show, and form {task.form} has none; remove it")
     names = [task_name(task) for task in tasks]
     double = sorted({name for name in names if names.count(name) > 1})
     require(not double, key, f"has two tasks named {', '.join(double)}; give each its own name:")

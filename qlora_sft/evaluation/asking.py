@@ -12,6 +12,7 @@ from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.ask import Questions, Scores, ask_answers, ask_choices, encode_task, read_texts
 from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table
+from qlora_sft.evaluation.diagnose import diagnosed, diagnosis_text
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.results import write_results
 from qlora_sft.evaluation.tasks import Task
@@ -58,11 +59,14 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     for questions in encoded:
         of_base, of_tuned = ask_task(evaluated, questions, base, seed, say)
         report = compared(questions.task, of_base, of_tuned, seed)
-        answers = write_results(folder, report, questions.task, of_base, of_tuned)
+        answers = write_results(folder, report, questions, of_base, of_tuned)
         reports.append(replace(report, answers=str(answers)))
     say(comparison_table(reports))
+    diagnosis = diagnosed(reports)
+    if diagnosis is not None:
+        say(diagnosis_text(diagnosis))
     say(f"figures and answers: {folder}")
-    return EvaluationReport(str(path), str(folder), reports)
+    return EvaluationReport(str(path), str(folder), reports, diagnosis)
 
 
 def ask_task(
