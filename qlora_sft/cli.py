@@ -177,6 +177,11 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
 
+    report = _verb(verbs, "report", _report, "draw the report of a run, or compare several, as a web page")
+    report.add_argument("run", nargs="+", metavar="RUN", help="run folders, also of interrupted runs")
+    report.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html; of several runs "
+                        "also FIRST/comparison.html)")  # fmt: skip
+
     chat = _verb(verbs, "chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
@@ -227,6 +232,15 @@ def _evaluate(arguments: argparse.Namespace) -> CommandResult:
         arguments.run, [TaskConfig(found[2], name=found[1]) for found in named if found], given,
         base=not arguments.no_base, run_code=arguments.run_code, seed=arguments.seed,
     )  # fmt: skip
+
+
+def _report(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.page.write import report_runs, said_of
+
+    result = report_runs(arguments.run, arguments.out)
+    if not arguments.json:
+        print(said_of(result))
+    return result
 
 
 def _merge(arguments: argparse.Namespace) -> CommandResult:

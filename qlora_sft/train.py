@@ -23,6 +23,7 @@ from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
 from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.said import Said
 
 
 def train(config: Config, *, overwrite: bool = False, resume: bool = False, say: Say = tell) -> RunReport:
@@ -32,7 +33,7 @@ def train(config: Config, *, overwrite: bool = False, resume: bool = False, say:
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), Said(say)
     with every_fault(config):
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None

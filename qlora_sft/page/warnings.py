@@ -1,0 +1,101 @@
+"""Find what in a run asks for attention, each with what it may mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qlora_sft.json_types import mapping, number
+from qlora_sft.page.curves import best_evaluation
+from qlora_sft.page.facts import RunFacts
+from qlora_sft.page.settings import is_warning
+from qlora_sft.page.tasks import BAD
+from qlora_sft.units import nats, share
+
+# A held-out loss that is higher by a smaller share is not worth a word.
+RISE = 0.01
+# Of the rows of a source; of its tokens that are supervised.
+DROPPED, LEAST, MOST = 0.05, 0.1, 0.9
+# So many times as many supervised tokens in one step as in another: such steps weigh very differently.
+UNEVEN = 10.0
+
+
+class Warn(NamedTuple):
+    """Holds what is the matter, and what it means."""
+
+    what: str
+    meaning: str
+
+
+def warnings_of(run: RunFacts) -> list[Warn]:
+    """Returns everything that asks for attention."""
+    return [*_of_training(run), *_of_held_out(run), *_of_data(run), *_of_tasks(run), *_that_were_said(run)]
+
+
+def _of_training(run: RunFacts) -> Iterator[Warn]:
+    left_out = sum(row.get("grad_norm") is None for row in run.steps if "grad_norm" in row)
+    if left_out:
+        yield Warn(f"{left_out:,} steps were left out", "their gradient was not finite, so they changed nothing.")
+    if run.report and run.report.train_loss.rose:
+        yield Warn(
+            "The training loss rose",
+            "where that is more than noise between steps, the model is worse at its training data than before: "
+            "lower training.learning_rate, and look at the rows with `preview`.",
+        )
+    tokens = [value for row in run.steps if (value := number(row.get("supervised_tokens"))) is not None]
+    if tokens and max(tokens) > UNEVEN * max(min(tokens), 1):
+        yield Warn(
+            "Steps of very different weight",
+            f"from {min(tokens):,.0f} to {max(tokens):,.0f} supervised tokens; a larger "
+            "training.gradient_accumulation makes them more alike.",
+        )
+
+
+def _of_held_out(run: RunFacts) -> Iterator[Warn]:
+    if len(run.held_out) < 2:
+        return
+    (_, first), (last_step, last) = run.held_out[0], run.held_out[-1]
+    for name in last:
+        if name in first and last[name] > first[name] * (1 + RISE):
+            yield Warn(
+                f"Held-out loss of {name} rose",
+                f"{nats(first[name])} before, {nats(last[name])} at the last step: the model has got worse at it.",
+            )
+    best = best_evaluation(run)
+    if best is None or best == last_step:
+        return
+    lowest = dict(run.held_out)[best]
+    low, end = sum(lowest.values()) / len(lowest), sum(last.values()) / len(last)
+    if end > low * (1 + RISE):
+        kept = "The adapter of that step was kept." if run.kept_step == best else "Fewer epochs are better."
+        yield Warn(
+            "Held-out loss turned",
+            f"its mean was lowest at step {best:,.0f} ({nats(low)}) and was {nats(end)} at the last step: from there "
+            f"on the run learned its rows by heart. {kept}",
+        )
+
+
+def _of_data(run: RunFacts) -> Iterator[Warn]:
+    for name, each in mapping(run.manifest.get("data")).items():
+        source = mapping(each)
+        dropped = {why: number(mapping(drop).get("rows")) or 0 for why, drop in mapping(source.get("dropped")).items()}
+        read, part = number(source.get("read")) or 0, number(source.get("share"))
+        if read and sum(dropped.values()) > DROPPED * read:
+            reasons = ", ".join(f"{why} ({rows:,.0f})" for why, rows in dropped.items())
+            yield Warn(f"{share(sum(dropped.values()) / read)} of the rows of {name} were dropped", f"{reasons}.")
+        if part is not None and number(source.get("tokens")) and not LEAST <= part <= MOST:
+            few = "long prompts for short answers; is everything supervised that should be?"
+            many = "right for plain texts, but of conversations the prompts would be trained, too."
+            yield Warn(f"{share(part)} of the tokens of {name} are supervised", few if part < LEAST else many)
+
+
+def _of_tasks(run: RunFacts) -> Iterator[Warn]:
+    for task in run.tasks:
+        if task.get("verdict") in BAD:
+            yield Warn(f"{task.get('name')}: {task['verdict']}", f"{task.get('reason') or 'see the tasks below'}.")
+
+
+def _that_were_said(run: RunFacts) -> Iterator[Warn]:
+    for text in dict.fromkeys(run.said):
+        if is_warning(text):
+            yield Warn("The run warned", text.partition(":")[2].strip() or text)

@@ -1,0 +1,75 @@
+"""Keep what a run is trained on, for its report: the mixture, and a document of every source with its mask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_sft.atomic import written_file
+from qlora_sft.data.documents import Sizes
+from qlora_sft.data.render import Rendered
+from qlora_sft.data.show import token_runs
+from qlora_sft.json_types import JsonObject
+from qlora_sft.markup.text import shortened
+from qlora_sft.page.facts import TRAINED_ON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Sources of which a document is kept; characters of a stretch of tokens, and stretches of a document.
+MOST_SOURCES, CHARACTERS, STRETCHES = 30, 1500, 60
+
+
+def keep_trained_on(
+    run: Path,
+    documents: Sequence[Rendered],
+    sequences: Sequence[list[int]],
+    sizes: Sizes,
+    steps: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes ``trained_on.json``. sequences: the packed sequences that the steps of the run reach."""
+    shown = list(_first_of_each(sequences, sizes))[:MOST_SOURCES]
+    content = {
+        "steps": steps,
+        "mixture": _mixture(sequences, sizes),
+        "documents": [_document(documents[index], tokenizer) for index in shown],
+    }
+    with written_file(run / TRAINED_ON) as beside:
+        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _mixture(sequences: Sequence[list[int]], sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Returns documents, tokens and supervised tokens by source."""
+    sums: dict[str, dict[str, int]] = {}
+    for index in (index for sequence in sequences for index in sequence):
+        of_source = sums.setdefault(sizes.source[index], {"documents": 0, "tokens": 0, "supervised": 0})
+        of_source["documents"] += 1
+        of_source["tokens"] += sizes.tokens[index]
+        of_source["supervised"] += sizes.supervised[index]
+    return sums
+
+
+def _first_of_each(sequences: Sequence[list[int]], sizes: Sizes) -> Iterator[int]:
+    """Yields the first document of every source, in the order in which they are trained on."""
+    seen = set()
+    for index in (index for sequence in sequences for index in sequence):
+        if sizes.source[index] not in seen:
+            seen.add(sizes.source[index])
+            yield index
+
+
+def _document(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> JsonObject:
+    runs = token_runs(document, tokenizer)
+    pieces = [{**asdict(run), "text": shortened(run.text, CHARACTERS)} for run in runs[:STRETCHES]]
+    long = len(runs) > STRETCHES or any(len(run.text) > CHARACTERS for run in runs)
+    return {
+        "source": document.source,
+        "tokens": len(document.input_ids),
+        "supervised": document.n_supervised,
+        "shortened": long,
+        "pieces": pieces,
+    }
