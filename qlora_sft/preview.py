@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.json_types import JsonObject
 from qlora_sft.prepare import prepare
-from qlora_sft.run.report import Report
+from qlora_sft.run.report import ONLY_HERE, Report
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class PreviewReport(Report):
 
     rows: list[ShownDocument]
     ledger: dict[str, JsonObject]
+    html: str = field(default="", repr=False, metadata=ONLY_HERE)
+    """The documents for a notebook."""
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def preview(
@@ -57,7 +62,7 @@ def preview(
         tell(text)
 
     data = prepare(config, say, unsloth=not alone)
-    from qlora_sft.data.show import as_page, as_text
+    from qlora_sft.data.show import as_page, as_piece, as_text
 
     documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
@@ -73,7 +78,7 @@ def preview(
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
-    return PreviewReport(rows, ledger)
+    return PreviewReport(rows, ledger, as_piece(packed, tokenizer, trees))
 
 
 def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:

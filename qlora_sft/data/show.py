@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.shield import control_tokens
 from qlora_sft.data.show_tree import draw_tree
 from qlora_sft.markup.elements import Markup, note, page, preformatted
-from qlora_sft.markup.style import style
+from qlora_sft.markup.style import piece, style
 from qlora_sft.markup.text import escape
 from qlora_sft.markup.tokens import TokenRun, tokens_html, tokens_key
 
@@ -74,11 +74,18 @@ def as_page(
     trees: bool = False,
 ) -> str:
     """Returns a web page of its own, without scripts or links, that reads well on a phone."""
-    rows = [
-        preformatted(tables),
-        tokens_key(),
-        note("A box is a packed sequence; its documents do not see each other."),
-    ]
+    head = [Markup(f"<h1>{escape(title)}</h1>"), preformatted(tables)]
+    return page(title, style(), "\n".join([*head, *_boxes(sequences, tokenizer, trees)]))
+
+
+def as_piece(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, trees: bool = False) -> str:
+    """Returns the packed documents for a notebook."""
+    return piece(*_boxes(sequences, tokenizer, trees))
+
+
+def _boxes(sequences: Iterable[list[Rendered]], tokenizer: PreTrainedTokenizerBase, trees: bool) -> Iterator[Markup]:
+    yield tokens_key()
+    yield note("A box is a packed sequence; its documents do not see each other.")
     for number, documents in enumerate(sequences):
         shown = "".join(
             f'<div class="tokens" dir="auto"><small>{escape(caption(document))}</small>'
@@ -86,5 +93,4 @@ def as_page(
             for document in documents
         )
         tree = preformatted(draw_tree(documents, tokenizer)) if trees else ""
-        rows.append(Markup(f'<h2>packed sequence {number}</h2><div class="panel">{tree}{shown}</div>'))
-    return page(title, style(), "\n".join([f"<h1>{escape(title)}</h1>", *rows]))
+        yield Markup(f'<h2>packed sequence {number}</h2><div class="panel">{tree}{shown}</div>')

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from qlora_sft.evaluation.ask import Scores
 from qlora_sft.evaluation.statistics import PairedChange, paired_change
 from qlora_sft.evaluation.tasks import Task, TaskForm
+from qlora_sft.markup.style import piece
+from qlora_sft.page.tasks import tasks_html
 from qlora_sft.run.report import LEFT_OUT, Report
 
 LOWER_IS_BETTER = ("loss",)
@@ -67,6 +69,9 @@ class EvaluationReport(Report):
     folder: str
     """The folder that holds the figures and the answers."""
     tasks: list[TaskReport]
+
+    def _repr_html_(self) -> str:
+        return piece(tasks_html([task.to_json() for task in self.tasks]))
 
 
 def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskReport:
