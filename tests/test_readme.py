@@ -64,7 +64,7 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')
     # A server does not end by itself; tests/test_chat.py has one.
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft") and "--serve" not in command]
-    verbs = "new preview plan train chat evaluate merge export chat evaluate evaluate export export push".split()
+    verbs = "new preview plan train chat evaluate report merge export chat evaluate evaluate export export push".split()
     assert [command.split()[1] for command in ours] == verbs
     # The demo, whose recipe has tasks, was not trained here.
     ours = [command.replace("runs/demo", "runs/support --task questions.jsonl") for command in ours]
