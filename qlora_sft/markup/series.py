@@ -59,8 +59,9 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], weights: Sequence[float], window: int) -> list[Point]:
-    """Returns at each point the weighted mean of the ``window`` points around it; fewer at both ends.
+    """Returns at each point the weighted mean of the ``window`` points around it.
 
+    At the beginning, where a loss falls fast, there are as few after a point as before it; at the end only fewer after.
     A gap stays one, and its neighbours are means of what there is. Points are returned as they are where one is so
     large that running sums would lose the others beside it.
     """
@@ -73,8 +74,8 @@ def smoothed(points: Sequence[Point], weights: Sequence[float], window: int) -> 
         counts.append(counts[-1] + (weight if y is not None else 0.0))
     result: list[Point] = []
     for index, (x, y) in enumerate(points):
-        half = min(window // 2, index, len(points) - 1 - index)
-        start, end = index - half, index + half + 1
+        half = min(window // 2, index)
+        start, end = index - half, min(index + half + 1, len(points))
         weight = counts[end] - counts[start]
         mean = (values[end] - values[start]) / weight if weight > 0 else None
         result.append((x, mean if y is not None and mean is not None and math.isfinite(mean) else None))

@@ -55,12 +55,10 @@ def _of_held_out(run: RunFacts) -> Iterator[Warn]:
     if len(run.held_out) < 2:
         return
     (_, first), (last_step, last) = run.held_out[0], run.held_out[-1]
-    for name in last:
-        if name in first and last[name] > first[name] * (1 + RISE):
-            yield Warn(
-                f"Held-out loss of {name} rose",
-                f"{nats(first[name])} before, {nats(last[name])} at the last step: the model has got worse at it.",
-            )
+    risen = [name for name in last if name in first and last[name] > first[name] * (1 + RISE)]
+    if risen:
+        each = ", ".join(f"{name} ({nats(first[name])} → {nats(last[name])})" for name in risen)
+        yield Warn("Held-out loss rose", f"{each}: the model has got worse at it.")
     best = best_evaluation(run)
     if best is None or best == last_step:
         return
@@ -76,6 +74,7 @@ def _of_held_out(run: RunFacts) -> Iterator[Warn]:
 
 
 def _of_data(run: RunFacts) -> Iterator[Warn]:
+    few, many = [], []
     for name, each in mapping(run.manifest.get("data")).items():
         source = mapping(each)
         dropped = {why: number(mapping(drop).get("rows")) or 0 for why, drop in mapping(source.get("dropped")).items()}
@@ -83,10 +82,19 @@ def _of_data(run: RunFacts) -> Iterator[Warn]:
         if read and sum(dropped.values()) > DROPPED * read:
             reasons = ", ".join(f"{why} ({rows:,.0f})" for why, rows in dropped.items())
             yield Warn(f"{share(sum(dropped.values()) / read)} of the rows of {name} were dropped", f"{reasons}.")
-        if part is not None and number(source.get("tokens")) and not LEAST <= part <= MOST:
-            few = "long prompts for short answers; is everything supervised that should be?"
-            many = "right for plain texts, but of conversations the prompts would be trained, too."
-            yield Warn(f"{share(part)} of the tokens of {name} are supervised", few if part < LEAST else many)
+        if part is not None and number(source.get("tokens")):
+            few += [f"{name} ({share(part)})"] * (part < LEAST)
+            many += [f"{name} ({share(part)})"] * (part > MOST)
+    if few:
+        yield Warn(
+            "Few supervised tokens",
+            f"{', '.join(few)}: long prompts for short answers; is everything supervised that should be?",
+        )
+    if many:
+        yield Warn(
+            "Almost only supervised tokens",
+            f"{', '.join(many)}: right for plain texts, but of conversations the prompts would be trained, too.",
+        )
 
 
 def _of_tasks(run: RunFacts) -> Iterator[Warn]:

@@ -75,8 +75,12 @@ def test_a_smoothed_curve_is_the_weighted_mean(values: list[float | None], windo
         assert result == points
         return
     for index, value in enumerate(values):
-        half = min(window // 2, index, len(values) - 1 - index)
-        near = [(values[i], weights[i]) for i in range(index - half, index + half + 1) if values[i] is not None]
+        half = min(window // 2, index)
+        near = [
+            (values[i], weights[i])
+            for i in range(index - half, min(index + half + 1, len(values)))
+            if values[i] is not None
+        ]
         if value is None:
             assert result[index][1] is None
         else:

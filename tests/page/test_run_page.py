@@ -175,13 +175,30 @@ def test_what_asks_for_attention_is_named(tmp_path: Path) -> None:
     )
     write_lines(run / "said.jsonl", [{"text": "warning: the disk is almost full"}, {"text": "backend: x (y)"}])
     assert warned(run) == [
-        "Steps of very different weight", "Held-out loss of fields rose", "5% of the tokens of few are supervised",
-        "100% of the tokens of all are supervised", "50% of the rows of short were dropped", "x: forgetting",
-        "The run warned",
+        "Steps of very different weight", "Held-out loss rose", "50% of the rows of short were dropped", "Few supervised tokens",
+        "Almost only supervised tokens", "x: forgetting", "The run warned",
     ]  # fmt: skip
     page = page_of(run)
     assert "too long (400)" in page
     assert "a:1, a:2, a:3" in page
+
+
+def test_memory_and_time_stand_beside_the_plan(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=20)
+    assert "A plan kept as plan.json" in page_of(run)
+    plan = {"this_run": {"peak": 2**30}, "time": {"tokens_per_second": 150.0, "training": 60.0}}
+    (run / "plan.json").write_text(json.dumps(plan))
+    report = json.loads((run / "manifest.json").read_text())["report"]
+    measured = {"resident": 2**29, "allocated": 3 * 2**29, "reserved": 2**31, "card": 24 * 2**30}
+    change_json(run / "manifest.json", report={**report, "memory": {**report["memory"], "measured": measured}})
+    page = page_of(run)
+    for name, value in {
+        "peak, planned": "1.00 GiB", "most allocated in training, measured": "1.50 GiB",
+        "the card, measured": "24.0 GiB",
+        "tokens per second": "118, planned 150", "training": "82 s, planned 60 s",
+    }.items():  # fmt: skip
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page, name
+    assert ">planned</span>" in page.split("<b>Speed</b>")[1].split("</figure>")[0]
 
 
 def test_hostile_texts_are_texts(tmp_path: Path) -> None:
