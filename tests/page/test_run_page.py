@@ -175,8 +175,8 @@ def test_what_asks_for_attention_is_named(tmp_path: Path) -> None:
     )
     write_lines(run / "said.jsonl", [{"text": "warning: the disk is almost full"}, {"text": "backend: x (y)"}])
     assert warned(run) == [
-        "Steps of very different weight", "Held-out loss rose", "50% of the rows of short were dropped", "Few supervised tokens",
-        "Almost only supervised tokens", "x: forgetting", "The run warned",
+        "Steps of very different weight", "Held-out loss rose", "50% of the rows of short were dropped",
+        "Few supervised tokens", "Almost only supervised tokens", "x: forgetting", "The run warned",
     ]  # fmt: skip
     page = page_of(run)
     assert "too long (400)" in page
