@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from qlora_sft.json_types import mapping
 from qlora_sft.markup.chart import Chart, draw
@@ -50,7 +51,7 @@ def _chips(run: RunFacts) -> Markup:
     about = [
         f"adapter of step {run.kept_step:,.0f}" if run.kept_step is not None else "",
         f"stopped early: {early}" if early else "",
-        str(base or ""),
+        Path(str(base)).name if base else "",
         f"rank {lora['r']}" if "r" in lora else "",
         f"{run.report.backend.name}, {run.report.dtype}" if run.report else "",
     ]

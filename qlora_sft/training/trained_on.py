@@ -43,10 +43,10 @@ def keep_trained_on(
 
 
 def _mixture(sequences: Sequence[list[int]], sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Returns documents, tokens and supervised tokens by source."""
-    sums: dict[str, dict[str, int]] = {}
+    """Returns documents, tokens and supervised tokens by source, also of one that the steps do not reach."""
+    sums = {name: {"documents": 0, "tokens": 0, "supervised": 0} for name in dict.fromkeys(sizes.source)}
     for index in (index for sequence in sequences for index in sequence):
-        of_source = sums.setdefault(sizes.source[index], {"documents": 0, "tokens": 0, "supervised": 0})
+        of_source = sums[sizes.source[index]]
         of_source["documents"] += 1
         of_source["tokens"] += sizes.tokens[index]
         of_source["supervised"] += sizes.supervised[index]
@@ -54,12 +54,11 @@ def _mixture(sequences: Sequence[list[int]], sizes: Sizes) -> dict[str, dict[str
 
 
 def _first_of_each(sequences: Sequence[list[int]], sizes: Sizes) -> Iterator[int]:
-    """Yields the first document of every source, in the order in which they are trained on."""
-    seen = set()
+    """Yields the document of every source that is trained on first."""
+    first: dict[str, int] = {}
     for index in (index for sequence in sequences for index in sequence):
-        if sizes.source[index] not in seen:
-            seen.add(sizes.source[index])
-            yield index
+        first.setdefault(sizes.source[index], index)
+    yield from (first[name] for name in dict.fromkeys(sizes.source) if name in first)
 
 
 def _document(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> JsonObject:

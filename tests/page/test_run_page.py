@@ -37,7 +37,10 @@ def warned(folder: Path) -> list[str]:
 
 def test_it_shows_everything_that_a_run_has(tmp_path: Path) -> None:
     run = write_run(tmp_path / "support")
+    report = json.loads((run / "manifest.json").read_text())["report"]
+    change_json(run / "manifest.json", report={**report, "base": "/models/SmolLM2-135M-Instruct"})
     page = page_of(run)
+    assert '<span class="chip">SmolLM2-135M-Instruct</span>' in page
     parts = [part.split('"')[0] for part in page.split('<section id="')[1:]]
     assert parts == "curves held-out answers tasks data mask machine choices settings manifest".split()
     titles = [part.split("</b>")[0] for part in page.split("<figcaption><b>")[1:]]
@@ -45,7 +48,6 @@ def test_it_shows_everything_that_a_run_has(tmp_path: Path) -> None:
         "Held-out loss", "Training loss", "Training loss by source", "Learning rate", "Gradient norm", "Right tokens",
         "Tokens per step", "Speed", "Memory",
     ]  # fmt: skip
-    report = json.loads((run / "manifest.json").read_text())["report"]
     for source in SOURCES:
         pair = report["loss"][source]
         assert f'<span class="before">{pair["before"]:.3f}</span> <i>→</i> {pair["after"]:.3f}' in page
