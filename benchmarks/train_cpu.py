@@ -211,6 +211,7 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     import torch
 
     from qlora_sft.config import load_config
+    from qlora_sft.data.collate import PackedCollator
     from qlora_sft.data.render import Rendered
     from qlora_sft.model.memory import use_memory
     from qlora_sft.model.setup import prepare_model
@@ -231,7 +232,7 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     memory = use_memory(model, config, tokens, dtype, say)
     args, _ = sft_config(config, options.folder, options.steps, dtype)
     return PackedSFTTrainer(
-        model, documents, bins, options.folder, memory.keep_less, say, args=args,
+        model, PackedCollator(documents, False), bins, options.folder, memory.keep_less, say, args=args,
         processing_class=load_tokenizer(config.model, config.model.path), callbacks=[clocked(options, rows)],
     )  # fmt: skip
 

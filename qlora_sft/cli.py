@@ -175,7 +175,9 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
-    evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
+    evaluate.add_argument(
+        "--run-code", action="store_true", help="run what is written for code tasks, in a sandbox if possible"
+    )
 
     report = _verb(verbs, "report", _report, "draw the report of a run, or compare several, as a web page")
     report.add_argument("run", nargs="+", metavar="RUN", help="run folders, also of interrupted runs")

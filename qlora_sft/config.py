@@ -108,8 +108,8 @@ class TrainingConfig:
 
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
     """The highest learning rate of the run, which is reached after the warm-up."""
-    epochs: Annotated[int, Range(1, 10_000)] = 1
-    """How often the run goes through the mixture."""
+    epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
+    """How often the run goes through the mixture. With 0.5 it has half of the rows of every source, drawn at random."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
@@ -133,7 +133,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Questions with known answers, asked by ``qlora-sft evaluate``."""
+    """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
     """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""

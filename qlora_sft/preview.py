@@ -33,10 +33,12 @@ class ShownDocument(Report):
 
 @dataclass(frozen=True)
 class PreviewReport(Report):
-    """Holds the documents that were shown and the ledger of every source."""
+    """Holds the documents that were shown, the ledger of every source, and what the data is judged by."""
 
     rows: list[ShownDocument]
     ledger: dict[str, JsonObject]
+    findings: list[JsonObject] = field(default_factory=list)
+    """Level, kind, source and text of each warning; an error ends the preview as it would end the training."""
     html: str = field(default="", repr=False, metadata=ONLY_HERE)
     """The documents for a notebook."""
 
@@ -78,7 +80,8 @@ def preview(
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
-    return PreviewReport(rows, ledger, as_piece(packed, tokenizer, trees))
+    findings = [asdict(finding) for finding in data.findings]
+    return PreviewReport(rows, ledger, findings, as_piece(packed, tokenizer, trees))
 
 
 def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:

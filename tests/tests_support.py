@@ -36,6 +36,19 @@ def documents_of(config: Config) -> list[Rendered]:
     return render_sources(read_sources(config.data.train, config.seed), config.data, tokenizer).all_documents
 
 
+def vocabulary_without(byte: str, unknown: str | None = None) -> Any:
+    """A tokenizer of single bytes that lacks one of them, spelt as byte-level vocabularies spell it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c != byte]
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "<|end|>", *([unknown] if unknown else [])])}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", unk_token=unknown)
+
+
 def bare_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
     """A tiny Llama whose tokenizer has no chat template, with ``room`` unused rows in its embedding."""
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qlora_sft.json_types import mapping, number
+from qlora_sft.json_types import items, mapping, number
 from qlora_sft.page.curves import best_evaluation
 from qlora_sft.page.facts import RunFacts
 from qlora_sft.page.settings import is_warning
@@ -14,10 +14,8 @@ from qlora_sft.units import nats, share
 
 # A held-out loss that is higher by a smaller share is not worth a word.
 RISE = 0.01
-# Of the rows of a source; of its tokens that are supervised.
-DROPPED, LEAST, MOST = 0.05, 0.1, 0.9
-# So many times as many supervised tokens in one step as in another: such steps weigh very differently.
-UNEVEN = 10.0
+# Of the rows of a source.
+DROPPED = 0.05
 
 
 class Warn(NamedTuple):
@@ -41,13 +39,6 @@ def _of_training(run: RunFacts) -> Iterator[Warn]:
             "The training loss rose",
             "where that is more than noise between steps, the model is worse at its training data than before: "
             "lower training.learning_rate, and look at the rows with `preview`.",
-        )
-    tokens = [value for row in run.steps if (value := number(row.get("supervised_tokens"))) is not None]
-    if tokens and max(tokens) > UNEVEN * max(min(tokens), 1):
-        yield Warn(
-            "Steps of very different weight",
-            f"from {min(tokens):,.0f} to {max(tokens):,.0f} supervised tokens; a larger "
-            "training.gradient_accumulation makes them more alike.",
         )
 
 
@@ -74,27 +65,13 @@ def _of_held_out(run: RunFacts) -> Iterator[Warn]:
 
 
 def _of_data(run: RunFacts) -> Iterator[Warn]:
-    few, many = [], []
     for name, each in mapping(run.manifest.get("data")).items():
         source = mapping(each)
         dropped = {why: number(mapping(drop).get("rows")) or 0 for why, drop in mapping(source.get("dropped")).items()}
-        read, part = number(source.get("read")) or 0, number(source.get("share"))
+        read = number(source.get("read")) or 0
         if read and sum(dropped.values()) > DROPPED * read:
             reasons = ", ".join(f"{why} ({rows:,.0f})" for why, rows in dropped.items())
             yield Warn(f"{share(sum(dropped.values()) / read)} of the rows of {name} were dropped", f"{reasons}.")
-        if part is not None and number(source.get("tokens")):
-            few += [f"{name} ({share(part)})"] * (part < LEAST)
-            many += [f"{name} ({share(part)})"] * (part > MOST)
-    if few:
-        yield Warn(
-            "Few supervised tokens",
-            f"{', '.join(few)}: long prompts for short answers; is everything supervised that should be?",
-        )
-    if many:
-        yield Warn(
-            "Almost only supervised tokens",
-            f"{', '.join(many)}: right for plain texts, but of conversations the prompts would be trained, too.",
-        )
 
 
 def _of_tasks(run: RunFacts) -> Iterator[Warn]:
@@ -104,6 +81,7 @@ def _of_tasks(run: RunFacts) -> Iterator[Warn]:
 
 
 def _that_were_said(run: RunFacts) -> Iterator[Warn]:
-    for text in dict.fromkeys(run.said):
-        if is_warning(text):
-            yield Warn("The run warned", text.partition(":")[2].strip() or text)
+    """Yields what the run itself has warned of, while it was prepared and while it trained."""
+    said = [text.partition(":")[2].strip() or text for text in run.said if is_warning(text)]
+    for text in dict.fromkeys([*said, *map(str, items(run.reported.get("warnings")))]):
+        yield Warn("The run warned", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from qlora_sft.json_types import JsonObject
 from qlora_sft.run.notebook import run_html
@@ -18,7 +18,7 @@ ONLY_HERE: dict[str, bool] = {"only_here": True}
 
 @dataclass(frozen=True)
 class Report:
-    """Is the base of all results. ``report["name"]`` is what stands under that name in its JSON."""
+    """Turns the fields of a result into JSON and back; all results derive from it."""
 
     def to_json(self) -> JsonObject:
         """Returns the fields as JSON has them, in their order."""
@@ -39,9 +39,6 @@ class Report:
             if key in content or (each.default is MISSING and each.default_factory is MISSING):
                 values[each.name] = _typed(hints[each.name], content[key])
         return cls(**values)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.to_json()[name]
 
 
 def _typed(hint: object, value: object) -> object:

@@ -76,5 +76,5 @@ def test_a_preview(make_config: Any, capsys: Any) -> None:
     html = shown(result)
     assert html.count('<div class="tokens"') == 2
     assert 'class="s">Answer' in html
-    assert list(result.to_json()) == ["rows", "ledger"]
+    assert list(result.to_json()) == ["rows", "ledger", "findings"]
     capsys.readouterr()

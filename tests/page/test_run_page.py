@@ -162,25 +162,25 @@ def test_a_turn_of_the_held_out_loss_is_seen(tmp_path: Path) -> None:
 def test_what_asks_for_attention_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", every=64)
     assert warned(run) == []
-    rows = step_rows(64, SOURCES)
-    rows[5]["supervised_tokens"] = 3
-    write_lines(run / "metrics.jsonl", rows)
     write_lines(run / "evaluations.jsonl", [
         {"step": 0, "held_out": {"fields": 1.0, "tools": 1.0}}, {"step": 64, "held_out": {"fields": 1.5, "tools": 0.5}},
     ])  # fmt: skip
-    change_json(run / "manifest.json", data={
-        "few": ledger(1000, 50), "all": ledger(1000, 1000),
-        "short": ledger(1000, 500, dropped={"too long": {"rows": 400, "first": ["a:1", "a:2", "a:3"]}}),
-    })  # fmt: skip
+    dropped = {"too long": {"rows": 400, "first": ["a:1", "a:2", "a:3"]}}
+    data = {"few": ledger(1000, 50), "short": ledger(1000, 500, dropped=dropped)}
+    report = json.loads((run / "manifest.json").read_text())["report"]
+    change_json(
+        run / "manifest.json", data=data, report={**report, "warnings": ["the loss jumped", "the disk is full"]}
+    )
     (run / "evaluation" / "x.json").write_text(
         json.dumps(task_json("x", verdict="forgetting", reason="pass@4 has fallen"))
     )
-    write_lines(run / "said.jsonl", [{"text": "warning: the disk is almost full"}, {"text": "backend: x (y)"}])
+    write_lines(run / "said.jsonl", [{"text": "warning: the disk is full"}, {"text": "backend: x (y)"}])
     assert warned(run) == [
-        "Steps of very different weight", "Held-out loss rose", "50% of the rows of short were dropped",
-        "Few supervised tokens", "Almost only supervised tokens", "x: forgetting", "The run warned",
+        "Held-out loss rose", "50% of the rows of short were dropped", "x: forgetting", "The run warned",
+        "The run warned",
     ]  # fmt: skip
     page = page_of(run)
+    assert page.count("<b>The run warned</b>: the disk is full") == 1
     assert "too long (400)" in page
     assert "a:1, a:2, a:3" in page
 
