@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
-    _verb(verbs, "doctor", _doctor, "what works here, what does not, and how to get it")
+    _verb(verbs, "doctor", _doctor, "try every part in small: what works here, what does not, and how to get it")
     return parser
 
 
@@ -299,9 +299,12 @@ def _push(arguments: argparse.Namespace) -> CommandResult:
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.doctor import examine, table
+    from qlora_sft.doctor import examine, proved, table
+    from qlora_sft.say import tell
 
+    tell("trying an NF4 product, a Triton kernel and a step of LoRA (half a minute)")
     facts = examine()
+    facts["checks"] += proved()
     if not arguments.json:
         print(table(facts))
     return facts

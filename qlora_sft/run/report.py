@@ -71,7 +71,8 @@ class Choice(Report):
 class Pair(Report):
     """Holds a figure before and after training."""
 
-    before: float
+    before: float | None
+    """None where nothing was measured before training."""
     after: float
 
 
@@ -109,6 +110,16 @@ class MemoryReport(Report):
     """Bytes between forward and backward; None in runs of earlier versions."""
     measured: dict[str, int] | None = None
     """Bytes before training on a GPU, and the most that torch had allocated and reserved during it."""
+
+
+@dataclass(frozen=True)
+class Kept(Report):
+    """Says of which step the saved adapter is."""
+
+    step: int
+    reason: str
+    held_out: dict[str, float | None] | None = None
+    """Held-out loss of that step by source, as it was measured while training; None if it was not."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,12 @@ class RunReport(Report):
     """Steps whose gradient was not finite."""
     resumed_at: int | None = None
     """Step from which the run went on, if it was interrupted."""
+    kept: Kept | None = None
+    """None in runs of earlier versions, which kept the last step."""
+    stopped_early: str | None = None
+    """Why the run ended before its last step; None if it did not."""
+    warnings: list[str] = field(default_factory=list)
+    """What there was to warn of while it went."""
     train_loss: Course
     tokens: int
     supervised_tokens: int

@@ -7,6 +7,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.errors import first_line
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
-from qlora_sft.evaluation.evaluate import evaluate
+from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
@@ -39,7 +40,6 @@ from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
-from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trained_on import keep_trained_on
 
 
@@ -57,8 +57,7 @@ def run_recipe(
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
-        lengths = counted.tokens
-        beginning = begins_with(config, data, dtype, lengths)
+        beginning = begins_with(config, data, dtype, counted.tokens)
         if checkpoint:
             check_same(run, beginning)
 
@@ -66,32 +65,34 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
-    )
+        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        data.held_out.documents,
+    )  # fmt: skip
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = kept_baseline(run, asked) if checkpoint else None
-        if before is None:
-            before = evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        before = Evaluation()
+        if config.evaluation.before_training:
+            kept = kept_baseline(run, asked) if checkpoint else None
+            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
     if checkpoint is None:
         begin_run(run, config, beginning)
-        keep_baseline(run, before, asked)
+        if config.evaluation.before_training:
+            keep_baseline(run, before, asked)
     say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
-    steps = count_steps(len(data.sequences), config)
-    reached = data.sequences[: steps * config.training.batch_size * config.training.gradient_accumulation]
-    keep_trained_on(run, data.documents, reached, counted, steps, data.tokenizer)
+    keep_trained_on(run, config, data, counted)
+    training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")

@@ -15,28 +15,27 @@ from qlora_sft.data.show import token_runs
 from qlora_sft.json_types import JsonObject
 from qlora_sft.markup.text import shortened
 from qlora_sft.page.facts import TRAINED_ON
+from qlora_sft.training.steps import count_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_sft.config import Config
+    from qlora_sft.run_data import RunData
 
 # Sources of which a document is kept; characters of a stretch of tokens, and stretches of a document.
 MOST_SOURCES, CHARACTERS, STRETCHES = 30, 1500, 60
 
 
-def keep_trained_on(
-    run: Path,
-    documents: Sequence[Rendered],
-    sequences: Sequence[list[int]],
-    sizes: Sizes,
-    steps: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Writes ``trained_on.json``. sequences: the packed sequences that the steps of the run reach."""
+def keep_trained_on(run: Path, config: Config, data: RunData, sizes: Sizes) -> None:
+    """Writes ``trained_on.json``. sizes: those of the training documents."""
+    steps = count_steps(len(data.sequences), config)
+    sequences = data.sequences[: steps * config.training.batch_size * config.training.gradient_accumulation]
     shown = list(_first_of_each(sequences, sizes))[:MOST_SOURCES]
     content = {
         "steps": steps,
         "mixture": _mixture(sequences, sizes),
-        "documents": [_document(documents[index], tokenizer) for index in shown],
+        "documents": [_document(data.documents[index], data.tokenizer) for index in shown],
     }
     with written_file(run / TRAINED_ON) as beside:
         beside.write_text(json.dumps(content) + "\n", encoding="utf-8")

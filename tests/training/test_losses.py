@@ -81,8 +81,8 @@ def test_noise_between_steps_is_no_rise_and_a_rise_beyond_it_is_one() -> None:
 
 
 def test_a_step_without_labels_has_no_loss() -> None:
-    assert math.isnan(StepTotals().loss)
-    assert math.isnan(StepTotals().accuracy)
+    assert math.isnan(StepTotals().losses.loss)
+    assert math.isnan(StepTotals().losses.accuracy)
 
 
 def turn(answer: str, **marks: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_a_run_writes_its_report_and_what_the_report_is_made_of(
     config = make_config(
         f"data.train=[{{path: {tmp_path / 'chat.jsonl'}}}, {{path: {more}, loss_weight: 0.5}}]",
         f"data.held_out=[{{path: {held_out}}}]", "training.max_steps=3", "evaluation.answers=2",
-        "evaluation.max_new_tokens=4",
+        "evaluation.max_new_tokens=4", "evaluation.every_steps=1",
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)
@@ -42,6 +42,12 @@ def test_a_run_writes_its_report_and_what_the_report_is_made_of(
     for part in ("curves", "held-out", "answers", "data", "mask", "machine", "choices", "settings", "manifest"):
         assert f'<section id="{part}">' in page
     assert 'id="lacks"' not in page
+    measured = [row["held_out"]["held_out"] for row in lines(run / "evaluations.jsonl")]
+    assert len(measured) == 4
+    figure = page.split("<b>Held-out loss</b>")[1].split("</figure>")[0]
+    for number, loss in enumerate(measured):
+        assert f'<td>{number}</td><td class="n">{loss:.3f}</td>' in figure
+    assert "Training loss by source</b>" in page
     assert read_run(run).lacks == []
 
     # What it says that it was trained on is what the steps were made of, counted anew.
