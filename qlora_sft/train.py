@@ -25,6 +25,7 @@ from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
 from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.said import Said
 
 
 def train(
@@ -38,7 +39,7 @@ def train(
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), Said(say)
     config = with_rows(config, data, say=say)
     with every_fault(config):
         check_loggers(config)
