@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import BackendName
@@ -45,6 +46,8 @@ def prepare_model(
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
     """
     model = load_model(config, base, dtype, backend)
+    if model.device.type == "cuda":
+        say(f"GPU memory: {describe_allocator()}")
     if config.lora.from_:
         check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
         say(f"adapter: {start_from(model, config.lora.from_)}")

@@ -20,7 +20,6 @@ from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
@@ -68,8 +67,6 @@ def run_recipe(
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
-        if model.device.type == "cuda":
-            say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
