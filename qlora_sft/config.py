@@ -68,7 +68,10 @@ class ModelConfig:
     """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
     """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
-    .jinja file, in place of the tokenizer's own."""
+    .jinja file, in place of the tokenizer's own. Control tokens that it writes (``<|...|>``) and the vocabulary lacks
+    are added, begin as the mean of all others, are trained and saved."""
+    new_tokens: list[str] = field(default_factory=list)
+    """More control tokens that are added in the same way where the vocabulary lacks them."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
@@ -310,6 +313,8 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
     if model:
         no_effect = "has no effect without model.load_in_4bit"
         require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
+        spaced = [token for token in model.new_tokens if not token or token != "".join(token.split())]
+        require(not spaced, "model.new_tokens", f"must be texts without spaces, got {', '.join(map(repr, spaced))}")
     if model and data and training:
         _check_rope(model.rope_scaling, data, training, require)
     if memory:
