@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qlora_sft.markup.elements import cards, change, facts, note, table
@@ -20,11 +20,14 @@ def run_html(report: RunReport) -> str:
         ("Training loss", change(nats(course.first), nats(course.last)), "first and last steps"),
         ("Steps", f"{report.steps:,}", f"{report.steps_left_out:,} left out" if report.steps_left_out else ""),
         ("Tokens", f"{report.tokens:,}", f"{share(report.supervised_tokens / max(report.tokens, 1))} supervised"),
-        ("Speed", f"{report.tokens_per_second:,.0f}", "tokens per second"),
-        ("Time", duration(sum(report.seconds.values())), "with loading and evaluation"),
+        (
+            "Time, with loading",
+            duration(sum(report.seconds.values())),
+            f"{report.tokens_per_second:,.0f} tokens per second",
+        ),
     ]
     rows = [
-        [source, _change(report.loss, source), _change(report.exact_match, source)]
+        [source, _change(report.loss.get(source), nats), _change(report.exact_match.get(source), share)]
         for source in dict.fromkeys([*report.loss, *report.exact_match])
     ]
     chosen = [
@@ -41,8 +44,8 @@ def run_html(report: RunReport) -> str:
     )
 
 
-def _change(pairs: Mapping[str, Pair], source: str) -> str:
-    pair = pairs.get(source)
+def _change(pair: Pair | None, write: Callable[[float | None], str]) -> str:
+    """Returns a figure before and after training, or what there is of it."""
     if pair is None:
         return "–"
-    return change(f"{pair.before:.3f}", f"{pair.after:.3f}") if pair.before is not None else f"{pair.after:.3f}"
+    return write(pair.after) if pair.before is None else change(write(pair.before), write(pair.after))

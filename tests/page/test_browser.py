@@ -24,6 +24,7 @@ MEASURE = """<!doctype html><meta charset="utf-8"><body>%s<pre id="result">nothi
 onload = () => {
   const result = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, root = page.documentElement;
+    page.querySelectorAll("details").forEach(each => { each.open = true; });
     const boxes = [...page.querySelectorAll("figure svg[role=img]")].map(svg => svg.getBoundingClientRect());
     const lines = [...page.querySelectorAll("figure .plot .line")];
     const wide = [...page.querySelectorAll("body *")].filter(each =>

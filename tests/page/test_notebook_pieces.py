@@ -41,6 +41,7 @@ def test_a_run() -> None:
     html = shown(report)
     assert f"{report.train_loss.last:.3f}" in html
     assert '<span class="before">2.000</span> <i>→</i> 0.500' in html
+    assert '<span class="before">0%</span> <i>→</i> 75%' in html
     assert "unsloth is not installed" in html
     assert "_repr_html_" not in report.to_json()
     assert "Training loss" in shown(report_of(step_rows(1, ["a"]), {}, memory=None, tokens=0, seconds={}))
