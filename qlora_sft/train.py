@@ -23,7 +23,9 @@ from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
+from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.said import Said
 
 
 def train(
@@ -37,9 +39,10 @@ def train(
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), Said(say)
     config = with_rows(config, data, say=say)
     with every_fault(config):
+        check_loggers(config)
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
         config = as_begun(config, run, say) if checkpoint else config

@@ -15,6 +15,7 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
+from qlora_sft.errors import first_line
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
@@ -28,19 +29,23 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.snapshot import fetch_weights, file_hashes
+from qlora_sft.page.write import write_report
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.said import Said
+from qlora_sft.training.trained_on import keep_trained_on
 
 
 def run_recipe(
-    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
+    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
 ) -> RunReport:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
@@ -52,26 +57,27 @@ def run_recipe(
         fetch_weights(data.base)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        lengths = sizes(data.documents).tokens
-        beginning = begins_with(config, data, dtype, lengths)
+        counted = sizes(data.documents)
+        beginning = begins_with(config, data, dtype, counted.tokens)
         if checkpoint:
             check_same(run, beginning)
+        questions = questions_while_training(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if model.device.type == "cuda":
             say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
-    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -85,7 +91,9 @@ def run_recipe(
         begin_run(run, config, beginning)
         if config.evaluation.before_training:
             keep_baseline(run, before, asked)
+    say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
+    keep_trained_on(run, config, data, counted)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
@@ -115,7 +123,19 @@ def run_recipe(
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
+    draw_report(run, say)
     return report
+
+
+def draw_report(run: Path, say: Say) -> None:
+    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
+    try:
+        say(f"report: {write_report(run)}")
+    except Exception as error:
+        say(
+            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
+            f"`qlora-sft report {run}` tries again"
+        )
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
