@@ -33,6 +33,7 @@ from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
@@ -56,6 +57,7 @@ def run_recipe(
         beginning = begins_with(config, data, dtype, lengths)
         if checkpoint:
             check_same(run, beginning)
+        questions = questions_while_training(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -67,11 +69,11 @@ def run_recipe(
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
-    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
