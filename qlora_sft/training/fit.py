@@ -23,6 +23,7 @@ from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
 from qlora_sft.training.losses import summarize_losses
 from qlora_sft.training.progress import Progress
+from qlora_sft.training.schedule import describe_schedule, schedule_of
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
@@ -80,6 +81,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
         args, optimizer = sft_config(config, Path(scratch), steps, training.dtype)
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
+        say(f"learning rate: {t.learning_rate:g} {describe_schedule(schedule_of(t, steps))}")
         begin = step_of(checkpoint) if checkpoint else 0
         progress = Progress(run / "metrics.jsonl", steps, begin)
         finite = FiniteSteps(
@@ -87,7 +89,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         )
         collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
-            training.model, collate, sequences, run, keep_less, say,
+            training.model, collate, sequences, config, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
         )  # fmt: skip
         progress.trainer = trainer

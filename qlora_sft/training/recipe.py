@@ -23,6 +23,7 @@ from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
@@ -36,6 +37,8 @@ from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.schedule import schedule_of
+from qlora_sft.training.steps import count_steps, settle_accumulation
 
 
 def run_recipe(
@@ -56,6 +59,11 @@ def run_recipe(
         if checkpoint:
             check_same(run, beginning)
 
+    settled, accumulation = settle_accumulation(config, data.packed.tokens)
+    if accumulation:
+        say(accumulation)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))  # what is wrong with it is found here
+
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
@@ -65,9 +73,11 @@ def run_recipe(
             say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
+        if config.lora.init == "eva" and checkpoint is None:
+            say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
     )
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
