@@ -2,7 +2,7 @@
 # Measures everything that needs an NVIDIA GPU, in at most nine minutes, most valuable first:
 #
 #   bash benchmarks/gpu.sh OUT              all parts
-#   bash benchmarks/gpu.sh OUT PART ...     some: tests training parts context layers sweeps kernels
+#   bash benchmarks/gpu.sh OUT PART ...     some: tests training parts context layers prefixes sweeps kernels
 #   bash benchmarks/gpu.sh OUT --dry-run    a walk through all parts on a CPU, with tiny shapes
 #
 # Needs torch with CUDA and the packages of requirements.lock, and no network. Correctness runs in parallel; timings run
@@ -12,7 +12,7 @@ out=$(mkdir -p "${1:?name a folder for the results}" && cd "$1" && pwd)
 shift
 dry=
 [[ ${1:-} == --dry-run ]] && { dry=yes; shift; }
-parts=" ${*:-tests training parts context layers sweeps kernels} "
+parts=" ${*:-tests training parts context layers prefixes sweeps kernels} "
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
@@ -51,6 +51,7 @@ if [[ $dry ]]; then
   wanted training && bench 240 training backends --steps 2
   wanted context && bench 120 context max_context --smoke
   wanted layers && bench 240 layers layers --shape tiny --layers 2 --cases 64x1 64x4 --repeats 1
+  wanted prefixes && bench 120 prefixes prefixes --shape tiny --layers 2 --tokens 2048 --repeats 1
   wanted sweeps && bench 120 attention kernels/attention --repeats 1 --documents 1 4
   wanted sweeps && bench 120 packed_ce_paths kernels/packed_ce_paths --repeats 1
   pack
@@ -81,6 +82,7 @@ fi
 
 # ------------------------------------------------------------------ timings, alone
 wanted layers && bench 200 layers layers
+wanted prefixes && bench 60 prefixes prefixes --shape 8B --tokens 65536
 pack
 if wanted sweeps; then
   bench 60 attention kernels/attention

@@ -1,6 +1,6 @@
 """Question: what do float32 masters change, against adapters (and optimizer states) in bfloat16?
 
-    python benchmarks/masters.py [--seeds 3] [--data FOLDER] [--output FILE]
+    python benchmarks/masters.py [--seeds 0 1 2] [--data FOLDER] [--output FILE]
 
 The demo and a part of GSM8K are trained with every seed, once as the toolkit does it and once with the adapters cast to
 bfloat16 when the model is ready, which is what TRL's trainer does to a quantised model. Everything else is the same:
@@ -15,7 +15,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_sft.evaluation.answers import HeldOutAnswer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "masters.jsonl"
@@ -39,13 +42,13 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     """Trains once and returns the figures of a row."""
     import torch
     from measuring import clock
-    from qlora_sft.evaluation.subject import Subject
 
     from qlora_sft.config import load_config
     from qlora_sft.data.batch import longest_micro_batch
     from qlora_sft.data.documents import sizes
     from qlora_sft.evaluation.answers import choose_prompts
     from qlora_sft.evaluation.evaluate import evaluate
+    from qlora_sft.evaluation.evaluated_model import EvaluatedModel
     from qlora_sft.model.load import compute_dtype
     from qlora_sft.model.memory import use_memory
     from qlora_sft.model.setup import prepare_model
@@ -56,21 +59,31 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     data = prepare(config, quiet)
     dtype, _ = compute_dtype(config.model.dtype)
     lengths = sizes(data.documents).tokens
-    tokens = longest_micro_batch(lengths, data.sequences, config.training.batch_size)
+    tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
     model = prepare_model(config, data.base, dtype, data.backend.name, tokens, quiet, lengths)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, masters))
-    with use_memory(model, config, tokens, dtype, quiet) as memory:
-        run = Training(config, folder, quiet, model, data.tokenizer, dtype, data.documents, data.sequences)
+    with use_memory(model, config, tokens, dtype, quiet, data.packed.shares_prefixes) as memory:
+        run = Training(
+            config,
+            folder,
+            quiet,
+            model,
+            data.tokenizer,
+            dtype,
+            data.documents,
+            data.sequences,
+            data.packed.shares_prefixes,
+        )
         begin = clock()
         fitted = fit(run, memory.keep_less)
         seconds = clock() - begin
     types = {p.dtype for p in model.parameters() if p.requires_grad}
     assert types == {getattr(torch, masters)}, f"the adapters became {types}"
-    subject = Subject(model, data.tokenizer, data.chat_format, dtype)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, 0)
-    after = evaluate(subject, config, data.held_out, prompts, quiet, "after")
+    after = evaluate(evaluated, config, data.held_out, prompts, quiet, "after")
     return {
         "steps": fitted.steps,
         "tokens": fitted.tokens,
@@ -83,7 +96,7 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     }
 
 
-def right(record: dict[str, Any]) -> bool:
+def right(record: HeldOutAnswer) -> bool:
     """Whether an answer is the reference; where that marks a number (GSM8K), whether it ends in this one."""
     from qlora_sft.evaluation.grade import last_number, marked_number
 
@@ -97,14 +110,17 @@ def quiet(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=["demo", "gsm8k"], choices=["demo", "gsm8k"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     from measuring import measured_on
 
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name, overrides in settings(options.data).items():
+            if name not in options.only:
+                continue
             # In turn, so that a slower hour of the machine is no merit of one of them.
             for masters in MASTERS if seed % 2 == 0 else MASTERS[::-1]:
                 with tempfile.TemporaryDirectory(prefix="masters-") as folder:

@@ -116,7 +116,9 @@ def report(summary: dict[str, Figures], n_rows: int) -> None:
         print(f"ours from the cache: {reference['second_start']:.2f} s, reading included")
 
 
-def write(file: Path, n_rows: int, summary: Figures, failed: dict[str, str], results: Figures) -> None:
+def write(
+    file: Path, n_rows: int, summary: dict[str, Figures], failed: dict[str, str], results: dict[str, list[Figures]]
+) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
     row = {

@@ -74,12 +74,12 @@ def ours(file: Path) -> Figures:
             started = time.perf_counter()
             sources = read_sources(data.train, seed=0)
             reads.append(time.perf_counter() - started)
-            prepared, _, sequences = plan_data(config, sources, [], tokenizer, chat_format, lambda _: None)
+            prepared, _, packed = plan_data(config, sources, [], tokenizer, chat_format, lambda _: None)
             times.append(time.perf_counter() - started)
         of_each = sizes(prepared.all_documents)
     return {
         "seconds": times[0], "read": reads[0], "second_start": times[1],
-        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(sequences),
+        "tokens": sum(of_each.tokens), "supervised": sum(of_each.supervised), "rows": len(packed.sequences),
     }  # fmt: skip
 
 

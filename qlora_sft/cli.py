@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
-    _verb(verbs, "doctor", _doctor, "what works here, what does not, and how to get it")
+    _verb(verbs, "doctor", _doctor, "try every part in small: what works here, what does not, and how to get it")
     return parser
 
 
@@ -175,7 +175,9 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
-    evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
+    evaluate.add_argument(
+        "--run-code", action="store_true", help="run what is written for code tasks, in a sandbox if possible"
+    )
 
     chat = _verb(verbs, "chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
@@ -283,9 +285,12 @@ def _push(arguments: argparse.Namespace) -> CommandResult:
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.doctor import examine, table
+    from qlora_sft.doctor import examine, proved, table
+    from qlora_sft.say import tell
 
+    tell("trying an NF4 product, a Triton kernel and a step of LoRA (half a minute)")
     facts = examine()
+    facts["checks"] += proved()
     if not arguments.json:
         print(table(facts))
     return facts

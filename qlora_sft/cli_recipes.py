@@ -1,4 +1,4 @@
-"""The verbs around recipes: list those that are shipped, write a new one, convert one of another toolkit."""
+"""Run the verbs around recipes: list those that are shipped, write a new one, convert one of another toolkit."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ class TrainingConfig:
 
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
     """The highest learning rate of the run, which is reached after the warm-up."""
-    epochs: Annotated[int, Range(1, 10_000)] = 1
-    """How often the run goes through the mixture."""
+    epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
+    """How often the run goes through the mixture. With 0.5 it has half of the rows of every source, drawn at random."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
@@ -129,11 +129,18 @@ class TrainingConfig:
     """How many checkpoints are kept; the oldest go first."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
+    keep: Literal["auto", "best", "last"] = "auto"
+    """Which step the adapter is of that is saved and exported. ``best``: the one with the lowest held-out loss, as the
+    mean over the sources, of those that ``evaluation.every_steps`` has measured; its checkpoint is kept beside the
+    newest ones. ``auto``: best where ``evaluation.every_steps`` is set, else last."""
+    patience: Count | None = None
+    """Ends the run after so many evaluations without a lower held-out loss; default: never. Needs
+    ``evaluation.every_steps``."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Questions with known answers, asked by ``qlora-sft evaluate``."""
+    """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
     """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
@@ -158,10 +165,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Says what is measured on held-out data before and after training."""
+    """Says what is measured on held-out data before, while and after training."""
 
     loss: bool = True
     """Measures the held-out loss per source before and after training."""
+    before_training: bool = True
+    """Measures before training what is measured after it; false saves the time and leaves nothing to compare with."""
+    every_steps: Count | None = None
+    """Optimizer steps between measurements of the held-out loss while training, each a line of ``evaluations.jsonl``;
+    the last step is measured, too. Default: only before and after training."""
     answers: CountOrNone = 3
     """Greedy answers per held-out source, before and after training; 0 for none."""
     max_new_tokens: Count = 128
@@ -299,7 +311,19 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         _check_memory(memory, require)
     if evaluation:
         check_tasks(evaluation.tasks, require)
+    if data and training and evaluation:
+        _check_watch(training, data, evaluation, require)
     return problems
+
+
+def _check_watch(t: TrainingConfig, data: DataConfig, e: EvaluationConfig, require: Require) -> None:
+    """Requires that what is to be decided by the held-out loss while training is measured while training."""
+    key = "evaluation.every_steps"
+    require(not e.every_steps or bool(data.held_out), key, "measures held-out rows, and data.held_out names none")
+    require(not e.every_steps or e.loss, key, "has no effect with evaluation.loss=false; remove one of them")
+    needs = f"needs {key}, the steps between measurements of the held-out loss"
+    require(t.keep != "best" or bool(e.every_steps), "training.keep=best", needs)
+    require(not t.patience or bool(e.every_steps), "training.patience", needs)
 
 
 def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:

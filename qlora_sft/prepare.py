@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def is_mixture(config: Config) -> bool:
-    """Whether the base is a mixture of experts; a base that is not there is reported later, with all else."""
+    """Says whether the base is a mixture of experts.
+
+    A base that cannot be found counts as none; that fault is reported later, together with all others.
+    """
     if config.model.path == "demo":  # to build it imports transformers
         return False
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,12 @@ class ShownDocument(Report):
 
 @dataclass(frozen=True)
 class PreviewReport(Report):
-    """Holds the documents that were shown and the ledger of every source."""
+    """Holds the documents that were shown, the ledger of every source, and what the data is judged by."""
 
     rows: list[ShownDocument]
     ledger: dict[str, JsonObject]
+    findings: list[JsonObject] = field(default_factory=list)
+    """Level, kind, source and text of each warning; an error ends the preview as it would end the training."""
 
 
 def preview(
@@ -73,7 +75,7 @@ def preview(
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
-    return PreviewReport(rows, ledger)
+    return PreviewReport(rows, ledger, [asdict(finding) for finding in data.findings])
 
 
 def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:

@@ -20,6 +20,7 @@ ORDER = (
     "cli",
     "cli_recipes",
     "train preview plan chat doctor",
+    "install proofs",
     "export",
     "training",
     "evaluation",

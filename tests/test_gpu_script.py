@@ -24,7 +24,14 @@ def test_the_script_of_all_gpu_measurements_runs_dry(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
-    assert {"parts.txt", "backends.jsonl", "layers.jsonl", "max_context.jsonl", "attention.jsonl"} <= names
+    assert {
+        "parts.txt",
+        "backends.jsonl",
+        "layers.jsonl",
+        "max_context.jsonl",
+        "prefixes.jsonl",
+        "attention.jsonl",
+    } <= names
     rows = [json.loads(line) for line in (tmp_path / "backends.jsonl").read_text().splitlines()]
     assert [row["provider"] for row in rows] == ["transformers", "unsloth"]
     assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], abs=1e-3)

@@ -44,7 +44,7 @@ def test_a_report_is_its_json_and_comes_back_from_it() -> None:
     assert content["backend"] == {"name": "transformers", "reason": "as configured"}
     assert content["loss"] == {"chat": {"before": 2.0, "after": 1.0}}
     assert content["memory"]["tiers"] == ["keep", "checkpoint"]
-    assert (REPORT["train_loss"]["first"], REPORT["train_loss"]["last"]) == (2.5, 0.5)
+    assert (REPORT.train_loss.first, REPORT.train_loss.last) == (2.5, 0.5)
     assert RunReport.from_json(json.loads(json.dumps(content))) == REPORT
 
 

@@ -90,7 +90,8 @@ def once(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -> tu
     wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     wait()
     started = clock()
-    out = way(*inputs, bounds)
+    q, k, v = inputs
+    out = way(q, k, v, bounds)
     wait()
     middle = clock()
     gradients = torch.autograd.grad(out, inputs, gradient)
@@ -103,7 +104,8 @@ def bytes_of(way: Way, inputs: list[Tensor], bounds: Tensor, gradient: Tensor) -
     if not inputs[0].is_cuda:
         return {}
     before = torch.cuda.memory_allocated()
-    out = way(*inputs, bounds)
+    q, k, v = inputs
+    out = way(q, k, v, bounds)
     kept = torch.cuda.memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(out, inputs, gradient)

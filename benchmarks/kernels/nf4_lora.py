@@ -118,6 +118,7 @@ def synchronize(x: Tensor) -> None:
 
 def true_gradients(mlp: LlamaMLP, x: Tensor, noise: Tensor) -> list[Tensor]:
     """Computes the gradients in float32, with the weights as they are dequantised to the type of ``x``."""
+    from qlora_kernels.nf4 import NF4Weight
     from qlora_kernels.nf4_lora import Projection
     from qlora_kernels.nf4_lora.reference import reference_mlp
 
@@ -126,14 +127,17 @@ def true_gradients(mlp: LlamaMLP, x: Tensor, noise: Tensor) -> list[Tensor]:
     layers = []
     for name in NAMES:
         layer = getattr(mlp, name)
-        weight = frozen_weight(layer.base_layer).dequantize(x.dtype).float()
+        weight = frozen_weight(layer.base_layer)
+        assert isinstance(weight, NF4Weight)
+        dense = weight.dequantize(x.dtype).float()
         layers.append(
-            Projection(weight, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"])
+            Projection(dense, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"])
         )
     wide = x.detach().float().requires_grad_()
     # The input of the MLP is rounded for every provider.
     inside = wide.sin() + (x.detach().sin().float() - wide.sin()).detach()
-    y = wide + reference_mlp(inside, *layers, "silu")
+    gate, up, down = layers
+    y = wide + reference_mlp(inside, gate, up, down, "silu")
     return list(torch.autograd.grad(y, [wide, *factors(mlp)], noise.float()))
 
 

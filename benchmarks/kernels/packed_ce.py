@@ -100,6 +100,7 @@ def measure(shape: tuple[str, int, int], rows: int, share: float, dtype: torch.d
     hidden, head, labels = make_inputs(rows, width, vocabulary, share, dtype, device)
     sample, exact, nll = exact_gradient(hidden, head, labels)
     cells: dict[str, Cell] = {}
+    seconds: dict[str, list[float]] = {}
     losses: dict[str, Loss] = {}
     for provider in only or PROVIDERS:
         cells[provider] = {"provider": provider}
@@ -112,20 +113,20 @@ def measure(shape: tuple[str, int, int], rows: int, share: float, dtype: torch.d
             continue
         assert hidden.grad is not None
         error = (hidden.grad[sample].double() - exact).norm() / exact.norm()
-        cells[provider] |= {"loss": value, "gradient_error": float(error), "seconds": []}
+        cells[provider] |= {"loss": value, "gradient_error": float(error)}
     for _ in range(repeats):
         for provider, loss in losses.items():
-            cells[provider]["seconds"].append(run_once(loss, hidden, head, labels)[0])
+            seconds.setdefault(provider, []).append(run_once(loss, hidden, head, labels)[0])
     for provider, loss in losses.items():
         cells[provider]["peak_bytes"] = peak_bytes(loss, hidden, head, labels)
     agree = statistics.median([c["loss"] for c in cells.values() if "loss" in c])
     floor = two_products(labels.count, hidden, head, repeats)
-    for cell in cells.values():
+    for provider, cell in cells.items():
         cell |= {"shape": name, "width": width, "vocabulary": vocabulary, "rows": rows, "share": share}
         cell |= {"dtype": str(dtype).removeprefix("torch."), "supervised": labels.count, "sample_nll": nll}
-        if "seconds" in cell:
-            cell["milliseconds"] = 1000 * statistics.median(cell["seconds"])
-            cell["fastest_milliseconds"] = 1000 * min(cell.pop("seconds"))
+        if provider in seconds:
+            cell["milliseconds"] = 1000 * statistics.median(seconds[provider])
+            cell["fastest_milliseconds"] = 1000 * min(seconds[provider])
             cell["share_of_floor"] = 1000 * floor / cell["milliseconds"]
             cell["same"] = abs(cell["loss"] - agree) < 2e-2 * abs(agree) and cell["gradient_error"] < 0.1
     return list(cells.values())

@@ -138,9 +138,7 @@ def _data(given: JsonObject, made: Converted) -> None:
         made.supervise("all")
     if given.pop("dataset_exact_deduplication", False):
         made.put("data.deduplicate", "exact")
-    size = given.pop("val_set_size", 0)
-    if size:
-        made.note("val_set_size", size, "nothing is split off; name held-out data in data.held_out")
+    made.split(given, "val_set_size")
 
 
 def _targets(given: JsonObject, made: Converted) -> None:

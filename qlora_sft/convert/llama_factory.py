@@ -71,9 +71,7 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
     target = given.pop("lora_target", "all")
     if target != "all":
         made.put("lora.target_modules", texts("lora_target", target))
-    size = given.pop("val_size", 0)
-    if size:
-        made.note("val_size", size, "nothing is split off; name held-out data in data.held_out")
+    made.split(given, "val_size")
     made.leave(given, FINE)
     return made
 

@@ -63,13 +63,23 @@ class Converted:
                 self.put(ours, given.pop(theirs))
 
     def epochs(self, given: JsonObject, key: str) -> None:
-        """Moves a number of epochs, which is whole here."""
+        """Moves a number of epochs; it counts nothing where the original sets max_steps, and may then be anything."""
         value = given.pop(key)
-        given_number = number(key, value)
-        whole = max(1, round(given_number))
-        if whole != given_number:
-            self.note(key, value, f"epochs are whole here, {whole} is written; training.max_steps stops earlier")
-        self.put("training.epochs", whole)
+        epochs = number(key, value)
+        if epochs <= 0:
+            self.note(
+                key, value, "a run here has a part of an epoch at least, 1 is written; training.max_steps ends it"
+            )
+        self.put("training.epochs", epochs if epochs > 0 else 1)
+
+    def split(self, given: JsonObject, key: str) -> None:
+        """Moves the share of the data that is split off for evaluation; a number of rows has no counterpart."""
+        value = given.pop(key, 0)
+        share = number(key, value)
+        if 0 < share <= 0.5 and not self.held_out:
+            self.put("data.held_out", f"{100 * share:.9g}%")
+        elif share:
+            self.note(key, value, "a share of at most half is split off here, beside no named data (data.held_out: 5%)")
 
     def optimizer(self, given: JsonObject, key: str) -> None:
         """Moves the optimizer if there is one of the same kind here."""

@@ -19,6 +19,7 @@ from qlora_sft.evaluation.generate import Generated, generate
 from qlora_sft.evaluation.grade import last_number, said
 from qlora_sft.evaluation.programs import program, run_all
 from qlora_sft.evaluation.prompt import prompt_of
+from qlora_sft.evaluation.sandbox import choose_sandbox
 from qlora_sft.evaluation.statistics import pass_at_k
 from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.json_types import JsonObject
@@ -181,7 +182,8 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
     items = [task.items[number // samples] for number in range(len(texts))]
     if task.form == "code":  # not stripped, because the indentation of the first line counts
         written = [program(answer, item.tests) for answer, item in zip(answers, items, strict=True) if item.tests]
-        return [(said == "passed", text, said) for text, said in zip(written, run_all(written), strict=True)]
+        ran = run_all(written, sandbox=choose_sandbox())
+        return [(said == "passed", text, said) for text, said in zip(written, ran, strict=True)]
     answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
     return [(answer == item.reference, answer, "") for answer, item in zip(answers, items, strict=True)]
 

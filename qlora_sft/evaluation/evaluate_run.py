@@ -50,7 +50,7 @@ def evaluate_run(
     chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
     _check(chosen)
     read = read_tasks(chosen, seed, say)
-    _check_code(read, run_code)
+    _check_code(read, run_code, say)
     if run:
         _warn_of_contamination(run, chosen, say)
     from qlora_sft.evaluation.asking import ask_model
@@ -83,16 +83,24 @@ def _check(tasks: list[TaskConfig]) -> None:
         raise ConfigError(problems)
 
 
-def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
-    """Raises `ConfigError` if answers would have to be run and may not be, `RunError` if no program can run here."""
+def _check_code(tasks: Sequence[Task], run_code: bool, say: Say) -> None:
+    """Says how the programs that answers are will be shut in.
+
+    Raises `ConfigError` if answers would have to be run and may not be, `RunError` if no program can run here.
+    """
     names = [task.name for task in tasks if task.form == "code"]
     if names and not run_code:
         raise ConfigError(
-            f"{', '.join(names)}: graded by running what the model writes, with limits but without a sandbox; "
-            "add --run-code where that may be (a container, a machine of its own)"
+            f"{', '.join(names)}: graded by running what the model writes; add --run-code to allow that. It is run in "
+            "a sandbox where bubblewrap is installed or Linux allows namespaces, else with limits only"
         )
     if names:
-        check_programs()
+        sandbox = check_programs()
+        listed = ", ".join(names)
+        if sandbox.name:
+            say(f"{listed}: programs run in a sandbox ({sandbox.name}): no network, none of your files")
+        else:
+            say(f"{listed}: no sandbox, programs can read your files and use the network ({sandbox.reason})")
 
 
 def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:

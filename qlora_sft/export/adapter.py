@@ -52,9 +52,8 @@ class TensorUpdate:
 
     The value starts as ``replaced`` or else the base's. Then ``scale * b @ a`` is added, then come DoRA, the rows of
     trained tokens, and ``added``. Shapes: a [r, in], b [out, r], magnitude [out], tokens (indices [n], rows [n, in]),
-    added, which is a bias, [out]. Of a stack of experts a [E, r, in] and b [E, out, r]; `stacks.in_files` says what
-    that comes to in the files.
-
+    added, which is a bias, [out]. The update of a stack of experts has a [E, r, in] and b [E, out, r];
+    `stacks.in_files` says what that comes to in the files.
     """
 
     replaced: Stored | None = None
@@ -169,9 +168,10 @@ def _read_one(
 
 
 def _stack_of(module: str, config: LoraSettings) -> str:
-    """The stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a layer.
+    """Returns the stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a linear layer.
 
-    PEFT wraps a module once for each of its parameters, in their order, so the innermost wrapper is the first one's.
+    PEFT wraps a module once for each of its adapted parameters, in their order. So the innermost wrapper belongs to the
+    first of them.
     """
     bare = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer", len(bare))
@@ -181,7 +181,11 @@ def _stack_of(module: str, config: LoraSettings) -> str:
 
 
 def _stack_update(key: str, a: torch.Tensor, b: torch.Tensor, config: LoraSettings, folder: Path) -> TensorUpdate:
-    """a [E * r, in] and b [out, r * E] as PEFT keeps them."""
+    """Returns the update of a stack of experts from the factors that PEFT keeps: a [E * r, in] and b [out, r * E].
+
+    ``key`` is the name of one of them, for messages. Raises `RunError` for factors of another shape, or with values
+    that are not finite.
+    """
     rank = int(config["r"])
     if len(a) % rank or b.shape[1] != len(a):
         raise RunError(f"{folder}: {key} is no adapter of experts of rank {rank}; this adapter cannot be merged")

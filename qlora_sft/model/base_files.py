@@ -13,7 +13,7 @@ from qlora_sft.model.hub_fault import hub_fault
 from qlora_sft.model.snapshot import Origin, fetch_snapshot, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
 
-# What transformers can make a tokenizer from.
+# The files from which transformers can make a tokenizer.
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tokenizer_config.json",
@@ -30,10 +30,10 @@ class Header(NamedTuple):
 
 
 def resolve_base(path: str, revision: str | None = None) -> str:
-    """Returns the folder of the base: of ``demo`` the embedded one, of a Hub id that of its snapshot at ``revision``.
+    """Returns the folder of the base: the embedded model for ``demo``, the snapshot at ``revision`` for a Hub id.
 
-    The folder is absolute: a run remembers it, and is opened from other places. Of a Hub id everything but the weights
-    is fetched. Raises `ConfigError` if it cannot be had.
+    The folder is absolute: a run remembers it, and is opened from other places. A snapshot is fetched here without its
+    weights. Raises `ConfigError` if the base cannot be had.
     """
     check_path(path, revision)
     if path == "demo":
@@ -108,13 +108,18 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_experts(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a mixture of experts: every family has a name of its own for their number."""
+    """Says whether a config.json describes a mixture of experts.
+
+    Every family has a name of its own for the number of experts, so any key with "expert" and a number above 1 counts.
+    """
     counts = (value for key, value in text_config(config).items() if "expert" in key)
     return any(type(count) is int and count > 1 for count in counts)
 
 
 def read_headers(base: str) -> dict[str, Header]:
-    """Name -> type, shape and bytes of every tensor; of a snapshot without its weights they are fetched from the Hub.
+    """Reads type, shape and bytes of every tensor, by name.
+
+    If ``base`` is a snapshot of the Hub without its weights, the headers alone are fetched from there.
 
     Raises `ConfigError` for a model without safetensors files.
     """

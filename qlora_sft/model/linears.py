@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantised and which get adapters: by where they stand and how they are used.
+"""Chooses which linear layers of a model are quantised and which get adapters, by their place and their use.
 
 Quantised are those of the language model, but not its output head. Adapted are those of its decoder layers. Both leave
 out what routes to experts, what a layer reads the weight of without calling it, and other parts of a model (towers for

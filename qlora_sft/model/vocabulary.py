@@ -40,11 +40,18 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
 
 def new_rows(model: ModelConfig, base: str) -> list[int]:
     """Returns the ids that ``load_tokenizer`` has added to the base's own; most bases need none."""
-    return list(_new_rows(model.chat_template, base)) if model.chat_template in SHIPPED else []
+    return list(_new_rows(model.chat_template, base, _written(base))) if model.chat_template in SHIPPED else []
+
+
+def _written(base: str) -> tuple[tuple[str, int, int], ...]:
+    """Returns name, time of writing and size of the base's small files, among which are those of its tokenizer."""
+    files = [file for file in Path(base).glob("*") if file.suffix in (".json", ".model", ".txt")]
+    return tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=4)
-def _new_rows(template: str | None, base: str) -> tuple[int, ...]:
+def _new_rows(template: str | None, base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
+    """Returns the ids of the new tokens, read once per state of the base's files."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)

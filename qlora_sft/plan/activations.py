@@ -170,8 +170,8 @@ class _LayerFormula:
             )
 
     def input(self) -> LayerPart:
-        # It is kept by whoever computes the layer again; in float32 it is what the first norm keeps.
         """Returns the bytes of the layer's input."""
+        # Computing the layer again begins with it. In float32 the first norm keeps the same tensor, and counts it.
         counted = self.size == 2 or self.blueprint.lean_norms
         return LayerPart(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
 
@@ -212,7 +212,10 @@ class _LayerFormula:
         return LayerPart(self.lora_saved(group), taken)
 
     def lean_saved(self, group: set[str]) -> int:
-        """The input, unless it is counted with attention, and what A makes of it."""
+        """Returns what nf4_lora saves for a group of layers: their one input, and its products with the A of each.
+
+        On a GPU the input of o_proj is the result of attention and is counted there.
+        """
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
         if not adapted:
             return 0
@@ -235,12 +238,15 @@ class _LayerFormula:
         return self.tokens * per_token + self.casts(group)
 
     def casts(self, group: set[str]) -> int:
-        """LoRA's weights in 16 bits."""
+        """Returns the bytes of the 16-bit copies of LoRA's weights; 0 where they are used in float32."""
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
         return sum(x.rank * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
 
     def all_casts(self) -> int:
-        """Those that autocast holds until the forward of the whole model is over, whatever the layer keeps."""
+        """Returns the bytes of the copies that autocast holds until the forward of the whole model is over.
+
+        They stay whatever the layer itself keeps. nf4_lora makes none.
+        """
         return self.casts((set() if self.lean else QKV | OUT) | (set() if self.tiled else GATE_UP | DOWN))
 
     def attention(self) -> LayerPart:
@@ -311,7 +317,8 @@ class _LayerFormula:
         factors = sum(x.count * self.lora.r * (x.inputs + x.outputs) for x in self.stacks if x.adapted)
         # Some groups get more rows than others; twice their share is counted.
         rows = min(self.tokens * chosen * min(2 * group, count) // count, default_tile(hidden))
-        # When the weights of the choice get their gradient, behind the activation's, and in the gradient of the input.
+        # The bytes of a row at the three moments that can take most: in the gradient of the choice's weights, behind
+        # that of the activation, and in that of the input.
         s, inner = self.size, up.outputs + 3 * wide
         moments = (2 * s * hidden + s * inner + 12 * wide, 2 * s * (hidden + inner), (3 * s + 4) * hidden + s * inner)
         of_group = s * group * (each + factors // count) + rows * max(moments)

@@ -117,7 +117,11 @@ class Run:
         return ModelConfig(**{"path": self.base, **values})
 
     def _rope_scaling(self, given: object) -> RopeScaling:
-        """Positions that were scaled in a way that is not known here would be other positions, so it is no default."""
+        """Returns the scaling of positions that the run's manifest gives.
+
+        Raises `ConfigError` if it has settings that this version does not know. To leave those out would give the model
+        other positions than it was trained with.
+        """
         try:
             return RopeScaling(**cast(dict[str, Any], given))
         except TypeError:

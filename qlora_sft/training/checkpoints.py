@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from qlora_sft.training.run_folder import Beginning
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
-FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "model.revision")
+FREE = (
+    "output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "training.keep",
+    "training.patience", "model.revision",
+)  # fmt: skip
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
@@ -68,13 +71,17 @@ def what_is_left(run: Path) -> str:
     return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
 
 
-def publish(unfinished: Path, folder: Path, keep: int) -> None:
-    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``."""
+def publish(unfinished: Path, folder: Path, keep: int, best: int | None = None) -> None:
+    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``.
+
+    best: the step whose checkpoint stays, however old it is.
+    """
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     for old in all_checkpoints(folder.parents[1])[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def clear_unfinished(run: Path) -> None:

@@ -7,6 +7,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
-from qlora_sft.evaluation.evaluate import evaluate
+from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
@@ -77,21 +78,25 @@ def run_recipe(
             say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     training = Training(
-        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
-    )
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        data.held_out.documents,
+    )  # fmt: skip
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = kept_baseline(run, asked) if checkpoint else None
-        if before is None:
-            before = evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        before = Evaluation()
+        if config.evaluation.before_training:
+            kept = kept_baseline(run, asked) if checkpoint else None
+            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
     if checkpoint is None:
         begin_run(run, config, beginning)
-        keep_baseline(run, before, asked)
+        if config.evaluation.before_training:
+            keep_baseline(run, before, asked)
     order = record_data(run, data.sequences, data.removed)
+    training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")

@@ -143,10 +143,10 @@ def test_the_adapter_on_disk_is_the_adapter_in_memory(make_config: Any) -> None:
 
     config = make_config("training.max_steps=2")
     report = train(config, say=lambda _: None)
-    saved = load_file(Path(report["output"]) / "adapter" / "adapter_model.safetensors")
+    saved = load_file(Path(report.output) / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 2 * 2 * 7
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    manifest = json.loads((Path(report["output"]) / "manifest.json").read_text())
+    manifest = json.loads((Path(report.output) / "manifest.json").read_text())
     assert manifest["report"]["steps"] == 2
     assert manifest["data"]["chat"]["kept"] == 12
     assert len(manifest["data"]["chat"]["sha256"]) == 64

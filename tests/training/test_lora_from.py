@@ -58,7 +58,7 @@ def test_it_begins_as_the_adapter_and_its_merge_is_what_it_has_become(
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-8)
     moved = make_config(*SHORT, f"lora.from={first / 'adapter'}", f"output={tmp_path / 'moved'}")
     train(moved, say=lambda _: None)
-    assert report["train_loss"]["base"] == Run.open(moved.output).report["train_loss"]["base"]
+    assert report.train_loss.base == Run.open(moved.output).report.train_loss.base
     assert not torch.equal(*(next(iter(tensors(run).values())) for run in (first, tmp_path / "moved")))
     merge_run(moved.output, say=lambda _: None)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

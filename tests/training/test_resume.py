@@ -69,7 +69,7 @@ def test_it_ends_as_if_nothing_had_happened(
     said: list[str] = []
     report = train(config, resume=True, say=said.append)
     assert f"resume: from step {left[-1]}" in said[0]
-    assert (report["resumed_at"], report["steps"]) == (left[-1], 6)
+    assert (report.resumed_at, report.steps) == (left[-1], 6)
     assert result(run) == whole
 
 
@@ -100,7 +100,7 @@ def test_the_base_is_evaluated_once_unless_the_questions_are_others(
         config = make_config(*SHORT, *asked, *extra, f"output={config.output}")
         report = train(config, resume=True, say=lambda _: None)
         assert moments == [*again, "after"]
-        assert report["loss"] == whole["loss"]
+        assert report.loss == whole.loss
         samples = (Path(config.output) / "samples.jsonl").read_text()
         assert again or samples == (tmp_path / "run" / "samples.jsonl").read_text()
 
@@ -133,7 +133,7 @@ def test_a_run_whose_steps_are_all_done_is_only_finished(make_config: Any, whole
     run = Path(config.output)
     (run / "manifest.json").unlink()
     report = train(config, resume=True, say=lambda _: None)
-    assert (report["resumed_at"], report["steps"]) == (6, 6)
+    assert (report.resumed_at, report.steps) == (6, 6)
     assert result(run) == whole
 
 
@@ -201,7 +201,7 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
     (run / "begun.json").write_text(json.dumps(old))
     assert as_begun(make_config(*SHORT), run, lambda _: None).data.share_prefixes == "off"
     (run / "begun.json").write_text(json.dumps(begun))
-    assert train(named, resume=True, say=lambda _: None)["resumed_at"] == 2
+    assert train(named, resume=True, say=lambda _: None).resumed_at == 2
 
 
 def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
