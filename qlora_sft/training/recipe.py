@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,12 +35,16 @@ from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.schedule import schedule_of
 from qlora_sft.training.steps import count_steps, settle_accumulation
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
@@ -59,11 +64,8 @@ def run_recipe(
         beginning = begins_with(config, data, dtype, lengths)
         if checkpoint:
             check_same(run, beginning)
-
-    settled, accumulation = settle_accumulation(config, data.packed.tokens)
-    if accumulation:
-        say(accumulation)
-    schedule_of(settled.training, count_steps(len(data.sequences), settled))  # what is wrong with it is found here
+        questions = questions_while_training(config, data, say)
+        settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -74,14 +76,13 @@ def run_recipe(
             say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
-        if config.lora.init == "eva" and checkpoint is None:
-            say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
+        begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
-    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -126,6 +127,26 @@ def run_recipe(
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
     return report
+
+
+def settled_steps(config: Config, data: RunData, say: Say) -> Config:
+    """Returns ``config`` with the accumulation that the data asks for.
+
+    Raises `ConfigError` where its schedule does not go with the number of steps.
+    """
+    settled, told = settle_accumulation(config, data.packed.tokens)
+    if told:
+        say(told)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))
+    return settled
+
+
+def begin_by_data(
+    config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
+) -> None:
+    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    if config.lora.init == "eva" and not checkpoint:
+        say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
