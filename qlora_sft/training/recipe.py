@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,7 @@ from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
@@ -40,7 +42,12 @@ from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
+from qlora_sft.training.schedule import schedule_of
+from qlora_sft.training.steps import count_steps, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
@@ -61,6 +68,7 @@ def run_recipe(
         if checkpoint:
             check_same(run, beginning)
         questions = questions_while_training(config, data, say)
+        settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -69,10 +77,11 @@ def run_recipe(
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
+        begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
         data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
@@ -133,6 +142,26 @@ def draw_report(run: Path, say: Say) -> None:
             f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
             f"`qlora-sft report {run}` tries again"
         )
+
+
+def settled_steps(config: Config, data: RunData, say: Say) -> Config:
+    """Returns ``config`` with the accumulation that the data asks for.
+
+    Raises `ConfigError` where its schedule does not go with the number of steps.
+    """
+    settled, told = settle_accumulation(config, data.packed.tokens)
+    if told:
+        say(told)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))
+    return settled
+
+
+def begin_by_data(
+    config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
+) -> None:
+    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    if config.lora.init == "eva" and not checkpoint:
+        say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
