@@ -17,7 +17,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.errors import first_line
-from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
@@ -89,10 +89,8 @@ def run_recipe(
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = Evaluation()
-        if config.evaluation.before_training:
-            kept = kept_baseline(run, asked) if checkpoint else None
-            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        kept = kept_baseline(run, asked) if checkpoint else None
+        before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
         begin_run(run, config, beginning)
         if config.evaluation.before_training:
@@ -131,6 +129,15 @@ def run_recipe(
     say(summary(report, before, after, config.evaluation.show))
     draw_report(run, say)
     return report
+
+
+def evaluate_before(
+    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
+) -> Evaluation:
+    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
+    if not config.evaluation.before_training:
+        return Evaluation()
+    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
 
 
 def draw_report(run: Path, say: Say) -> None:
