@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qlora_sft.config_data import DataConfig as DataConfig
-from qlora_sft.config_data import Require, check_data, source_name
+from qlora_sft.config_data import Require, check_data, held_out_shares, held_out_sources, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -68,7 +68,10 @@ class ModelConfig:
     """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
     """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
-    .jinja file, in place of the tokenizer's own."""
+    .jinja file, in place of the tokenizer's own. Control tokens that it writes (``<|...|>``) and the vocabulary lacks
+    are added, begin as the mean of all others, are trained and saved."""
+    new_tokens: list[str] = field(default_factory=list)
+    """More control tokens that are added in the same way where the vocabulary lacks them."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
@@ -136,6 +139,9 @@ class TrainingConfig:
     patience: Count | None = None
     """Ends the run after so many evaluations without a lower held-out loss; default: never. Needs
     ``evaluation.every_steps``."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
+    TensorBoard's files are in the run folder; the others write where their own settings say."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +149,22 @@ class TaskConfig:
     """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
-    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
+    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``. ``benign``
+    is a shipped list of harmless questions, for ``refusal``."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
-    form: Literal["auto", "choices", "number", "exact", "code", "loss"] = "auto"
+    form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"] = "auto"
     """How answers are graded. ``choices`` takes the likeliest letter (rows as MMLU's and ARC's); ``number`` compares
-    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``loss``
-    measures the loss of the rows without asking. ``auto`` decides by the columns and prints what it found."""
+    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``refusal``
+    counts the answers that refuse, to questions that nobody needs to refuse; ``loss`` measures the loss of the rows
+    without asking. ``auto`` decides by the columns and prints what it found."""
     max_rows: Count | None = None
     """Asks only so many questions, drawn at random with the seed of the evaluation."""
+    shots: Annotated[int, Range(0, 100)] = 0
+    """Examples with their answers before every question, drawn from the other questions of the task."""
+    phrasing: Literal["plain", "labelled", "polite"] = "plain"
+    """``plain`` asks as the file does; ``labelled`` writes Question: and Answer: around it; ``polite`` asks for help
+    first. What a model can do does not hang on that."""
     samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
@@ -181,7 +194,13 @@ class EvaluationConfig:
     show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them."""
+    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them, but for
+    ``tasks_every_steps``."""
+    tasks_every_steps: Count | None = None
+    """Optimizer steps between the times at which some questions of every task are asked while training; after the last
+    step they are asked, too. Default: never."""
+    tasks_rows: Count = 100
+    """Questions of each task that are asked while training, drawn with the seed; each gets one greedy answer."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +313,8 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
     if model:
         no_effect = "has no effect without model.load_in_4bit"
         require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
+        spaced = [token for token in model.new_tokens if not token or token != "".join(token.split())]
+        require(not spaced, "model.new_tokens", f"must be texts without spaces, got {', '.join(map(repr, spaced))}")
     if model and data and training:
         _check_rope(model.rope_scaling, data, training, require)
     if memory:
@@ -308,11 +329,14 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
 def _check_watch(t: TrainingConfig, data: DataConfig, e: EvaluationConfig, require: Require) -> None:
     """Requires that what is to be decided by the held-out loss while training is measured while training."""
     key = "evaluation.every_steps"
-    require(not e.every_steps or bool(data.held_out), key, "measures held-out rows, and data.held_out names none")
+    held_out = bool(held_out_sources(data) or held_out_shares(data))
+    require(not e.every_steps or held_out, key, "measures held-out rows, and data.held_out names none")
     require(not e.every_steps or e.loss, key, "has no effect with evaluation.loss=false; remove one of them")
     needs = f"needs {key}, the steps between measurements of the held-out loss"
     require(t.keep != "best" or bool(e.every_steps), "training.keep=best", needs)
     require(not t.patience or bool(e.every_steps), "training.patience", needs)
+    key = "evaluation.tasks_every_steps"
+    require(not e.tasks_every_steps or bool(e.tasks), key, "asks the questions of evaluation.tasks, and there are none")
 
 
 def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:
@@ -323,6 +347,11 @@ def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluatio
             require(False, f"{here}.{name}", fault)
         sampled = task.form not in ("choices", "loss")
         require(sampled or task.samples == 1, f"{here}.samples", f"has no effect with form {task.form}; remove it")
+        asked = task.form != "loss"
+        require(asked or task.shots == 0, f"{here}.shots", "has no effect with form loss; remove it")
+        require(asked or task.phrasing == "plain", f"{here}.phrasing", "has no effect with form loss; remove it")
+        referenced = task.form not in ("code", "refusal") or task.shots == 0
+        require(referenced, f"{here}.shots", f"needs answers to show, and form {task.form} has none; remove it")
     names = [task_name(task) for task in tasks]
     double = sorted({name for name in names if names.count(name) > 1})
     require(not double, key, f"has two tasks named {', '.join(double)}; give each its own name:")

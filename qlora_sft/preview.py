@@ -73,7 +73,9 @@ def preview(
         print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
     if page:
         from qlora_sft.atomic import written_file
+        from qlora_sft.data.histograms import histograms
 
+        said.append(histograms(data.train.documents, tokenizer))
         with written_file(Path(page)) as beside:
             beside.write_text(
                 as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said), trees), "utf-8"

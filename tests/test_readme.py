@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support_matrix
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,19 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks("sh", PAGES) for line in block.splitlines() if line.strip()]
+
+
+def test_the_support_matrix_is_that_of_what_was_tried() -> None:
+    tried = support_matrix.families()
+    lines = (ROOT / "docs" / "families.jsonl").read_text().splitlines()
+    rows = {row["kind"]: row for row in map(json.loads, lines)}
+    for family, template in support_matrix.NAMES.values():
+        assert rows[family]["how"] in ("packed", "alone")
+        assert (tried[family][0] == "packed") == (rows[family]["how"] == "packed")
+        assert bool(tried[family][3]) == rows[family]["tiled"]
+        if template:
+            assert (ROOT / "qlora_sft" / "data" / "templates" / f"{template}.jinja").is_file()
+    assert support_matrix.written(README) == README, "run python benchmarks/support_matrix.py"
 
 
 def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

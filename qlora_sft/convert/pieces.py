@@ -10,7 +10,8 @@ from qlora_sft.json_types import JsonObject
 
 # The shipped templates, by the names that other toolkits have for them.
 TEMPLATES = {
-    "chatml": "chatml", "llama3": "llama3", "llama-3": "llama3", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma",
+    "chatml": "chatml", "llama3": "llama3", "llama-3": "llama3", "llama-3.1": "llama3", "llama-3.2": "llama3",
+    "llama-3.3": "llama3", "gemma-3": "gemma", "phi-4": "phi", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma",
     "mistral": "mistral", "phi": "phi", "phi_4": "phi", "qwen3": "qwen3",
 }  # fmt: skip
 OPTIMIZERS = {

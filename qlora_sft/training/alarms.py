@@ -47,7 +47,7 @@ class Alarms:
         if not quiet:
             self.say(f"warning: {text}")
 
-    def data(self, documents: Sizes, shares_prefixes: bool) -> None:
+    def data(self, documents: Sizes, shares_prefixes: bool, quiet: bool = False) -> None:
         """Takes in what is trained on. Texts of which every token is supervised are meant to be so."""
         tokens, supervised = sum(documents.tokens), sum(documents.supervised)
         if tokens and supervised / tokens < LOWEST_SHARE:
@@ -57,7 +57,7 @@ class Alarms:
                 0,
                 f"only {supervised / tokens:.1%} of the tokens are supervised, and all of them are computed: shorter "
                 f"prompts would train faster{cure}",
-                quiet=False,
+                quiet,
             )
         pairs = zip(documents.tokens, documents.supervised, strict=True)
         answered = [(tokens, supervised) for tokens, supervised in pairs if supervised < tokens - 1]
@@ -68,7 +68,7 @@ class Alarms:
                 0,
                 f"{supervised / tokens:.1%} of the tokens of conversations are supervised, so their prompts are short "
                 "or trained as well; look at the masks with `preview`",
-                quiet=False,
+                quiet,
             )
 
     def step(self, number: int, step: StepLoss | None, supervised: int, quiet: bool = False) -> None:

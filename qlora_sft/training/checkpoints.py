@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
 FREE = (
     "output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "training.keep",
-    "training.patience", "model.revision",
+    "training.patience", "training.report_to", "model.revision",
 )  # fmt: skip
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.

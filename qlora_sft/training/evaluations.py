@@ -19,14 +19,14 @@ class EvaluationRow(Report):
     step: int
     """Optimizer steps that were done."""
     held_out: dict[str, float | None]
-    """Held-out loss by source, in nats; None for one that is not finite."""
+    """Held-out loss by source, in nats; None for one that is not finite. Empty where only tasks were asked."""
     mean: float | None
     """The mean over the sources; None if a loss is not finite."""
     best: bool
     """Whether no evaluation before had a lower mean; the one before training does not count."""
     seconds: float
     tasks: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
-    """By task, the share of its questions that was answered rightly."""
+    """By task, the share of its questions that was answered rightly, or the loss of one that only measures it."""
 
 
 class Evaluations:

@@ -28,6 +28,7 @@ from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
 from qlora_sft.training.losses import summarize_losses
 from qlora_sft.training.progress import Progress
+from qlora_sft.training.reporting import reporters
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 from qlora_sft.training.watch import Watch
@@ -58,6 +59,8 @@ class Training:
     """Their loss before training, where it was measured."""
     baseline_seconds: float = 0.0
     """Time that the evaluation before training took."""
+    ask_tasks: Callable[[], dict[str, float]] | None = None
+    """Asks the model the questions that are asked while training; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,14 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     begin = step_of(checkpoint) if checkpoint else 0
     display = Display(steps, begin, training.say)
     say = display.say
-    # On the same disk as the run, so that what is complete there needs no copying.
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
+    with (
+        # On the same disk as the run, so that what is complete there needs no copying.
+        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch,
+        # Unsloth's trainer and loggers print to stdout, which belongs to --json.
+        contextlib.redirect_stdout(sys.stderr),
+        StopAfterStep(say) as stop,
+        reporters(config, run, begin, say) as reporting,
+    ):
         args, optimizer = sft_config(config, Path(scratch), steps, training.dtype)
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
 
@@ -109,15 +118,13 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
             training.model, collate, sequences, run, keep_less, say,
-            args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop, watch],
+            args=args, processing_class=training.tokenizer, callbacks=[*reporting, progress, finite, stop, watch],
         )  # fmt: skip
         progress.begin(trainer)
         trainer.watch = watch
-        alarms.data(sizes(training.documents), training.shares_prefixes)
+        alarms.data(sizes(training.documents), training.shares_prefixes, quiet=begin > 0)
         try:
-            # Unsloth's trainer prints a banner to stdout, which belongs to --json.
-            with contextlib.redirect_stdout(sys.stderr):
-                done = run_steps(trainer, checkpoint)
+            done = run_steps(trainer, checkpoint)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at once; {what_is_left(run)}") from None
         except torch.OutOfMemoryError as error:
@@ -162,7 +169,7 @@ def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Sa
 
     if config.evaluation.every_steps and training.baseline and not evaluations.rows:
         evaluations.add(0, training.baseline, training.baseline_seconds)
-    return Watch(config, steps, evaluations, measure, alarms, say)
+    return Watch(config, steps, evaluations, measure, alarms, say, training.ask_tasks)
 
 
 def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:

@@ -157,8 +157,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         memory = row["gpu_peak_bytes" if "gpu_peak_bytes" in row else "resident_bytes"] / 2**30
         parts = [f"loss {loss}", f"lr {row['learning_rate']:.1e}"]
         watch = self.trainer.watch if self.trainer else None
-        if watch and watch.evaluations.rows:
-            parts.append(held_out_briefly(watch.evaluations.rows[-1]))
+        if watch and (measured := [row for row in watch.evaluations.rows if row.held_out]):
+            parts.append(held_out_briefly(measured[-1]))
         return ", ".join([*parts, f"{self.supervised / self.seconds:.0f} supervised tok/s", f"{memory:.1f} GiB"])
 
     def _count(self, row: StepRow, quiet: bool = False) -> None:

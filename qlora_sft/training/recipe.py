@@ -15,7 +15,6 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
-from qlora_sft.errors import first_line
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
@@ -29,12 +28,11 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.snapshot import fetch_weights, file_hashes
-from qlora_sft.page.write import write_report
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
-from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
@@ -60,6 +58,7 @@ def run_recipe(
         beginning = begins_with(config, data, dtype, counted.tokens)
         if checkpoint:
             check_same(run, beginning)
+        questions = questions_while_training(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -71,11 +70,11 @@ def run_recipe(
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
-    evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -121,19 +120,7 @@ def run_recipe(
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
-    draw_report(run, say)
     return report
-
-
-def draw_report(run: Path, say: Say) -> None:
-    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
-    try:
-        say(f"report: {write_report(run)}")
-    except Exception as error:
-        say(
-            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
-            f"`qlora-sft report {run}` tries again"
-        )
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:

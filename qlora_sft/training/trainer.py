@@ -34,6 +34,7 @@ from qlora_sft.say import Say
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
 from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
+from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.steps import choose_optimizer
 
@@ -346,7 +347,9 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         save_steps=config.training.save_steps or steps,
         save_total_limit=config.training.save_total_limit,
         eval_strategy="no",
-        report_to="none",
+        report_to="none",  # see reporting.py
+        run_name=Path(config.output).name,
+        project=PROJECT,
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from qlora_sft.config import Config
+from qlora_sft.errors import RunError
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.evaluations import EvaluationRow, Evaluations
@@ -29,11 +31,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         held_out_loss: Callable[[], dict[str, float]],
         alarms: Alarms,
         say: Say,
+        ask_tasks: Callable[[], dict[str, float]] | None = None,
     ):
-        """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model."""
+        """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model.
+
+        ask_tasks: asks the model questions and returns a figure for every task.
+        """
         self.evaluations, self.held_out_loss, self.alarms, self.say = evaluations, held_out_loss, alarms, say
-        self.steps = steps
-        self.every = config.evaluation.every_steps
+        self.steps, self.ask_tasks = steps, ask_tasks
+        self.every, self.tasks_every = config.evaluation.every_steps, config.evaluation.tasks_every_steps
         self.patience = config.training.patience
         self.keeps_best = keeps_best(config)
         self.saves = bool(config.training.save_steps)
@@ -61,23 +67,29 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Asks for an evaluation if it is time. The trainer makes it after the step was logged and before a checkpoint,
         so a checkpoint always comes after the evaluation of its step."""
-        if self.every and (state.global_step % self.every == 0 or state.global_step == self.steps):
+        if self._due(self.every, state.global_step) or self._due(self.tasks_every, state.global_step):
             control.should_evaluate = True
+
+    def _due(self, every: int | None, step: int) -> bool:
+        """Says whether what is done so often is to be done after ``step``."""
+        return every is not None and (step % every == 0 or step == self.steps)
 
     def measure(self, step: int) -> dict[str, float]:
         """Evaluates the model as it is after ``step``, writes the result down, prints it, and returns it by name."""
         started = time.perf_counter()
         try:
-            losses = self.held_out_loss()
-        except torch.OutOfMemoryError:
+            losses = self.held_out_loss() if self._due(self.every, step) else {}
+            tasks = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
+        except (torch.OutOfMemoryError, RunError):
             torch.cuda.empty_cache()
             self.say(f"step {step}: not evaluated, because the GPU is full; training goes on")
             return {}
-        row = self.evaluations.add(step, losses, time.perf_counter() - started)
-        self.say(f"step {step}: held-out loss {described(row)}")
+        row = self.evaluations.add(step, losses, time.perf_counter() - started, tasks)
+        self.say(f"step {step}: {described(row)}")
         self.alarms.evaluated(self.evaluations.rows, self.keeps_best)
-        mean = float("nan") if row.mean is None else row.mean
-        return {"eval_loss": mean, **{f"eval_held_out/{name}": loss for name, loss in losses.items()}}
+        named = {f"eval_held_out/{name}": loss for name, loss in losses.items()}
+        named |= {f"eval_tasks/{name}": figure for name, figure in (tasks or {}).items()}
+        return {"eval_loss": math.nan if row.mean is None else row.mean, **named} if losses else named
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Asks for a checkpoint of what is the best so far, and for an end when patience has run out."""
@@ -96,7 +108,12 @@ def keeps_best(config: Config) -> bool:
 
 
 def described(row: EvaluationRow) -> str:
-    """Returns the losses of an evaluation as text."""
+    """Returns the figures of an evaluation as text."""
     losses = [f"{name} {loss:.3f}" if loss is not None else f"{name} not finite" for name, loss in row.held_out.items()]
     mean = f", mean {row.mean:.3f}" if row.mean is not None and len(losses) > 1 else ""
-    return ", ".join(losses) + mean + (" (the lowest so far)" if row.best else "")
+    parts = (
+        ["held-out loss " + ", ".join(losses) + mean + (" (the lowest so far)" if row.best else "")] if losses else []
+    )
+    if row.tasks:
+        parts.append("tasks " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.tasks.items()))
+    return "; ".join(parts)

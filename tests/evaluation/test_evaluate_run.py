@@ -24,7 +24,8 @@ from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
 from qlora_sft.evaluation.compare import EvaluationReport, judged
-from qlora_sft.evaluation.evaluate_run import evaluate_run
+from qlora_sft.evaluation.evaluate_run import diagnose_run, evaluate_run
+from qlora_sft.evaluation.keep_right import keep_right
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
@@ -121,7 +122,7 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
     result = evaluate_run(run, tasks(files, "numbers", samples=3), say=said.append)
     (report,) = result.tasks
     assert json.loads((run / "evaluation" / "numbers.json").read_text()).items() < report.to_json().items()
-    assert set(report.tuned) == {"pass@1", "pass@2", "pass@3", "ended", "distinct"}
+    assert set(report.tuned) == {"pass@1", "pass@2", "pass@3", "ended", "distinct", "length", "repetition"}
     assert sum(report.for_rl.values()) == pytest.approx(1)
     row = rows_of(result, "numbers")[5]
     assert row["question"] == "How much is 5 and 5?"
@@ -130,6 +131,20 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
     assert len(row["base"]["answers"]) == len(row["tuned"]["answers"]) == 3
     assert any("cut off at 6 tokens" in line for line in said)
     assert any("for RL: " in line for line in said)
+
+
+def test_a_diagnosis_asks_everything_in_other_ways(run: Path, files: dict[str, str], tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = tmp_path / "kept.jsonl"
+    result = diagnose_run(run, tasks(files, "numbers", "texts"), {"max_rows": 6}, say=said.append)
+    names = ["numbers", "texts", "benign", "numbers-4-shot", "numbers-labelled", "numbers-polite"]
+    assert [report.name for report in result.tasks][:6] == names
+    assert result.diagnosis is not None
+    assert any(line.startswith(f"verdict: {result.diagnosis.verdict}") for line in said)
+    shown = rows_of(result, "numbers-4-shot")[0]["conversation"]["messages"]
+    assert [message["role"] for message in shown] == ["user", "assistant"] * 4 + ["user"]
+    assert keep_right(result, kept) == (sum(row["tuned"]["right"] > 0 for row in rows_of(result, "numbers")), 6)
+    assert 0 <= result.tasks[2].tuned["refused"] <= 1
 
 
 def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str, str], tmp_path: Path) -> None:

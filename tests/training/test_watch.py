@@ -213,6 +213,8 @@ def test_a_checkpoint_that_found_no_room_is_not_kept(
         (["training.patience=2"], "training.patience needs evaluation.every_steps"),
         (["training.keep=best"], "training.keep=best needs evaluation.every_steps"),
         (["HELD", "evaluation.every_steps=5", "evaluation.loss=false"], "has no effect with evaluation.loss=false"),
+        (["data.held_out=0%", "evaluation.every_steps=5"], "and data.held_out names none"),
+        (["evaluation.tasks_every_steps=5"], "asks the questions of evaluation.tasks, and there are none"),
     ],
 )
 def test_what_is_not_measured_can_decide_nothing(
@@ -222,3 +224,43 @@ def test_what_is_not_measured_can_decide_nothing(
     with pytest.raises(ConfigError) as refused:
         make_config(*given)
     assert expected in str(refused.value)
+
+
+def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
+    make_config: Any, tmp_path: Path, able_model: Path
+) -> None:
+    """It learns one answer, which is right three times out of four, and it is trained no differently."""
+    from qlora_sft.evaluation.evaluate_run import evaluate_run
+
+    rows = [{"messages": [by_heart(i)["messages"][0], {"role": "assistant", "content": "sea"}]} for i in range(4)]
+    questions = write_rows(tmp_path / "words.jsonl", [*rows[:3], by_heart(50)])
+    two = f"{{path: {questions}, form: exact, max_new_tokens: 12}}, {{path: {questions}, name: read, form: loss}}"
+    tasks = f"evaluation.tasks=[{two}]"
+    settings = ["training.epochs=40", "training.learning_rate=1e-2", "lora.alpha=32", "lora.dropout=0.1"]
+    settings += [f"model.path={able_model}"]
+    plain = make_config(*settings, rows=rows)
+    train(plain, say=silent)
+    asked = [tasks, "evaluation.tasks_every_steps=15", f"output={tmp_path / 'asked'}"]
+    said: list[str] = []
+    report = train(make_config(*settings, *asked, rows=rows), say=said.append)
+    assert result(tmp_path / "asked") == result(Path(plain.output))
+    rows_asked = evaluations_of(tmp_path / "asked")
+    assert [row["step"] for row in rows_asked] == [15, 30, 40]
+    assert all((row["held_out"], row["mean"], row["best"]) == ({}, None, False) for row in rows_asked)
+    shares = [row["tasks"]["words"] for row in rows_asked]
+    assert shares[-1] == 0.75
+    assert f"step 40: tasks words 0.750, read {rows_asked[-1]['tasks']['read']:.3f}" in said
+    assert report.kept is not None
+    assert report.kept.step == 40
+    after = evaluate_run(tmp_path / "asked", base=False, say=silent)
+    assert [next(iter(task.tuned.values())) for task in after.tasks] == [
+        pytest.approx(figure, rel=1e-5) for figure in rows_asked[-1]["tasks"].values()
+    ]
+
+
+def test_code_is_not_run_while_training(make_config: Any, tmp_path: Path) -> None:
+    code = {"prompt": "def one():\n", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "one"}
+    file = write_rows(tmp_path / "code.jsonl", [code])
+    config = make_config(f"evaluation.tasks=[{{path: {file}}}]", "evaluation.tasks_every_steps=2")
+    with pytest.raises(ConfigError, match="code is graded by running what the model writes"):
+        train(config, say=silent)
