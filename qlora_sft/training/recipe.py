@@ -16,7 +16,6 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
-from qlora_sft.errors import first_line
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
@@ -30,11 +29,9 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.snapshot import fetch_weights, file_hashes
-from qlora_sft.page.write import write_report
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
-from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
@@ -127,7 +124,6 @@ def run_recipe(
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
-    draw_report(run, say)
     return report
 
 
@@ -138,17 +134,6 @@ def evaluate_before(
     if not config.evaluation.before_training:
         return Evaluation()
     return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
-
-
-def draw_report(run: Path, say: Say) -> None:
-    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
-    try:
-        say(f"report: {write_report(run)}")
-    except Exception as error:
-        say(
-            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
-            f"`qlora-sft report {run}` tries again"
-        )
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
