@@ -14,8 +14,8 @@ from qlora_sft.errors import RunError
 from qlora_sft.export.gguf_metadata import bos_first, without_thinking
 from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
-from qlora_sft.export.tensors import Stored, read_model
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.tensors import Stored, read_model
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

@@ -18,10 +18,10 @@ from qlora_sft.errors import RunError, first_line
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import RowReader, ThroughNF4
 from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
-from qlora_sft.export.tensors import Stored
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.experts import parts_of, stack_shape, stacks
 from qlora_sft.model.meta_model import meta_model
+from qlora_sft.model.tensors import Stored
 
 
 @dataclass(frozen=True)
