@@ -183,6 +183,10 @@ class _Layout:
     stacks: dict[str, _Stack]
     renamings: list[Any]
     converters: list[Any]
+    prefix: str
+    """What transformers puts before a name if only then there is such a parameter, as in files of a model without its
+    head."""
+    parameters: Mapping[str, torch.Tensor]
 
     @classmethod
     def of(cls, folder: Path, trust: bool) -> _Layout:
@@ -202,14 +206,15 @@ class _Layout:
             for path, module, name in stacks(model)
         }
         known = get_model_conversion_mapping(model)
-        kinds = ([each for each in known if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter))
-        return cls(found, *kinds)
+        renamings = [each for each in known if isinstance(each, WeightRenaming)]
+        converters = [each for each in known if isinstance(each, WeightConverter)]
+        return cls(found, renamings, converters, model.base_model_prefix, model.state_dict())
 
     def place(self, name: str) -> _Place:
         """Where the tensor ``name`` of the files goes."""
         from transformers.core_model_loading import rename_source_key
 
-        parameter, pattern = rename_source_key(name, self.renamings, self.converters)
+        parameter, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.parameters)
         if pattern is None:
             return _Place(parameter)
         sources = next(each.source_patterns for each in self.converters if pattern in each.source_patterns)
