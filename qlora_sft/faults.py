@@ -104,7 +104,7 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
         return
     yield partial(_check_files, model, folder)
     yield partial(check_tokenizer_files, folder)
-    if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear":
+    if isinstance(lora, LoraConfig) and (lora.target_modules != "all-linear" or lora.modules):
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 
 

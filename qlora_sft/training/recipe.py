@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,11 +20,11 @@ from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
@@ -31,6 +32,7 @@ from qlora_sft.model.snapshot import fetch_weights, file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
+from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
@@ -38,7 +40,12 @@ from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
+from qlora_sft.training.schedule import schedule_of
+from qlora_sft.training.steps import count_steps, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
@@ -59,20 +66,20 @@ def run_recipe(
         if checkpoint:
             check_same(run, beginning)
         questions = questions_while_training(config, data, say)
+        settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
-        if model.device.type == "cuda":
-            say(f"GPU memory: {describe_allocator()}")
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
+        begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
         data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
@@ -121,6 +128,26 @@ def run_recipe(
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
     return report
+
+
+def settled_steps(config: Config, data: RunData, say: Say) -> Config:
+    """Returns ``config`` with the accumulation that the data asks for.
+
+    Raises `ConfigError` where its schedule does not go with the number of steps.
+    """
+    settled, told = settle_accumulation(config, data.packed.tokens)
+    if told:
+        say(told)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))
+    return settled
+
+
+def begin_by_data(
+    config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
+) -> None:
+    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    if config.lora.init == "eva" and not checkpoint:
+        say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
