@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from qlora_sft.config_data import DataConfig as DataConfig
 from qlora_sft.config_data import Require, check_data, held_out_shares, held_out_sources, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
+from qlora_sft.config_lora import LoraConfig as LoraConfig
+from qlora_sft.config_lora import check_lora, take_refused
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import fill_from_adapter
@@ -86,26 +88,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Sets the shape of the adapter."""
-
-    r: Annotated[int, Range(1, 4096)] = 16
-    """Rank."""
-    alpha: Annotated[int, Range(1, 65_536)] = 16
-    """Scale of the update: alpha / r."""
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Share of an adapter's input values that are set to zero at random in training."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
-    not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
-    experts: Literal["train", "frozen"] = "train"
-    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
-    from_: str | None = None
-    """A run's folder or an adapter's, to go on from: rank, alpha and layers are taken from it. The base has to be the
-    one that it was trained on."""
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """Sets optimizer, schedule, batches and checkpoints."""
 
@@ -119,10 +101,28 @@ class TrainingConfig:
     """Packed sequences per micro-batch."""
     gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Micro-batches per optimizer step. The loss is weighted by tokens over all of them together."""
+    tokens_per_step: Count | None = None
+    """Tokens per optimizer step, in place of gradient_accumulation: as many micro-batches are accumulated as come
+    nearest to it with what a packed sequence holds on average."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate goes on behind the warm-up: falls to zero in a line or along a cosine, stays, or stays and
+    falls in a line at the end (``wsd``: warm-up, stable, decay)."""
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
+    """Share of the steps in which the learning rate rises."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises, in place of warmup_ratio."""
+    initial_rate_fraction: Annotated[float, Range(0, 1, above=True)] | None = None
+    """Share of the learning rate at which the warm-up begins; default: 1 / (its steps + 1)."""
+    decay_ratio: Annotated[float, Range(0, 1, above=True)] | None = None
+    """With schedule wsd: share of the steps in which the learning rate falls; default: 0.2."""
     weight_decay: Annotated[float, Range(0, 1)] = 0.0
-    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it."""
+    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it. Adapters decay;
+    magnitudes of DoRA and rows of new tokens do not."""
+    new_tokens_rate: Annotated[float, Range(1e-10, 1)] | None = None
+    """The highest learning rate of the rows of control tokens that a chat template adds; default: learning_rate."""
+    neftune_alpha: Annotated[float, Range(0, 1000, above=True)] | None = None
+    """Adds noise to the embeddings in training (NEFTune; its authors take 5), by the length of each document, also of
+    those that share a packed sequence; default: none."""
     max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
     """A gradient with a larger norm is scaled down to this norm; 1e9 leaves all as they are."""
     save_steps: CountOrNone = 50
@@ -264,6 +264,7 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     origin: dict[str, str] = {}
     for override in overrides:
         apply_override(tree, override, origin, problems)
+    problems += take_refused(tree.get("lora"), str(path))
     fill_from_adapter(tree.get("lora"))
     config = build(Config, tree, "", str(path), origin, problems)
     problems += _check_values(tree, str(path))
@@ -306,7 +307,9 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         given = tree.get(name, {})
         return build(SECTIONS[name], given, "", "", {}, []) if isinstance(given, dict) else None
 
-    model, data, training, memory, evaluation = map(section, ("model", "data", "training", "memory", "evaluation"))
+    model, data, training, memory, evaluation, lora = map(
+        section, ("model", "data", "training", "memory", "evaluation", "lora")
+    )
     if data:
         require(bool(data.train), "data.train", "must name at least one source")
         check_data(data, require)
@@ -317,6 +320,14 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         require(not spaced, "model.new_tokens", f"must be texts without spaces, got {', '.join(map(repr, spaced))}")
     if model and data and training:
         _check_rope(model.rope_scaling, data, training, require)
+    if training:
+        _check_training(training, require)
+    if training and data:
+        shares = data.share_prefixes != "on" or training.neftune_alpha is None
+        require(shares, "data.share_prefixes", "on goes with no noise (training.neftune_alpha): set one of them back")
+    if lora:
+        given = tree.get("model")
+        check_lora(lora, given if isinstance(given, dict) else {}, require)
     if memory:
         _check_memory(memory, require)
     if evaluation:
@@ -383,6 +394,22 @@ def _check_rope(rope: RopeScaling | None, data: DataConfig, training: TrainingCo
         "dynamic: the longest document of a row would change the positions of the others; take yarn, or set "
         "data.packing=none and training.batch_size=1",
     )
+
+
+def _check_training(t: TrainingConfig, require: Require) -> None:
+    # A key that has no effect would be believed to have one.
+    one_batch = t.tokens_per_step is None or t.gradient_accumulation == 1
+    require(one_batch, "training.tokens_per_step", "decides the accumulation; remove training.gradient_accumulation")
+    one_warmup = t.warmup_steps is None or t.warmup_ratio in (0.0, TrainingConfig.warmup_ratio)
+    require(one_warmup, "training.warmup_steps", "is in place of training.warmup_ratio; remove one of them")
+    warm = t.warmup_steps is not None or t.warmup_ratio > 0
+    require(
+        warm or t.initial_rate_fraction is None, "training.initial_rate_fraction", "has no effect without a warm-up"
+    )
+    wsd = t.schedule == "wsd"
+    require(wsd or t.decay_ratio is None, "training.decay_ratio", "has an effect with training.schedule=wsd only")
+    room = t.warmup_steps is not None or not wsd or t.warmup_ratio + (t.decay_ratio or 0) <= 1
+    require(room, "training.decay_ratio", "and training.warmup_ratio are more than the whole run")
 
 
 def _check_memory(m: MemoryConfig, require: Require) -> None:

@@ -36,6 +36,7 @@ ORDER = (
     "reference recipe_list recipe_new",
     "convert",
     "config",
+    "config_lora",
     "config_data lora_from",
     "strict",
     "ranges yaml_text stopwatch download atomic",

@@ -74,3 +74,21 @@ def result(run: Path) -> tuple[bytes, list[Any]]:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes(), [
         {key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in rows
     ]
+
+
+def killed(config: Config, step: int) -> None:
+    """Trains until ``step`` steps are done, and is killed."""
+    from qlora_sft.train import train
+    from qlora_sft.training.trainer import PackedSFTTrainer
+
+    take = PackedSFTTrainer.get_batch_samples
+
+    def taken(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyError("killed")
+        return take(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
+        with pytest.raises(KeyError, match="killed"):
+            train(config, say=lambda _: None)

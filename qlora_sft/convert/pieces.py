@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qlora_sft.config_data import FORMS, SourceConfig, source_name
+from qlora_sft.config_lora import REFUSED, REFUSED_INITS
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 
@@ -18,6 +19,12 @@ OPTIMIZERS = {
     "adamw_torch": "adamw_torch", "adamw_torch_fused": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
+SCHEDULES = {
+    "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}  # fmt: skip
+# Beginnings of adapters that other toolkits call alike. Their LoftQ has a base of its own.
+INITS = ("gaussian", "orthogonal")
 # No number of a configuration is larger; infinities and what no float holds are.
 LARGEST = 1e18
 
@@ -84,10 +91,29 @@ class Converted:
             self.note(key, name, "training.optimizer has no such kind; auto takes AdamW in 8 bits on a GPU")
 
     def schedule(self, given: JsonObject, key: str) -> None:
-        """Notes a schedule that is not the one here."""
+        """Moves the schedule, if there is one of its kind here."""
         name = text(key, given.pop(key, ""))
-        if name and name != "linear":
-            self.note(key, name, "the learning rate falls linearly to zero here")
+        if name in SCHEDULES:
+            self.put("training.schedule", SCHEDULES[name])
+        elif name:
+            self.note(key, name, "training.schedule has no such kind; the learning rate falls linearly to zero")
+        if name == "constant":  # without a warm-up there
+            self.put("training.warmup_ratio", 0.0)
+        elif given.get("warmup_steps") == 0:
+            given.pop("warmup_steps")
+
+    def beginning(self, given: JsonObject, key: str) -> None:
+        """Moves how adapters begin, if that can be had here."""
+        value = given.pop(key, None)
+        if value in INITS:
+            self.put("lora.init", value)
+        elif isinstance(value, str):
+            self.note(key, value, REFUSED_INITS.get(value.split("_niter")[0], "lora.init has no such kind"))
+
+    def refuse_modules(self, given: JsonObject, key: str) -> None:
+        """Notes modules that would be trained whole."""
+        if key in given:
+            self.note(key, given.pop(key), REFUSED["modules_to_save"])
 
     def template(self, given: JsonObject, key: str) -> None:
         """Moves the name of a chat template if it is a shipped one."""

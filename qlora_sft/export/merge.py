@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlora_sft.export.adapter import TensorUpdate
     from qlora_sft.export.hub import PushResult
     from qlora_sft.export.parity import Figures
-    from qlora_sft.export.tensors import Planned
+    from qlora_sft.model.tensors import Planned
 
 Onto = Literal["nf4-dequantized", "bf16"]
 # For a base of fewer bytes both ways are tried and measured; for a larger one that takes too much time and disk.
@@ -144,6 +144,9 @@ def _check_onto(onto: str, run: Run, base: Path) -> None:
     packed = _is_4bit_checkpoint(base)
     if onto == "bf16" and packed:
         raise ConfigError(f"--onto bf16: {base} has its weights in 4 bits only; use --onto nf4-dequantized")
+    if onto == "bf16" and run.lora_init == "loftq":
+        raise ConfigError("--onto bf16: the adapter holds what NF4 lost of these weights (lora.init=loftq); use "
+                          "--onto nf4-dequantized")  # fmt: skip
     if onto == "nf4-dequantized" and not packed and not run.quantized_modules:
         raise ConfigError("--onto nf4-dequantized: this adapter was trained on 16-bit weights; use --onto bf16")
 
@@ -185,7 +188,7 @@ class _Merge:
         from qlora_sft.export.adapter import read_adapter
         from qlora_sft.export.merge_plan import plan_merge
         from qlora_sft.export.stacks import in_files
-        from qlora_sft.export.tensors import read_model, write_index, write_shard
+        from qlora_sft.model.tensors import read_model, write_index, write_shard
 
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
@@ -215,7 +218,7 @@ def write_trained_base(run: Run, target: Path) -> None:
     """Writes the base as the adapter saw it in training as a model folder: dequantised NF4 for a 4-bit run."""
     from qlora_sft.export.merge_plan import plan_merge
     from qlora_sft.export.stacks import in_files
-    from qlora_sft.export.tensors import read_model, write_index, write_shard
+    from qlora_sft.model.tensors import read_model, write_index, write_shard
 
     base = run_base(run)
     config = trained_config(run, base)
@@ -270,7 +273,7 @@ def _alive(pid: int) -> bool:
 
 def _verify(folder: Path, tensors: list[Planned]) -> None:
     """Reads the written folder back. Raises `RunError` unless every tensor is there with its shape."""
-    from qlora_sft.export.tensors import read_model
+    from qlora_sft.model.tensors import read_model
 
     written = read_model(folder)
     wrong = [t.name for t in tensors if t.name not in written or written[t.name].shape != t.shape]

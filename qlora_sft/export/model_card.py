@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from qlora_sft.config_lora import describe_lora
 from qlora_sft.errors import RunError
 from qlora_sft.model.run_base import described_base
 from qlora_sft.run.folder import Run
@@ -78,7 +79,7 @@ def _about(run: Run, base: str, licence: str | None) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
     commit = f" at commit `{run.base_commit}`" if run.base_commit else ""
     return (
-        f"{link}{commit}, fine-tuned with LoRA (rank {lora.r}, alpha {lora.alpha}) on {kind} by "
+        f"{link}{commit}, fine-tuned with {describe_lora(lora)} and alpha {lora.alpha} on {kind} by "
         f"qlora_sft {run.versions.get('qlora-sft', '')}.\n\n{of_base}"
     )
 

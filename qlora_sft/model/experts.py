@@ -18,6 +18,7 @@ from qlora_kernels.nf4_lora import Experts, NestedScales, NF4Stack, lora_experts
 from torch import Tensor, nn
 
 from qlora_sft.config import LoraConfig
+from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
 
@@ -159,16 +160,34 @@ def target_parameters(model: CausalModel, lora: LoraConfig) -> list[str]:
     """
     if lora.experts == "frozen":
         return []
-    blocks = decoder(model)
     check_reach(model)
-    wanted = None if lora.target_modules == "all-linear" else set(lora.target_modules)
-    found = {f"{within_block(path)}.{name}" for path, _, name in stacks(blocks) if wanted is None or name in wanted}
+    found: set[str] = set()
+    left: set[str] = set()
+    for path, _, name in stacks(base_of(model)):
+        (found if _wanted(path, name, lora) else left).add(f"{within_block(path)}.{name}")
+    if found & left:
+        raise ConfigError(
+            f"lora.target_modules: {lora.target_modules!r} matches the experts of some layers only, which PEFT "
+            "takes by name; match those of all layers or of none"
+        )
+    if found and lora.dora:
+        raise ConfigError(
+            "lora.dora: cannot be had for experts, whose adapters are added to their weights; set it to false, or "
+            "leave the experts without adapters with lora.experts=frozen"
+        )
     if found and lora.dropout:
         raise ConfigError(
             f"lora.dropout: {lora.dropout:g} cannot be had for experts, whose adapters are added to their weights; set "
             "it to 0, or leave the experts without adapters with lora.experts=frozen"
         )
     return sorted(found)
+
+
+def _wanted(path: str, name: str, lora: LoraConfig) -> bool:
+    """Returns whether the stack ``name`` of the module at ``path`` is among the targets of ``lora``."""
+    if isinstance(lora.target_modules, list):
+        return name in lora.target_modules
+    return lora.target_modules == "all-linear" or matches(lora.target_modules, f"{path}.{name}")
 
 
 def check_reach(model: CausalModel) -> None:

@@ -15,10 +15,10 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, hub_origin, read_config
-from qlora_sft.model.base_files import resolve_base as resolve_base
+from qlora_sft.model.base_folder import resolve_base as resolve_base
 from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
-from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
+from qlora_sft.model.linears import kept_in_full, peft_settings
 from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import check_folder, runs_code
@@ -102,10 +102,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             quantize_head(model, dtype)
         return fast.get_peft_model(
             model,
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=peft_targets(model, target_modules(model, config.lora)),
+            **peft_settings(model, config.lora),
             trainable_token_indices=trainable_rows(model, rows),
             **checkpointing,
             random_state=config.seed,
@@ -128,10 +125,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     model.requires_grad_(False)
     torch.manual_seed(config.seed)
     lora = PeftLoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=peft_targets(model, target_modules(model, config.lora)),
+        **peft_settings(model, config.lora),
         target_parameters=target_parameters(model, config.lora) or None,
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_lora import describe_lora
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
@@ -15,16 +16,19 @@ from qlora_sft.model.backend import BackendName
 from qlora_sft.model.balance import describe_balance
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import hub_origin
+from qlora_sft.model.base_folder import own_folder
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.experts import describe_experts
 from qlora_sft.model.go_on import check_adapter, start_from
 from qlora_sft.model.linears import describe_linears
 from qlora_sft.model.load import load_model
+from qlora_sft.model.lora_init import begin_adapters, check_shapes
 from qlora_sft.model.loss import use_loss
 from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.qkv import use_lean_attention
+from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
@@ -48,9 +52,12 @@ def prepare_model(
     model = load_model(config, base, dtype, backend)
     if model.device.type == "cuda":
         say(f"GPU memory: {describe_allocator()}")
+    check_shapes(model, config.lora)
     if config.lora.from_:
         check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
         say(f"adapter: {start_from(model, config.lora.from_)}")
+    elif begun := begin_adapters(model, config.lora, base, config.seed):
+        say(f"adapter: {begun}")
     use_rows_beside_embedding(model)
     say(f"linear layers: {describe_linears(model)}")
     use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
@@ -67,6 +74,8 @@ def prepare_model(
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     origin = hub_origin(config.model.path, base)
-    name = f"{origin.name} at commit {origin.commit}" if origin else base
-    say(f"model: {name}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
+    name = f"{origin.name} at commit {origin.commit}" if origin else own_folder(base)
+    packed = packed_as(base)
+    source = f"{name}, dequantised from {packed}" if packed else name
+    say(f"model: {source}, {describe_lora(config.lora)}, {trainable:,} trainable parameters")
     return model

@@ -99,6 +99,12 @@ class Run:
         return load_config(self.path / "config.yaml")
 
     @cached_property
+    def lora_init(self) -> str:
+        """Returns how its adapter began; versions that knew no choice began with the default."""
+        lora = self._of("config").get("lora")
+        return str(lora.get("init", "default")) if isinstance(lora, dict) else "default"
+
+    @cached_property
     def model(self) -> ModelConfig:
         """Returns the section ``model`` of its configuration, without keys that this version does not know."""
         given = self._of("config").get("model") or {}

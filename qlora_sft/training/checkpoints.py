@@ -18,7 +18,7 @@ from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
-from qlora_sft.lora_from import adapter_folder
+from qlora_sft.lora_from import KEYS, adapter_folder
 from qlora_sft.say import Say
 from qlora_sft.strict import as_tree
 
@@ -35,7 +35,7 @@ FREE = (
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
 # What a run takes from the adapter of lora.from.
-TAKEN = ("lora.r", "lora.alpha", "lora.target_modules")
+TAKEN = tuple(f"lora.{key}" for key in KEYS)
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",

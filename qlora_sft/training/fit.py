@@ -29,6 +29,7 @@ from qlora_sft.training.interrupt import StopAfterStep
 from qlora_sft.training.losses import summarize_losses
 from qlora_sft.training.progress import Progress
 from qlora_sft.training.reporting import reporters
+from qlora_sft.training.schedule import describe_schedule, schedule_of
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 from qlora_sft.training.watch import Watch
@@ -107,6 +108,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     ):
         args, optimizer = sft_config(config, Path(scratch), steps, training.dtype)
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
+        say(f"learning rate: {t.learning_rate:g} {describe_schedule(schedule_of(t, steps))}")
 
         def describe(step: int) -> str:
             return sources_of(step, config, training.documents, sequences)
@@ -117,7 +119,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         watch = watch_of(training, steps, begin, alarms, say)
         collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
-            training.model, collate, sequences, run, keep_less, say,
+            training.model, collate, sequences, config, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[*reporting, progress, finite, stop, watch],
         )  # fmt: skip
         progress.begin(trainer)

@@ -9,26 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
-from qlora_sft.errors import first_line
-from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
-from qlora_sft.model.snapshot import fetch_weights, file_hashes
-from qlora_sft.page.write import write_report
+from qlora_sft.model.sixteen_bit import packed_as
+from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
@@ -40,7 +42,12 @@ from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
+from qlora_sft.training.schedule import schedule_of
+from qlora_sft.training.steps import count_steps, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
@@ -53,7 +60,7 @@ def run_recipe(
     with watch("base model"):
         if checkpoint:
             check_commit(run, data.commit)
-        fetch_weights(data.base)
+        fetch_base(data.base, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
@@ -61,6 +68,7 @@ def run_recipe(
         if checkpoint:
             check_same(run, beginning)
         questions = questions_while_training(config, data, say)
+        settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
@@ -69,10 +77,11 @@ def run_recipe(
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
+        begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
         data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
     )  # fmt: skip
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
@@ -80,10 +89,8 @@ def run_recipe(
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = Evaluation()
-        if config.evaluation.before_training:
-            kept = kept_baseline(run, asked) if checkpoint else None
-            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        kept = kept_baseline(run, asked) if checkpoint else None
+        before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
         begin_run(run, config, beginning)
         if config.evaluation.before_training:
@@ -103,10 +110,11 @@ def run_recipe(
     report = RunReport(
         output=str(run),
         backend=Choice(*data.backend),
-        base=config.model.path if data.commit else data.base,
+        base=config.model.path if data.commit else own_folder(data.base),
         base_sha256=beginning.base_sha256,
         base_commit=data.commit,
-        base_files=file_hashes(data.base),
+        base_files=file_hashes(own_folder(data.base)),
+        base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         quantized_modules=quantized_modules(model),
@@ -120,19 +128,36 @@ def run_recipe(
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
-    draw_report(run, say)
     return report
 
 
-def draw_report(run: Path, say: Say) -> None:
-    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
-    try:
-        say(f"report: {write_report(run)}")
-    except Exception as error:
-        say(
-            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
-            f"`qlora-sft report {run}` tries again"
-        )
+def evaluate_before(
+    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
+) -> Evaluation:
+    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
+    if not config.evaluation.before_training:
+        return Evaluation()
+    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+
+
+def settled_steps(config: Config, data: RunData, say: Say) -> Config:
+    """Returns ``config`` with the accumulation that the data asks for.
+
+    Raises `ConfigError` where its schedule does not go with the number of steps.
+    """
+    settled, told = settle_accumulation(config, data.packed.tokens)
+    if told:
+        say(told)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))
+    return settled
+
+
+def begin_by_data(
+    config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
+) -> None:
+    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    if config.lora.init == "eva" and not checkpoint:
+        say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,12 +31,16 @@ from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
+from qlora_sft.text import as_path
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
+from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
 from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
+from qlora_sft.training.schedule import rate_factor, schedule_of
 from qlora_sft.training.steps import choose_optimizer
 
 if TYPE_CHECKING:
@@ -112,13 +117,14 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     control: TrainerControl
+    optimizer: Optimizer | None
 
     def __init__(
         self,
         model: CausalModel,
         collate: PackedCollator,
         sequences: list[list[int]],
-        run: Path,
+        config: Config,
         keep_less: Callable[[str], bool],
         say: Say,
         **kwargs: Any,
@@ -127,7 +133,9 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
-        self.run, self.keep_less, self.say = run, keep_less, say
+        self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
+        alpha = config.training.neftune_alpha
+        self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
@@ -152,12 +160,22 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """Creates a schedule that rises over the warm-up and then falls linearly to zero, without a step at zero."""
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer,
-            partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps),
-        )
+        """Creates the schedule of ``training.schedule``, which every group follows from its own learning rate."""
+        schedule = schedule_of(self.config.training, num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), partial(rate_factor, schedule))
         return self.lr_scheduler
+
+    def create_optimizer(self, model: CausalModel | None = None) -> Optimizer:
+        """Creates the optimizer over our groups, in which learning rates and decay may differ."""
+        if self.optimizer is not None:
+            return self.optimizer
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        groups = parameter_groups(self.model, self.config)
+        if rates := describe_rates(groups, self.config):
+            self.say(f"learning rates: {self.args.learning_rate:g}; {rates}")
+        created: Optimizer = kind(groups, **options)
+        self.optimizer = created
+        return created
 
     def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
         """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete."""
@@ -279,7 +297,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
         # accelerate puts autocast around the forward of the whole model, which is not what is called here.
-        with autocast(self.accelerator.device, self.computes_in):
+        noise = self.noise.over(inputs["lengths"]) if self.noise and model.training else nullcontext()
+        with noise, autocast(self.accelerator.device, self.computes_in):
             # A group without a single supervised token has loss 0, not 0 / 0.
             output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
         self.totals.add(output, inputs)
@@ -303,16 +322,6 @@ def scale_gradients(accelerator: Any, dtype: torch.dtype) -> None:
         accelerator.native_amp = True  # without which it would not undo the scale before gradients are shortened
 
 
-def rate_factor(warmup: int, steps: int, step: int) -> float:
-    """Returns the share of the learning rate at ``step``, counted from 0.
-
-    It is ``(step + 1) / (warmup + 1)`` during the warm-up and ``(steps - step) / (steps - warmup)`` after it.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / (steps - warmup))
-
-
 def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
     """Returns our settings as TRL's configuration, and the optimizer with its reason.
 
@@ -326,8 +335,6 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         gradient_accumulation_steps=config.training.gradient_accumulation,
         max_steps=steps,
         learning_rate=config.training.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=int(steps * config.training.warmup_ratio),
         weight_decay=config.training.weight_decay,
         max_grad_norm=config.training.max_grad_norm,
         optim=optimizer,

@@ -128,14 +128,6 @@ def test_what_layers_keep_changes_no_bit(make_config: Any, policy: str) -> None:
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_learning_rate_rises_and_falls_to_zero_without_a_wasted_step() -> None:
-    from qlora_sft.training.trainer import rate_factor
-
-    factors = [rate_factor(2, 6, step) for step in range(7)]
-    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert rate_factor(0, 3, 0) == 1.0
-
-
 def test_a_group_without_supervised_tokens_trains_nothing_and_breaks_nothing(make_config: Any) -> None:
     config = make_config()
     documents = documents_of(config)
