@@ -29,6 +29,8 @@ CONTEXT = {
     "temperature": ["data.mixture=temperature", "data.temperature=2"],
     "rope_scaling": ["model.rope_scaling={rope_type: yarn, factor: 2}"],
     "replay": ["data.replay={path: general.txt}"],
+    "modules": ["lora.modules=[{match: q_proj, r: 4, alpha: 4}]"],
+    "decay_ratio": ["training.schedule=wsd"],
     "tasks": ["evaluation.tasks=[{path: task.jsonl}]"],
     "held_out": ["data.held_out=[{path: held_out.jsonl}]"],
 }
@@ -107,6 +109,11 @@ def test_values_without_sense_are_refused_or_train_to_a_finite_adapter(make_conf
 EXTREME = {
     "training.learning_rate": ["1e-10", "1"],
     "lora.alpha": ["1", "65536"],
+    "lora.plus_ratio": ["10000"],
+    "training.neftune_alpha": ["1000"],
+    "training.new_tokens_rate": ["1e-10"],
+    "training.initial_rate_fraction": ["1e-300"],
+    "training.tokens_per_step": ["1", "1000000000"],
     "training.max_grad_norm": ["1e-30", "1e9"],
     "data.train.0.loss_weight": ["1e-6", "1e6"],
     "training.weight_decay": ["1"],
