@@ -194,6 +194,11 @@ def _add_asking_verbs(verbs: Verbs) -> None:
     compare.add_argument("runs", nargs=2, metavar="RUN", help="run folder with results of evaluate")
     compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the bootstrap (default: 0)")
 
+    report = _verb(verbs, "report", _report, "draw the report of a run, or compare several, as a web page")
+    report.add_argument("run", nargs="+", metavar="RUN", help="run folders, also of interrupted runs")
+    report.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html; of several runs "
+                        "also FIRST/comparison.html)")  # fmt: skip
+
     chat = _verb(verbs, "chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
@@ -266,6 +271,15 @@ def _compare(arguments: argparse.Namespace) -> CommandResult:
     result = compare_runs(arguments.runs[0], arguments.runs[1], arguments.seed)
     if not arguments.json:
         print(runs_table(result))
+    return result
+
+
+def _report(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.page.write import report_runs, said_of
+
+    result = report_runs(arguments.run, arguments.out)
+    if not arguments.json:
+        print(said_of(result))
     return result
 
 

@@ -79,8 +79,10 @@ class TrainSourceConfig(SourceConfig):
 
     weight: Factor | None = None
     """Share of the mixture, relative to the other sources' weights; it belongs to ``mixture: explicit``."""
-    quality: Factor | None = None
-    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default."""
+    quality: Factor | Literal["perplexity"] | None = None
+    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default. ``perplexity``: the
+    share of its rows whose answers are no stranger to the base than those of most rows of all sources, in a sample that
+    is scored once with the base's weights as they are loaded, and kept. The extremes are printed, to be read."""
     repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     """How often every row is offered to the mixture per epoch; 2 is like naming the source twice."""
 

@@ -27,7 +27,7 @@ from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.train import train
 
 AGREEMENT_PROMPTS = 10
-# As measured on two cores: see docs/decisions.md.
+# A rough estimate for two cores; most of the former is answering, before and after training.
 MINUTES_BESIDE_STEPS, MINUTES_PER_STEP = 4.0, 0.08
 ANNOUNCED = """The demo takes about {minutes} minutes on two cores that have nothing else to do, less on a GPU:
   1. SmolLM2-135M-Instruct and the data: {base}

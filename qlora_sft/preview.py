@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.config import Config
 from qlora_sft.json_types import JsonObject
 from qlora_sft.prepare import prepare
-from qlora_sft.run.report import Report
+from qlora_sft.run.report import ONLY_HERE, Report
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class PreviewReport(Report):
     ledger: dict[str, JsonObject]
     findings: list[JsonObject] = field(default_factory=list)
     """Level, kind, source and text of each warning; an error ends the preview as it would end the training."""
+    html: str = field(default="", repr=False, metadata=ONLY_HERE)
+    """The documents for a notebook."""
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def preview(
@@ -59,7 +64,7 @@ def preview(
         tell(text)
 
     data = prepare(config, say, unsloth=not alone)
-    from qlora_sft.data.show import as_page, as_text
+    from qlora_sft.data.show import as_page, as_piece, as_text
 
     documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
@@ -77,7 +82,8 @@ def preview(
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
-    return PreviewReport(rows, ledger, [asdict(finding) for finding in data.findings])
+    findings = [asdict(finding) for finding in data.findings]
+    return PreviewReport(rows, ledger, findings, as_piece(packed, tokenizer, trees))
 
 
 def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:

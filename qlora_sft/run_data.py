@@ -34,6 +34,7 @@ from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import why_not_shared
+from qlora_sft.model.rating import with_ratings
 from qlora_sft.model.remote_code import check_folder
 from qlora_sft.model.run_base import described_base
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, read_tokenizer, stop_token_ids
@@ -99,6 +100,7 @@ def render_data(
     tokenizer = load_tokenizer(config.model, base, say)
     chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
+    config = with_ratings(config, sources.train, tokenizer, chat, base, say)
     cannot_share = why_not_shared(config, base, backend.name)
     train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, cannot_share)
     findings = judge(config, sources.train, train, packed)

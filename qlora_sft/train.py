@@ -17,6 +17,7 @@ import sys
 from qlora_sft.config import Config
 from qlora_sft.data.given import GivenRows, with_rows
 from qlora_sft.faults import every_fault
+from qlora_sft.page.write import draw_report
 from qlora_sft.prepare import prepare
 from qlora_sft.run.folder import kept_day
 from qlora_sft.run.report import RunReport
@@ -25,6 +26,7 @@ from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
 from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.said import Said
 
 
 def train(
@@ -38,7 +40,7 @@ def train(
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), Said(say)
     config = with_rows(config, data, say=say)
     with every_fault(config):
         check_loggers(config)
@@ -50,7 +52,9 @@ def train(
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe
-    return run_recipe(config, run, prepared, checkpoint, watch, say)
+    report = run_recipe(config, run, prepared, checkpoint, watch, say)
+    draw_report(run, say)
+    return report
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def shares(rows: dict[str, int], config: DataConfig) -> dict[str, Fraction]:
             # The last digits of a power differ between machines' libraries; twelve digits are the same on all.
             mass[name] = Fraction(f"{count ** (1 / (config.temperature or 1)):.12g}")
         elif config.mixture == "quality":
-            mass[name] = count * _exact(1.0 if source.quality is None else source.quality)
+            quality = 1.0 if source.quality is None else source.quality
+            assert not isinstance(quality, str), "run_data has a number put in its place"
+            mass[name] = count * _exact(quality)
         elif config.mixture == "explicit":
             mass[name] = _exact(source.weight or 0.0)
         else:

@@ -80,7 +80,7 @@ def _render_source(
     settings = source.settings
     documents, problems = Writer(source.name), []
     ledger.whole = True
-    for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
+    for conversation, rendered, fitting in fitted_rows(source, config, tokenizer, chat_format):
         ledger.whole = ledger.whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
             problems.append(f"{place(conversation)}: {fitting}")
@@ -108,7 +108,7 @@ def render_rows(
 ) -> Iterator[Rendered]:
     """Yields the documents of ``source`` that fit, rendered as they are taken. Raises
     `DataError` at the first faulty row."""
-    for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
+    for conversation, _, fitting in fitted_rows(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
         for part in fitting:
@@ -120,7 +120,7 @@ Fitting = list[list[Rendered] | str]
 """Holds, for each document that a row was rendered to, the documents of it that fit, or why it is dropped."""
 
 
-def _fitted(
+def fitted_rows(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
     """Yields every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""

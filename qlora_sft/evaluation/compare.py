@@ -21,6 +21,8 @@ from qlora_sft.evaluation.diagnosis import Diagnosis
 from qlora_sft.evaluation.outlook import rl_outlook
 from qlora_sft.evaluation.statistics import PairedChange, paired_change
 from qlora_sft.evaluation.tasks import Task, TaskForm
+from qlora_sft.markup.style import piece
+from qlora_sft.page.tasks import tasks_html
 from qlora_sft.run.report import LEFT_OUT, Report
 
 LOWER_IS_BETTER = ("loss", "refused")
@@ -81,6 +83,9 @@ class EvaluationReport(Report):
     tasks: list[TaskReport]
     diagnosis: Diagnosis | None = None
     """What all tasks together say; None where no base was asked."""
+
+    def _repr_html_(self) -> str:
+        return piece(tasks_html([task.to_json() for task in self.tasks]))
 
 
 def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskReport:

@@ -9,6 +9,7 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.config_lora import describe_lora
+from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import BackendName
@@ -47,6 +48,8 @@ def prepare_model(
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
     """
     model = load_model(config, base, dtype, backend)
+    if model.device.type == "cuda":
+        say(f"GPU memory: {describe_allocator()}")
     check_shapes(model, config.lora)
     if config.lora.from_:
         check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now

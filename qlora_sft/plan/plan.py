@@ -12,9 +12,9 @@ from qlora_sft.say import Say, tell
 def make_plan(config: Config, *, data: bool = True, timing: bool = True, say: Say = tell) -> PlanReport:
     """Returns what the run of ``config`` will need; `plan_table` makes it text.
 
-    It reads config.json, the headers of the weights and, with ``data``, the training data, but no weights. With
-    ``timing`` one layer of the model's shape is measured for some seconds. Raises `ConfigError` or `DataError` as
-    training would.
+    It reads config.json, the headers of the weights and, with ``data``, the training data, but no weights unless a
+    source is to be rated with them (``quality: perplexity``). With ``timing`` one layer of the model's shape is
+    measured for some seconds. Raises `ConfigError` or `DataError` as training would.
     """
     # As in training: Unsloth patches what follows while it is imported, and a later training needs it first.
     prepared = prepare(config, say) if data else None

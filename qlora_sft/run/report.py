@@ -8,9 +8,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, Self
 
 from qlora_sft.json_types import JsonObject
+from qlora_sft.run.notebook import run_html
 
 LEFT_OUT: dict[str, bool] = {"left_out": True}
 """Marks a field that is left out of the JSON where it is None."""
+ONLY_HERE: dict[str, bool] = {"only_here": True}
+"""Marks a field that is never in the JSON."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Report:
         return {
             each.metadata.get("key", each.name): _plain(value)
             for each, value in values
-            if value is not None or not each.metadata.get("left_out")
+            if not each.metadata.get("only_here") and (value is not None or not each.metadata.get("left_out"))
         }
 
     @classmethod
@@ -101,8 +104,8 @@ class MemoryReport(Report):
     """Tokens of the longest micro-batch, to which the bytes apply."""
     device_bytes: int
     host_bytes: int
-    layer: dict[str, int]
-    """Bytes of the largest layer, by purpose."""
+    layer: dict[str, int | None]
+    """Bytes of the largest layer, by purpose; None for what no layer does."""
     between: int | None = None
     """Bytes between forward and backward; None in runs of earlier versions."""
     measured: dict[str, int] | None = None
@@ -175,3 +178,6 @@ class RunReport(Report):
     order: OrderReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of every stage."""
+
+    def _repr_html_(self) -> str:
+        return run_html(self)

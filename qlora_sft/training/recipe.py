@@ -16,11 +16,10 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
-from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
@@ -33,22 +32,23 @@ from qlora_sft.model.snapshot import fetch_weights, file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
-from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.said import Said
 from qlora_sft.training.schedule import schedule_of
 from qlora_sft.training.steps import count_steps, settle_accumulation
+from qlora_sft.training.trained_on import keep_trained_on
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
-    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
+    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
 ) -> RunReport:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
@@ -60,8 +60,8 @@ def run_recipe(
         fetch_weights(data.base)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        lengths = sizes(data.documents).tokens
-        beginning = begins_with(config, data, dtype, lengths)
+        counted = sizes(data.documents)
+        beginning = begins_with(config, data, dtype, counted.tokens)
         if checkpoint:
             check_same(run, beginning)
         questions = questions_while_training(config, data, say)
@@ -71,9 +71,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
-        if model.device.type == "cuda":
-            say(f"GPU memory: {describe_allocator()}")
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
@@ -88,15 +86,15 @@ def run_recipe(
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = Evaluation()
-        if config.evaluation.before_training:
-            kept = kept_baseline(run, asked) if checkpoint else None
-            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        kept = kept_baseline(run, asked) if checkpoint else None
+        before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
         begin_run(run, config, beginning)
         if config.evaluation.before_training:
             keep_baseline(run, before, asked)
+    say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
+    keep_trained_on(run, config, data, counted)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
@@ -127,6 +125,15 @@ def run_recipe(
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
     return report
+
+
+def evaluate_before(
+    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
+) -> Evaluation:
+    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
+    if not config.evaluation.before_training:
+        return Evaluation()
+    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
 RUN_FILES = (
     "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl evaluations.jsonl "
-    "tensorboard samples.jsonl adapter checkpoints merged merged-evaluation gguf export.json evaluation demo.json"
+    "tensorboard samples.jsonl adapter checkpoints merged merged-evaluation gguf export.json evaluation demo.json "
+    "said.jsonl trained_on.json report.html comparison.html"
 ).split()
 
 

@@ -14,7 +14,8 @@ from qlora_sft.plan import needs, timing
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import read_blueprint
 from qlora_sft.plan.plan import make_plan
-from qlora_sft.plan.table import plan_table, size
+from qlora_sft.plan.table import plan_table
+from qlora_sft.units import size
 
 
 def quiet(text: str) -> None:

@@ -20,6 +20,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.tree_batch import flatten_tree
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.train import train
+from qlora_sft.training import progress
 from qlora_sft.training.display import Display
 from qlora_sft.training.progress import held_out_briefly
 from qlora_sft.training.trainer import StepTotals
@@ -30,7 +31,9 @@ def silent(_: str) -> None:
     pass
 
 
-def test_a_step_says_what_it_did(make_config: Any, tmp_path: Path) -> None:
+def test_a_step_says_what_it_did(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that can do 10^12 operations a second."""
+    monkeypatch.setattr(progress, "peak_of", lambda *_: 1e12)
     file = write_rows(tmp_path / "other.jsonl", [conversation(50 + i) for i in range(12)])
     two = [f"data.train=[{{path: {tmp_path / 'chat.jsonl'}}}, {{path: {file}, loss_weight: 2}}]", "data.packing=bfd"]
     config = make_config(*[each for each in SHORT[2:] if "packing" not in each], *two, "training.max_steps=2")
@@ -41,14 +44,22 @@ def test_a_step_says_what_it_did(make_config: Any, tmp_path: Path) -> None:
     for row in rows:
         assert set(row) == {
             "step", "loss", "source_loss", "accuracy", "learning_rate", "grad_norm", "supervised_tokens", "tokens",
-            "seconds", "tokens_per_second", "resident_bytes", "time",
+            "seconds", "tokens_per_second", "resident_bytes", "mfu", "time",
         }  # fmt: skip
         assert set(row["source_loss"]) == {"chat", "other"}
         assert min(row["source_loss"].values()) < row["loss"] < max(row["source_loss"].values())
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.02)
+        assert row["mfu"] * row["seconds"] * 1e12 == pytest.approx(work_of(row), rel=0.1)
         assert 2**26 < row["resident_bytes"] < 2**38
         assert began < row["time"] < time.time()
     assert sum(row["tokens"] for row in rows) == report.tokens
+
+
+def work_of(row: dict[str, Any]) -> float:
+    """The operations of a step of the tiny model with rank 16, but for those of attention, which are few here."""
+    shapes = 2 * [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # q, k, v, o, gate, up, down
+    per_token = sum(4 * rows * columns + 6 * 16 * (rows + columns) for rows, columns in shapes)
+    return float(per_token * row["tokens"] + 4 * 49152 * 64 * row["supervised_tokens"])
 
 
 def rows_of_sources(config: Any) -> list[Rendered]:

@@ -214,8 +214,8 @@ import sys
 from qlora_sft.cli import main
 from qlora_sft.training import checkpoints
 publish = checkpoints.publish
-def published(unfinished, folder, keep):
-    publish(unfinished, folder, keep)
+def published(unfinished, folder, *rest):
+    publish(unfinished, folder, *rest)
     if sys.argv[1] == "kill" and checkpoints.step_of(folder) == 4:
         import os
         os._exit(9)
@@ -226,10 +226,14 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 @pytest.mark.slow
 def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> None:
+    """It is evaluated and asked in between, for which Unsloth changes the model."""
     make_config()
+    asked = [f"data.held_out=[{{path: {tmp_path / 'chat.jsonl'}, name: same}}]", "evaluation.every_steps=1"]
+    asked += [f"evaluation.tasks=[{{path: {tmp_path / 'chat.jsonl'}, form: exact, max_new_tokens: 3}}]"]
+    asked += ["evaluation.tasks_every_steps=2", "evaluation.tasks_rows=2"]
 
     def run(how: str, name: str, *more: str) -> int:
-        settings = [*SHORT, "model.backend=unsloth", f"output={tmp_path / name}"]
+        settings = [*SHORT, *asked, "model.backend=unsloth", f"output={tmp_path / name}"]
         return subprocess.run(
             [sys.executable, "-c", UNDER_UNSLOTH, how, str(tmp_path / "config.yaml"), *settings, *more], cwd=tmp_path
         ).returncode
@@ -238,3 +242,5 @@ def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> N
     assert run("kill", "killed") == 9
     assert run("whole", "killed", "--resume") == 0
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+    evaluations = (tmp_path / "killed" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 1, 2, 3, 4, 5, 6]
