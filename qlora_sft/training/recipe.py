@@ -32,6 +32,7 @@ from qlora_sft.model.snapshot import fetch_weights, file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
+from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
