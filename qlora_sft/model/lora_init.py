@@ -48,7 +48,7 @@ def begin_adapters(model: CausalModel, lora: LoraConfig, base: str, seed: int) -
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         put_factors(layer, *make(len(A), A.shape[1], len(B), draw))
         count += 1
-    return f"{count} of layers begin {lora.init}, with a product of zero (lora.init={lora.init})"
+    return f"{count} layers begin {lora.init}, with a product of zero (lora.init={lora.init})"
 
 
 def adapted_layers(model: CausalModel) -> Iterator[tuple[str, LoraLayer]]:

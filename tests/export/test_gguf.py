@@ -59,7 +59,13 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
     assert (run / "gguf" / "run-q8_0.gguf").is_file()
 
 
-def test_the_adapter_alone_is_the_adapter(run: Path) -> None:
+def test_the_adapter_alone_is_the_adapter(make_config: Any) -> None:
+    """With scales and ranks that llama.cpp does not know of."""
+    config = make_config(
+        "training.max_steps=2", "training.learning_rate=1e-2", "model.chat_template=chatml-think", "lora.rslora=true",
+        "lora.modules=[{match: down_proj, r: 4, alpha: 9}]",
+    )  # fmt: skip
+    run = Path(train(config, say=quiet).output)
     figures = export_adapter(run, parity=True, say=quiet).parity["lora"]
     assert figures.top1 >= BOUNDS["lora"][0]
     names = sorted(path.name for path in (run / "gguf").iterdir())

@@ -57,7 +57,7 @@ def test_orthogonal_factors_are_those_of_peft_and_their_product_is_zero(base: Pa
     torch.testing.assert_close(A, theirs.lora_A["default"].weight)
     torch.testing.assert_close(B, theirs.lora_B["default"].weight)
     model, config = adapted(base, "lora.init=orthogonal", "lora.r=6")
-    assert begin_adapters(model, config.lora, str(base), 0).startswith("14 of layers begin orthogonal")
+    assert begin_adapters(model, config.lora, str(base), 0).startswith("14 layers begin orthogonal")
     for _, each in adapted_layers(model):
         assert each.lora_A["default"].weight.norm() > 0.1
         assert each.lora_B["default"].weight.dtype == torch.float32
