@@ -119,7 +119,7 @@ def _check_modules(config: Config) -> None:
 
     # A notebook goes on after the report; Unsloth could patch nothing any more if transformers were imported first.
     choose_backend(config.model.backend)
-    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.base_folder import resolve_base
     from qlora_sft.model.meta_model import check_layers
 
     check_layers(config, resolve_base(config.model.path))

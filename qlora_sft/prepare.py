@@ -15,7 +15,8 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.faults import every_fault
 from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
-from qlora_sft.model.base_files import has_experts, read_config, resolve_base
+from qlora_sft.model.base_files import has_experts, read_config
+from qlora_sft.model.base_folder import resolve_base
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 

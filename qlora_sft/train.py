@@ -17,6 +17,7 @@ import sys
 from qlora_sft.config import Config
 from qlora_sft.data.given import GivenRows, with_rows
 from qlora_sft.faults import every_fault
+from qlora_sft.page.write import draw_report
 from qlora_sft.prepare import prepare
 from qlora_sft.run.folder import kept_day
 from qlora_sft.run.report import RunReport
@@ -51,7 +52,9 @@ def train(
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe
-    return run_recipe(config, run, prepared, checkpoint, watch, say)
+    report = run_recipe(config, run, prepared, checkpoint, watch, say)
+    draw_report(run, say)
+    return report
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def test_trl(tmp_path: Path) -> None:
     t = config.training
     assert (t.batch_size, t.gradient_accumulation, t.epochs, t.learning_rate) == (2, 8, 2, 2e-4)
     assert (t.warmup_ratio, t.save_steps, config.seed, config.output) == (0.03, 500, 42, "out/base")
-    assert named(notes) == ["eos_token", "lr_scheduler_type"]
+    assert (t.schedule, t.report_to) == ("cosine", ["wandb"])
+    assert named(notes) == ["eos_token"]
 
 
 def test_unsloth_in_python(tmp_path: Path) -> None:
@@ -112,8 +113,9 @@ def test_unsloth_in_python(tmp_path: Path) -> None:
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     t = config.training
     assert (t.batch_size, t.gradient_accumulation, t.max_steps, t.optimizer) == (2, 4, 60, "adamw_8bit")
+    assert (t.warmup_steps, t.schedule, t.report_to, config.lora.rslora) == (5, "linear", [], False)
     assert "save_steps: choose(): is computed in line 21; set it by hand" in notes
-    assert named(notes) == ["save_steps", "warmup_steps"]
+    assert named(notes) == ["save_steps"]
 
 
 def test_peft_in_python_with_its_own_defaults(tmp_path: Path) -> None:
@@ -135,6 +137,14 @@ def test_peft_in_python_with_its_own_defaults(tmp_path: Path) -> None:
         ("use_peft: false", lambda c, n: "use_peft: False: only LoRA is trained" in n),
         ("load_in_4bit: false", lambda c, n: not c.model.load_in_4bit),
         ("packing_strategy: wrapped", lambda c, n: "packing_strategy: wrapped" in n),
+        (
+            "report_to: [tensorboard, comet_ml]",
+            lambda c, n: (
+                c.training.report_to == ["tensorboard"] and "report_to: comet_ml: training.report_to has no" in n
+            ),
+        ),
+        ("use_dora: true", lambda c, n: c.lora.dora),
+        ("lora_modules_to_save: [lm_head]", lambda c, n: "lora_modules_to_save: ['lm_head']" in n),
         ("max_steps: -1", lambda c, n: c.training.max_steps is None),
         ("chat_template_path: owner/Chat-8B", lambda c, n: c.model.chat_template is None and "of another model" in n),
     ],

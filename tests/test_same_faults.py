@@ -116,8 +116,8 @@ CORPUS: dict[str, tuple[Fault, str]] = {
     "no model in it": (base(without("config.json")), "has no config.json"),
     "no tokenizer": (base(without("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")), "tokenizer"),
     "no template": (base(without("chat_template.jinja")), "no chat template; name one"),
-    "quantised in FP8": (
-        base(edited("config.json", quantization_config={"quant_method": "fp8"})), "are quantised with fp8",
+    "quantised in AWQ": (
+        base(edited("config.json", quantization_config={"quant_method": "awq"})), "are quantised with awq",
     ),
     "code of its own": (
         base(edited("config.json", model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"})), "own.py",

@@ -56,6 +56,10 @@ def convert_axolotl(original: JsonObject) -> Converted:
     given.setdefault("test_datasets", [])
     made.held_out = named_apart(_sources("test_datasets", given, made))
     made.schedule(given, "lr_scheduler")
+    loggers = {"wandb_project": "wandb", "use_tensorboard": "tensorboard", "mlflow_experiment_name": "mlflow"}
+    given["report_to"] = [name for key, name in loggers.items() if given.get(key)]
+    given.pop("use_tensorboard", None)
+    made.reporting(given, "report_to")
     made.rename(given, SAME)
     made.epochs(given, "num_epochs")
     made.optimizer(given, "optimizer")

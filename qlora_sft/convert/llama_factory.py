@@ -33,7 +33,7 @@ FINE = {
     "fp16": "model.dtype: auto", "flash_attn": "model.attention: auto", "overwrite_cache": "the cache knows",
     "preprocessing_num_workers": "preparation decides", "dataloader_num_workers": "preparation decides",
     "logging_steps": "every step is logged", "plot_loss": "metrics.jsonl", "overwrite_output_dir": "--overwrite",
-    "ddp_timeout": "one GPU", "quantization_method": "NF4", "report_to": "metrics.jsonl",
+    "ddp_timeout": "one GPU", "quantization_method": "NF4",
     "disable_gradient_checkpointing": "memory.policy: auto", "per_device_eval_batch_size": "measured alike",
     "eval_strategy": "measured before and after", "eval_steps": "measured before and after",
     "save_only_model": "checkpoints are complete", "resume_from_checkpoint": "train --resume",
@@ -62,6 +62,7 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
         made.put("data.packing", "none")
     given.pop("neat_packing", None)
     made.schedule(given, "lr_scheduler_type")
+    made.reporting(given, "report_to")
     made.rename(given, SAME)
     made.epochs(given, "num_train_epochs")
     made.optimizer(given, "optim")

@@ -23,6 +23,7 @@ SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
     "warmup_stable_decay": "wsd",
 }  # fmt: skip
+LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
 # Beginnings of adapters that other toolkits call alike. Their LoftQ has a base of its own.
 INITS = ("gaussian", "orthogonal")
 # No number of a configuration is larger; infinities and what no float holds are.
@@ -101,6 +102,16 @@ class Converted:
             self.put("training.warmup_ratio", 0.0)
         elif given.get("warmup_steps") == 0:
             given.pop("warmup_steps")
+
+    def reporting(self, given: JsonObject, key: str) -> None:
+        """Moves the loggers that there are here, too, and notes the others."""
+        names = texts(key, given.pop(key, []))
+        known = [name for name in names if name in LOGGERS]
+        if known:
+            self.put("training.report_to", known)
+        for name in names:
+            if name not in (*LOGGERS, "none", "all", ""):
+                self.note(key, name, "training.report_to has no such logger; metrics.jsonl has every step")
 
     def beginning(self, given: JsonObject, key: str) -> None:
         """Moves how adapters begin, if that can be had here."""

@@ -15,11 +15,12 @@ CALLS: dict[str, tuple[dict[str, str], JsonObject]] = {
     "UnslothTrainingArguments": ({}, {"learning_rate": 5e-5}),
     "SFTTrainer": ({"max_seq_length": "max_length"}, {}),
     "LoraConfig": (
-        {"r": "lora_r", "target_modules": "lora_target_modules"},
+        {"r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save"},
         {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0},
     ),
     "get_peft_model": (
-        {"r": "lora_r", "target_modules": "lora_target_modules", "random_state": "seed"},
+        {"r": "lora_r", "target_modules": "lora_target_modules", "random_state": "seed",
+         "modules_to_save": "lora_modules_to_save"},
         {"use_peft": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0},
     ),
     "BitsAndBytesConfig": ({}, {}),

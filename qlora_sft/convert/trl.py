@@ -12,7 +12,9 @@ SAME = {
     "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "per_device_train_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation", "learning_rate": "training.learning_rate",
     "weight_decay": "training.weight_decay", "seed": "seed", "max_grad_norm": "training.max_grad_norm",
-    "warmup_ratio": "training.warmup_ratio", "save_steps": "training.save_steps",
+    "warmup_ratio": "training.warmup_ratio", "warmup_steps": "training.warmup_steps",
+    "neftune_noise_alpha": "training.neftune_alpha", "use_rslora": "lora.rslora", "use_dora": "lora.dora",
+    "save_steps": "training.save_steps",
     "save_total_limit": "training.save_total_limit",
 }  # fmt: skip
 # What TRL takes where nothing is given, and which is something else here.
@@ -35,13 +37,14 @@ FINE = {
     "lora_task_type": "a language model", "task_type": "a language model", "shuffle_dataset": "rows are shuffled",
     "padding_free": "nothing is padded", "overwrite_output_dir": "--overwrite", "remove_unused_columns": "by columns",
     "save_strategy": "training.save_steps", "eval_packing": "held-out rows are packed by the same rule",
-    "report_to": "metrics.jsonl",
 }  # fmt: skip
 
 
 def convert_trl(original: JsonObject) -> Converted:
     """Returns the recipe. Raises `ConfigError` for a kind of training that there is not here."""
     given = {**DEFAULTS, **given_keys(original)}
+    if given.get("warmup_steps"):
+        del given["warmup_ratio"]
     for key in ("beta", "reward_model_path", "reward_funcs"):
         if key in given:
             raise ConfigError(f"{key}: there is no preference training or reinforcement learning here")
@@ -52,10 +55,13 @@ def convert_trl(original: JsonObject) -> Converted:
     _template(given, made)
     _sources(given, made)
     _masks(given, made)
+    made.schedule(given, "lr_scheduler_type")
+    made.reporting(given, "report_to")
     made.rename(given, {**SAME, "max_steps": "training.max_steps"})
     made.epochs(given, "num_train_epochs")
     made.optimizer(given, "optim")
-    made.schedule(given, "lr_scheduler_type")
+    made.beginning(given, "init_lora_weights")
+    made.refuse_modules(given, "lora_modules_to_save")
     _targets(given, made)
     # A switch that is off asks for nothing.
     made.leave({key: value for key, value in given.items() if value is not False}, FINE)

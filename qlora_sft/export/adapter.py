@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 
 from qlora_sft.errors import RunError, first_line
-from qlora_sft.export.tensors import Stored, read_header
+from qlora_sft.model.tensors import Stored, read_header
 
 # These features are refused, because their merged form is no sum of tensors or because nobody here has checked it.
 UNSUPPORTED = (

@@ -28,6 +28,8 @@ BOS_FIELD = "tokenizer.ggml.add_bos_token"
 _FIELDS = (BOS_FIELD, "tokenizer.ggml.model", "tokenizer.ggml.pre")
 # Where a file does not say whether bos is added, llama.cpp adds it for these kinds of vocabulary.
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "chameleon")
+# What transformers 5 calls the layers of a Granite hybrid that it saves, and what the converter takes.
+_GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def adds_bos(gguf: Path) -> bool:
@@ -72,7 +74,7 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     """Yields a folder with the files of ``model`` as llama.cpp's converter needs them.
 
     If the model was never trained to think, the template lacks the thinking modes. If the vocabulary is
-    SentencePiece's, there is a tokenizer.model.
+    SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid have their published names.
     """
     from transformers import AutoTokenizer
 
@@ -88,6 +90,10 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
             settings.pop("chat_template", None)
             _replace(view / "tokenizer_config.json", json.dumps(settings))
             _replace(view / "chat_template.jinja", without_thinking(tokenizer))
+        settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        if settings.get("model_type") == "granitemoehybrid" and isinstance(settings.get("layer_types"), list):
+            settings["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in settings["layer_types"]]
+            _replace(view / "config.json", json.dumps(settings))
         vocabulary = view / "tokenizer.json"
         content = json.loads(vocabulary.read_text(encoding="utf-8")) if vocabulary.is_file() else None
         if content and is_sentencepiece(content):

@@ -15,6 +15,7 @@ from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.download import download
 from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import PINNED, PINNED_COMMIT
+from qlora_sft.model.base_files import read_config, read_headers, text_config
 
 PACKAGE = "llama-cpp-python==0.3.36"
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
@@ -86,7 +87,18 @@ def convert(model: Path, target: Path, quant: str, name: str = "model") -> None:
     Raises `RunError` with the last lines of the converter.
     """
     arguments = [str(model), "--outfile", str(target), "--outtype", quant, "--model-name", name]
-    _call(CONVERTER, arguments, target, model)
+    _call(CONVERTER, [*arguments, *_without_mtp(model)], target, model)
+
+
+def _without_mtp(model: Path) -> list[str]:
+    """Returns what tells the converter that a Qwen3-Next or Qwen3.5 has no layers that guess several tokens at once.
+
+    It takes them for granted, and a model that transformers has saved lacks them.
+    """
+    kind = str(text_config(read_config(str(model))).get("model_type"))
+    if not kind.startswith(("qwen3_next", "qwen3_5")):
+        return []
+    return [] if any(name.startswith(("mtp.", "model.mtp.")) for name in read_headers(str(model))) else ["--no-mtp"]
 
 
 def convert_lora(adapter: Path, base: Path, target: Path, outtype: str = "f32") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +127,20 @@ def gguf_logits(
     }
     request.write_text(json.dumps(content), encoding="utf-8")
     reasons = []
+    # Else a debugger writes pages behind the reason for which llama.cpp gave up.
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     for library in libraries:
         arguments = [str(library), str(gguf), str(request), str(out)]
         result = subprocess.run(
-            [sys.executable, "-m", "qlora_sft.export.llama_logits", *arguments], capture_output=True, text=True
+            [sys.executable, "-m", "qlora_sft.export.llama_logits", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         if result.returncode == 0:
             return np.load(out, mmap_mode="r"), json.loads(result.stdout)["texts"]
-        last = (result.stderr.strip().splitlines() or [f"ended with {result.returncode}"])[-1]
-        reasons.append(f"{library.name}: {last}")
+        lines = result.stderr.strip().splitlines() or [f"ended with {result.returncode}"]
+        # Of a file that cannot be loaded llama.cpp says why some lines before.
+        why = [line.partition("error loading model: ")[2] for line in lines if "error loading model: " in line]
+        reasons.append(f"{library.name}: {'; '.join([lines[-1], *why])}")
     raise RunError(f"{gguf}: llama.cpp gives no logits. " + "; ".join(reasons))

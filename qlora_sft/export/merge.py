@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlora_sft.export.adapter import TensorUpdate
     from qlora_sft.export.hub import PushResult
     from qlora_sft.export.parity import Figures
-    from qlora_sft.export.tensors import Planned
+    from qlora_sft.model.tensors import Planned
 
 Onto = Literal["nf4-dequantized", "bf16"]
 # For a base of fewer bytes both ways are tried and measured; for a larger one that takes too much time and disk.
@@ -188,7 +188,7 @@ class _Merge:
         from qlora_sft.export.adapter import read_adapter
         from qlora_sft.export.merge_plan import plan_merge
         from qlora_sft.export.stacks import in_files
-        from qlora_sft.export.tensors import read_model, write_index, write_shard
+        from qlora_sft.model.tensors import read_model, write_index, write_shard
 
         adapter, base, say = self.run.adapter, self.base, self.say
         config = trained_config(self.run, base)
@@ -218,7 +218,7 @@ def write_trained_base(run: Run, target: Path) -> None:
     """Writes the base as the adapter saw it in training as a model folder: dequantised NF4 for a 4-bit run."""
     from qlora_sft.export.merge_plan import plan_merge
     from qlora_sft.export.stacks import in_files
-    from qlora_sft.export.tensors import read_model, write_index, write_shard
+    from qlora_sft.model.tensors import read_model, write_index, write_shard
 
     base = run_base(run)
     config = trained_config(run, base)
@@ -273,7 +273,7 @@ def _alive(pid: int) -> bool:
 
 def _verify(folder: Path, tensors: list[Planned]) -> None:
     """Reads the written folder back. Raises `RunError` unless every tensor is there with its shape."""
-    from qlora_sft.export.tensors import read_model
+    from qlora_sft.model.tensors import read_model
 
     written = read_model(folder)
     wrong = [t.name for t in tensors if t.name not in written or written[t.name].shape != t.shape]

@@ -14,13 +14,11 @@ from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import FromNF4Checkpoint, RowReader, ThroughNF4, companions, described
 from qlora_sft.export.stacks import StackUpdate, UnitsThroughNF4, planned_rows
-from qlora_sft.export.tensors import Planned, Stored, copied, row_ranges
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.tensors import Planned, Stored, copied, row_ranges, shards_of
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-# One file of this size holds most small models, and both FAT32 and the hubs that want smaller files accept it.
-SHARD_BYTES = 4 * 10**9
 
 
 @dataclass
@@ -44,21 +42,8 @@ class MergePlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def shards(self) -> dict[str, list[Planned]]:
-        """Returns the tensors by file name.
-
-        A new file begins where the base has one, and where one would grow beyond `SHARD_BYTES`.
-        """
-        groups: list[list[Planned]] = []
-        size, last = 0, None
-        for tensor, file in zip(self.tensors, self.files, strict=True):
-            if file != last or size + tensor.nbytes > SHARD_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(tensor)
-            size, last = size + tensor.nbytes, file
-        if len(groups) == 1:
-            return {"model.safetensors": groups[0]}
-        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        """Returns the tensors by file name, in the base's files as far as they are not too large."""
+        return shards_of(self.tensors, self.files)
 
 
 def plan_merge(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from qlora_sft.errors import RunError
-from qlora_sft.export.tensors import Stored, row_ranges
+from qlora_sft.model.tensors import Stored, row_ranges
 
 # The block sizes with which model/load.py has bitsandbytes quantise.
 BLOCK = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.adapter import read_adapter_config, scale_of
-from qlora_sft.export.tensors import read_header
+from qlora_sft.model.tensors import read_header
 
 A, B = "lora_A.weight", "lora_B.weight"
 

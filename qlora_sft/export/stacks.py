@@ -19,10 +19,10 @@ from qlora_sft.errors import RunError, first_line
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import RowReader, ThroughNF4
 from qlora_sft.export.tensor_names import modules_in_files, names_in_files, renamed
-from qlora_sft.export.tensors import Stored
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.experts import parts_of, stack_shape, stacks
 from qlora_sft.model.meta_model import meta_model
+from qlora_sft.model.tensors import Stored
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,10 @@ class _Layout:
     stacks: dict[str, _Stack]
     renamings: list[Any]
     converters: list[Any]
+    prefix: str
+    """What transformers puts before a name if only then there is such a parameter, as in files of a model without its
+    head."""
+    parameters: Mapping[str, torch.Tensor]
 
     @classmethod
     def of(cls, folder: Path, trust: bool) -> _Layout:
@@ -214,14 +218,15 @@ class _Layout:
             for path, module, name in stacks(model)
         }
         known = get_model_conversion_mapping(model)
-        kinds = ([each for each in known if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter))
-        return cls(found, *kinds)
+        renamings = [each for each in known if isinstance(each, WeightRenaming)]
+        converters = [each for each in known if isinstance(each, WeightConverter)]
+        return cls(found, renamings, converters, model.base_model_prefix, model.state_dict())
 
     def place(self, name: str) -> _Place:
         """Returns where in the model the tensor ``name`` of the files goes."""
         from transformers.core_model_loading import rename_source_key
 
-        parameter, pattern = rename_source_key(name, self.renamings, self.converters)
+        parameter, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.parameters)
         if pattern is None:
             return _Place(parameter)
         sources = next(each.source_patterns for each in self.converters if pattern in each.source_patterns)

@@ -20,9 +20,9 @@ from qlora_sft.model.base_files import (
     Header,
     check_quantization,
     read_config,
-    read_headers,
     text_config,
 )
+from qlora_sft.model.base_folder import base_headers
 from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.remote_code import check_code
@@ -139,7 +139,7 @@ def check_chat(model: ModelConfig, base: str) -> None:
 def _headers(base: str) -> dict[str, Header]:
     """Returns the headers of all tensors; none for a model whose weights are in files of another kind."""
     try:
-        return read_headers(base)
+        return base_headers(base)
     except ConfigError as error:
         if "no safetensors files" in str(error):
             return {}

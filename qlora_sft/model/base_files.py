@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.json_types import read_object
+from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.model.hub_fault import hub_fault
-from qlora_sft.model.snapshot import Origin, fetch_snapshot, has_weights, origin_of, weight_files
+from qlora_sft.model.snapshot import Origin, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
 
 # The files from which transformers can make a tokenizer.
@@ -18,6 +19,10 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tokenizer_config.json",
 )  # fmt: skip
+
+# The quantisations of a config.json that a 16-bit copy can be made of, and what people call them.
+METHODS = {"mxfp4": "MXFP4", "fp8": "FP8"}
+_MADE_FROM = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)
 
 
 class Header(NamedTuple):
@@ -27,27 +32,6 @@ class Header(NamedTuple):
     """The type as safetensors names it: BF16, F16, F32, U8."""
     shape: tuple[int, ...]
     nbytes: int
-
-
-def resolve_base(path: str, revision: str | None = None) -> str:
-    """Returns the folder of the base: the embedded model for ``demo``, the snapshot at ``revision`` for a Hub id.
-
-    The folder is absolute: a run remembers it, and is opened from other places. A snapshot is fetched here without its
-    weights. Raises `ConfigError` if the base cannot be had.
-    """
-    check_path(path, revision)
-    if path == "demo":
-        from qlora_sft.demo import base_model_path
-
-        return str(base_model_path())
-    if not is_hub_id(path):
-        return str(as_path(path).absolute())
-    folder = fetch_snapshot(path, revision)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model.path: {path} at {folder.name} has no config.json; name a repository that holds a model"
-        )
-    return str(folder)
 
 
 def is_hub_id(path: str) -> bool:
@@ -105,6 +89,23 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     inner: dict[str, Any] = config.get("text_config") or config
     return inner
+
+
+def quantization_of(config: JsonObject) -> JsonObject:
+    """Returns how the weights of a model with this config.json are quantised; empty if they are not."""
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def packed_method(config: JsonObject) -> str | None:
+    """Returns the method of `METHODS` by which a model was quantised that can be dequantised here; None for any other.
+
+    MXFP4 is known as gpt-oss has it: other models may store their experts the other way round.
+    """
+    method = str(quantization_of(config).get("quant_method"))
+    if method not in METHODS or (method == "mxfp4" and text_config(config).get("model_type") != "gpt_oss"):
+        return None
+    return method
 
 
 def has_experts(config: dict[str, Any]) -> bool:
@@ -185,8 +186,8 @@ def _headers_of_hub(name: str, commit: str) -> dict[str, Header]:
 
 def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) -> None:
     """Raises `ConfigError` for a quantised base whose weights an adapter cannot be trained on here."""
-    quantized = settings.get("quantization_config") or text_config(settings).get("quantization_config")
-    if not quantized:
+    quantized = quantization_of(settings)
+    if not quantized or packed_method(settings):
         return
     method = str(quantized.get("quant_method") or "bitsandbytes")
     in_4bit = bool(quantized.get("load_in_4bit") or quantized.get("_load_in_4bit"))
@@ -194,8 +195,8 @@ def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) 
     if method != "bitsandbytes" or kind != "nf4":
         what = f"{method} in {kind}" if method == "bitsandbytes" else method
         raise ConfigError(
-            f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name the "
-            "model that was not quantised (it is loaded in NF4), or one in bitsandbytes' NF4"
+            f"model.path: the weights in {base} are quantised with {what}, which cannot be trained here; name "
+            f"{_original(base)}, or the same model in bitsandbytes' NF4, in FP8, or (gpt-oss) in MXFP4"
         )
     if has_experts(settings):
         raise ConfigError(
@@ -207,6 +208,15 @@ def check_quantization(model: ModelConfig, base: str, settings: dict[str, Any]) 
             f"model.load_in_4bit: false, but the weights in {base} exist in 4 bits only; name the model that was not "
             "quantised, or set it to true"
         )
+
+
+def _original(base: str) -> str:
+    """Names the model that the quantised one in ``base`` was made from, as its README says, or where to look for it."""
+    readme = Path(base) / "README.md"
+    found = _MADE_FROM.search(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    if found:
+        return f"{found[1]}, from which it was made (it is loaded in NF4)"
+    return "the model that was not quantised (it is loaded in NF4; a quantised one's page on the Hub names it)"
 
 
 def check_tokenizer_files(base: Path) -> None:

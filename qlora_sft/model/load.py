@@ -15,7 +15,7 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, hub_origin, read_config
-from qlora_sft.model.base_files import resolve_base as resolve_base
+from qlora_sft.model.base_folder import resolve_base as resolve_base
 from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_settings

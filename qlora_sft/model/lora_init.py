@@ -110,7 +110,7 @@ def put_factors(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
 
 
 def _hold_what_nf4_lost(model: CausalModel, base: str, seed: int) -> str:
-    """LoftQ with one iteration: ``scale * B A`` is the nearest of its rank to weight minus NF4 form."""
+    """Sets A and B by one iteration of LoftQ: ``scale * B A`` is the nearest of its rank to weight minus NF4 form."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_sft.errors import ConfigError, RunError
-from qlora_sft.model.base_files import resolve_base
+from qlora_sft.model.base_folder import fetch_base, resolve_base
 from qlora_sft.model.fingerprint import fingerprint
-from qlora_sft.model.snapshot import fetch_snapshot, fetch_weights
+from qlora_sft.model.sixteen_bit import copy_of
+from qlora_sft.model.snapshot import fetch_snapshot
 from qlora_sft.run.folder import Run
 
 
@@ -18,7 +19,7 @@ def described_base(run: Run) -> str:
     it was, or the commits that are here.
     """
     if Path(run.base).is_dir():
-        return run.base
+        return copy_of(run.base)
     if not _looks_like_hub_id(run.base):
         if run.model.path == "demo":
             try:
@@ -30,7 +31,7 @@ def described_base(run: Run) -> str:
             f"report.base in {run.path / 'manifest.json'}"
         )
     try:
-        return str(fetch_snapshot(run.base, run.base_commit))
+        return copy_of(str(fetch_snapshot(run.base, run.base_commit)))
     except ConfigError as error:
         # Older runs remember no commit, and folders as they were typed.
         cure = f"if it was a folder, write its place as report.base in {run.path / 'manifest.json'}"
@@ -49,7 +50,7 @@ def run_base(run: Run) -> Path:
     """
     base = described_base(run)
     try:
-        fetch_weights(base)
+        fetch_base(base)
     except ConfigError as error:
         raise RunError(f"{run.path}: {error}") from None
     found = fingerprint(base)

@@ -16,6 +16,7 @@ from qlora_sft.model.backend import BackendName
 from qlora_sft.model.balance import describe_balance
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import hub_origin
+from qlora_sft.model.base_folder import own_folder
 from qlora_sft.model.embeddings import use_host_embedding
 from qlora_sft.model.experts import describe_experts
 from qlora_sft.model.go_on import check_adapter, start_from
@@ -27,6 +28,7 @@ from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.qkv import use_lean_attention
+from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
 
@@ -72,6 +74,8 @@ def prepare_model(
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     origin = hub_origin(config.model.path, base)
-    name = f"{origin.name} at commit {origin.commit}" if origin else base
-    say(f"model: {name}, {describe_lora(config.lora)}, {trainable:,} trainable parameters")
+    name = f"{origin.name} at commit {origin.commit}" if origin else own_folder(base)
+    packed = packed_as(base)
+    source = f"{name}, dequantised from {packed}" if packed else name
+    say(f"model: {source}, {describe_lora(config.lora)}, {trainable:,} trainable parameters")
     return model

@@ -16,6 +16,7 @@ from qlora_sft.json_types import read_object
 from qlora_sft.model.hub_fault import hub_fault
 
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md"]
+INDEX = "model.safetensors.index.json"
 # Larger ones are described by the fingerprint of the weights, or by the Hub's own hash.
 HASHED_BELOW = 2**26
 
@@ -68,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises `ConfigError` for a damaged index.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         return [folder / name for name in _named_in(index)]
     single = folder / "model.safetensors"

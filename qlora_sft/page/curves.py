@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qlora_sft.json_types import JsonObject, mapping, number
+from qlora_sft.json_types import JsonObject, mapping, number, numbers
 from qlora_sft.markup.chart import Chart
 from qlora_sft.markup.series import MOST_POINTS, Point, Series, present, smoothed, smoothing_window
-from qlora_sft.page.facts import RunFacts
+from qlora_sft.page.facts import RunFacts, step_of
 from qlora_sft.units import figure, nats, share
 
 
@@ -83,6 +83,16 @@ def held_out_chart(run: RunFacts) -> Chart:
         "Held-out loss", "nats per supervised token, by source", series, note, marks=marks, write=nats,
         write_tick=figure,
     )  # fmt: skip
+
+
+def tasks_chart(run: RunFacts) -> Chart:
+    """Returns the share of the questions of every task that was answered rightly while the run trained."""
+    asked = [(step, numbers(row.get("tasks"))) for row in run.evaluations if (step := step_of(row)) is not None]
+    names = list(dict.fromkeys(name for _, shares in asked for name in shares))
+    series = [
+        Series(name, [(step, shares[name]) for step, shares in asked if name in shares], dots=True) for name in names
+    ]
+    return Chart("Tasks while training", "share of questions answered rightly", series, write=share)
 
 
 def best_evaluation(run: RunFacts) -> float | None:

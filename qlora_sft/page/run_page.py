@@ -19,8 +19,7 @@ from qlora_sft.page.warnings import Warn, warnings_of
 def run_page(run: RunFacts) -> str:
     """Returns the whole page of a run."""
     parts = [
-        ("curves", "Curves", [charts([curves.held_out_chart(run), curves.loss_chart(run), curves.source_chart(run),
-                                      *curves.other_charts(run)]), remark(curves.drawn_note(run))]),
+        ("curves", "Curves", [charts(_every_chart(run)), remark(curves.drawn_note(run))]),
         ("held-out", "Held-out results", [panel(results.held_out_table(run))]),
         ("answers", "Answers before and after", [results.answers(run)]),
         ("tasks", "Tasks", [tasks_html(run.tasks)]),
@@ -37,6 +36,13 @@ def run_page(run: RunFacts) -> str:
     head = f"<header><h1>{escape(run.name)}</h1>{_chips(run)}{to_parts}</header>"
     body = [head, warnings_html(warnings_of(run)), cards(results.figures(run)), *(made for _, _, made in sections)]
     return page(f"{run.name}: training report", style(), "\n".join(filter(None, body)))
+
+
+def _every_chart(run: RunFacts) -> list[Chart]:
+    return [
+        curves.held_out_chart(run), curves.loss_chart(run), curves.source_chart(run), curves.tasks_chart(run),
+        *curves.other_charts(run),
+    ]  # fmt: skip
 
 
 def _chips(run: RunFacts) -> Markup:

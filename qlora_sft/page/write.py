@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_sft.atomic import written_file
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.page.comparison import comparison_page, differing_settings, result_rows
 from qlora_sft.page.facts import RunFacts, read_run
 from qlora_sft.page.run_page import run_page
 from qlora_sft.page.warnings import warnings_of
 from qlora_sft.run.report import Report
+from qlora_sft.say import Say
 from qlora_sft.text import as_path
 
 PAGE, COMPARISON = "report.html", "comparison.html"
@@ -46,6 +47,17 @@ def write_report(folder: str | Path) -> Path:
     """Writes ``report.html`` into the folder of a run and returns its path."""
     run = read_run(folder)
     return _write(run.path / PAGE, run_page(run))
+
+
+def draw_report(run: Path, say: Say) -> None:
+    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
+    try:
+        say(f"report: {write_report(run)}")
+    except Exception as error:
+        say(
+            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
+            f"`qlora-sft report {run}` tries again"
+        )
 
 
 def report_runs(folders: Sequence[str | Path], out: str | None = None) -> ReportResult:

@@ -18,7 +18,8 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.attention import head_size_of, layer_settings
 from qlora_sft.model.base import layer_list
-from qlora_sft.model.base_files import Header, read_headers
+from qlora_sft.model.base_files import Header
+from qlora_sft.model.base_folder import base_headers
 from qlora_sft.model.meta_model import meta_model, read_settings, why_parts_stay
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 
@@ -300,7 +301,7 @@ def check_headers(blueprint: Blueprint, base: str) -> WeightFiles:
 
     A checkpoint in 4 bits counts too: its packed tensors hold two parameters per byte.
     """
-    headers = read_headers(base)
+    headers = base_headers(base)
     packed = any("quant_state" in name for name in headers)
     held = sum(_parameters(name, header) for name, header in headers.items())
     spare = held - (blueprint.n_parameters - blueprint.grown)

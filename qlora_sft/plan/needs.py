@@ -18,11 +18,11 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import Way
 from qlora_sft.model.attention_choice import plan_attention
 from qlora_sft.model.backend import Backend
+from qlora_sft.model.base_folder import missing_bytes
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
-from qlora_sft.model.snapshot import has_weights, origin_of
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
@@ -89,7 +89,7 @@ def needs_of(
         this_run=memory,
         cards=_cards(blueprint, config),
         host=_host(choice, memory, on_gpu),
-        disk=_disk(blueprint, config, held, files.nbytes, workload, base),
+        disk=_disk(blueprint, config, held, workload, base),
         data=describe(workload) if workload else None,
         time=_time(blueprint, config, dtype, attention.way, workload, choice, say) if timing and choice else None,
     )
@@ -209,17 +209,17 @@ def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPl
 # ------------------------------------------------------------------ disk and time
 
 
-def _disk(
-    blueprint: Blueprint, config: Config, held: Residents, weights: int, workload: Workload | None, base: str
-) -> DiskPlan:
+def _disk(blueprint: Blueprint, config: Config, held: Residents, workload: Workload | None, base: str) -> DiskPlan:
     """Plans the disk space of the run.
 
     A merged model has 2 bytes per weight, and a GGUF in q8_0 has 34 bytes for 32 weights.
     """
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
+    download, copy = missing_bytes(base)
     return DiskPlan(
-        download=weights if origin_of(base) and not has_weights(Path(base)) else 0,
+        download=download,
+        copy_in_16_bits=copy,
         prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
         adapter=held.adapters,
         checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),

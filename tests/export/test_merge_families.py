@@ -27,7 +27,7 @@ PROBE = torch.arange(20, 60)[None]
 
 def write_base(kind: str, folder: Path, tokenizer: Any) -> Path:
     """A tiny model with a real vocabulary, and its tokenizer."""
-    tiny_model(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny_model(kind, vocab_size=len(tokenizer), vocab_size_per_layer_input=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qlora_sft.errors import RunError
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.nf4 import ThroughNF4
-from qlora_sft.export.tensors import Planned, read_header, write_shard
+from qlora_sft.model.tensors import Planned, read_header, write_shard
 
 PROBE = torch.arange(20, 60)[None]
 # PEFT warns about tied weights, resized vocabularies and biases, all of which are meant here.
@@ -140,7 +140,7 @@ def test_through_nf4_in_slices_is_bitsandbytes_at_once(
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    monkeypatch.setattr("qlora_sft.export.tensors.SLICE", 64 * shape[1])
+    monkeypatch.setattr("qlora_sft.model.tensors.SLICE", 64 * shape[1])
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     write_shard(tmp_path / "w.safetensors", [Planned("w", dtype, shape, lambda: iter([weight]))])

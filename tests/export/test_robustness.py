@@ -18,7 +18,7 @@ from synthetic import WIDTH, write_run
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.merge import merge_run
-from qlora_sft.export.tensors import read_model
+from qlora_sft.model.tensors import read_model
 
 SCRIPT = Path(__file__).with_name("synthetic.py")
 

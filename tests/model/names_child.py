@@ -54,7 +54,7 @@ def main(file: str, model: Path, count: int) -> None:
 
     from qlora_sft.config import load_config
     from qlora_sft.model.base import base_of
-    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.base_folder import resolve_base
     from qlora_sft.model.fingerprint import fingerprint
     from qlora_sft.model.load import load_model
     from qlora_sft.plan.plan import make_plan
@@ -83,7 +83,7 @@ def packed_as_it_is(file: str, model: Path, backend: Literal["unsloth", "transfo
 
     from qlora_sft.config import load_config
     from qlora_sft.model.base import base_of
-    from qlora_sft.model.base_files import resolve_base
+    from qlora_sft.model.base_folder import resolve_base
     from qlora_sft.model.load import load_base, load_model, quantized_modules
 
     name, packed = f"unsloth/packed-{backend}-bnb-4bit", model.with_name(f"packed-{backend}")

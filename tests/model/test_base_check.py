@@ -83,8 +83,8 @@ def test_what_does_not_fit_is_refused_with_the_cure(name: str, copied: Path, mak
     ("quantization", "expected"),
     [
         ({"quant_method": "gptq", "bits": 4}, "are quantised with gptq, which cannot be trained here"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "are quantised with fp8"),
-        ({"quant_method": "mxfp4"}, "are quantised with mxfp4"),
+        ({"quant_method": "compressed-tensors"}, "are quantised with compressed-tensors"),
+        ({"quant_method": "mxfp4"}, "are quantised with mxfp4"),  # of no gpt-oss
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "with bitsandbytes in 8 bits"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "with bitsandbytes in fp4"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "model.load_in_4bit: false, but the weights in"),
@@ -97,6 +97,14 @@ def test_only_what_can_be_trained_may_be_quantised(quantization: dict[str, Any],
     check_quantization(ModelConfig("base"), "base", {"quantization_config": {}})
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     check_quantization(ModelConfig("base"), "base", {"quantization_config": nf4})
+
+
+def test_what_was_quantised_is_named_if_the_readme_names_it(copied: Path, make_config: Any) -> None:
+    edited(copied, "config.json", quantization_config={"quant_method": "gptq"})
+    for line in ("base_model: owner/Model-1B", "base_model:\n- owner/Model-1B", 'base_model: "owner/Model-1B"'):
+        (copied / "README.md").write_text(f"---\nlicense: mit\n{line}\n---\n# base_model: other/one\n")
+        with pytest.raises(ConfigError, match=r"quantised with gptq, .*; name owner/Model-1B, from which it was made"):
+            check_base(make_config(f"model.path={copied}"), str(copied))
 
 
 @pytest.mark.parametrize("name", ["added tokens", "awq"])

@@ -11,12 +11,13 @@ import pytest
 
 from qlora_sft.config import ModelConfig, RopeScaling
 from qlora_sft.errors import ConfigError
-from qlora_sft.export.tensors import RunError, read_model
 from qlora_sft.lora_from import adapter_settings, base_of_adapter
-from qlora_sft.model.base_files import check_tokenizer_files, read_config, read_headers, resolve_base
+from qlora_sft.model.base_files import check_tokenizer_files, read_config, read_headers
+from qlora_sft.model.base_folder import resolve_base
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.model.remote_code import check_code, tokenizer_code
 from qlora_sft.model.run_base import described_base
+from qlora_sft.model.tensors import RunError, read_model
 from qlora_sft.run.folder import Run
 from qlora_sft.run_data import saved_text
 

@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.base_files import read_headers, resolve_base
+from qlora_sft.model.base_files import read_headers
+from qlora_sft.model.base_folder import resolve_base
 
 NAME, COMMIT = "owner/model", "a1" * 20
 REASONS = {

@@ -21,7 +21,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.merge import merge_run
-from qlora_sft.model.base_files import resolve_base
+from qlora_sft.model.base_folder import resolve_base
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.run_base import run_base
 from qlora_sft.model.snapshot import file_hashes, origin_of

@@ -149,6 +149,10 @@ def test_a_turn_of_the_held_out_loss_is_seen(tmp_path: Path) -> None:
     assert warning.what == "Held-out loss turned"
     assert "lowest at step 48" in warning.meaning
     assert "lowest mean" in page_of(run)
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    write_lines(run / "evaluations.jsonl", [{**row, "tasks": {"gsm8k": row["step"] / 100}} for row in rows[::2]])
+    assert '<td>32</td><td class="n">32%</td>' in page_of(run).split("<b>Tasks while training</b>")[1]
+    write_lines(run / "evaluations.jsonl", rows)
     change = json.loads((run / "manifest.json").read_text())["report"]
     change_json(
         run / "manifest.json", report={**change, "kept": {"step": 48, "reason": "lowest"}, "stopped_early": "patience"}

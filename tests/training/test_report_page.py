@@ -14,8 +14,8 @@ from tests_support import SHORT, documents_of
 
 from qlora_sft.cli import main
 from qlora_sft.page.facts import read_run
+from qlora_sft.page.write import draw_report
 from qlora_sft.train import train
-from qlora_sft.training.recipe import draw_report
 from qlora_sft.training.said import Said
 
 

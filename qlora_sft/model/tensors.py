@@ -18,7 +18,7 @@ import torch
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base_files import safetensors_header
-from qlora_sft.model.snapshot import weight_files
+from qlora_sft.model.snapshot import INDEX, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,9 +33,11 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+# One file of this size holds most small models, and both FAT32 and the hubs that want smaller files accept it.
+SHARD_BYTES = 4 * 10**9
 # The number of elements in memory at a time: 8 MiB in float32.
 SLICE = 2**21
 
@@ -138,6 +140,25 @@ def copied(name: str, stored: Stored) -> Planned:
     if not stored.shape:
         return Planned(name, stored.dtype, (), lambda: iter([stored.whole()]))
     return Planned(name, stored.dtype, stored.shape, lambda: (stored.rows(a, b) for a, b in row_ranges(stored.shape)))
+
+
+def shards_of(tensors: Sequence[Planned], files: Sequence[Path]) -> dict[str, list[Planned]]:
+    """Returns the tensors by file name.
+
+    A new file begins where ``files``, those that the tensors come from, have one, and where one would grow beyond
+    `SHARD_BYTES`.
+    """
+    groups: list[list[Planned]] = []
+    size, last = 0, None
+    for tensor, file in zip(tensors, files, strict=True):
+        if file != last or size + tensor.nbytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size, last = size + tensor.nbytes, file
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def write_shard(file: Path, tensors: Sequence[Planned]) -> None:

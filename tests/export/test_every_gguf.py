@@ -1,0 +1,54 @@
+"""The GGUF of a hybrid or a mixture is the model that was merged: rearranged by the converter, run by llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from every_gguf import try_gguf
+
+from qlora_sft.export.gguf_arrangements import arrangements
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+HYBRIDS = ("falcon_h1", "gemma4_text", "granitemoehybrid", "lfm2", "llama4_text", "qwen3_5_text", "qwen3_next")
+MIXTURES = ("gpt_oss", "qwen3_moe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*HYBRIDS, *MIXTURES])
+def test_a_gguf_is_the_merged_model(kind: str, tmp_path: Path) -> None:
+    tried = try_gguf(kind, tmp_path)
+    assert tried.reason == ""
+    assert tried.kl is not None
+    assert tried.kl < 2e-4
+
+
+def test_the_rows_of_the_table_were_measured() -> None:
+    file = Path(__file__).parents[2] / "docs" / "families_gguf.jsonl"
+    rows = {row["kind"]: row for row in map(json.loads, file.read_text().splitlines())}
+    for kind in (*HYBRIDS, *MIXTURES):
+        assert rows[kind]["kl"] is not None, rows[kind]
+        assert rows[kind]["kl"] < 1e-3
+
+
+def test_the_value_heads_of_a_delta_net_go_around_its_key_heads() -> None:
+    config = {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 4, "linear_value_head_dim": 5,
+    }  # fmt: skip
+    heads = np.repeat(np.arange(6), 5)[:, None] * np.ones((1, 3))
+    around = np.repeat([0, 3, 1, 4, 2, 5], 5)[:, None] * np.ones((1, 3))
+    qk = np.full((16, 3), 9.0)
+    for name, weight, expected in (
+        ("in_proj_z.weight", heads, around),
+        ("out_proj.weight", heads.T, around.T),
+        ("in_proj_qkv.weight", np.concatenate([qk, heads]), np.concatenate([qk, around])),
+        ("dt_bias", np.arange(6.0), np.array([0.0, 3, 1, 4, 2, 5])),
+    ):
+        found = list(arrangements(f"model.layers.0.linear_attn.{name}", weight, config))
+        assert any(np.array_equal(form, expected) for form in found), name
+        assert not any(np.array_equal(form, expected) for form in arrangements(f"model.x.{name}", weight, config))
+    logarithm = np.log(np.arange(1.0, 7.0))
+    found = list(arrangements("model.layers.0.linear_attn.A_log", logarithm, config))
+    assert any(np.allclose(form, [-1, -4, -2, -5, -3, -6]) for form in found)
