@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LONGEST = (
     "test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py", "test_notebooks.py", "test_run.py",
     "test_vocabulary.py", "test_equality.py", "test_resume.py", "test_evaluate_run.py", "test_names.py",
+    "test_watch.py",
 )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def test_a_report_is_its_json_and_comes_back_from_it() -> None:
     assert (
         list(content)
         == (
-            "output backend base base_sha256 base_commit base_files data_sha256 dtype quantized_modules loss "
-            "exact_match steps steps_left_out resumed_at kept stopped_early warnings train_loss "
+            "output backend base base_sha256 base_commit base_files base_dequantized data_sha256 dtype "
+            "quantized_modules loss exact_match steps steps_left_out resumed_at kept stopped_early warnings train_loss "
             "tokens supervised_tokens tokens_per_second optimizer memory order seconds"
         ).split()
     )
