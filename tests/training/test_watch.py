@@ -137,8 +137,9 @@ def test_evaluating_changes_nothing_that_is_trained(
     assert [step_of(each) for each in all_checkpoints(tmp_path / "w")] == [4, 6]
 
 
+@pytest.mark.parametrize("form", [[], ["lora.dora=true"]], ids=["plain", "dora"])
 def test_the_best_stays_however_old_it_is_and_without_other_checkpoints(
-    make_config: Any, tmp_path: Path, held_out: list[str], monkeypatch: pytest.MonkeyPatch
+    make_config: Any, held_out: list[str], monkeypatch: pytest.MonkeyPatch, form: list[str]
 ) -> None:
     """The losses are planted: step 2 is the best of seven."""
     losses = iter([5.0, 2.0, 3.0, 2.0, 2.5, 2.5, math.nan])
@@ -151,7 +152,7 @@ def test_the_best_stays_however_old_it_is_and_without_other_checkpoints(
 
     monkeypatch.setattr(module.Watch, "measure", planted)
     asked = ["training.max_steps=7", "training.save_steps=0", "evaluation.before_training=false", *SHORT[2:], *held_out]
-    config = make_config(*asked, "evaluation.every_steps=1", "training.epochs=2")
+    config = make_config(*asked, *form, "evaluation.every_steps=1", "training.epochs=2")
     report = train(config, say=silent)
     run = Run.open(config.output)
     assert [row["best"] for row in evaluations_of(run.path)] == [True, True, False, False, False, False, False]
