@@ -54,6 +54,7 @@ def matrix() -> str:
     lines = ["| " + " | ".join([*heads, "GGUF", "Ollama"]) + " |", "|" + "---|" * 9]
     for name, (family, template) in NAMES.items():
         documents, recurrent, experts, mlp, norms, gguf = tried[family]
+        gguf = "" if gguf == "no" else gguf
         fast = " and ".join(word for word, there in (("MLP", mlp), ("norms", norms)) if there)
         ollama = (PACKAGE / "export" / "go_templates" / f"{template}.gotmpl").is_file()
         said = "with tools" if gguf and ollama and knows_tools(template) else "yes" if gguf and ollama else ""
