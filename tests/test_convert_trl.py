@@ -126,6 +126,70 @@ def test_peft_in_python_with_its_own_defaults(tmp_path: Path) -> None:
     assert "lora_target_modules: not given: PEFT would adapt" in notes
 
 
+RELOADED = """
+model, tokenizer = FastLanguageModel.from_pretrained(model_name="owner/Base-8B", max_seq_length=2048)
+trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60))
+if False:
+    model, tokenizer = FastLanguageModel.from_pretrained("lora_model", max_seq_length=512, load_in_4bit=False)
+"""
+
+
+@pytest.mark.parametrize("first", ['"owner/Base-8B"', "arguments.model"])
+def test_the_model_that_is_trained_counts_and_not_what_is_loaded_again_later(first: str, tmp_path: Path) -> None:
+    code = RELOADED.replace('"owner/Base-8B"', first) + ('SFTTrainer("owner/Base-8B", model="owner/Base-8B")')
+    config, _ = script(code, tmp_path)
+    assert (config.model.path, config.model.load_in_4bit) == ("owner/Base-8B", True)
+    assert config.data.max_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("asked", "train", "held_out"),
+    [("", ["a.jsonl", "c.jsonl"], ["b.jsonl"]), (", split='train'", ["a.jsonl", "c.jsonl"], [])],
+)
+def test_the_files_of_a_test_split_are_not_trained_on(
+    asked: str, train: list[str], held_out: list[str], tmp_path: Path
+) -> None:
+    files = "{'train': ['a.jsonl', 'c.jsonl'], 'test': 'b.jsonl'}"
+    config, _ = script(
+        f"load_dataset('json', data_files={files}{asked})\n{PEFT}".replace('load_dataset(path, name="b")', "d"),
+        tmp_path,
+    )
+    assert [each.path for each in config.data.train] == train
+    assert isinstance(config.data.held_out, list)
+    assert [(each.path, each.split) for each in config.data.held_out] == [(path, None) for path in held_out]
+
+
+@pytest.mark.parametrize(
+    ("assistant", "completion", "supervise"),
+    [("true", "false", "assistant"), ("false", "true", "assistant"), ("false", "false", "all")],
+)
+def test_a_mask_that_one_switch_asks_for_is_kept(
+    assistant: str, completion: str, supervise: str, tmp_path: Path
+) -> None:
+    switches = f"assistant_only_loss: {assistant}\ncompletion_only_loss: {completion}\n"
+    config, _ = converted(TRL.replace("assistant_only_loss: true\n", switches), tmp_path)
+    assert config.data.train[0].supervise == supervise
+
+
+@pytest.mark.parametrize("warmup", ["warmup_ratio: 0.03", "warmup_steps: 20"])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "model_name_or_path: a/b\ndataset_name: a/c\nlr_scheduler_type: constant",
+        "model_name_or_path: a/b\nstage: sft\ndataset: c\nlr_scheduler_type: constant",
+        "base_model: a/b\nadapter: lora\ndatasets: [{path: a/c, type: chat_template}]\nlr_scheduler: constant",
+    ],
+    ids=["TRL", "LLaMA-Factory", "axolotl"],
+)
+def test_a_constant_rate_of_theirs_has_no_warm_up(theirs: str, warmup: str, tmp_path: Path) -> None:
+    config, _ = converted(f"{theirs}\n{warmup}\n", tmp_path)
+    assert (config.training.schedule, config.training.warmup_ratio, config.training.warmup_steps) == (
+        "constant",
+        0.0,
+        None,
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "check"),
     [

@@ -98,7 +98,9 @@ class Converted:
             self.put("training.schedule", SCHEDULES[name])
         elif name:
             self.note(key, name, "training.schedule has no such kind; the learning rate falls linearly to zero")
-        if name == "constant":  # without a warm-up there
+        if name == "constant":  # without a warm-up there, whatever else is given
+            given.pop("warmup_ratio", None)
+            given.pop("warmup_steps", None)
             self.put("training.warmup_ratio", 0.0)
         elif given.get("warmup_steps") == 0:
             given.pop("warmup_steps")

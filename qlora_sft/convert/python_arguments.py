@@ -38,8 +38,8 @@ PASSED = {
     "quantization_config", "instruction_part", "response_part", "mapping", "formatting_func", "callbacks", "token",
     "device_map", "local_files_only",
 }  # fmt: skip
-# Of the tokenizer's loader, which has the same name.
-TOKENIZERS = {"AutoTokenizer", "AutoProcessor"}
+# Their loaders have the same name and load no weights.
+NO_MODELS = {"AutoTokenizer", "AutoProcessor", "AutoConfig", "GenerationConfig"}
 # Unsloth's loader takes 4 bits unless it is told otherwise.
 UNSLOTH = {"FastLanguageModel", "FastModel", "FastVisionModel"}
 
@@ -57,13 +57,17 @@ def python_arguments(code: str) -> tuple[JsonObject, list[str]]:
     found: JsonObject = {}
     data: list[JsonObject] = []
     notes: list[str] = []
+    loaded = False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
         owner, name = _name(call)
         if name == "load_dataset":
             data.append(_data_set(call, known))
-        elif name in CALLS and owner not in TOKENIZERS and not (name == "get_peft_model" and not owner):
-            found.update(_arguments(call, owner, name, known, notes))
+        elif name in CALLS and owner not in NO_MODELS and not (name == "get_peft_model" and not owner):
+            # What was trained is loaded again at the end of many scripts, to try it.
+            if name != "from_pretrained" or not loaded:
+                found.update(_arguments(call, owner, name, known, notes))
+            loaded = loaded or name == "from_pretrained"
     if not found:
         raise ConfigError("no call of SFTConfig, LoraConfig, from_pretrained or the like was found in it")
     return {**found, **({"datasets": data} if data else {})}, notes

@@ -91,10 +91,9 @@ def _sources(given: JsonObject, made: Converted) -> None:
     if "dataset_name" in given:
         named = {"path": given.pop("dataset_name"), "name": given.pop("dataset_config", None)}
         entries = [{**named, "split": given.pop("dataset_train_split", "train")}, *entries]
-    for entry in entries:
-        each = given_keys(entry)
+    for each in (part for entry in entries for part in _by_split(given_keys(entry))):
         split = text("split", each.pop("split", "train"))
-        apart = split.startswith(("test", "valid", "eval", "dev"))
+        apart = text("data_files", each.pop("named", split)).startswith(("test", "valid", "eval", "dev"))
         into = made.held_out if apart else made.train
         for one in _of_one(each, made):
             if "fraction" in each:
@@ -105,11 +104,21 @@ def _sources(given: JsonObject, made: Converted) -> None:
     made.train, made.held_out = named_apart(made.train), named_apart(made.held_out)
 
 
+def _by_split(entry: JsonObject) -> list[JsonObject]:
+    """Returns a data set for each split of which ``data_files`` names the files, or for the one that is asked for."""
+    files = entry.get("data_files")
+    if not isinstance(files, dict):
+        return [entry]
+    asked = text("split", entry.get("split", ""))
+    # Files have no splits here; a part of one stays, and is refused when it is read.
+    kept = entry if "[" in asked else {key: value for key, value in entry.items() if key != "split"}
+    names = [name for name in files if asked.partition("[")[0] in ("", name)]
+    return [{**kept, "data_files": files[name], "named": name} for name in names]
+
+
 def _of_one(each: JsonObject, made: Converted) -> list[JsonObject]:
     path = text("path", each.pop("path", ""))
     files = each.pop("data_files", None)
-    if isinstance(files, dict):
-        files = [file for part in files.values() for file in texts("data_files", part)]
     if files:
         return [source(file, {}, None) for file in texts("data_files", files)]
     return [source(f"{path}:{each.pop('name')}" if "name" in each else path, {}, None)]
@@ -118,7 +127,8 @@ def _of_one(each: JsonObject, made: Converted) -> list[JsonObject]:
 def _masks(given: JsonObject, made: Converted) -> None:
     """Writes which tokens are trained, and notes it where TRL's default is another one."""
     assistant, completion = given.pop("assistant_only_loss", None), given.pop("completion_only_loss", None)
-    if assistant is False or completion is False:
+    # Either switch masks what is not the answer, whatever the other says.
+    if False in (assistant, completion) and True not in (assistant, completion):
         made.supervise("all")
     elif assistant is None:
         why = "TRL trains every token of a conversation then; here assistant turns are; supervise: all is the former"
