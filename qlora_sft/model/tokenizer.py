@@ -24,9 +24,10 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     Raises `ConfigError` if there is no tokenizer, or one without an eos token.
     """
     tokenizer = read_tokenizer(base)
+    missing = missing_tokens(wanted_tokens(model), tokenizer)
     if model.chat_template:
         tokenizer.chat_template = template_text(model.chat_template)
-    if missing := missing_tokens(wanted_tokens(model), tokenizer):
+    if missing:
         add_tokens(tokenizer, missing)
         say(describe_new(missing, model))
     if tokenizer.eos_token_id is None:

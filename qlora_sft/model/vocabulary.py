@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,25 +25,46 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def wanted_tokens(model: ModelConfig, template: str | None = None) -> tuple[str, ...]:
-    """Returns the control tokens that have to be in the vocabulary: those that the configured template writes, and
-    ``model.new_tokens``.
+class WantedTokens(NamedTuple):
+    """Holds the control tokens that have to be in the vocabulary."""
+
+    always: tuple[str, ...]
+    """Those of a shipped template, and ``model.new_tokens``."""
+    own: tuple[str, ...] = ()
+    """Those that a template of the user's own writes."""
+
+
+def wanted_tokens(model: ModelConfig, template: str | None = None) -> WantedTokens:
+    """Returns the control tokens that the configured template writes, and ``model.new_tokens``.
 
     template: the text of the configured template, where it is known already. Raises `ConfigError` if there is no such
     template.
     """
-    name = model.chat_template
-    if not name:
-        return tuple(model.new_tokens)
-    shipped = SHIPPED.get(name)
-    control = shipped.control if shipped else written_tokens(template or template_text(name)).control
-    return tuple(dict.fromkeys((*control, *model.new_tokens)))
+    name, new = model.chat_template, model.new_tokens
+    if name and name not in SHIPPED:
+        return WantedTokens(tuple(new), written_tokens(template or template_text(name)).control)
+    return WantedTokens(tuple(dict.fromkeys((*(SHIPPED[name].control if name else ()), *new))))
 
 
-def missing_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns those of ``tokens`` that ``tokenizer`` lacks."""
-    vocabulary = tokenizer.get_vocab() if tokens else {}
+def missing_tokens(wanted: WantedTokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns those of ``wanted`` that the base's ``tokenizer`` lacks, which has its own chat template still.
+
+    What the base's own template writes, and its vocabulary lacks, the base has learned as text (``[INST]`` of Llama 2).
+    So it stays text in a template of the user's own: a new token would say nothing to the base.
+    """
+    if not (wanted.always or wanted.own):
+        return []
+    vocabulary, spelled = tokenizer.get_vocab(), _spelled(tokenizer) - set(wanted.always)
+    tokens = dict.fromkeys((*(token for token in wanted.own if token not in spelled), *wanted.always))
     return [token for token in tokens if token not in vocabulary]
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Returns the control tokens that the tokenizer's own chat template writes."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return set(written_tokens(template).control) if isinstance(template, str) else set()
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -59,22 +80,22 @@ def new_rows(model: ModelConfig, base: str, template: str | None = None) -> list
     template: as in `wanted_tokens`.
     """
     wanted = wanted_tokens(model, template)
-    return list(_new_rows(wanted, base, _written(base))) if wanted else []
+    return list(_new_rows(wanted, base, _written(base))) if wanted.always or wanted.own else []
 
 
 def _written(base: str) -> tuple[tuple[str, int, int], ...]:
     """Returns name, time of writing and size of the base's small files, among which are those of its tokenizer."""
-    files = [file for file in Path(base).glob("*") if file.suffix in (".json", ".model", ".txt")]
+    files = [file for file in Path(base).glob("*") if file.suffix in (".json", ".model", ".txt", ".jinja")]
     return tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=4)
-def _new_rows(tokens: tuple[str, ...], base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
+def _new_rows(wanted: WantedTokens, base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
     """Returns the ids of the new tokens, read once per state of the base's files."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    missing = missing_tokens(tokens, tokenizer)
+    missing = missing_tokens(wanted, tokenizer)
     if not missing:
         return ()
     add_tokens(tokenizer, missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,29 @@ def test_a_base_that_has_them_gets_none_and_stops_where_it_is_told(
     tokenizer = load_tokenizer(config.model, str(tiny_model))
     assert len(tokenizer) == len(own_tokenizer)
     assert stop_token_ids(config.model, str(tiny_model), tokenizer) == {own_tokenizer.eos_token_id}
+
+
+LLAMA_2 = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("new", [[], ["[INST]"]])
+def test_marks_that_the_base_was_taught_as_text_stay_text(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any, new: list[str]
+) -> None:
+    """As with Llama 2's template, to which somebody has added the marks of what is generated."""
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.chat_template = LLAMA_2.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    base = bare_base(tmp_path / "base", tokenizer, tied=True, room=3)
+    (tmp_path / "own.jinja").write_text(LLAMA_2)
+    config = make_config(
+        f"model.path={base}", f"model.chat_template={tmp_path / 'own.jinja'}", f"model.new_tokens={new}"
+    )
+    first = len(tokenizer)
+    assert new_rows(config.model, str(base)) == list(range(first, first + len(new)))
+    assert len(load_tokenizer(config.model, str(base))) == first + len(new)
 
 
 def test_new_tokens_alone_are_added_to_the_bases_own_template(make_config: Any, tiny_model: Path) -> None:
