@@ -58,13 +58,16 @@ def fingerprint(
     )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    # Which of its tokens begins and ends a text is not in there.
+    names = [tokenizer.special_tokens_map, getattr(tokenizer, "add_bos_token", False)]
+    digest.update(json.dumps(names, sort_keys=True, default=str).encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(code.read_bytes())
     for source in sources:
         if not source.files:
             return None
-        # Which rows are drawn or removed follows from files and settings; their places appear in messages.
-        digest.update(f"{source.name} {source.path} {len(source.rows)}".encode())
+        # Which rows are left depends on more than these files: on those of evaluations, for one.
+        digest.update(f"{source.name} {source.path} {len(source.rows)}".encode() + source.rows.chosen.tobytes())
         for file in source.files:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

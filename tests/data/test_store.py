@@ -9,6 +9,7 @@ import pytest
 from qlora_sft.config import Config
 from qlora_sft.data import plan, store
 from qlora_sft.data.sources import read_sources
+from qlora_sft.data.splits import read_data
 from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import DataError
 from qlora_sft.model.tokenizer import load_tokenizer
@@ -61,6 +62,38 @@ def test_a_change_of_the_file_or_the_template_is_a_new_preparation(make_config: 
     assert "cache" not in run(config)[1][0]
     _, said = run(make_config("model.chat_template=chatml-think"))
     assert "cache" not in said[0]
+
+
+def test_other_questions_of_an_evaluation_are_a_new_preparation(make_config: Any, tmp_path: Path) -> None:
+    """As many rows are removed, but others: what is kept has been trained on the questions that are asked now."""
+    asked = [" ".join(f"word{row}{n}" for n in range(20)) for row in range(4)]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"Answer {n} of it"}]}
+        for n, text in enumerate(asked)
+    ]
+    evaluation = tmp_path / "evaluation.jsonl"
+    config = make_config(f"data.decontaminate=[{evaluation}]", rows=rows)
+    tokenizer = load_tokenizer(config.model, config.model.path)
+    for removed in (1, 2):
+        evaluation.write_text(json.dumps({"text": asked[removed]}) + "\n")
+        sources = read_data(config, lambda _: None)
+        train, _, _ = plan.plan_data(
+            config, sources.train, sources.held_out, tokenizer, choose_chat_format(tokenizer), lambda _: None
+        )
+        trained = [tokenizer.decode(document.input_ids) for document in train.all_documents]
+        assert [n for n in range(4) if not any(f"Answer {n}" in text for text in trained)] == [removed]
+
+
+def test_another_end_of_a_text_is_a_new_preparation(make_config: Any, tmp_path: Path) -> None:
+    """Also where the model stops at both ends, so that the chat format is the same."""
+    config = make_config(rows=[{"text": "one thing"}, {"text": "another thing"}])
+    tokenizer = load_tokenizer(config.model, config.model.path)
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        tokenizer.eos_token = end
+        chat = choose_chat_format(tokenizer, tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+        sources = read_data(config, lambda _: None)
+        train, _, _ = plan.plan_data(config, sources.train, [], tokenizer, chat, lambda _: None)
+        assert {document.input_ids[-1] for document in train.all_documents} == {tokenizer.convert_tokens_to_ids(end)}
 
 
 def test_a_preparation_that_was_cut_short_is_not_used(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
