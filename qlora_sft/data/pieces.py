@@ -30,8 +30,8 @@ class Piece:
     ends_turn: int | None = None
     """The message whose end of turn must be this piece's last token, if it is a supervised turn."""
     apart: bool = False
-    """Whether the piece must not be encoded together with the one before it, because
-    together they spell a control token."""
+    """Whether the piece must not be encoded together with the one before it, because together they spell a control
+    token, or because one of them is the output of code."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,13 @@ def _of_conversation(
 
 
 def _pieces_of(stretches: list[tuple[str, float]], disguises: Disguises, ends_turn: int | None) -> list[Piece]:
-    """Returns the pieces of neighbouring stretches of text, each with its weight. ends_turn: of the last of them."""
+    """Returns the pieces of neighbouring stretches of text, each with its weight. ends_turn: of the last of them.
+
+    No token may reach over the bounds of an output: what runs the code encodes it by itself.
+    """
     pieces = [
-        Piece(part, weight, None, apart=number > 0)
-        for text, weight in stretches
+        Piece(part, weight, None, apart=place + number > 0)
+        for place, (text, weight) in enumerate(stretches)
         for number, part in enumerate(parts(text, disguises))
     ]
     return [*pieces[:-1], replace(pieces[-1], ends_turn=ends_turn)]

@@ -145,9 +145,9 @@ def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     marked = placed(conversation)
     shielded, disguises = shield(marked, tokenizer)
     text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
-    if marked is not conversation:
-        text = "".join(stretch for stretch, _ in outputs_apart(text))
-    pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
+    stretches = [stretch for stretch, _ in outputs_apart(text)] if marked is not conversation else [text]
+    cut = [part for stretch in stretches for part in parts(stretch, disguises)]
+    pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(cut)]
     (result,) = _encoded([RowPieces(pieces)], tokenizer, chat_format.stop_token_ids, "")
     if isinstance(result, DataError):
         raise result

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,40 @@ def test_a_vocabulary_without_the_marks_has_them_as_text_and_says_so(tokenizer: 
     assert list(rendered.notes) == [
         "rows with code parts whose marks are text, because the vocabulary has no <|python_start|>"
     ]
+
+
+def test_no_token_reaches_over_the_bounds_of_an_output() -> None:
+    """Nor where whole rows are encoded at once, as for this tokenizer, which knows words with marks in them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    named = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = "1/5<|python_end|><|output_start|>0.2<|output_end|>. So"
+    raw.train_from_iterator([text] * 99, trainers.BpeTrainer(vocab_size=400, special_tokens=named, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = NANOCHAT.replace("<|assistant_end|>", "</s>")
+    parts = [
+        {"type": "python", "text": "1/5"},
+        {"type": "python_output", "text": "0.2"},
+        {"type": "text", "text": ". So"},
+    ]
+    row = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": parts}]
+    rendered = render(row, tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(rendered.input_ids)
+    stretches = [
+        "".join(token for token, _ in group)
+        for _, group in groupby(zip(tokens, rendered.weights, strict=True), lambda pair: pair[1])
+    ]
+    asked = {"messages": [*row, {"role": "user", "content": "why?"}]}
+    form = detect(asked, None)
+    assert form is not None
+    prompt = render_prompt(convert_noting(asked, form), tokenizer, format_of(tokenizer))
+    assert prompt[: len(tokens)] == rendered.input_ids
+    assert stretches[1:] == [
+        "<|python_start|>1/5<|python_end|>", "<|output_start|>0.2<|output_end|>", ".▁So</s>"
+    ]  # fmt: skip
 
 
 def test_weights_and_settings_reach_every_part(nanochat: Any) -> None:
