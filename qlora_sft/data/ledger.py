@@ -62,7 +62,7 @@ class SourceLedger:
     p99: int = 0
     longest: int = 0
     repeated: int = 0
-    """Tokens of earlier turns that rows of one document per turn have again and again."""
+    """Tokens that rows of one document per turn have again and again: what a document begins with as the one before."""
     whole: bool = False
     """Whether all of it is supervised on purpose: plain text, or ``supervise: all``."""
     thinking: int = 0

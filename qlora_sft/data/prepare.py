@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat, tee
+from itertools import pairwise, repeat, tee
 from typing import TYPE_CHECKING
 
 from qlora_sft.config_data import DataConfig, Overlong, ReplayConfig, TrainSourceConfig
@@ -204,11 +204,18 @@ def _account(
     """Counts what the share of supervised tokens and the ends of answers are judged by (see `judge`)."""
     if "text" in conversation:
         return
-    lengths = [len(document.input_ids) for part in fitting if not isinstance(part, str) for document in part]
-    ledger.repeated += sum(lengths) - max(lengths)
+    kept = [document.input_ids for part in fitting if not isinstance(part, str) for document in part]
+    ledger.repeated += sum(_common(before, after) for before, after in pairwise(kept))
     ledger.thinking += any(message.get("reasoning") for message in conversation["messages"])
     if overlong == "truncate" and any(map(_cuts_an_answer, rendered, fitting)):
         ledger.unended.add([place(conversation)])
+
+
+def _common(before: list[int], after: list[int]) -> int:
+    """Returns how many tokens two documents begin with alike."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
 
 
 def _cuts_an_answer(document: Rendered, fitting: list[Rendered] | str) -> bool:

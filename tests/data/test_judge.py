@@ -121,6 +121,17 @@ def test_the_history_of_one_document_per_turn_is_counted_once(tmp_path: Path, to
     assert judge(config, sources.train, train, packed) == []
 
 
+def test_only_what_documents_of_a_row_share_is_counted_once(tmp_path: Path, tokenizer: Any) -> None:
+    """Without their first turns they begin differently; counted as one, more than all of the row was supervised."""
+    rows = [{"messages": [m for turn in range(20) for m in row(100 * n + turn, 12, 40)["messages"]]} for n in range(5)]
+    overrides = ("data.train.0.supervise=turns", "data.max_length=200", "data.overlong=truncate_left_turns")
+    config = config_of(tmp_path, {"a": rows}, *overrides)
+    sources = read_data(config, quiet)
+    train, _, packed = plan_data(config, sources.train, [], tokenizer, choose_chat_format(tokenizer), quiet)
+    assert 0.2 < train.ledger["a"].share_of_rows < 0.5
+    assert judge(config, sources.train, train, packed) == []
+
+
 # ------------------------------------------------------------------ answers
 
 
