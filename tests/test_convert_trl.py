@@ -160,6 +160,23 @@ def test_the_files_of_a_test_split_are_not_trained_on(
 
 
 @pytest.mark.parametrize(
+    ("size", "held_out", "note"),
+    [
+        ("test_size=0.1", "10%", ""),
+        ("", "25%", ""),
+        ("test_size=50", [], "test_size: 50:"),
+        ("test_size=n", [], "by hand"),
+    ],
+)
+def test_what_a_script_splits_off_is_not_trained_on(size: str, held_out: object, note: str, tmp_path: Path) -> None:
+    config, notes = script(
+        f"split = load_dataset('owner/a').train_test_split({size})\nSFTConfig(model_name_or_path='owner/b')", tmp_path
+    )
+    assert config.data.held_out == held_out
+    assert note in notes
+
+
+@pytest.mark.parametrize(
     ("assistant", "completion", "supervise"),
     [("true", "false", "assistant"), ("false", "true", "assistant"), ("false", "false", "all")],
 )

@@ -63,6 +63,9 @@ def python_arguments(code: str) -> tuple[JsonObject, list[str]]:
         owner, name = _name(call)
         if name == "load_dataset":
             data.append(_data_set(call, known))
+        elif name == "train_test_split":
+            size = next((keyword.value for keyword in call.keywords if keyword.arg == "test_size"), None)
+            found["test_size"] = 0.25 if size is None else _value(size, known)
         elif name in CALLS and owner not in NO_MODELS and not (name == "get_peft_model" and not owner):
             # What was trained is loaded again at the end of many scripts, to try it.
             if name != "from_pretrained" or not loaded:

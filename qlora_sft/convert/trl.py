@@ -54,6 +54,7 @@ def convert_trl(original: JsonObject) -> Converted:
     _precision(given, made)
     _template(given, made)
     _sources(given, made)
+    _split(given, made)
     _masks(given, made)
     made.schedule(given, "lr_scheduler_type")
     made.reporting(given, "report_to")
@@ -122,6 +123,13 @@ def _of_one(each: JsonObject, made: Converted) -> list[JsonObject]:
     if files:
         return [source(file, {}, None) for file in texts("data_files", files)]
     return [source(f"{path}:{each.pop('name')}" if "name" in each else path, {}, None)]
+
+
+def _split(given: JsonObject, made: Converted) -> None:
+    """Writes the share that a script splits off, so that it is not trained on here either."""
+    if given.get("test_size") is Ellipsis:
+        made.note("test_size", given.pop("test_size"), "is computed; set data.held_out by hand")
+    made.split(given, "test_size")
 
 
 def _masks(given: JsonObject, made: Converted) -> None:
