@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,37 @@ def test_what_is_read_again_later_is_what_the_run_had(tmp_path: Path) -> None:
     sources = split(config)
     assert list(map(answers, read_held_out(config))) == list(map(answers, sources.held_out))
     assert list(map(answers, read_trained(config))) == list(map(answers, sources.train))
+
+
+@pytest.mark.parametrize(
+    ("more", "now", "count"),
+    [(0, "data.held_out=10%", 0), (60, "data.held_out=10%", 4), (0, "seed=1", 5), (0, "data.held_out=20%", 6)],
+)
+def test_held_out_rows_that_the_adapter_was_trained_on_are_counted(
+    tmp_path: Path, more: int, now: str, count: int
+) -> None:
+    """An exact share of more rows, or of the same with another seed, takes other rows."""
+    rows = [row(n) for n in range(7000, 7060)]
+    began = config_of(tmp_path, {"a": rows}, "data.held_out=10%")
+    earlier = tmp_path / "earlier"
+    (earlier / "adapter").mkdir(parents=True)
+    (earlier / "config.yaml").write_text((tmp_path / "c.yaml").read_text().replace("data: {", "data: {held_out: 10%, "))
+    trained = set(answers(split(began).train[0]))
+    (tmp_path / "more").mkdir()
+    grown = {"a": [*rows, *(row(n) for n in range(7500, 7500 + more))]}
+    for place in (earlier, earlier / "adapter"):
+        config = config_of(tmp_path / "more", grown, "data.held_out=10%", now)
+        config = replace(config, lora=replace(config.lora, from_=str(place)))
+        said: list[str] = []
+        held_out = answers(split(config, said).held_out[0])
+        assert sum(each in trained for each in held_out) == count
+        warned = [each for each in said if "were trained on by" in each]
+        assert [each.split(" rows")[0] for each in warned] == (
+            [f"warning: held-out data: {count} of {len(held_out)}"] if count else []
+        )
+    (tmp_path / "a.jsonl").unlink()
+    split(config, said)
+    assert "cannot be read again" in said[-1]
 
 
 # ------------------------------------------------------------------ similarity
