@@ -80,7 +80,7 @@ def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Findin
     share = ledger.share_of_rows
     if ledger.whole or source.settings.allow_share:
         return
-    of_all = f"{ledger.supervised:,} of {ledger.tokens - ledger.repeated:,} tokens ({share:.1%})"
+    of_all = f"{ledger.supervised - ledger.plain:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
     accept = f"If it is meant so, set {key}.allow_share=true"
     if share < LITTLE:
         why = why_little(Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise))

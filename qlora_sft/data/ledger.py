@@ -63,6 +63,8 @@ class SourceLedger:
     longest: int = 0
     repeated: int = 0
     """Tokens that rows of one document per turn have again and again: what a document begins with as the one before."""
+    plain: int = 0
+    """Tokens of plain texts, which are all supervised, beside conversations."""
     whole: bool = False
     """Whether all of it is supervised on purpose: plain text, or ``supervise: all``."""
     thinking: int = 0
@@ -83,9 +85,14 @@ class SourceLedger:
 
     @property
     def share_of_rows(self) -> float:
-        """Returns the same with the earlier turns of every row counted once."""
-        tokens = self.tokens - self.repeated
-        return self.supervised / tokens if tokens else 0.0
+        """Returns the share in conversations, with the earlier turns of every row counted once."""
+        tokens = self.tokens_of_rows
+        return (self.supervised - self.plain) / tokens if tokens else 0.0
+
+    @property
+    def tokens_of_rows(self) -> int:
+        """Returns the tokens of conversations, with the earlier turns of every row counted once."""
+        return self.tokens - self.repeated - self.plain
 
     def drop(self, reason: str, places: list[str]) -> None:
         self.dropped.setdefault(reason, Drop()).add(places)

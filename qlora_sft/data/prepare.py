@@ -202,9 +202,10 @@ def _account(
     ledger: SourceLedger, conversation: Conversation, rendered: list[Rendered], fitting: Fitting, overlong: Overlong
 ) -> None:
     """Counts what the share of supervised tokens and the ends of answers are judged by (see `judge`)."""
-    if "text" in conversation:
-        return
     kept = [document.input_ids for part in fitting if not isinstance(part, str) for document in part]
+    if "text" in conversation:
+        ledger.plain += sum(map(len, kept))
+        return
     ledger.repeated += sum(_common(before, after) for before, after in pairwise(kept))
     ledger.thinking += any(message.get("reasoning") for message in conversation["messages"])
     if overlong == "truncate" and any(map(_cuts_an_answer, rendered, fitting)):

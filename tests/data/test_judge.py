@@ -1,6 +1,7 @@
 """Planted data: what is wrong is an error, what often is a warning, and ordinary data is met with silence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,24 @@ def test_what_has_no_masked_prompts_is_not_judged_by_the_share(tmp_path: Path, t
     assert found(config_of(tmp_path, {"text": text}), tokenizer) == []
     rows = [row(n, 700, 8) for n in range(20)]
     assert found(config_of(tmp_path, {"all": rows}, "data.train.0.supervise=all"), tokenizer) == []
+
+
+@pytest.mark.parametrize(("asked", "kind"), [(5, []), (700, [("error", "supervised share", "mixed")])])
+def test_plain_texts_beside_conversations_neither_count_nor_hide_anything(
+    tmp_path: Path, tokenizer: Any, asked: int, kind: list[object]
+) -> None:
+    config = config_of(tmp_path, {"mixed": []})
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    files = {
+        "texts": [{"text": f"{n} " + "so why " * 500} for n in range(20)],
+        "chats": [row(n, asked, 20) for n in range(9)],
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (source,) = config.data.train
+    config = replace(config, data=replace(config.data, train=[replace(source, path=str(folder))]))
+    assert [each for each in kinds(found(config, tokenizer)) if each[1] == "supervised share"] == kind
 
 
 def test_reasoning_may_be_long_beside_a_short_question(tmp_path: Path, tokenizer: Any) -> None:
