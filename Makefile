@@ -52,12 +52,11 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/kernels/packed_ce.py
 
+# Finds an NVIDIA driver and takes the build of torch that it runs; .venv/bin/python -m qlora_sft.install --dry-run says which.
 install: $(VENV)/installed
 
 # The stamp is written last, so an installation that was cut short is done again.
-$(VENV)/installed: requirements.lock pyproject.toml
+$(VENV)/installed: requirements.lock pyproject.toml qlora_sft/install.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m qlora_sft.install
 	touch $@

@@ -221,7 +221,10 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    overrides = [f"lora.r={RANK}", f"lora.alpha={RANK}", f"training.learning_rate={RATE}", "training.warmup_ratio=0"]
+    overrides = [
+        f"lora.r={RANK}", f"lora.alpha={RANK}", f"training.learning_rate={RATE}", "training.warmup_ratio=0",
+        f"output={options.folder}",
+    ]  # fmt: skip
     config = load_config(str(options.folder / "recipe.yaml"), overrides)
     documents = [Rendered(row["ids"], row["weights"], "gsm8k") for row in rows]
     size, dtype = options.documents, getattr(torch, options.dtype)
@@ -232,7 +235,7 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     memory = use_memory(model, config, tokens, dtype, say)
     args, _ = sft_config(config, options.folder, options.steps, dtype)
     return PackedSFTTrainer(
-        model, PackedCollator(documents, False), bins, options.folder, memory.keep_less, say, args=args,
+        model, PackedCollator(documents, False), bins, config, memory.keep_less, say, args=args,
         processing_class=load_tokenizer(config.model, config.model.path), callbacks=[clocked(options, rows)],
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_sft.config import Config as Config
     from qlora_sft.config import TaskConfig as TaskConfig
     from qlora_sft.config import load_config as load_config
+    from qlora_sft.data.given import with_rows as with_rows
     from qlora_sft.data.packing import pack as pack
     from qlora_sft.data.render import Rendered as Rendered
     from qlora_sft.data.render import render_conversation as render_conversation
@@ -51,6 +52,7 @@ _HOMES = {
     "preview": "preview",
     "render_conversation": "data.render",
     "train": "train",
+    "with_rows": "data.given",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

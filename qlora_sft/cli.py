@@ -21,6 +21,7 @@ from qlora_sft.cli_recipes import add_recipe_verbs
 from qlora_sft.errors import ConfigError, QloraSftError
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
+from qlora_sft.say import tell
 
 CommandResult = Report | Mapping[str, object] | None
 """What a command returns; ``--json`` prints it."""
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configured_verbs(verbs)
     _add_export_verbs(verbs)
     _add_asking_verbs(verbs)
-    _verb(verbs, "doctor", _doctor, "what works here, what does not, and how to get it")
+    _verb(verbs, "doctor", _doctor, "try every part in small: what works here, what does not, and how to get it")
     return parser
 
 
@@ -164,7 +165,9 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         help="questions, in the form of MMLU, ARC, GSM8K, HumanEval or training data; may be given again (default: "
         "evaluation.tasks of the run)",
     )  # fmt: skip
-    evaluate.add_argument("--form", choices=["choices", "number", "exact", "code", "loss"], help="default: detected")
+    evaluate.add_argument(
+        "--form", choices=["choices", "number", "exact", "code", "refusal", "loss"], help="default: detected"
+    )
     # Their ranges are those of a task of the configuration.
     evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
@@ -175,7 +178,26 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
-    evaluate.add_argument("--run-code", action="store_true", help="run what is written for code tasks; no sandbox")
+    evaluate.add_argument(
+        "--run-code", action="store_true", help="run what is written for code tasks, in a sandbox if possible"
+    )
+
+    evaluate.add_argument(
+        "--diagnose", action="store_true",
+        help="ask once more with examples and in other words, and harmless questions: forgetting or alignment tax?",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--keep-right", metavar="FILE", help="write the right answers as training rows (rejection sampling)"
+    )
+
+    compare = _verb(verbs, "compare", _compare, "compare two evaluated runs, question by question")
+    compare.add_argument("runs", nargs=2, metavar="RUN", help="run folder with results of evaluate")
+    compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the bootstrap (default: 0)")
+
+    report = _verb(verbs, "report", _report, "draw the report of a run, or compare several, as a web page")
+    report.add_argument("run", nargs="+", metavar="RUN", help="run folders, also of interrupted runs")
+    report.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html; of several runs "
+                        "also FIRST/comparison.html)")  # fmt: skip
 
     chat = _verb(verbs, "chat", _chat, "talk to a run, a model folder or a GGUF file")
     chat.add_argument("model", help="run folder, model folder or .gguf file")
@@ -218,15 +240,47 @@ def _plan(arguments: argparse.Namespace) -> CommandResult:
 
 def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.config import TaskConfig
-    from qlora_sft.evaluation.evaluate_run import evaluate_run
+    from qlora_sft.evaluation.evaluate_run import TaskSettings, diagnose_run, evaluate_run
+    from qlora_sft.evaluation.keep_right import check_target, keep_right
 
+    kept = Path(arguments.keep_right) if arguments.keep_right else None
+    if kept:
+        check_target(kept)
     names = ("form", "samples", "temperature", "max_rows", "max_new_tokens", "thinking")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given: TaskSettings = {}
+    for name in names:
+        if getattr(arguments, name) is not None:
+            given[name] = getattr(arguments, name)  # type: ignore[literal-required]
     named = [re.fullmatch(r"(?:([\w.-]+)=)?(.+)", task, re.DOTALL) for task in arguments.task]
-    return evaluate_run(
-        arguments.run, [TaskConfig(found[2], name=found[1]) for found in named if found], given,
-        base=not arguments.no_base, run_code=arguments.run_code, seed=arguments.seed,
-    )  # fmt: skip
+    tasks = [TaskConfig(found[2], name=found[1]) for found in named if found]
+    if arguments.diagnose:
+        report = diagnose_run(arguments.run, tasks, given, run_code=arguments.run_code, seed=arguments.seed)
+    else:
+        report = evaluate_run(
+            arguments.run, tasks, given, base=not arguments.no_base, run_code=arguments.run_code, seed=arguments.seed
+        )
+    if kept:
+        rows, asked = keep_right(report, kept)
+        tell(f"{rows:,} right answers to {asked:,} questions: {kept} (train on them, and evaluate on other questions)")
+    return report
+
+
+def _compare(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.evaluation.compare_runs import compare_runs, runs_table
+
+    result = compare_runs(arguments.runs[0], arguments.runs[1], arguments.seed)
+    if not arguments.json:
+        print(runs_table(result))
+    return result
+
+
+def _report(arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.page.write import report_runs, said_of
+
+    result = report_runs(arguments.run, arguments.out)
+    if not arguments.json:
+        print(said_of(result))
+    return result
 
 
 def _merge(arguments: argparse.Namespace) -> CommandResult:
@@ -283,9 +337,12 @@ def _push(arguments: argparse.Namespace) -> CommandResult:
 
 
 def _doctor(arguments: argparse.Namespace) -> CommandResult:
-    from qlora_sft.doctor import examine, table
+    from qlora_sft.doctor import examine, proved, table
+    from qlora_sft.say import tell
 
+    tell("trying an NF4 product, a Triton kernel and a step of LoRA (half a minute)")
     facts = examine()
+    facts["checks"] += proved()
     if not arguments.json:
         print(table(facts))
     return facts

@@ -1,4 +1,4 @@
-"""The verbs around recipes: list those that are shipped, write a new one, convert one of another toolkit."""
+"""Run the verbs around recipes: list those that are shipped, write a new one, convert one of another toolkit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def add_recipe_verbs(add: AddVerb) -> None:
     new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
     new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
     new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
-    other = add("convert", _convert, "make a recipe of a configuration of axolotl or LLaMA-Factory")
-    other.add_argument("file", help="their YAML file")
+    other = add("convert", _convert, "make a recipe of a configuration of axolotl, LLaMA-Factory, TRL or Unsloth")
+    other.add_argument("file", help="their YAML file, or a Python script with their arguments")
     other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qlora_sft.config_data import DataConfig as DataConfig
-from qlora_sft.config_data import Require, check_data, source_name
+from qlora_sft.config_data import Require, check_data, held_out_shares, held_out_sources, source_name
 from qlora_sft.config_data import SourceConfig as SourceConfig
+from qlora_sft.config_lora import LoraConfig as LoraConfig
+from qlora_sft.config_lora import check_lora, take_refused
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import fill_from_adapter
@@ -68,7 +70,10 @@ class ModelConfig:
     """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
     """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
-    .jinja file, in place of the tokenizer's own."""
+    .jinja file, in place of the tokenizer's own. Control tokens that it writes (``<|...|>``) and the vocabulary lacks
+    are added, begin as the mean of all others, are trained and saved."""
+    new_tokens: list[str] = field(default_factory=list)
+    """More control tokens that are added in the same way where the vocabulary lacks them."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
@@ -83,43 +88,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Sets the shape of the adapter."""
-
-    r: Annotated[int, Range(1, 4096)] = 16
-    """Rank."""
-    alpha: Annotated[int, Range(1, 65_536)] = 16
-    """Scale of the update: alpha / r."""
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Share of an adapter's input values that are set to zero at random in training."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
-    not the output head. A list names layers, and gate_up_proj and down_proj of experts."""
-    experts: Literal["train", "frozen"] = "train"
-    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
-    from_: str | None = None
-    """A run's folder or an adapter's, to go on from: rank, alpha and layers are taken from it. The base has to be the
-    one that it was trained on."""
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """Sets optimizer, schedule, batches and checkpoints."""
 
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
     """The highest learning rate of the run, which is reached after the warm-up."""
-    epochs: Annotated[int, Range(1, 10_000)] = 1
-    """How often the run goes through the mixture."""
+    epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
+    """How often the run goes through the mixture. With 0.5 it has half of the rows of every source, drawn at random."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
     """Packed sequences per micro-batch."""
     gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Micro-batches per optimizer step. The loss is weighted by tokens over all of them together."""
+    tokens_per_step: Count | None = None
+    """Tokens per optimizer step, in place of gradient_accumulation: as many micro-batches are accumulated as come
+    nearest to it with what a packed sequence holds on average."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate goes on behind the warm-up: falls to zero in a line or along a cosine, stays, or stays and
+    falls in a line at the end (``wsd``: warm-up, stable, decay)."""
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
+    """Share of the steps in which the learning rate rises."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises, in place of warmup_ratio."""
+    initial_rate_fraction: Annotated[float, Range(0, 1, above=True)] | None = None
+    """Share of the learning rate at which the warm-up begins; default: 1 / (its steps + 1)."""
+    decay_ratio: Annotated[float, Range(0, 1, above=True)] | None = None
+    """With schedule wsd: share of the steps in which the learning rate falls; default: 0.2."""
     weight_decay: Annotated[float, Range(0, 1)] = 0.0
-    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it."""
+    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it. Adapters decay;
+    magnitudes of DoRA and rows of new tokens do not."""
+    new_tokens_rate: Annotated[float, Range(1e-10, 1)] | None = None
+    """The highest learning rate of the rows of control tokens that a chat template adds; default: learning_rate."""
+    neftune_alpha: Annotated[float, Range(0, 1000, above=True)] | None = None
+    """Adds noise to the embeddings in training (NEFTune; its authors take 5), by the length of each document, also of
+    those that share a packed sequence; default: none."""
     max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
     """A gradient with a larger norm is scaled down to this norm; 1e9 leaves all as they are."""
     save_steps: CountOrNone = 50
@@ -129,22 +132,39 @@ class TrainingConfig:
     """How many checkpoints are kept; the oldest go first."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
+    keep: Literal["auto", "best", "last"] = "auto"
+    """Which step the adapter is of that is saved and exported. ``best``: the one with the lowest held-out loss, as the
+    mean over the sources, of those that ``evaluation.every_steps`` has measured; its checkpoint is kept beside the
+    newest ones. ``auto``: best where ``evaluation.every_steps`` is set, else last."""
+    patience: Count | None = None
+    """Ends the run after so many evaluations without a lower held-out loss; default: never. Needs
+    ``evaluation.every_steps``."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
+    TensorBoard's files are in the run folder; the others write where their own settings say."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Questions with known answers, asked by ``qlora-sft evaluate``."""
+    """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
-    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``."""
+    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``. ``benign``
+    is a shipped list of harmless questions, for ``refusal``."""
     name: str | None = None
     """How reports call it; default: the last part of the path without its ending."""
-    form: Literal["auto", "choices", "number", "exact", "code", "loss"] = "auto"
+    form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"] = "auto"
     """How answers are graded. ``choices`` takes the likeliest letter (rows as MMLU's and ARC's); ``number`` compares
-    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``loss``
-    measures the loss of the rows without asking. ``auto`` decides by the columns and prints what it found."""
+    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``refusal``
+    counts the answers that refuse, to questions that nobody needs to refuse; ``loss`` measures the loss of the rows
+    without asking. ``auto`` decides by the columns and prints what it found."""
     max_rows: Count | None = None
     """Asks only so many questions, drawn at random with the seed of the evaluation."""
+    shots: Annotated[int, Range(0, 100)] = 0
+    """Examples with their answers before every question, drawn from the other questions of the task."""
+    phrasing: Literal["plain", "labelled", "polite"] = "plain"
+    """``plain`` asks as the file does; ``labelled`` writes Question: and Answer: around it; ``polite`` asks for help
+    first. What a model can do does not hang on that."""
     samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
@@ -158,10 +178,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Says what is measured on held-out data before and after training."""
+    """Says what is measured on held-out data before, while and after training."""
 
     loss: bool = True
     """Measures the held-out loss per source before and after training."""
+    before_training: bool = True
+    """Measures before training what is measured after it; false saves the time and leaves nothing to compare with."""
+    every_steps: Count | None = None
+    """Optimizer steps between measurements of the held-out loss while training, each a line of ``evaluations.jsonl``;
+    the last step is measured, too. Default: only before and after training."""
     answers: CountOrNone = 3
     """Greedy answers per held-out source, before and after training; 0 for none."""
     max_new_tokens: Count = 128
@@ -169,7 +194,13 @@ class EvaluationConfig:
     show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them."""
+    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them, but for
+    ``tasks_every_steps``."""
+    tasks_every_steps: Count | None = None
+    """Optimizer steps between the times at which some questions of every task are asked while training; after the last
+    step they are asked, too. Default: never."""
+    tasks_rows: Count = 100
+    """Questions of each task that are asked while training, drawn with the seed; each gets one greedy answer."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +264,7 @@ def load_config(name: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     origin: dict[str, str] = {}
     for override in overrides:
         apply_override(tree, override, origin, problems)
+    problems += take_refused(tree.get("lora"), str(path))
     fill_from_adapter(tree.get("lora"))
     config = build(Config, tree, "", str(path), origin, problems)
     problems += _check_values(tree, str(path))
@@ -275,20 +307,47 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         given = tree.get(name, {})
         return build(SECTIONS[name], given, "", "", {}, []) if isinstance(given, dict) else None
 
-    model, data, training, memory, evaluation = map(section, ("model", "data", "training", "memory", "evaluation"))
+    model, data, training, memory, evaluation, lora = map(
+        section, ("model", "data", "training", "memory", "evaluation", "lora")
+    )
     if data:
         require(bool(data.train), "data.train", "must name at least one source")
         check_data(data, require)
     if model:
         no_effect = "has no effect without model.load_in_4bit"
         require(model.load_in_4bit or not model.head_in_4bit, "model.head_in_4bit", no_effect)
+        spaced = [token for token in model.new_tokens if not token or token != "".join(token.split())]
+        require(not spaced, "model.new_tokens", f"must be texts without spaces, got {', '.join(map(repr, spaced))}")
     if model and data and training:
         _check_rope(model.rope_scaling, data, training, require)
+    if training:
+        _check_training(training, require)
+    if training and data:
+        shares = data.share_prefixes != "on" or training.neftune_alpha is None
+        require(shares, "data.share_prefixes", "on goes with no noise (training.neftune_alpha): set one of them back")
+    if lora:
+        given = tree.get("model")
+        check_lora(lora, given if isinstance(given, dict) else {}, require)
     if memory:
         _check_memory(memory, require)
     if evaluation:
         check_tasks(evaluation.tasks, require)
+    if data and training and evaluation:
+        _check_watch(training, data, evaluation, require)
     return problems
+
+
+def _check_watch(t: TrainingConfig, data: DataConfig, e: EvaluationConfig, require: Require) -> None:
+    """Requires that what is to be decided by the held-out loss while training is measured while training."""
+    key = "evaluation.every_steps"
+    held_out = bool(held_out_sources(data) or held_out_shares(data))
+    require(not e.every_steps or held_out, key, "measures held-out rows, and data.held_out names none")
+    require(not e.every_steps or e.loss, key, "has no effect with evaluation.loss=false; remove one of them")
+    needs = f"needs {key}, the steps between measurements of the held-out loss"
+    require(t.keep != "best" or bool(e.every_steps), "training.keep=best", needs)
+    require(not t.patience or bool(e.every_steps), "training.patience", needs)
+    key = "evaluation.tasks_every_steps"
+    require(not e.tasks_every_steps or bool(e.tasks), key, "asks the questions of evaluation.tasks, and there are none")
 
 
 def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluation.tasks") -> None:
@@ -299,6 +358,11 @@ def check_tasks(tasks: list[TaskConfig], require: Require, key: str = "evaluatio
             require(False, f"{here}.{name}", fault)
         sampled = task.form not in ("choices", "loss")
         require(sampled or task.samples == 1, f"{here}.samples", f"has no effect with form {task.form}; remove it")
+        asked = task.form != "loss"
+        require(asked or task.shots == 0, f"{here}.shots", "has no effect with form loss; remove it")
+        require(asked or task.phrasing == "plain", f"{here}.phrasing", "has no effect with form loss; remove it")
+        referenced = task.form not in ("code", "refusal") or task.shots == 0
+        require(referenced, f"{here}.shots", f"needs answers to show, and form {task.form} has none; remove it")
     names = [task_name(task) for task in tasks]
     double = sorted({name for name in names if names.count(name) > 1})
     require(not double, key, f"has two tasks named {', '.join(double)}; give each its own name:")
@@ -330,6 +394,22 @@ def _check_rope(rope: RopeScaling | None, data: DataConfig, training: TrainingCo
         "dynamic: the longest document of a row would change the positions of the others; take yarn, or set "
         "data.packing=none and training.batch_size=1",
     )
+
+
+def _check_training(t: TrainingConfig, require: Require) -> None:
+    # A key that has no effect would be believed to have one.
+    one_batch = t.tokens_per_step is None or t.gradient_accumulation == 1
+    require(one_batch, "training.tokens_per_step", "decides the accumulation; remove training.gradient_accumulation")
+    one_warmup = t.warmup_steps is None or t.warmup_ratio in (0.0, TrainingConfig.warmup_ratio)
+    require(one_warmup, "training.warmup_steps", "is in place of training.warmup_ratio; remove one of them")
+    warm = t.warmup_steps is not None or t.warmup_ratio > 0
+    require(
+        warm or t.initial_rate_fraction is None, "training.initial_rate_fraction", "has no effect without a warm-up"
+    )
+    wsd = t.schedule == "wsd"
+    require(wsd or t.decay_ratio is None, "training.decay_ratio", "has an effect with training.schedule=wsd only")
+    room = t.warmup_steps is not None or not wsd or t.warmup_ratio + (t.decay_ratio or 0) <= 1
+    require(room, "training.decay_ratio", "and training.warmup_ratio are more than the whole run")
 
 
 def _check_memory(m: MemoryConfig, require: Require) -> None:

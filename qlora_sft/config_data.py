@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from qlora_sft.ranges import Count, Factor, Range
@@ -55,6 +56,9 @@ class SourceConfig:
     """Which tokens are trained: every assistant turn, the last one only, or the whole conversation. ``turns``: every
     assistant turn in a document of its own that holds what the model is shown before it at inference, with the history
     as the template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
+    allow_share: bool = False
+    """Lets any share of its tokens be supervised. Otherwise less than 5% or more than 95% is an error in conversations,
+    and less than 20% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
@@ -70,10 +74,15 @@ class SourceConfig:
 class TrainSourceConfig(SourceConfig):
     """Adds what a training source says about its part in the mixture."""
 
+    held_out: str | None = None
+    """Share of its rows that is held out (``5%``), in place of that of ``data.held_out``; ``0%`` for none."""
+
     weight: Factor | None = None
     """Share of the mixture, relative to the other sources' weights; it belongs to ``mixture: explicit``."""
-    quality: Factor | None = None
-    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default."""
+    quality: Factor | Literal["perplexity"] | None = None
+    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default. ``perplexity``: the
+    share of its rows whose answers are no stranger to the base than those of most rows of all sources, in a sample that
+    is scored once with the base's weights as they are loaded, and kept. The extremes are printed, to be read."""
     repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     """How often every row is offered to the mixture per epoch; 2 is like naming the source twice."""
 
@@ -92,13 +101,17 @@ class DataConfig:
 
     train: list[TrainSourceConfig]
     """Sources that are trained on, mixed as ``mixture`` says."""
-    held_out: list[SourceConfig] = field(default_factory=list)
-    """Sources that are never trained on; their loss is measured before and after the run."""
+    held_out: list[SourceConfig] | str = field(default_factory=list)
+    """Sources that are never trained on; their loss is measured before and after the run. Or a share of every training
+    source (``5%``): at least one row of each, chosen by seed and content, near duplicates on one side."""
     max_length: Annotated[int, Range(2, 10**8)] = 2048
     """Tokens per packed sequence, and the longest conversation that is accepted."""
     overlong: Overlong = "drop"
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
     its last tokens, or ends the run. Every case is counted and shown. Plain text is split into pieces that fit."""
+    min_answer_tokens: Count | None = None
+    """Drops a training conversation of which no answer has so many tokens, the token that ends the turn aside. Default:
+    none is dropped, and a source is named of which a fifth of the answers have fewer than 4; 1 accepts them all."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit
     decreasing. Packing changes the speed and nothing else."""
@@ -133,13 +146,17 @@ class DataConfig:
 def check_data(d: DataConfig, require: Require) -> None:
     """Requires that names differ and that every key of the data section has an effect."""
     trained: list[SourceConfig] = [*d.train, *([d.replay] if d.replay else [])]
-    for split, sources in (("train", trained), ("held_out", d.held_out)):
-        names = [source_name(source) for source in sources]
+    held_out = held_out_sources(d)
+    _check_shares(d, require)
+    for split, named in (("train", trained), ("held_out", held_out)):
+        names = [source_name(source) for source in named]
+        if split == "held_out":
+            names += [name for name, share in held_out_shares(d).items() if share]
         double = sorted({name for name in names if names.count(name) > 1})
         require(not double, f"data.{split}", f"has two sources named {', '.join(double)}; give each its own name:")
     keys = [f"data.train.{i}" for i in range(len(d.train))] + ["data.replay"] * (d.replay is not None)
-    keys += [f"data.held_out.{i}" for i in range(len(d.held_out))]
-    for key, source in zip(keys, [*trained, *d.held_out], strict=True):
+    keys += [f"data.held_out.{i}" for i in range(len(held_out))]
+    for key, source in zip(keys, [*trained, *held_out], strict=True):
         _check_source(key, source, require)
     for i, source in enumerate(d.train):
         key, explicit = f"data.train.{i}", d.mixture == "explicit"
@@ -176,6 +193,34 @@ def _check_source(key: str, source: SourceConfig, require: Require) -> None:
         close = get_close_matches(ours, allowed, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         require(ours in allowed, f"{key}.columns", f"maps {ours!r}, which is none of {', '.join(allowed)}{hint}")
+
+
+def held_out_sources(d: DataConfig) -> list[SourceConfig]:
+    """Returns the sources that are named as held out; none if a share of the training sources is."""
+    return d.held_out if isinstance(d.held_out, list) else []
+
+
+def held_out_shares(d: DataConfig) -> dict[str, Fraction]:
+    """Returns the share of each training source that is held out; sources without one are left out."""
+    of_all = d.held_out if isinstance(d.held_out, str) else None
+    given = {source_name(source): source.held_out or of_all for source in d.train}
+    shares = {name: _share(text) for name, text in given.items() if text}
+    return {name: share for name, share in shares.items() if share}
+
+
+def _share(text: str) -> Fraction | None:
+    """Returns the share that a text as ``5%`` says; None if it says none, or more than half."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%", text.strip())
+    share = Fraction(found[1]) / 100 if found else None
+    return share if share is not None and share <= Fraction(1, 2) else None
+
+
+def _check_shares(d: DataConfig, require: Require) -> None:
+    given = {f"data.train.{i}.held_out": source.held_out for i, source in enumerate(d.train)}
+    for key, text in {"data.held_out": d.held_out, **given}.items():
+        if isinstance(text, str):
+            wanted = f"must be a share of at most half, as 5%, got {text!r}"
+            require(_share(text) is not None, key, wanted + ("" if "train" in key else "; or list sources"))
 
 
 def source_name(source: SourceConfig) -> str:

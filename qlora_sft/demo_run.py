@@ -17,15 +17,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_sft.cli import guarded
-from qlora_sft.config import load_config
+from qlora_sft.config import Config, load_config
+from qlora_sft.demo.base_model import is_built
 from qlora_sft.errors import RunError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.run.folder import Run
-from qlora_sft.say import tell
+from qlora_sft.say import progress, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.train import train
 
 AGREEMENT_PROMPTS = 10
+# A rough estimate for two cores; most of the former is answering, before and after training.
+MINUTES_BESIDE_STEPS, MINUTES_PER_STEP = 4.0, 0.08
+ANNOUNCED = """The demo takes about {minutes} minutes on two cores that have nothing else to do, less on a GPU:
+  1. SmolLM2-135M-Instruct and the data: {base}
+  2. held-out loss and answers before training
+  3. {steps} steps of LoRA on the model in 4 bits, three kinds of tasks at once
+  4. the same loss and answers after it
+  5. merge, a q8_0 GGUF compared with the model, and {prompts} questions to it in llama.cpp
+Everything goes into {output}; Ctrl-C ends it, and the same command begins anew."""
 Record = TypeVar("Record")
 
 
@@ -41,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(output: str, overrides: Sequence[str]) -> JsonObject:
     """Trains, exports to q8_0, asks the GGUF, and returns what ``demo.json`` holds."""
     watch = Stopwatch()
-    report = train(load_config("demo", [*overrides, f"output={output}"]), overwrite=True)
+    config = load_config("demo", [*overrides, f"output={output}"])
+    tell(announced(config))
+    report = train(config, overwrite=True)
     from qlora_sft.export.gguf import export_run
     from qlora_sft.export.merge import merge_run
 
@@ -68,6 +80,16 @@ def demo(output: str, overrides: Sequence[str]) -> JsonObject:
     return result
 
 
+def announced(config: Config) -> str:
+    """Says what will be done, and how long it takes, before anything heavy is imported."""
+    steps = config.training.max_steps or 0
+    base = "in the cache already" if is_built() else "93 MB from PyPI, once"
+    return ANNOUNCED.format(
+        minutes=round(MINUTES_BESIDE_STEPS + steps * MINUTES_PER_STEP), base=base, steps=steps,
+        prompts=AGREEMENT_PROMPTS, output=config.output,
+    )  # fmt: skip
+
+
 def ask(gguf: Path, run: Path) -> tuple[float, JsonObject]:
     """Returns the share of held-out prompts on which the GGUF gives the adapter's answer, and one of the records."""
     from qlora_sft.export.run_gguf import complete, running
@@ -77,9 +99,12 @@ def ask(gguf: Path, run: Path) -> tuple[float, JsonObject]:
     if not records:
         raise RunError("the demo needs held-out answers to compare; leave evaluation.answers above 0")
     longest = Run.open(run).config.evaluation.max_new_tokens
+    bar = progress(len(records), "questions to the GGUF", "answer")
     with running(gguf) as server:
         for record in records:
             record["gguf"] = complete(server, record["prompt_ids"], longest).strip()
+            bar.update()
+    bar.close()
     same = sum(record["gguf"] == record["answer"] for record in records)
     return same / len(records), records[0]
 

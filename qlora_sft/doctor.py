@@ -1,8 +1,11 @@
-"""Tell what works on this machine, what does not, and how to get it. It only looks; it changes and fetches nothing."""
+"""Tell what works on this machine, what does not, and how to get it. It changes and fetches nothing."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from typing import TypedDict
 
 from qlora_sft.cache import cache_dir
@@ -14,6 +17,8 @@ from qlora_sft.export.llama_tools import (
     llama_libraries,
     package_version,
 )
+from qlora_sft.install import nvidia_driver
+from qlora_sft.proofs import PARTS
 from qlora_sft.run.manifest import versions
 
 EXPORT_PACKAGES = ("gguf", "safetensors", "xllamacpp", "llama-cpp-python", "sentencepiece", "huggingface_hub")
@@ -42,6 +47,49 @@ def examine() -> Facts:
     return {"packages": {name: found for name, found in packages.items() if found}, "checks": checks}
 
 
+# What is tried, and what to do if it does not work.
+TRIED = {
+    "nf4": ("4-bit product", "`python -m bitsandbytes` says which library it misses; {install}"),
+    "triton": (
+        "Triton kernel",
+        "on a GPU it compiles with gcc and Python's headers (apt install gcc python3-dev), and must be the one that "
+        "torch brings ({install}); model.loss=torch does without",
+    ),
+    "lora": ("step of LoRA", "if it is Unsloth's fault, model.backend=transformers does without it; else {install}"),
+}
+INSTALL = "python -m qlora_sft.install, in a checkout, installs what was tested"
+SECONDS = 300
+
+
+def proved() -> list[Check]:
+    """Tries every part in small, all at once, each in a process of its own."""
+    children = {part: _started(part) for part in PARTS}
+    return [_proof(part, child) for part, child in children.items()]
+
+
+def _started(part: str) -> subprocess.Popen[str]:
+    environment = dict(os.environ)
+    if nvidia_driver() is None:
+        environment["TRITON_INTERPRET"] = "1" if part == "triton" else "0"
+    return subprocess.Popen(
+        [sys.executable, "-m", "qlora_sft.proofs", part],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _proof(part: str, child: subprocess.Popen[str]) -> Check:
+    name, cure = TRIED[part]
+    try:
+        out, err = child.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        out, err = "", f"no result after {SECONDS} seconds"
+    said = (out if child.returncode == 0 else err).strip().splitlines() or [f"ended with {child.returncode}"]
+    ok = child.returncode == 0
+    return {"name": name, "ok": ok, "found": said[-1], "cure": "" if ok else cure.format(install=INSTALL)}
+
+
 def table(facts: Facts) -> str:
     """Returns the facts as text for a terminal."""
     lines = [f"{'ok' if check['ok'] else '--':<4}{check['name']:<26}{check['found']}" for check in facts["checks"]]
@@ -67,6 +115,10 @@ def _device() -> Check:
     # Of a model with heads of 128 whose logits are not capped, as most are.
     path = choose_path(torch.device("cuda" if on_gpu else "cpu"), dtype, 128, capped=False)
     computes = f"computes in {str(dtype).removeprefix('torch.')} ({reason}), attends by {path.name} ({path.reason})"
+    driver = nvidia_driver()
+    if driver and not on_gpu:
+        found = f"CPU, although there is an NVIDIA driver ({driver}): torch {torch.__version__} cannot use it"
+        return {"name": "device", "ok": False, "found": found, "cure": INSTALL}
     name = torch.cuda.get_device_name() if on_gpu else "CPU (training works, slowly)"
     return _check("device", f"{name}; {computes}", "")
 

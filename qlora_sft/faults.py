@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, load_config
-from qlora_sft.config_data import DataConfig, SourceConfig
+from qlora_sft.config_data import DataConfig, SourceConfig, held_out_sources
 from qlora_sft.errors import ConfigError, DataError, all_at_once
 
 # Larger sources are only looked for, not read, when the report is made.
@@ -65,7 +65,7 @@ def _raise_all(error: ConfigError | DataError, parts: Mapping[str, object]) -> N
 def _data_checks(data: object) -> Iterator[Callable[[], object]]:
     if not isinstance(data, DataConfig):
         return
-    sources: list[SourceConfig] = [*data.train, *([data.replay] if data.replay else []), *data.held_out]
+    sources: list[SourceConfig] = [*data.train, *([data.replay] if data.replay else []), *held_out_sources(data)]
     for source in sources:
         yield partial(_check_source, source)
     for path in data.decontaminate:
@@ -104,7 +104,7 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
         return
     yield partial(_check_files, model, folder)
     yield partial(check_tokenizer_files, folder)
-    if isinstance(lora, LoraConfig) and lora.target_modules != "all-linear":
+    if isinstance(lora, LoraConfig) and (lora.target_modules != "all-linear" or lora.modules):
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 JsonObject = dict[str, object]
@@ -13,7 +14,35 @@ JsonList = list[object]
 
 def read_object(file: Path) -> JsonObject:
     """Reads the JSON object in ``file``. Raises OSError, or ValueError for any other content."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict):
         raise ValueError(f"it holds {'null' if content is None else type(content).__name__}, not an object")
     return content
+
+
+def number(value: object) -> float | None:
+    """Returns ``value`` if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def mapping(value: object) -> JsonObject:
+    """Returns ``value`` if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def items(value: object) -> JsonList:
+    """Returns ``value`` if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def numbers(value: object) -> dict[str, float]:
+    """Returns what is a finite number in the object ``value``, by its key."""
+    return {key: found for key, each in mapping(value).items() if (found := number(each)) is not None}

@@ -9,7 +9,13 @@ from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.text import as_path
 
 # PEFT's names of what our settings are.
-KEYS = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+KEYS = {
+    "r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "rslora": "use_rslora", "dora": "use_dora",
+    "modules": "rank_pattern, alpha_pattern",
+}  # fmt: skip
+# How PEFT is told a regular expression for the ends of the paths of layers: behind these two texts, in parentheses.
+PATTERN_BEGINS = "(?="
+PATTERN_GOES_ON = r"(.*\.)?("
 
 
 def adapter_folder(path: str) -> Path | None:
@@ -26,13 +32,16 @@ def adapter_settings(folder: Path) -> JsonObject:
         raise ConfigError(f"lora.from: {folder}: no readable adapter_config.json ({error})") from None
 
 
-def adapter_layers(settings: JsonObject) -> list[str] | None:
-    """Returns the names of the layers that an adapter is on, as ``lora.target_modules`` has them; None if it has none.
+def adapter_layers(settings: JsonObject) -> list[str] | str | None:
+    """Returns the layers that an adapter is on, as ``lora.target_modules`` has them: names, or a regular expression;
+    None if it has none.
 
     PEFT is told more of a mixture of experts (stacks, and weights of layers by their paths) and of a model with towers
     for images or sound (a pattern that ends with the names).
     """
     modules = settings.get("target_modules")
+    if isinstance(modules, str) and modules.startswith(PATTERN_BEGINS) and PATTERN_GOES_ON in modules:
+        return modules.split(PATTERN_GOES_ON, 1)[1][:-1]
     paths = modules.rsplit("(", 1)[-1].rstrip(")").split("|") if isinstance(modules, str) else _texts(modules)
     paths = [*paths, *_texts(settings.get("target_parameters"))]
     return sorted({path.removesuffix(".weight").rsplit(".", 1)[-1] for path in paths}) or None
@@ -44,11 +53,25 @@ def _texts(value: object) -> list[str]:
 
 def setting_of_adapter(settings: JsonObject, key: str) -> object:
     """Returns what an adapter says of our setting ``key``, one of `KEYS`."""
-    return adapter_layers(settings) if key == "target_modules" else settings.get(KEYS[key])
+    if key == "target_modules":
+        return adapter_layers(settings)
+    if key == "modules":
+        return _own_shapes(settings)
+    value = settings.get(KEYS[key])
+    return bool(value) if key in ("rslora", "dora") else value
+
+
+def _own_shapes(settings: JsonObject) -> list[JsonObject]:
+    """Returns ``lora.modules`` of an adapter: what of it has a rank or an alpha of its own."""
+    ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    assert isinstance(ranks, dict)
+    assert isinstance(alphas, dict)
+    own = [{"match": match, "r": ranks.get(match), "alpha": alphas.get(match)} for match in sorted({*ranks, *alphas})]
+    return [{key: value for key, value in each.items() if value is not None} for each in own]
 
 
 def fill_from_adapter(lora: object) -> None:
-    """Gives the section ``lora`` of a configuration the rank, the scale and the layers of the adapter that it names.
+    """Gives the section ``lora`` of a configuration the form, the ranks and the layers of the adapter that it names.
 
     What is given stays; whether it is the adapter's, and whether there is an adapter, is found before training. A
     finished run can be read without the adapter that it went on from.

@@ -25,13 +25,30 @@ if TYPE_CHECKING:
 
 
 def is_mixture(config: Config) -> bool:
-    """Whether the base is a mixture of experts; a base that is not there is reported later, with all else."""
+    """Says whether the base is a mixture of experts.
+
+    A base that cannot be found counts as none; that fault is reported later, together with all others.
+    """
     if config.model.path == "demo":  # to build it imports transformers
         return False
     try:
         return has_experts(read_config(resolve_base(config.model.path, config.model.revision)))
     except ConfigError:
         return False
+
+
+def why_not_unsloth(config: Config) -> str:
+    """Returns why the run of ``config`` is loaded without Unsloth; "" if nothing speaks against it."""
+    if is_mixture(config):
+        return "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    lora = config.lora
+    if lora.dora:
+        return "lora.dora trains magnitudes, which Unsloth's kernels do not know"
+    if lora.init == "eva":
+        return "lora.init=eva looks at what goes into each layer, which Unsloth's kernels do not show"
+    if lora.modules or (isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"):
+        return "lora.modules and regular expressions for layers are told to PEFT itself"
+    return ""
 
 
 def prepare(
@@ -53,7 +70,7 @@ def prepare(
         backend = Backend("transformers", "nothing is trained in this process")
         if unsloth or config.model.backend == "unsloth":
             use_expandable_segments()
-            backend = choose_backend(config.model.backend, is_mixture(config))
+            backend = choose_backend(config.model.backend, why_not_unsloth(config))
             say(f"backend: {backend.name} ({backend.reason})")
         from qlora_sft.run_data import checked_base, render_data
     with watch("base model"):

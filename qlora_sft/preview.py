@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
 from qlora_sft.json_types import JsonObject
 from qlora_sft.prepare import prepare
-from qlora_sft.run.report import Report
+from qlora_sft.run.report import ONLY_HERE, Report
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
@@ -33,10 +33,17 @@ class ShownDocument(Report):
 
 @dataclass(frozen=True)
 class PreviewReport(Report):
-    """Holds the documents that were shown and the ledger of every source."""
+    """Holds the documents that were shown, the ledger of every source, and what the data is judged by."""
 
     rows: list[ShownDocument]
     ledger: dict[str, JsonObject]
+    findings: list[JsonObject] = field(default_factory=list)
+    """Level, kind, source and text of each warning; an error ends the preview as it would end the training."""
+    html: str = field(default="", repr=False, metadata=ONLY_HERE)
+    """The documents for a notebook."""
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def preview(
@@ -57,7 +64,7 @@ def preview(
         tell(text)
 
     data = prepare(config, say, unsloth=not alone)
-    from qlora_sft.data.show import as_page, as_text
+    from qlora_sft.data.show import as_page, as_piece, as_text
 
     documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
@@ -66,14 +73,17 @@ def preview(
         print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
     if page:
         from qlora_sft.atomic import written_file
+        from qlora_sft.data.histograms import histograms
 
+        said.append(histograms(data.train.documents, tokenizer))
         with written_file(Path(page)) as beside:
             beside.write_text(
                 as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said), trees), "utf-8"
             )
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
-    return PreviewReport(rows, ledger)
+    findings = [asdict(finding) for finding in data.findings]
+    return PreviewReport(rows, ledger, findings, as_piece(packed, tokenizer, trees))
 
 
 def _shown(document: Rendered, tokenizer: PreTrainedTokenizerBase) -> ShownDocument:

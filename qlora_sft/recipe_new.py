@@ -58,7 +58,8 @@ GOALS = {
         evaluation=("answers: 0                      # plain texts ask no questions",),
     ),
     "long": Goal("long conversations and documents, as long as the card allows", longest=131_072, rank=16,
-                 learning_rate="1e-4"),
+                 learning_rate="1e-4",
+                 source=("allow_share: true             # an answer is short beside a long document",)),
 }  # fmt: skip
 
 
@@ -173,8 +174,7 @@ def _held_out(paths: Sequence[str], goal: Goal) -> list[str]:
     if paths:
         return ["  held_out:", *_sources(paths, goal)]
     return [
-        "  # held_out:                     # rows kept apart show what was learned; never trained on",
-        "  #   - path: held_out.jsonl",
+        "  # held_out: 5%                  # of every source: never trained on, they show what was learned; or a list",
     ]
 
 

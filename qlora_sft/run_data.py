@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
@@ -18,12 +18,13 @@ import torch
 from qlora_sft.config import Config, SourceConfig
 from qlora_sft.data.dedup import Removed
 from qlora_sft.data.documents import Chain
+from qlora_sft.data.judge import Finding, judge, tell_findings
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sequences import Packed
-from qlora_sft.data.sources import read_sources
-from qlora_sft.data.splits import RunSources
+from qlora_sft.data.sources import Source, read_sources
+from qlora_sft.data.splits import RunSources, read_held_out, read_trained
 from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.errors import RunError
 from qlora_sft.faults import every_fault
@@ -33,6 +34,7 @@ from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import why_not_shared
+from qlora_sft.model.rating import with_ratings
 from qlora_sft.model.remote_code import check_folder
 from qlora_sft.model.run_base import described_base
 from qlora_sft.model.tokenizer import end_turns, load_tokenizer, read_tokenizer, stop_token_ids
@@ -60,6 +62,8 @@ class RunData:
     removed: list[Removed]
     commit: str | None = None
     """Commit of the Hub that the base is of; None for a folder."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is to be said of the training data."""
 
     @property
     def documents(self) -> Chain:
@@ -96,14 +100,17 @@ def render_data(
     tokenizer = load_tokenizer(config.model, base, say)
     chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
+    config = with_ratings(config, sources.train, tokenizer, chat, base, say)
     cannot_share = why_not_shared(config, base, backend.name)
     train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, cannot_share)
+    findings = judge(config, sources.train, train, packed)
+    tell_findings(findings, say)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)
     # Only now: a plain text ends in the base's own eos token.
     end_turns(tokenizer, config.model, base, say)
     origin = hub_origin(config.model.path, base)
     commit = origin.commit if origin else None
-    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed, commit)
+    return RunData(backend, base, tokenizer, chat, train, held_out, packed, sources.removed, commit, findings)
 
 
 # ------------------------------------------------------------------ of a finished run
@@ -131,12 +138,18 @@ class SavedText:
 
     def render(self, config: Config, sources: Sequence[SourceConfig]) -> Prepared:
         """Renders all rows of ``sources`` as training did. Raises `DataError`."""
-        read = read_sources(list(sources), config.seed)
-        return render_sources(read, config.data, self.training_tokenizer, self.chat_format)
+        return self._rendered(config, read_sources(list(sources), config.seed))
 
-    def documents(self, config: Config, sources: Sequence[SourceConfig]) -> Iterator[Rendered]:
-        """Yields documents as `render` makes them, one of every source in turn, rendered as they are taken."""
-        read = read_sources(list(sources), config.seed)
+    def held_out(self, config: Config) -> Prepared:
+        """Renders all rows that the run held out, as it did. Raises `DataError`."""
+        return self._rendered(config, read_held_out(config))
+
+    def _rendered(self, config: Config, sources: list[Source]) -> Prepared:
+        return render_sources(sources, config.data, self.training_tokenizer, self.chat_format)
+
+    def documents(self, config: Config) -> Iterator[Rendered]:
+        """Yields documents that were trained on, one of every source in turn, rendered as they are taken."""
+        read = read_trained(config)
         each = (render_rows(source, config.data, self.training_tokenizer, self.chat_format) for source in read)
         return (document for group in zip_longest(*each) for document in group if document is not None)
 

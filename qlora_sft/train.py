@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 
 from qlora_sft.config import Config
+from qlora_sft.data.given import GivenRows, with_rows
 from qlora_sft.faults import every_fault
 from qlora_sft.prepare import prepare
 from qlora_sft.run.folder import kept_day
@@ -22,27 +23,35 @@ from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
+from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.said import Said
 
 
-def train(config: Config, *, overwrite: bool = False, resume: bool = False, say: Say = tell) -> RunReport:
+def train(
+    config: Config, *, data: GivenRows | None = None, overwrite: bool = False, resume: bool = False, say: Say = tell
+) -> RunReport:
     """Trains as configured and returns the report, which ``manifest.json`` in the run folder holds as well.
+
+    data: rows from Python in place of those of a source, see `with_rows`.
 
     resume: goes on from the newest checkpoint in the run folder, if there is one, to the very result of a run that was
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), Said(say)
+    config = with_rows(config, data, say=say)
     with every_fault(config):
+        check_loggers(config)
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
         config = as_begun(config, run, say) if checkpoint else config
     # A run that goes on writes the date that it began with, if its chat template writes one.
-    data = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
+    prepared = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe
-    return run_recipe(config, run, data, checkpoint, watch, say)
+    return run_recipe(config, run, prepared, checkpoint, watch, say)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ learning_rate: 2e-4
 warmup_steps: 10
 bf16: auto
 flash_attention: true
+deepspeed: zero1.json
 wandb_project:
 output_dir: ./outputs/out
 """
@@ -91,7 +92,8 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (t.batch_size, t.gradient_accumulation, t.epochs, t.optimizer) == (2, 4, 2, "adamw_8bit")
     assert (t.learning_rate, config.output) == (2e-4, "./outputs/out")
     named = [note.split(":")[0] for note in notes.splitlines()]
-    assert sorted(named) == ["lr_scheduler", "type", "val_set_size", "warmup_steps"]
+    assert sorted(named) == ["deepspeed", "type", "val_set_size"]
+    assert (t.schedule, t.warmup_steps) == ("cosine", 10)
 
 
 def test_llama_factory(tmp_path: Path) -> None:
@@ -104,9 +106,9 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert (absent.path, ours.max_rows, absent.max_rows, ours.supervise) == ("absent", 100, 100, "last")
     assert (config.model.load_in_4bit, config.model.chat_template) == (True, "qwen3")
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj", "v_proj"])
-    assert (config.data.packing, config.training.epochs, config.training.learning_rate) == ("none", 1, 5e-5)
+    assert (config.data.packing, config.training.epochs, config.training.learning_rate) == ("none", 0.5, 5e-5)
     named = [note.split(":")[0] for note in notes.splitlines()]
-    assert sorted(named) == ["dataset", "deepspeed", "num_train_epochs"]
+    assert sorted(named) == ["dataset", "deepspeed"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_the_verb_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     file.write_text(AXOLOTL)
     assert main(["convert", str(file)]) == 0
     printed = capsys.readouterr()
-    assert "not in the recipe: warmup_steps: 10: has no counterpart" in printed.err
+    assert "not in the recipe: deepspeed: zero1.json: has no counterpart" in printed.err
     assert main(["convert", str(file), "--out", str(out)]) == 0
     assert out.read_text() == printed.out
     assert main(["convert", str(file), "--out", str(out)]) == 2
@@ -198,9 +200,33 @@ def test_every_file_is_a_source(tmp_path: Path) -> None:
     assert "data_files: a/more.jsonl, b/more.jsonl: files of owner/files" in notes
 
 
-def test_the_schedule_that_stands_nowhere_is_noted(tmp_path: Path) -> None:
-    _, notes = converted(AXOLOTL.replace("lr_scheduler: cosine\n", ""), tmp_path)
-    assert "lr_scheduler: cosine: the learning rate falls linearly" in notes
+def test_the_schedule_that_stands_nowhere_is_theirs(tmp_path: Path) -> None:
+    config, _ = converted(AXOLOTL.replace("lr_scheduler: cosine\n", ""), tmp_path)
+    assert config.training.schedule == "cosine"
+    config, notes = converted(AXOLOTL.replace("cosine", "rex").replace("warmup_steps: 10", "warmup_steps: 0"), tmp_path)
+    assert "lr_scheduler: rex: training.schedule has no such kind" in notes
+    assert (config.training.schedule, config.training.warmup_steps) == ("linear", None)
+
+
+def test_forms_of_adapters(tmp_path: Path) -> None:
+    theirs = (
+        "peft_use_rslora: true\npeft_use_dora: true\nloraplus_lr_ratio: 16\nneftune_noise_alpha: 5\n"
+        "peft_init_lora_weights: pissa\nlora_modules_to_save: [lm_head]\n"
+    )
+    config, notes = converted(AXOLOTL + theirs, tmp_path)
+    lora = config.lora
+    assert (lora.rslora, lora.dora, lora.plus_ratio, lora.init) == (True, True, 16.0, "default")
+    assert config.training.neftune_alpha == 5.0
+    assert "peft_init_lora_weights: pissa: takes the largest directions out of the base's weights" in notes
+    assert "lora_modules_to_save: ['lm_head']: whole matrices are not trained here" in notes
+    theirs = (
+        "use_rslora: true\nloraplus_lr_ratio: 8\nneftune_noise_alpha: 5\nwarmup_steps: 4\npissa_init: true\n"
+        "additional_target: embed_tokens\n"
+    )
+    config, notes = converted(FACTORY.replace("linear", "constant_with_warmup") + theirs, tmp_path)
+    assert (config.lora.rslora, config.lora.plus_ratio, config.training.neftune_alpha) == (True, 8.0, 5.0)
+    assert (config.training.schedule, config.training.warmup_steps) == ("constant", 4)
+    assert {"pissa_init", "additional_target"} <= {note.split(":")[0] for note in notes.splitlines()}
 
 
 @pytest.mark.parametrize(

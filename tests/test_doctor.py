@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from qlora_sft import doctor
 from qlora_sft.cli import main
-from qlora_sft.doctor import examine, table
+from qlora_sft.doctor import examine, proved, table
 from qlora_sft.model.attention import choose_path
 
 
@@ -55,9 +58,36 @@ def test_it_says_what_a_gpu_without_bfloat16_will_do(monkeypatch: pytest.MonkeyP
     assert found[1].startswith("NVIDIA L4; computes in bfloat16 (NVIDIA L4 has bfloat16), attends by varlen")
 
 
-def test_doctor_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_driver_that_torch_cannot_use_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build on a machine with a card trains there without a word, some hundred times slower."""
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: "580.65.06")
+    check = checks()["device"]
+    assert not check["ok"]
+    assert "although there is an NVIDIA driver (580.65.06)" in str(check["found"])
+    assert "python -m qlora_sft.install" in str(check["cure"])
+
+
+def test_a_part_that_fails_says_why_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that cannot be imported, as where their CUDA libraries are missing."""
+    for name in ("bitsandbytes", "triton"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('lib{name}.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(doctor, "PARTS", ["nf4", "triton"])
+    nf4, triton = proved()
+    assert (nf4["ok"], nf4["found"]) == (False, "ImportError: libbitsandbytes.so: cannot open shared object file")
+    assert "python -m bitsandbytes" in nf4["cure"]
+    assert (triton["ok"], triton["found"]) == (False, "ImportError: libtriton.so: cannot open shared object file")
+    assert "apt install gcc python3-dev" in triton["cure"]
+
+
+def test_doctor_on_the_command_line_tries_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"]
-    assert main(["doctor"]) == 0
-    assert "GGUF converter" in capsys.readouterr().out
+    tried = {check["name"]: check for check in facts["checks"][-3:]}
+    assert all(check["ok"] for check in tried.values()), tried
+    assert "that by the dequantised matrix" in tried["4-bit product"]["found"]
+    assert "those of plain torch" in tried["Triton kernel"]["found"]
+    before, after = re.findall(r"loss ([\d.]+) -> ([\d.]+)", tried["step of LoRA"]["found"])[0]
+    assert float(after) < float(before)
+    assert "GGUF converter" in table(facts)

@@ -25,7 +25,7 @@ def anchors(text: str) -> set[str]:
 def broken(file: Path, text: str) -> list[str]:
     """The relative links of a file that name no file, or no heading of the file that they name."""
     faults = []
-    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", without_code(text)):
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", without_code(text)):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")

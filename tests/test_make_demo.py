@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,17 @@ def test_make_demo(tmp_path: Path) -> None:
     assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert "It answers:" in result.stderr
     assert result.stdout.strip()
+
+
+def test_it_says_at_once_what_it_will_do_and_how_long(tmp_path: Path) -> None:
+    """Before torch is imported, which alone may take longer than anybody waits for a sign of life."""
+    code = (
+        "import sys, qlora_sft.demo_run as demo\n"
+        "demo.train = lambda config, overwrite: sys.exit('torch' in sys.modules)\n"
+        "demo.demo('somewhere', ['training.max_steps=100'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"takes about \d+ minutes on two cores", done.stderr)
+    assert "100 steps of LoRA" in done.stderr
+    assert "Everything goes into somewhere" in done.stderr

@@ -1,8 +1,10 @@
-"""The notebooks, run cell by cell on a tiny model: they must not rot."""
+"""The notebooks, run cell by cell on a tiny model, and their first cell as it would run in Colab: they must not rot."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,32 @@ from typing import Any
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
 # Shown to nobody here; what would be is kept.
 STUB = "class HTML(str): pass\ndef display(shown): assert 'srcdoc' in shown and 'supervised' in shown"
+SMALL = ["training.max_steps=1", "evaluation.answers=1", "evaluation.max_new_tokens=4", "data.held_out.0.max_rows=2"]
+DEMO = [
+    *(f"data.train.{number}.max_rows=20" for number in range(3)),
+    *(f"data.held_out.{number}.max_rows=2" for number in (1, 2)),
+    "evaluation.tasks.0.max_rows=2",
+    "evaluation.tasks.0.max_new_tokens=4",
+]
+FOLDERS = {
+    "quickstart": "notebook", "own_data": "own-data", "thinking_and_tools": "thinking", "long_context": "long",
+    "evaluate_and_export": "export",
+}  # fmt: skip
+# One process after another would spend its time on imports.
+TOGETHER = """
+import sys, traceback
+for name in sys.argv[1:]:
+    print(f"== {name}", flush=True)
+    try:
+        exec(compile(open(f"{name}.py").read(), name, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        print(traceback.format_exc(), flush=True)
+"""
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
@@ -20,31 +45,154 @@ def cells(notebook: Path) -> list[dict[str, Any]]:
     return [cell for cell in found if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def first_cell(notebook: Path) -> str:
+    return "".join(cells(notebook)[0]["source"])
+
+
+def shortened(name: str, model: Path, backend: str) -> str:
+    """The code of a notebook, with settings that make it short in its one list of them."""
+    code = "\n\n".join("".join(cell["source"]) for cell in cells(ROOT / "notebooks" / f"{name}.ipynb"))
+    small = [f"model.path={model}", f"model.backend={backend}", *SMALL, *([] if name == "own_data" else DEMO)]
+    # The notebook's own steps and rows are more, so they must not come behind.
+    code = re.sub(r', "training.max_steps=\d+"', "", code)
+    code = re.sub(r"max_rows=20, max_new_tokens=\d+", "max_rows=2, max_new_tokens=4", code)
+    begin, found, end = code.partition(f'["output=runs/{FOLDERS[name]}"')
+    assert found
+    return f"{begin}[*{small!r}, {found[1:]}{end}"
+
+
+def prepared(folder: Path) -> Path:
+    (folder / "IPython").mkdir(parents=True)
+    (folder / "IPython" / "__init__.py").touch()
+    (folder / "IPython" / "display.py").write_text(STUB)
+    return folder
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
 def test_no_outputs_are_kept(notebook: Path) -> None:
     assert cells(notebook)
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(notebook))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_runs(notebook: Path, tmp_path: Path, tiny_model: Path) -> None:
-    code = "\n\n".join("".join(cell["source"]) for cell in cells(notebook))
-    small = ["training.max_steps=1", "evaluation.answers=1", "evaluation.max_new_tokens=4", f"model.path={tiny_model}"]
-    small += [f"data.train.{number}.max_rows=20" for number in range(3)]
-    small += [f"data.held_out.{number}.max_rows=2" for number in range(3)]
-    small += ["evaluation.tasks.0.max_rows=2", "evaluation.tasks.0.max_new_tokens=4"]
-    settings = '["output=runs/notebook"]'
-    assert code.count(settings) == 1
-    (tmp_path / "IPython").mkdir()
-    (tmp_path / "IPython" / "__init__.py").touch()
-    (tmp_path / "IPython" / "display.py").write_text(STUB)
-    script = tmp_path / "notebook.py"
-    script.write_text(code.replace(settings, repr([*small, "output=runs/notebook"])))
+def test_the_quickstart_runs(tmp_path: Path, tiny_model: Path) -> None:
+    script = prepared(tmp_path) / "notebook.py"
+    script.write_text(shortened("quickstart", tiny_model, "auto"))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "backend: unsloth" in done.stderr
+    # Unsloth's unsloth_compiled_cache is not among them.
     assert {path.name for path in tmp_path.iterdir()} == {"IPython", "notebook.py", "runs"}
     run = tmp_path / "runs" / "notebook"
     assert (run / "gguf" / "notebook-q8_0.gguf").is_file()
     assert (run / "evaluation" / "arithmetic.json").is_file()
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def run_together(names: list[str], folder: Path, model: Path) -> dict[str, str]:
+    """Runs notebooks in one process, one after the other, and returns what each of them printed."""
+    prepared(folder)
+    for name in names:
+        (folder / f"{name}.py").write_text(shortened(name, model, "transformers"))
+    (folder / "together.py").write_text(TOGETHER)
+    done = subprocess.run([sys.executable, "together.py", *names], cwd=folder, capture_output=True, text=True)
+    parts = re.split(r"^== (\w+)\n", done.stdout, flags=re.M)
+    printed = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(printed) == names, done.stderr
+    for name in names:
+        assert "Traceback" not in printed[name], printed[name]
+    return printed
+
+
+def test_own_data_and_long_context_run(tmp_path: Path, tiny_model: Path) -> None:
+    home = tmp_path / "home"
+    printed = run_together(["own_data", "long_context"], home, tiny_model)
+    assert "shop         1 of 20 rows kept" in printed["own_data"]
+    assert "data/broken.jsonl:1: no assistant turn" in printed["own_data"]
+    assert "did you mean 'learning_rate'?" in printed["own_data"]
+    assert "longest row per card" in printed["long_context"]
+    assert "65,536 tokens" in printed["long_context"]
+    assert "offload      activations" in printed["long_context"]
+    assert (home / "runs/own-data/adapter").is_dir()
+    assert (home / "runs/long/adapter").is_dir()
+    left = {path.name for path in home.iterdir() if path.suffix != ".py"}
+    assert left == {"IPython", "runs", "data", "shop.yaml"}
+
+
+@pytest.mark.slow
+def test_thinking_and_export_run(tmp_path: Path, tiny_model: Path) -> None:
+    """The quickstart has the most of it."""
+    home = tmp_path / "home"
+    printed = run_together(["thinking_and_tools", "evaluate_and_export"], home, tiny_model)
+    assert "tool_call" in printed["thinking_and_tools"]
+    assert (home / "runs/thinking/evaluation/thinking-off.json").is_file()
+    assert (home / "runs/export/gguf/export-q8_0.gguf").is_file()
+    assert (home / "runs/export/evaluation/general.json").is_file()
+    assert "TEMPLATE" in printed["evaluate_and_export"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_its_badge_opens_it_and_its_first_cell_fetches_the_same_project(notebook: Path) -> None:
+    text = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    (opened,) = re.findall(
+        r"\(https://colab\.research\.google\.com/github/(\S+)/blob/main/notebooks/(\w+)\.ipynb\)", text
+    )
+    (fetched,) = re.findall(r'"https://github\.com/(\S+)"', first_cell(notebook))
+    assert opened == (fetched, notebook.stem)
+    assert first_cell(notebook) == first_cell(NOTEBOOKS[0])
+    assert f"notebooks/{notebook.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def colab(folder: Path) -> dict[str, str]:
+    """An environment as Colab's: its versions, google.colab, and a git and a pip that only write down what they do."""
+    versions = {
+        "torch": "2.11.0+cu128", "triton": "3.6.0", "torchvision": "0.26.0+cu128", "torchao": "0.10.0",
+        "numpy": "2.1.3", "pandas": "2.2.3", "protobuf": "5.29.6",
+    }  # fmt: skip
+    site, bin = folder / "site", folder / "bin"
+    for name, version in versions.items():
+        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    (site / "google" / "colab").mkdir(parents=True)
+    (site / "pip").mkdir()
+    (site / "pip" / "__init__.py").touch()
+    (site / "pip" / "__main__.py").write_text(
+        "import sys, pathlib\n"
+        f"with open({str(folder / 'pip.log')!r}, 'a') as log:\n"
+        "    print(*sys.argv[1:], file=log)\n"
+        "    for part in sys.argv:\n"
+        "        print(pathlib.Path(part).read_text() if part.endswith('versions.txt') else '', end='', file=log)\n"
+    )
+    bin.mkdir()
+    (bin / "git").write_text(f'#!/bin/sh\ncp -r {ROOT}/qlora_sft {ROOT}/requirements.lock "$5/" || exit 1\n')
+    (bin / "git").chmod(0o755)
+    (folder / "content" / "qlora-sft").mkdir(parents=True)
+    return {**os.environ, "PYTHONPATH": str(site), "PATH": f"{bin}:/usr/bin:/bin"}
+
+
+def test_in_colab_the_first_cell_installs_beside_its_torch(tmp_path: Path) -> None:
+    environment = colab(tmp_path)
+    hide = "import sys\nsys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in repr(finder)]\n"
+    code = first_cell(NOTEBOOKS[0]).replace("/content", str(tmp_path / "content"))
+    # Nothing was installed, so what installed it is looked for where it was fetched.
+    code = code.replace("    importlib.invalidate", "    sys.path.append(home)\n    importlib.invalidate")
+    done = subprocess.run(
+        [sys.executable, "-c", hide + code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch 2.11.0+cu128 is here and is kept; what others use here stays as it is" in done.stdout
+    first, *pins, last = (tmp_path / "pip.log").read_text().splitlines()
+    assert "install --constraint" in first
+    assert ".[gguf]" in first
+    kept = {"torch==2.11.0+cu128", "triton==3.6.0", "torchvision==0.26.0+cu128", "numpy==2.1.3", "pandas==2.2.3"}
+    assert kept | {"protobuf==5.29.6", "transformers==5.17.0"} < set(pins)
+    assert not any(part.startswith(("torch=", "triton", "numpy", "pandas", "protobuf")) for part in first.split())
+    assert "--no-deps unsloth==" in last
+
+
+def test_elsewhere_the_first_cell_does_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", first_cell(NOTEBOOKS[0])], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.ranges import Range
-from qlora_sft.strict import ranges
+from qlora_sft.strict import options_of, ranges
 from qlora_sft.train import train
 
 CASES = Path(__file__).parent / "cases"
@@ -31,6 +31,9 @@ CONTEXT = {
     "replay": ["data.replay={path: general.txt}"],
     "tasks": ["evaluation.tasks=[{path: task.jsonl}]"],
     "held_out": ["data.held_out=[{path: held_out.jsonl}]"],
+    "every_steps": ["data.held_out=[{path: held_out.jsonl}]"],
+    "patience": ["data.held_out=[{path: held_out.jsonl}]", "evaluation.every_steps=3"],
+    "tasks_every_steps": ["evaluation.tasks=[{path: task.jsonl}]"],
 }
 
 
@@ -39,10 +42,11 @@ def numbers(kind: Any, prefix: str = "") -> Iterator[tuple[str, type, Range | No
     for name, bare, limits in ranges(kind):
         yield prefix + name, bare, limits
     for name, hint in typing.get_type_hints(kind).items():
-        for option in typing.get_args(hint) or (hint,):
-            if dataclasses.is_dataclass(option):
-                many = typing.get_origin(hint) is list
-                yield from numbers(option, f"{prefix}{name}.{'0.' if many else ''}")
+        for option in options_of(hint):
+            many = typing.get_origin(option) is list
+            kind_of_it = typing.get_args(option)[0] if many else option
+            if dataclasses.is_dataclass(kind_of_it):
+                yield from numbers(kind_of_it, f"{prefix}{name}.{'0.' if many else ''}")
 
 
 NUMBERS = list(numbers(Config))
@@ -94,10 +98,11 @@ def test_values_without_sense_are_refused_or_train_to_a_finite_adapter(make_conf
     accepted = [f"{key}={value}" for key, value, fault in results if not fault]
     assert {override.split("=")[1] for override in accepted} == {"0"}
     assert sorted(accepted) == [
-        "evaluation.answers=0", "evaluation.show=0", "lora.dropout=0", "seed=0", "training.save_steps=0",
-        "training.warmup_ratio=0", "training.weight_decay=0",
+        "evaluation.answers=0", "evaluation.show=0", "evaluation.tasks.0.shots=0", "lora.dropout=0", "seed=0",
+        "training.save_steps=0", "training.warmup_ratio=0", "training.weight_decay=0",
     ]  # fmt: skip
-    config = make_config(*accepted, "training.max_steps=2")
+    needed = dict.fromkeys(each for override in accepted for each in needed_by(override.split("=")[0]))
+    config = make_config(*needed, *accepted, "training.max_steps=2")
     train(config, say=lambda _: None)
     adapter = load_file(Path(config.output) / "adapter" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in adapter.values())

@@ -68,7 +68,7 @@ def test_the_page_stands_alone_and_escapes_everything(tokenizer: Any) -> None:
     page = as_page([[document, document]], tokenizer, "<title>", "a < b")
     assert "<script" not in page
     assert "<i>" not in page
-    assert page.count('class="doc"') == 2
+    assert page.count('<div class="tokens"') == 2
     assert not re.search(r"https?://|src=|href=", page)
     assert 'name="viewport"' in page
 

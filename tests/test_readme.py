@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import support_matrix
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Whose commands are run, one after the other.
 PAGES = "".join([README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("evaluation", "export"))])
+
+
+WITHOUT_MAKE = ("python3 -m venv .venv", ".venv/bin/python -m qlora_sft.install")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -22,6 +27,19 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks("sh", PAGES) for line in block.splitlines() if line.strip()]
+
+
+def test_the_support_matrix_is_that_of_what_was_tried() -> None:
+    tried = support_matrix.families()
+    lines = (ROOT / "docs" / "families.jsonl").read_text().splitlines()
+    rows = {row["kind"]: row for row in map(json.loads, lines)}
+    for family, template in support_matrix.NAMES.values():
+        assert rows[family]["how"] in ("packed", "alone")
+        assert (tried[family][0] == "packed") == (rows[family]["how"] == "packed")
+        assert bool(tried[family][3]) == rows[family]["tiled"]
+        if template:
+            assert (ROOT / "qlora_sft" / "data" / "templates" / f"{template}.jinja").is_file()
+    assert support_matrix.written(README) == README, "run python benchmarks/support_matrix.py"
 
 
 def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,17 +51,14 @@ def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def test_every_command_is_covered_below() -> None:
-    known = ("make demo", "make test", ".venv/bin/qlora-sft ", "pip install ")
+    known = ("make demo", "make test", "make install", ".venv/bin/qlora-sft ", *WITHOUT_MAKE)
     assert [command for command in commands() if not command.startswith(known)] == []
 
 
 def test_the_installation_is_what_make_does() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for command in commands():
-        if command.startswith("pip install"):
-            *_, last = command.split()
-            assert {"-e": "--editable"}.get(last, last) in makefile
-            assert ("--no-deps" in command) == (last != "torch==2.13.0")
+    done = run("make --dry-run --always-make install", ROOT).stdout.splitlines()
+    assert tuple(done[:2]) == WITHOUT_MAKE
+    assert set(WITHOUT_MAKE) < set(commands())
 
 
 def test_the_tests_are_what_make_runs() -> None:
@@ -63,8 +78,10 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     (tmp_path / "mmlu.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n')
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')
     # A server does not end by itself; tests/test_chat.py has one.
-    ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft") and "--serve" not in command]
-    verbs = "new preview plan train chat evaluate merge export chat evaluate evaluate export export push".split()
+    left_out = ("--serve", "doctor")  # the latter is in tests/test_doctor.py
+    ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
+    ours = [command for command in ours if not any(word in command for word in left_out)]
+    verbs = "new preview plan train chat evaluate report merge export chat evaluate evaluate export export push".split()
     assert [command.split()[1] for command in ours] == verbs
     # The demo, whose recipe has tasks, was not trained here.
     ours = [command.replace("runs/demo", "runs/support --task questions.jsonl") for command in ours]

@@ -37,14 +37,14 @@ def test_a_report_is_its_json_and_comes_back_from_it() -> None:
         list(content)
         == (
             "output backend base base_sha256 base_commit base_files data_sha256 dtype quantized_modules loss "
-            "exact_match steps steps_left_out resumed_at train_loss tokens supervised_tokens tokens_per_second "
-            "optimizer memory order seconds"
+            "exact_match steps steps_left_out resumed_at kept stopped_early warnings train_loss "
+            "tokens supervised_tokens tokens_per_second optimizer memory order seconds"
         ).split()
     )
     assert content["backend"] == {"name": "transformers", "reason": "as configured"}
     assert content["loss"] == {"chat": {"before": 2.0, "after": 1.0}}
     assert content["memory"]["tiers"] == ["keep", "checkpoint"]
-    assert (REPORT["train_loss"]["first"], REPORT["train_loss"]["last"]) == (2.5, 0.5)
+    assert (REPORT.train_loss.first, REPORT.train_loss.last) == (2.5, 0.5)
     assert RunReport.from_json(json.loads(json.dumps(content))) == REPORT
 
 

@@ -36,6 +36,19 @@ def documents_of(config: Config) -> list[Rendered]:
     return render_sources(read_sources(config.data.train, config.seed), config.data, tokenizer).all_documents
 
 
+def vocabulary_without(byte: str, unknown: str | None = None) -> Any:
+    """A tokenizer of single bytes that lacks one of them, spelt as byte-level vocabularies spell it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c != byte]
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "<|end|>", *([unknown] if unknown else [])])}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", unk_token=unknown)
+
+
 def bare_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
     """A tiny Llama whose tokenizer has no chat template, with ``room`` unused rows in its embedding."""
     import torch
@@ -51,9 +64,31 @@ def bare_base(folder: Path, tokenizer: Any, tied: bool, room: int) -> Path:
     return folder
 
 
+# What is measured of a step that is another each time.
+OF_THE_MOMENT = ("seconds", "tokens_per_second", "resident_bytes", "gpu_peak_bytes", "mfu", "time")
+
+
 def result(run: Path) -> tuple[bytes, list[Any]]:
-    """The adapter, bit for bit, and what was measured of each step but its time."""
+    """The adapter, bit for bit, and what was measured of each step but time and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return (run / "adapter" / "adapter_model.safetensors").read_bytes(), [
-        {key: value for key, value in row.items() if key != "seconds"} for row in rows
+        {key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in rows
     ]
+
+
+def killed(config: Config, step: int) -> None:
+    """Trains until ``step`` steps are done, and is killed."""
+    from qlora_sft.train import train
+    from qlora_sft.training.trainer import PackedSFTTrainer
+
+    take = PackedSFTTrainer.get_batch_samples
+
+    def taken(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyError("killed")
+        return take(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
+        with pytest.raises(KeyError, match="killed"):
+            train(config, say=lambda _: None)

@@ -1,1 +1,1 @@
-"""Kernels for QLoRA fine-tuning. Imports torch (and, later, triton); never qlora_sft."""
+"""Provides kernels for QLoRA fine-tuning. It imports torch, and triton only when that runs; never qlora_sft."""

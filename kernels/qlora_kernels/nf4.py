@@ -119,8 +119,10 @@ class NF4Weight:
 
 @dataclass(frozen=True)
 class NF4Stack:
-    """Weights [E, R, C] of E experts in 4 bits. Every expert's rows are cut into equal parts, and each part was
-    quantised on its own, scales and all, so that it has the bits that it would have as a layer of its own.
+    """Holds the weights [E, R, C] of E experts in 4 bits.
+
+    Every expert's rows are cut into equal parts. Each part was quantised on its own, scales included, so that it has
+    the bits that it would have as a layer of its own.
 
     packed: uint8 [E, R * C / 2], as in `NF4Weight`; absmax: uint8 [E * parts, blocks of a part]; nested: what undoes
     the quantisation of these scales, with absmax [E * parts, n] and offset [E * parts]; code: float32 [16].
@@ -136,7 +138,7 @@ class NF4Stack:
     requires_grad: bool = False
 
     def scales(self, experts: slice | Tensor) -> Tensor:
-        """float32 [n, R * C / blocksize] of the chosen experts."""
+        """Returns the scales of the chosen experts, float32 [n, R * C / blocksize]."""
         count, n = self.shape[0], self.nested
         absmax = self.absmax.view(count, -1, self.absmax.shape[-1])[experts]
         nested = n.absmax.view(count, -1, n.absmax.shape[-1])[experts].repeat_interleave(n.blocksize, dim=-1)
@@ -144,7 +146,7 @@ class NF4Stack:
         return values.add_(n.offset.view(count, -1, 1)[experts]).flatten(1)
 
     def dequantize(self, experts: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[n, R, C] of the chosen experts in ``dtype`` (default: the weights' own)."""
+        """Returns the weights [n, R, C] of the chosen experts in ``dtype`` (default: the weights' own)."""
         dtype = dtype or self.dtype
         packed, scales = self.packed[experts], self.scales(experts)
         shape = (len(packed), *self.shape[1:])
@@ -152,8 +154,8 @@ class NF4Stack:
         if operators is None:
             values = unpack(packed, self.code) * scales.repeat_interleave(self.blocksize, dim=1)
             return values.view(shape).to(dtype)
-        # As one row: on a CPU bitsandbytes (0.50) begins a block with every row, also where one was quantised across
-        # rows, because they are shorter than a block.
+        # They are dequantised as one row. On a CPU bitsandbytes (0.50) begins a new block with every row, also where
+        # rows are shorter than a block and blocks were quantised across them.
         flat = operators.dequantize_4bit(
             packed.reshape(-1, 1), scales.view(-1), self.blocksize, "nf4", [2 * packed.numel()], dtype
         )

@@ -1,6 +1,6 @@
-"""Rotary position embedding of queries and keys, in place: float32 inside, rounded once.
+"""Applies the rotary position embedding to queries and keys in place: float32 inside, rounded once.
 
-Of a head the first w of d values turn, in pairs (a, b) of which b stands w / 2 behind a; the others stay::
+The first w of the d values of a head turn, in pairs (a, b) of which b stands w / 2 behind a. The others stay::
 
     a' = a cos1 - b sin1           da = da' cos1 + db' sin2          cos = [cos1, cos2], each w / 2 wide
     b' = b cos2 + a sin2           db = db' cos2 - da' sin1
@@ -56,16 +56,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """What came from attention may belong to others as well, so it is not written over."""
         cos, sin = ctx.saved_tensors
         each = [x.reshape(len(cos), -1, ctx.size) for x in gradients]
+        # The gradients that come from attention may belong to others as well, so they are not written over.
         out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in each]
         turn(each, cos, sin, inverse=True, out=out)
         return *(x.view(gradient.shape) for x, gradient in zip(out, gradients, strict=True)), None, None, None
 
 
 def turn(each: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool, out: list[Tensor]) -> None:
-    """``each``: q and k [T, H, d]; cos, sin [T, w]; ``out`` may be ``each``. inverse: the transposed rotation."""
+    """Rotates ``each``, which is q and k [T, H, d], by cos and sin [T, w] into ``out``, which may be ``each`` itself.
+
+    inverse: rotates back, by the transposed rotation.
+    """
     width = cos.shape[-1]
     for x, y in zip(each, out, strict=True):
         if y is not x and width < x.shape[-1]:
@@ -80,7 +83,7 @@ def turn(each: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool, out: list[
 
 
 def turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> None:
-    """The plain version of the kernel in `rotate_triton`, of q or of k."""
+    """Rotates q or k in plain torch, as the kernel in `rotate_triton` does."""
     tokens, heads, _ = x.shape
     half = cos.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -95,7 +98,7 @@ def turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tenso
 
 
 def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
-    """The textbook, in plain operations that autograd differentiates, in the type of ``x``: q or k, as for `rotate`."""
+    """Rotates ``x``, which is q or k, as a textbook would: in its own type, and autograd differentiates it."""
     cos, sin = (f.reshape(-1, 1, f.shape[-1]).to(x.dtype) for f in (cos, sin))
     heads, width = x.reshape(len(cos), -1, size), cos.shape[-1]
     turning, rest = heads[..., :width], heads[..., width:]

@@ -1,4 +1,4 @@
-"""Triton kernel of `rotate`, where the formulas and the plain version are: every value is read and written once."""
+"""Rotates queries and keys in Triton; formulas and plain version are in `rotate`. Values are read and written once."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Pairs of a program: as many heads of one token as make about so many, so that cosines and sines are read once.
+# A program takes as many heads of one token as have about so many pairs, so that cosines and sines are read once.
 PAIRS = 512
 WARPS = 4
 
@@ -17,7 +17,7 @@ def rotate_kernel(
     Q, K, OUT_Q, OUT_K, COS, SIN, q_token, q_head, k_token, k_head, H, G, size, half,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token, HEADS of its H + G heads; OUT_Q [T, H, size] and OUT_K [T, G, size] are contiguous."""
+    """Rotates HEADS of the H + G heads of one token; OUT_Q [T, H, size] and OUT_K [T, G, size] are contiguous."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     c = tl.arange(0, HALF)[None, :]
@@ -42,7 +42,7 @@ def rotate_kernel(
 
 
 def turn(each: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool, out: list[Tensor]) -> None:
-    """As in `rotate.turn`, but what does not turn."""
+    """Rotates as `rotate.turn` does, but leaves out the values that do not turn."""
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in each)
     (tokens, heads, size), groups, half = q.shape, k.shape[1], cos.shape[-1] // 2
     assert all(y.is_contiguous() for y in out), "results are written as contiguous [T, H, d]"

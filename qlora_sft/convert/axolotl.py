@@ -13,6 +13,8 @@ SAME = {
     "gradient_accumulation_steps": "training.gradient_accumulation", "max_steps": "training.max_steps",
     "learning_rate": "training.learning_rate", "weight_decay": "training.weight_decay", "seed": "seed",
     "max_grad_norm": "training.max_grad_norm", "warmup_ratio": "training.warmup_ratio",
+    "warmup_steps": "training.warmup_steps", "neftune_noise_alpha": "training.neftune_alpha",
+    "peft_use_rslora": "lora.rslora", "peft_use_dora": "lora.dora", "loraplus_lr_ratio": "lora.plus_ratio",
     "save_steps": "training.save_steps", "save_total_limit": "training.save_total_limit",
 }  # fmt: skip
 # What axolotl takes where nothing is given, and which is something else here.
@@ -53,10 +55,12 @@ def convert_axolotl(original: JsonObject) -> Converted:
     made.train = named_apart(_sources("datasets", given, made))
     given.setdefault("test_datasets", [])
     made.held_out = named_apart(_sources("test_datasets", given, made))
+    made.schedule(given, "lr_scheduler")
     made.rename(given, SAME)
     made.epochs(given, "num_epochs")
     made.optimizer(given, "optimizer")
-    made.schedule(given, "lr_scheduler")
+    made.beginning(given, "peft_init_lora_weights")
+    made.refuse_modules(given, "lora_modules_to_save")
     _data(given, made)
     _targets(given, made)
     made.leave(given, FINE)
@@ -134,9 +138,7 @@ def _data(given: JsonObject, made: Converted) -> None:
         made.supervise("all")
     if given.pop("dataset_exact_deduplication", False):
         made.put("data.deduplicate", "exact")
-    size = given.pop("val_set_size", 0)
-    if size:
-        made.note("val_set_size", size, "nothing is split off; name held-out data in data.held_out")
+    made.split(given, "val_set_size")
 
 
 def _targets(given: JsonObject, made: Converted) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from qlora_sft.config_lora import REFUSED_INITS
 from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -18,6 +19,8 @@ SAME = {
     "gradient_accumulation_steps": "training.gradient_accumulation", "max_steps": "training.max_steps",
     "learning_rate": "training.learning_rate", "weight_decay": "training.weight_decay", "seed": "seed",
     "max_grad_norm": "training.max_grad_norm", "warmup_ratio": "training.warmup_ratio",
+    "warmup_steps": "training.warmup_steps", "neftune_noise_alpha": "training.neftune_alpha",
+    "use_rslora": "lora.rslora", "use_dora": "lora.dora", "loraplus_lr_ratio": "lora.plus_ratio",
     "save_steps": "training.save_steps", "save_total_limit": "training.save_total_limit",
 }  # fmt: skip
 # What LLaMA-Factory takes where nothing is given, and which is something else here.
@@ -58,16 +61,17 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
     if not (given.pop("packing", stage == "pt") or given.pop("neat_packing", False)):
         made.put("data.packing", "none")
     given.pop("neat_packing", None)
+    made.schedule(given, "lr_scheduler_type")
     made.rename(given, SAME)
     made.epochs(given, "num_train_epochs")
     made.optimizer(given, "optim")
-    made.schedule(given, "lr_scheduler_type")
+    made.refuse_modules(given, "additional_target")
+    if given.pop("pissa_init", False):
+        made.note("pissa_init", True, REFUSED_INITS["pissa"])
     target = given.pop("lora_target", "all")
     if target != "all":
         made.put("lora.target_modules", texts("lora_target", target))
-    size = given.pop("val_size", 0)
-    if size:
-        made.note("val_size", size, "nothing is split off; name held-out data in data.held_out")
+    made.split(given, "val_size")
     made.leave(given, FINE)
     return made
 

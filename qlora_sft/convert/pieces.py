@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qlora_sft.config_data import FORMS, SourceConfig, source_name
+from qlora_sft.config_lora import REFUSED, REFUSED_INITS
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 
 # The shipped templates, by the names that other toolkits have for them.
 TEMPLATES = {
-    "chatml": "chatml", "llama3": "llama3", "llama-3": "llama3", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma",
+    "chatml": "chatml", "llama3": "llama3", "llama-3": "llama3", "llama-3.1": "llama3", "llama-3.2": "llama3",
+    "llama-3.3": "llama3", "gemma-3": "gemma", "phi-4": "phi", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma",
     "mistral": "mistral", "phi": "phi", "phi_4": "phi", "qwen3": "qwen3",
 }  # fmt: skip
 OPTIMIZERS = {
     "adamw_torch": "adamw_torch", "adamw_torch_fused": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
+SCHEDULES = {
+    "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}  # fmt: skip
+# Beginnings of adapters that other toolkits call alike. Their LoftQ has a base of its own.
+INITS = ("gaussian", "orthogonal")
 # No number of a configuration is larger; infinities and what no float holds are.
 LARGEST = 1e18
 
@@ -56,13 +64,23 @@ class Converted:
                 self.put(ours, given.pop(theirs))
 
     def epochs(self, given: JsonObject, key: str) -> None:
-        """Moves a number of epochs, which is whole here."""
+        """Moves a number of epochs; it counts nothing where the original sets max_steps, and may then be anything."""
         value = given.pop(key)
-        given_number = number(key, value)
-        whole = max(1, round(given_number))
-        if whole != given_number:
-            self.note(key, value, f"epochs are whole here, {whole} is written; training.max_steps stops earlier")
-        self.put("training.epochs", whole)
+        epochs = number(key, value)
+        if epochs <= 0:
+            self.note(
+                key, value, "a run here has a part of an epoch at least, 1 is written; training.max_steps ends it"
+            )
+        self.put("training.epochs", epochs if epochs > 0 else 1)
+
+    def split(self, given: JsonObject, key: str) -> None:
+        """Moves the share of the data that is split off for evaluation; a number of rows has no counterpart."""
+        value = given.pop(key, 0)
+        share = number(key, value)
+        if 0 < share <= 0.5 and not self.held_out:
+            self.put("data.held_out", f"{100 * share:.9g}%")
+        elif share:
+            self.note(key, value, "a share of at most half is split off here, beside no named data (data.held_out: 5%)")
 
     def optimizer(self, given: JsonObject, key: str) -> None:
         """Moves the optimizer if there is one of the same kind here."""
@@ -73,10 +91,29 @@ class Converted:
             self.note(key, name, "training.optimizer has no such kind; auto takes AdamW in 8 bits on a GPU")
 
     def schedule(self, given: JsonObject, key: str) -> None:
-        """Notes a schedule that is not the one here."""
+        """Moves the schedule, if there is one of its kind here."""
         name = text(key, given.pop(key, ""))
-        if name and name != "linear":
-            self.note(key, name, "the learning rate falls linearly to zero here")
+        if name in SCHEDULES:
+            self.put("training.schedule", SCHEDULES[name])
+        elif name:
+            self.note(key, name, "training.schedule has no such kind; the learning rate falls linearly to zero")
+        if name == "constant":  # without a warm-up there
+            self.put("training.warmup_ratio", 0.0)
+        elif given.get("warmup_steps") == 0:
+            given.pop("warmup_steps")
+
+    def beginning(self, given: JsonObject, key: str) -> None:
+        """Moves how adapters begin, if that can be had here."""
+        value = given.pop(key, None)
+        if value in INITS:
+            self.put("lora.init", value)
+        elif isinstance(value, str):
+            self.note(key, value, REFUSED_INITS.get(value.split("_niter")[0], "lora.init has no such kind"))
+
+    def refuse_modules(self, given: JsonObject, key: str) -> None:
+        """Notes modules that would be trained whole."""
+        if key in given:
+            self.note(key, given.pop(key), REFUSED["modules_to_save"])
 
     def template(self, given: JsonObject, key: str) -> None:
         """Moves the name of a chat template if it is a shipped one."""

@@ -11,6 +11,8 @@ from qlora_sft.config import load_config
 from qlora_sft.convert.axolotl import convert_axolotl
 from qlora_sft.convert.llama_factory import convert_llama_factory
 from qlora_sft.convert.pieces import Converted
+from qlora_sft.convert.python_arguments import python_arguments
+from qlora_sft.convert.trl import convert_trl
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.text import as_path, read_text
@@ -25,20 +27,16 @@ class Recipe(NamedTuple):
 
 
 def convert(file: str) -> Recipe:
-    """Returns the recipe for a configuration of axolotl or LLaMA-Factory.
+    """Returns the recipe for a configuration of axolotl, LLaMA-Factory or TRL, or a script that uses TRL or Unsloth.
 
-    Raises `ConfigError` if the file is neither, or names a kind of training that there is not here.
+    A script is read and not run. Raises `ConfigError` if the file is none of these, or names a kind of training that
+    there is not here.
     """
     path = as_path(file)
+    is_script = path.suffix == ".py"
+    original = {} if is_script else _read(path)
     try:
-        original = read_yaml(read_text(path))
-    except YamlFault as fault:
-        raise ConfigError([f"{path}:{line}: {what}" for line, what in fault.faults]) from None
-    if not isinstance(original, dict):
-        raise ConfigError(f"{path}: expected keys and values")
-    try:
-        _check_keys(original)
-        toolkit, made = _converted(original, path)
+        toolkit, made = _from_script(read_text(path)) if is_script else _converted(original, path)
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
     if "output" not in made.top:
@@ -58,12 +56,38 @@ def convert(file: str) -> Recipe:
     return Recipe(text, made.notes)
 
 
+def _from_script(code: str) -> tuple[str, Converted]:
+    arguments, notes = python_arguments(code)
+    made = convert_trl(arguments)
+    made.notes[:0] = notes
+    if not made.train:
+        made.train = [{"path": "data.jsonl"}]
+        made.note("load_dataset", "not found", "data.jsonl is written for the training data")
+    return "TRL, PEFT or Unsloth in Python", made
+
+
+def _read(path: Path) -> JsonObject:
+    try:
+        original = read_yaml(read_text(path))
+    except YamlFault as fault:
+        raise ConfigError([f"{path}:{line}: {what}" for line, what in fault.faults]) from None
+    if not isinstance(original, dict):
+        raise ConfigError(f"{path}: expected keys and values")
+    return original
+
+
 def _converted(original: JsonObject, path: Path) -> tuple[str, Converted]:
+    _check_keys(original)
     if "base_model" in original:
         return "axolotl", convert_axolotl(original)
     if "model_name_or_path" in original and ("finetuning_type" in original or "stage" in original):
         return "LLaMA-Factory", convert_llama_factory(original, path.parent)
-    raise ConfigError("neither of axolotl (base_model: ...) nor of LLaMA-Factory (model_name_or_path: ..., stage: ...)")
+    if "model_name_or_path" in original:
+        return "TRL", convert_trl(original)
+    raise ConfigError(
+        "neither of axolotl (base_model: ...) nor of LLaMA-Factory (model_name_or_path: ..., stage: ...) nor of TRL "
+        "(model_name_or_path: ...); a script that uses TRL or Unsloth ends in .py"
+    )
 
 
 def _check_keys(tree: object) -> None:

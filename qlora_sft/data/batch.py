@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_sft.data.render import Rendered
@@ -34,6 +36,13 @@ class Batch(TypedDict):
     """float32 [M], in how many documents each is supervised: 1, but where documents share a prefix"""
     position_documents: Tensor
     """int32 [M], document of each position; 0 for all where documents share prefixes"""
+    position_sources: Tensor
+    """int32 [M], the source of each position, as a number into ``sources``; of the first document that supervises it
+    where documents share prefixes"""
+    sources: tuple[str, ...]
+    """Names of the sources that have a supervised position here"""
+    source_weights: tuple[float, ...]
+    """Sum of the position weights of each"""
     n_supervised: int
     """Supervised tokens of the documents: M, or more where documents share prefixes"""
     weight_sum: float
@@ -71,6 +80,8 @@ def flatten(documents: list[Rendered]) -> Batch:
                 positions.append(start + i - 1)
                 weights.append(document.weights[i])
                 position_documents.append(number)
+    names = [document.source for document in documents]
+    sources = sources_of(names, np.asarray(position_documents, dtype=np.int64), np.asarray(weights))
     return Batch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([position_ids]),
@@ -80,6 +91,9 @@ def flatten(documents: list[Rendered]) -> Batch:
         position_weights=torch.tensor(weights, dtype=torch.float32),
         position_counts=torch.ones(len(positions)),
         position_documents=torch.tensor(position_documents, dtype=torch.int32),
+        position_sources=sources.of_positions,
+        sources=sources.names,
+        source_weights=sources.weights,
         n_supervised=len(positions),
         weight_sum=sum(weights),
         longest=max((b - a for a, b in pairwise(bounds)), default=0),
@@ -87,6 +101,27 @@ def flatten(documents: list[Rendered]) -> Batch:
         parents=None,
         repeated=torch.zeros(0, dtype=torch.int64),
     )
+
+
+class BatchSources(NamedTuple):
+    """Holds the sources of the supervised positions of a micro-batch."""
+
+    of_positions: Tensor
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+def sources_of(names: Sequence[str], documents: NDArray[np.int64], weights: NDArray[np.float64]) -> BatchSources:
+    """Returns the sources of positions, in the order in which they occur.
+
+    names: the source of every document. documents, weights: document and weight of every position.
+    """
+    numbers: dict[str, int] = {}
+    occurring = dict.fromkeys(documents.tolist())
+    of_document = {document: numbers.setdefault(names[document], len(numbers)) for document in occurring}
+    of_positions = np.array([of_document[document] for document in documents.tolist()], dtype=np.int32)
+    sums = np.bincount(of_positions, weights=weights, minlength=len(numbers))
+    return BatchSources(torch.from_numpy(of_positions), tuple(numbers), tuple(sums.tolist()))
 
 
 def longest_micro_batch(tokens: Sequence[int], batch_size: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Required, TypedDict, cast
+from typing import Literal, Required, TypedDict, cast
 
 from qlora_sft.json_types import JsonObject
 
@@ -23,6 +23,13 @@ class ToolCall(TypedDict, total=False):
     function: Required[FunctionCall]
 
 
+class CodePart(TypedDict):
+    """Holds one part of an answer that runs code: text, code, or what came out of it (see `code_parts`)."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
 class Message(TypedDict, total=False):
     """Holds one message of a chat."""
 
@@ -31,6 +38,8 @@ class Message(TypedDict, total=False):
     content: Required[str]
     reasoning: str
     """What an assistant thinks before its content."""
+    parts: list[CodePart]
+    """What ``content`` is made of, if an assistant runs code in it."""
     tool_calls: list[ToolCall]
     name: str
     tool_call_id: str

@@ -21,9 +21,9 @@ Lost = dict[str, int]
 def lost_characters(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Lost:
     """Returns the characters of the texts that no token can represent, and how often they occur; usually none.
 
-    Each character is tried once per tokenizer; afterwards a text costs one pass over it.
+    Each character is tried once per vocabulary; afterwards a text costs one pass over it.
     """
-    known = _known(tokenizer)
+    known = _known(tokenizer, len(tokenizer), tokenizer.unk_token_id)
     whole = "".join(texts)
     characters = set(whole)
     for character in characters - known.keys():
@@ -40,8 +40,11 @@ def describe_lost(lost: Lost) -> str:
 
 
 @lru_cache(maxsize=8)
-def _known(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """Returns the map from a character to whether the vocabulary has it, which is filled as characters come."""
+def _known(tokenizer: PreTrainedTokenizerBase, size: int, unknown: int | None) -> dict[str, bool]:
+    """Returns the map from a character to whether the vocabulary has it, which is filled as characters come.
+
+    size, unknown: of the vocabulary as it is now, and its unknown token; the same object may get other tokens later.
+    """
     return {}
 
 

@@ -23,7 +23,8 @@ from qlora_sft.say import Say
 
 SIMILARITY = 0.8
 """Jaccard similarity from which two conversations count as near duplicates."""
-_SHINGLE = 5
+SHINGLE = 5
+"""Words of the shingles whose sets are compared."""
 _PERMUTATIONS = 128
 _WORD = re.compile(r"\w+")
 
@@ -63,7 +64,7 @@ def clean_sources(
         removed += found
     if config.deduplicate == "near":
         sources, found = _drop(sources, near_finder(), "near duplicate")
-        say(report(found, f"deduplicate (near): similarity from {SIMILARITY} on, {_SHINGLE}-word shingles"))
+        say(report(found, f"deduplicate (near): similarity from {SIMILARITY} on, {SHINGLE}-word shingles"))
         removed += found
     return sources, removed
 
@@ -93,7 +94,7 @@ def exact_finder() -> Callable[[Conversation, str], str | None]:
     seen: dict[bytes, str] = {}
 
     def find(row: Conversation, where: str) -> str | None:
-        key = hashlib.sha256(json.dumps(_normalised(_content(row)), sort_keys=True).encode()).digest()
+        key = hashlib.sha256(json.dumps(normalised(content(row)), sort_keys=True).encode()).digest()
         first = seen.setdefault(key, where)
         return None if first == where else first
 
@@ -115,8 +116,8 @@ def near_finder() -> Callable[[Conversation, str], str | None]:
     kept: dict[int, tuple[str, Any]] = {}
 
     def find(row: Conversation, where: str) -> str | None:
-        words = [word for text in _spoken(row) for word in _words(text)]
-        shingles = {" ".join(words[i : i + _SHINGLE]).encode() for i in range(max(1, len(words) - _SHINGLE + 1))}
+        words = words_of(row)
+        shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         # Sorted, because a set of texts has another order in every process.
         sketch.update_batch(sorted(shingles))
@@ -198,7 +199,7 @@ def _drop(
     return left, removed
 
 
-def _content(row: Conversation) -> JsonObject:
+def content(row: Conversation) -> JsonObject:
     """Returns what is learned from a row, without its place and its weight."""
     if "text" in row:
         return {"text": row["text"]}
@@ -221,12 +222,18 @@ def _spoken(row: Conversation) -> Iterator[str]:
             yield from _texts([message["content"], message.get("reasoning", ""), calls])
 
 
-def _normalised(value: object) -> object:
+def words_of(row: Conversation) -> list[str]:
+    """Returns the words of what is said in a row, system prompts aside."""
+    return [word for text in _spoken(row) for word in _words(text)]
+
+
+def normalised(value: object) -> object:
+    """Returns ``value`` with equal texts for what differs in white space and composition of characters only."""
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFC", value).split())
     if isinstance(value, list):
-        return [_normalised(item) for item in value]
-    return {key: _normalised(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [normalised(item) for item in value]
+    return {key: normalised(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _texts(value: object) -> Iterator[str]:

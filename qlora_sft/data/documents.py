@@ -130,6 +130,23 @@ def sizes(documents: Sequence[Rendered]) -> Sizes:
     return result
 
 
+def answer_counts(documents: Documents, few: int) -> tuple[int, int]:
+    """Returns how many stretches of supervised tokens there are, and how many of them have fewer than ``few`` tokens
+    beside the one that ends the turn."""
+    answers = short = 0
+    for start in range(0, len(documents), _AT_ONCE):
+        bounds = documents.bounds[start : start + _AT_ONCE + 1]
+        supervised = np.asarray(documents.weights[bounds[0] : bounds[-1]]) > 0
+        begins = supervised & ~np.concatenate(([False], supervised[:-1]))
+        # A document may begin with the token on which the one before it ends.
+        starts = bounds[:-1][np.diff(bounds) > 0] - bounds[0]
+        begins[starts] = supervised[starts]
+        lengths = np.bincount(np.cumsum(begins)[supervised])[1:]
+        answers += len(lengths)
+        short += int((lengths - 1 < few).sum())
+    return answers, short
+
+
 def _add_mapped(part: Documents, result: Sizes) -> None:
     result.source.extend([part.source] * len(part))
     result.tokens.extend(np.diff(part.bounds).tolist())

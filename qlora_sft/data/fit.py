@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 
 from qlora_sft.config_data import Overlong
 from qlora_sft.data.conversation import Conversation
@@ -14,6 +15,7 @@ from qlora_sft.errors import DataError
 TOO_LONG = "too long"
 NOTHING_LEFT = "nothing supervised within max_length"
 NOTHING_SUPERVISED = "nothing supervised"
+TOO_SHORT = "no answer of data.min_answer_tokens"
 
 
 def fit(
@@ -53,6 +55,12 @@ def fit(
     if overlong == "truncate_left_turns":
         return _without_first_turns(conversation, max_length, render)
     return TOO_LONG
+
+
+def longest_answer(weights: list[float]) -> int:
+    """Returns the tokens of the longest stretch that has weights, without its last token, which ends the turn."""
+    stretches = (sum(1 for _ in group) for supervised, group in groupby(weights, bool) if supervised)
+    return max(stretches, default=1) - 1
 
 
 def _pieces(document: Rendered, max_length: int) -> list[Rendered]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from qlora_sft.data.coverage import describe_lost
 
+# An answer of fewer tokens, the one that ends the turn aside, carries little signal.
+FEW = 4
+
 
 @dataclass
 class Drop:
@@ -58,11 +61,31 @@ class SourceLedger:
     p95: int = 0
     p99: int = 0
     longest: int = 0
+    repeated: int = 0
+    """Tokens of earlier turns that rows of one document per turn have again and again."""
+    whole: bool = False
+    """Whether all of it is supervised on purpose: plain text, or ``supervise: all``."""
+    thinking: int = 0
+    """Kept rows with reasoning."""
+    answers: int = 0
+    """Stretches of supervised tokens; none is counted where all of it is supervised on purpose."""
+    short_answers: int = 0
+    """Those of fewer than `FEW` tokens, the token that ends the turn aside."""
+    unended: Drop = field(default_factory=Drop)
+    """The kept rows whose last answer was cut, so that its end is not learned."""
+    also_in: dict[str, int] = field(default_factory=dict)
+    """Documents that earlier training sources have as well, by source."""
 
     @property
     def share(self) -> float:
         """Returns the share of tokens that are supervised."""
         return self.supervised / self.tokens if self.tokens else 0.0
+
+    @property
+    def share_of_rows(self) -> float:
+        """Returns the same with the earlier turns of every row counted once."""
+        tokens = self.tokens - self.repeated
+        return self.supervised / tokens if tokens else 0.0
 
     def drop(self, reason: str, places: list[str]) -> None:
         self.dropped.setdefault(reason, Drop()).add(places)

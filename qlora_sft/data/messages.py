@@ -8,6 +8,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from qlora_sft.data.calls import read_calls, read_id
+from qlora_sft.data.code_parts import without_beginning
 from qlora_sft.data.conversation import Message, ToolCall, checked_message
 from qlora_sft.data.parts import ContentParts
 from qlora_sft.data.thinking import has_lone_close, split_thinking
@@ -67,6 +68,7 @@ def read_message(message: object, unused: set[str], think_tags: bool = True) -> 
     _check_content(content, role, calls)
     fields: JsonObject = {"role": role, "content": content or "", **reasoning}
     fields |= {"tool_calls": calls} if calls else {}
+    fields |= {"parts": without_beginning(parts.code, content or "")} if parts.code else {}
     return [*result, checked_message({**fields, **identity, **settings})]
 
 

@@ -36,7 +36,9 @@ def shares(rows: dict[str, int], config: DataConfig) -> dict[str, Fraction]:
             # The last digits of a power differ between machines' libraries; twelve digits are the same on all.
             mass[name] = Fraction(f"{count ** (1 / (config.temperature or 1)):.12g}")
         elif config.mixture == "quality":
-            mass[name] = count * _exact(1.0 if source.quality is None else source.quality)
+            quality = 1.0 if source.quality is None else source.quality
+            assert not isinstance(quality, str), "run_data has a number put in its place"
+            mass[name] = count * _exact(quality)
         elif config.mixture == "explicit":
             mass[name] = _exact(source.weight or 0.0)
         else:
@@ -58,15 +60,18 @@ def largest_remainder(parts: Sequence[Fraction], total: int) -> list[int]:
     return counts
 
 
-def epoch_counts(rows: dict[str, int], config: DataConfig) -> dict[str, int]:
+def epoch_counts(rows: dict[str, int], config: DataConfig, part: Fraction = Fraction(1)) -> dict[str, int]:
     """Returns the rows of each training source in one epoch, which has sum(N_k * repeat_k) rows in all.
 
     rows: maps a source to the number of its rows (N_k).
+
+    part: of an epoch, which then has at least one row.
     """
     repeat = {source_name(source): _exact(source.repeat) for source in config.train}
     offered = {name: max(1, round(count * repeat[name])) for name, count in rows.items()}
     p = shares(offered, config)
-    return dict(zip(p, largest_remainder(list(p.values()), sum(offered.values())), strict=True))
+    total = max(1, round(part * sum(offered.values())))
+    return dict(zip(p, largest_remainder(list(p.values()), total), strict=True))
 
 
 def replay_count(trained: int, share: float) -> int:
@@ -74,24 +79,25 @@ def replay_count(trained: int, share: float) -> int:
     return round(trained * _exact(share) / (1 - _exact(share)))
 
 
-def plan_order(rows: dict[str, int], config: DataConfig, epochs: int, seed: int) -> list[list[Pick]]:
+def plan_order(rows: dict[str, int], config: DataConfig, epochs: float, seed: int) -> list[list[Pick]]:
     """Returns the rows of the whole run in order, in stretches: packing may reorder within a stretch and not across.
 
     rows: maps a source (training sources and replay) to the number of its rows.
 
-    Without a curriculum a stretch is an epoch. A source that gives fewer rows per epoch than it has goes on in the next
-    epoch where it stopped, so that no row comes a second time before all have come once. None comes more often than
-    ceil(rows drawn / rows there are).
+    Without a curriculum a stretch is an epoch, the last one perhaps a part of one. A source that gives fewer rows per
+    epoch than it has goes on in the next epoch where it stopped, so that no row comes a second time before all have
+    come once. None comes more often than ceil(rows drawn / rows there are).
 
     Replay is spread evenly, or, with ``curriculum: progressive``, so that its share falls from 2 * share at the
     beginning to 0 at the end: after a part x of the run, R * (2x - x^2) of its R rows have come (R * x without).
     """
     replay = source_name(config.replay) if config.replay else None
     trained = {name: count for name, count in rows.items() if name != replay}
-    counts = epoch_counts(trained, config)
     passes = {name: _passes(name, count, seed) for name, count in rows.items()}
     run = []
-    for epoch in range(epochs):
+    parts = _epochs(epochs)
+    for epoch, part in enumerate(parts):
+        counts = epoch_counts(trained, config, part)
         picks = [(name, index) for name, count in counts.items() for index in islice(passes[name], count)]
         random.Random(f"mixture {seed} {epoch}").shuffle(picks)
         run.append(picks)
@@ -102,11 +108,18 @@ def plan_order(rows: dict[str, int], config: DataConfig, epochs: int, seed: int)
     if config.curriculum == "progressive":
         general = [(replay, index) for index in islice(passes[replay], wanted)]
         return _stretches(_merge([pick for picks in run for pick in picks], general, progressive=True))
-    per_epoch = largest_remainder([Fraction(1, epochs)] * epochs, wanted)
+    per_epoch = largest_remainder([part / sum(parts) for part in parts], wanted)
     return [
         _merge(picks, [(replay, index) for index in islice(passes[replay], count)], progressive=False)
         for picks, count in zip(run, per_epoch, strict=True)
     ]
+
+
+def _epochs(number: float) -> list[Fraction]:
+    """Returns the size of every epoch: 1 for the whole ones, and less for the rest behind them."""
+    whole = int(number)
+    rest = _exact(number) - whole
+    return [Fraction(1)] * whole + ([rest] if rest else [])
 
 
 def order_digest(order: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qlora_sft.data.documents import Documents
 from qlora_sft.data.render import Rendered
 
 
@@ -37,6 +38,26 @@ def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[
                 f"{where}); its loss says nothing about new data. Remove them, e.g. with data.decontaminate"
             )
     return "\n".join(lines)
+
+
+def seen_before(train: Mapping[str, Documents]) -> dict[str, dict[str, int]]:
+    """Returns for each source how many of its documents the sources before it have as well, token by token.
+
+    A document that several of them have counts for the first.
+    """
+    digests = {
+        name: np.array([int.from_bytes(_digest(document)[:8]) for document in documents], dtype=np.uint64)
+        for name, documents in train.items()
+    }
+    found: dict[str, dict[str, int]] = {}
+    for number, (name, own) in enumerate(digests.items()):
+        left = own
+        for earlier in list(digests)[:number]:
+            same = np.isin(left, digests[earlier])
+            if same.any():
+                found.setdefault(name, {})[earlier] = int(same.sum())
+                left = left[~same]
+    return found
 
 
 def _of_lengths(documents: Sequence[Rendered], lengths: set[int]) -> list[int]:

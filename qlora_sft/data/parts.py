@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from qlora_sft.data.calls import read_call, read_id
-from qlora_sft.data.conversation import ToolCall
+from qlora_sft.data.code_parts import spelled
+from qlora_sft.data.conversation import CodePart, ToolCall
 from qlora_sft.data.values import EMPTY, idle_keys, joined, kind, only, short, without
 from qlora_sft.errors import DataError
 from qlora_sft.json_types import JsonList, JsonObject
@@ -28,6 +29,8 @@ class ContentParts:
         self.reasoning = ""
         self.calls: list[ToolCall] = []
         self.results: list[JsonObject] = []
+        self.code: list[CodePart] = []
+        """The text and the code in their order; empty if there is no code."""
         if isinstance(content, list) and not (role == "tool" and not _is_typed(content)):
             for part in content:
                 self._add({"type": "text", "text": part} if isinstance(part, str) else part, role, unused)
@@ -36,6 +39,8 @@ class ContentParts:
             self.text = json.dumps(content, ensure_ascii=False)
         elif content is not None and not isinstance(content, str):
             raise DataError(f"'content' must be a text or a list of typed parts, got {kind(content)}")
+        if all(part["type"] == "text" for part in self.code):
+            self.code = []
 
     def _add(self, part: object, role: str, unused: set[str]) -> None:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
@@ -46,7 +51,12 @@ class ContentParts:
                 raise DataError(
                     "text after a tool call in one message; a template writes calls last, so split it in two"
                 )
-            self.text = (self.text or "") + _text_of(part, _TEXT, unused)
+            self._say({"type": "text", "text": _text_of(part, _TEXT, unused)})
+        elif name in ("python", "python_output"):
+            if role != "assistant" or self.calls:
+                raise DataError(f"{name} belongs into an answer, before its tool calls; move it")
+            code = _text_of(part, _TEXT, unused)
+            self._say({"type": "python" if name == "python" else "python_output", "text": code})
         elif name in ("reasoning", "thinking"):
             if self.text or self.calls:
                 raise DataError("reasoning after text or calls in one message; a template writes it first, so split it")
@@ -58,10 +68,14 @@ class ContentParts:
                 raise DataError(f"a tool result in a {role} message; put it into a message of its own, behind the call")
             self.results.append(_result(part, unused))
         else:
-            allowed = "text, reasoning, tool_call and tool_result"
+            allowed = "text, reasoning, python, python_output, tool_call and tool_result"
             raise DataError(
                 f"a content part of type {name!r} cannot be trained on, only {allowed}; remove it or the row"
             )
+
+    def _say(self, part: CodePart) -> None:
+        self.code.append(part)
+        self.text = (self.text or "") + spelled([part])
 
 
 def text_of_blocks(content: object, what: str, unused: set[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from qlora_sft.data.code_parts import MARKS, check_placed, outputs_apart, placed
 from qlora_sft.data.complete import is_silent, unwritten_keys
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.prerendered import refuse_rendered_chat
-from qlora_sft.data.shield import any_of, control_tokens, parts, shield
+from qlora_sft.data.shield import Disguises, any_of, control_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
@@ -78,8 +79,11 @@ def _of_conversation(
 
     Disguised control tokens are still in the text; `shield.parts` cuts them.
     """
-    shielded, disguises = (conversation, {}) if allow_special else shield(conversation, tokenizer)
+    marked = placed(conversation)
+    shielded, disguises = (marked, {}) if allow_special else shield(marked, tokenizer)
     shielded, text, spans = render_whole(shielded, tokenizer, chat_format)
+    if marked is not conversation:
+        check_placed(shielded, text, {span.message: (span.start, span.end) for span in spans})
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
     if supervise == "last":
         weights = {message: weight if message == spans[-1].message else 0.0 for message, weight in weights.items()}
@@ -89,11 +93,16 @@ def _of_conversation(
     pieces = []
     for start, end, span in _segments(text, spans):
         weight = outside if span is None else weights[span.message]
-        cut = parts(text[start:end], disguises)
-        for number, part in enumerate(cut):
-            last = span is not None and weight > 0 and number == len(cut) - 1
-            pieces.append(Piece(part, weight, span.message if span and last else None, apart=number > 0))
+        written = list(outputs_apart(text[start:end])) if marked is not conversation else [(text[start:end], False)]
+        # What runs the code writes its output, and a model that was trained on it would make it up.
+        stretches = [(each, 0.0 if is_output and supervise != "all" else weight) for each, is_output in written]
+        ends_turn = span.message if span is not None and weight > 0 else None
+        if ends_turn is not None and not stretches[-1][1]:
+            raise DataError(f"message {ends_turn}: the turn ends in an output, and nothing ends the turn")
+        pieces += _pieces_of(stretches, disguises, ends_turn)
     notes = _unread(shielded, text, tokenizer, chat_format)
+    if marked is not conversation and MARKS["python"][0] not in control_tokens(tokenizer):
+        notes["rows with code parts whose marks are text, because the vocabulary has no <|python_start|>"] = 1
     kept_as_text = sum(text.count(character) for character in disguises)
     if kept_as_text:
         notes["control tokens in messages kept as text (allow_special: true lets them act)"] = kept_as_text
@@ -102,6 +111,16 @@ def _of_conversation(
             what = f"turns trained without {gap!r}, in which the generation prompt ends"
             notes[what] = notes.get(what, 0) + 1
     return RowPieces(pieces, notes)
+
+
+def _pieces_of(stretches: list[tuple[str, float]], disguises: Disguises, ends_turn: int | None) -> list[Piece]:
+    """Returns the pieces of neighbouring stretches of text, each with its weight. ends_turn: of the last of them."""
+    pieces = [
+        Piece(part, weight, None, apart=number > 0)
+        for text, weight in stretches
+        for number, part in enumerate(parts(text, disguises))
+    ]
+    return [*pieces[:-1], replace(pieces[-1], ends_turn=ends_turn)]
 
 
 def _unread(

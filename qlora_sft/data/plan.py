@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.config import Config
 from qlora_sft.data import store
 from qlora_sft.data.ledger import ledger_table
-from qlora_sft.data.overlap import shared_documents
+from qlora_sft.data.overlap import seen_before, shared_documents
 from qlora_sft.data.prepare import Prepared, render_sources
 from qlora_sft.data.sequences import Packed, plan_sequences
 from qlora_sft.data.sources import Source
@@ -63,6 +63,9 @@ def plan_data(
         say_and_keep("held-out data\n" + ledger_table(held_out.ledger))
     if shared := shared_documents(train.documents, held_out.documents):
         say_and_keep(shared)
+    if config.data.deduplicate == "none":
+        for name, others in seen_before(train.documents).items():
+            train.ledger[name].also_in = others
     packed = plan_sequences(
         train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep, cannot_share
     )

@@ -1,4 +1,4 @@
-"""Which rows are packed together so that the prefixes they share meet in one packed sequence."""
+"""Choose which rows are packed together, so that the prefixes they share meet in one packed sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARE = 0.25
 
 @dataclass
 class Group:
-    """Documents that share a prefix, or one that shares none, and the tokens of their tree."""
+    """Holds documents that share a prefix, or a single one that shares none, and how many tokens their tree has."""
 
     documents: list[int]
     tokens: int

@@ -1,4 +1,4 @@
-"""The tree of the prefixes that rows share: what stands at the beginning of several rows is in it once.
+"""Build the tree of the prefixes that rows share: what stands at the beginning of several rows is in it once.
 
 A hidden state depends on the tokens before it and on nothing else, and the loss is a weighted sum over tokens. So rows
 that begin alike can be computed together, exactly: every segment of the tree once, attending to the segments above it
@@ -31,7 +31,7 @@ _FACTORS = np.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(
 
 @dataclass
 class Segment:
-    """A run of tokens of the tree: ``tokens`` of row ``row`` from depth ``start`` up to depth ``end``."""
+    """Marks a run of tokens in the tree: tokens [start, end) of row number ``row``."""
 
     row: int
     start: int
@@ -45,7 +45,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The segments, each behind its parent and before its parent's next child, and the path of every row."""
+    """Holds the segments of a tree and the path of every row through them.
+
+    Segments stand depth first: each behind its parent and before its parent's next child.
+    """
 
     segments: list[Segment]
     paths: list[list[int]]

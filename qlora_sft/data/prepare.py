@@ -10,12 +10,12 @@ from functools import partial
 from itertools import repeat, tee
 from typing import TYPE_CHECKING
 
-from qlora_sft.config_data import DataConfig
+from qlora_sft.config_data import DataConfig, Overlong, ReplayConfig, TrainSourceConfig
 from qlora_sft.data.conversation import Conversation
-from qlora_sft.data.documents import Chain, Documents, Writer, sizes
-from qlora_sft.data.fit import NOTHING_SUPERVISED, fit
+from qlora_sft.data.documents import Chain, Documents, Writer, answer_counts, sizes
+from qlora_sft.data.fit import NOTHING_SUPERVISED, TOO_SHORT, fit, longest_answer
 from qlora_sft.data.formats import UNDESIRED, with_thinking
-from qlora_sft.data.ledger import SourceLedger
+from qlora_sft.data.ledger import FEW, SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
 from qlora_sft.data.template import ChatFormat
@@ -56,9 +56,9 @@ def render_sources(
         for reason, places in source.removed.items():
             ledger.drop(reason, places)
         try:
-            documents, whole = _render_source(source, config, tokenizer, chat_format, ledger)
+            documents = _render_source(source, config, tokenizer, chat_format, ledger)
             _count(ledger, documents)
-            _check_mask(source, ledger, config, whole)
+            _check_mask(source, ledger, config)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -75,13 +75,13 @@ def _render_source(
     tokenizer: PreTrainedTokenizerBase,
     chat_format: ChatFormat | None,
     ledger: SourceLedger,
-) -> tuple[Documents, bool]:
-    """Returns the documents that fit, and whether all of them may be supervised whole;
-    the rest goes into the ledger."""
+) -> Documents:
+    """Returns the documents that fit; the rest goes into the ledger, and whether all may be supervised whole."""
     settings = source.settings
-    documents, whole, problems = Writer(source.name), True, []
-    for conversation, rendered, fitting in _fitted(source, config, tokenizer, chat_format):
-        whole = whole and ("text" in conversation or settings.supervise == "all")
+    documents, problems = Writer(source.name), []
+    ledger.whole = True
+    for conversation, rendered, fitting in fitted_rows(source, config, tokenizer, chat_format):
+        ledger.whole = ledger.whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
             problems.append(f"{place(conversation)}: {fitting}")
             if len(problems) == MAX_PROBLEMS:
@@ -95,11 +95,12 @@ def _render_source(
         ledger.kept += 1
         ledger.shortened += kept != rendered
         _remark(ledger, conversation, rendered, PER_TURN if settings.supervise == "turns" else UNROLLED)
+        _account(ledger, conversation, rendered, fitting, config.overlong)
         for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
     if problems:
         raise DataError("\n".join(problems))
-    return documents.finish(), whole
+    return documents.finish()
 
 
 def render_rows(
@@ -107,7 +108,7 @@ def render_rows(
 ) -> Iterator[Rendered]:
     """Yields the documents of ``source`` that fit, rendered as they are taken. Raises
     `DataError` at the first faulty row."""
-    for conversation, _, fitting in _fitted(source, config, tokenizer, chat_format):
+    for conversation, _, fitting in fitted_rows(source, config, tokenizer, chat_format):
         if isinstance(fitting, DataError):
             raise DataError(f"{place(conversation)}: {fitting}")
         for part in fitting:
@@ -119,7 +120,7 @@ Fitting = list[list[Rendered] | str]
 """Holds, for each document that a row was rendered to, the documents of it that fit, or why it is dropped."""
 
 
-def _fitted(
+def fitted_rows(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
     """Yields every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
@@ -131,6 +132,8 @@ def _fitted(
         "allow_special": settings.allow_special,
     }
     render = partial(_render_one, tokenizer, options)
+    # Held-out rows teach nothing, so they are all measured.
+    least = config.min_answer_tokens if isinstance(settings, TrainSourceConfig | ReplayConfig) else None
     # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
     rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
     whole = repeat(None) if settings.supervise == "turns" else render_many(ahead, tokenizer, **options)
@@ -143,12 +146,22 @@ def _fitted(
                 else _per_turn(conversation, result, render, options["supervise"])
             )
             documents = [document for _, document in rendered]
-            fitting: Fitting | DataError = [
+            fitted: Fitting = [
                 fit(document, part, config.max_length, config.overlong, render) for part, document in rendered
             ]
+            fitting: Fitting | DataError = _without_short(fitted, least) if "text" not in conversation else fitted
         except DataError as error:
             fitting = error
         yield conversation, documents, fitting
+
+
+def _without_short(fitting: Fitting, least: int | None) -> Fitting:
+    """Returns why the row is dropped if none of its documents has an answer of ``least`` tokens, else all of it."""
+    if least is None:
+        return fitting
+    kept = [document for part in fitting if not isinstance(part, str) for document in part]
+    short = kept and max(longest_answer(document.weights) for document in kept) < least
+    return [TOO_SHORT] if short else fitting
 
 
 def _per_turn(
@@ -185,6 +198,28 @@ def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Re
     ledger.note(dict(notes), place(conversation))
 
 
+def _account(
+    ledger: SourceLedger, conversation: Conversation, rendered: list[Rendered], fitting: Fitting, overlong: Overlong
+) -> None:
+    """Counts what the share of supervised tokens and the ends of answers are judged by (see `judge`)."""
+    if "text" in conversation:
+        return
+    lengths = [len(document.input_ids) for part in fitting if not isinstance(part, str) for document in part]
+    ledger.repeated += sum(lengths) - max(lengths)
+    ledger.thinking += any(message.get("reasoning") for message in conversation["messages"])
+    if overlong == "truncate" and any(map(_cuts_an_answer, rendered, fitting)):
+        ledger.unended.add([place(conversation)])
+
+
+def _cuts_an_answer(document: Rendered, fitting: list[Rendered] | str) -> bool:
+    """Says whether what is left of ``document`` stops where the answer goes on. What is not cut ends as it should: the
+    renderer raises for a turn without an end."""
+    if isinstance(fitting, str):
+        return False
+    end = len(fitting[0].input_ids)
+    return end < len(document.input_ids) and document.weights[end - 1] > 0 and document.weights[end] > 0
+
+
 def _render_one(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, conversation: Conversation) -> Rendered:
     return render_conversation(conversation, tokenizer, **options)
 
@@ -198,13 +233,15 @@ def _count(ledger: SourceLedger, documents: Documents) -> None:
     lengths = sorted(of_each.tokens)
     ledger.tokens = sum(lengths)
     ledger.supervised = sum(of_each.supervised)
+    if not ledger.whole:
+        ledger.answers, ledger.short_answers = answer_counts(documents, FEW)
     if lengths:
         # Nearest rank: the shortest length that this share of the rows does not exceed.
         ledger.p50, ledger.p95, ledger.p99 = (lengths[math.ceil(p * len(lengths)) - 1] for p in (0.5, 0.95, 0.99))
         ledger.longest = lengths[-1]
 
 
-def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole: bool) -> None:
+def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> None:
     path, name = source.path, source.name
     unlabelled = ledger.dropped[NOTHING_SUPERVISED].rows if NOTHING_SUPERVISED in ledger.dropped else 0
     if not ledger.kept and unlabelled == len(source.rows):
@@ -217,11 +254,17 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, whole:
             f"{path}: no row of {name!r} is left: {undesired} have label: false, which marks an answer as not wanted; "
             "rename the column if it means something else"
         )
+    short = ledger.dropped[TOO_SHORT].rows if TOO_SHORT in ledger.dropped else 0
+    if not ledger.kept and short:
+        raise DataError(
+            f"{path}: no row of {name!r} is left: {short} have no answer of data.min_answer_tokens="
+            f"{config.min_answer_tokens} tokens; lower it, or remove the source"
+        )
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
         rest = f", but for {unlabelled} in which nothing is supervised" if unlabelled else ""
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long{rest}; {cure}")
-    if ledger.supervised == ledger.tokens and not whole:
+    if ledger.supervised == ledger.tokens and not ledger.whole:
         raise DataError(
             f"{path}: every token of {name!r} is supervised, the prompts too; use another model.chat_template"
         )

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
+from qlora_sft.data.code_parts import outputs_apart, placed
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.pieces import Piece, RowPieces, Supervise, cut_row
-from qlora_sft.data.shield import parts, shield
+from qlora_sft.data.shield import forget_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, apply, choose_chat_format
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
@@ -119,6 +119,7 @@ def render_many(
     with ThreadPoolExecutor(1) as worker:  # the tokenizer works without the interpreter's lock
         ahead: Future[list[Rendered | DataError]] | None = None
         while batch := list(islice(rows, _BATCH)):
+            forget_tokens()
             planned: list[RowPieces | DataError] = []
             for row in batch:
                 try:
@@ -138,10 +139,14 @@ def render_many(
 def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
     """Returns the token ids of the conversation and the generation prompt behind it: what
     a model is given to answer."""
+    forget_tokens()
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
-    shielded, disguises = shield(conversation, tokenizer)
+    marked = placed(conversation)
+    shielded, disguises = shield(marked, tokenizer)
     text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
+    if marked is not conversation:
+        text = "".join(stretch for stretch, _ in outputs_apart(text))
     pieces = [Piece(part, 0.0, apart=number > 0) for number, part in enumerate(parts(text, disguises))]
     (result,) = _encoded([RowPieces(pieces)], tokenizer, chat_format.stop_token_ids, "")
     if isinstance(result, DataError):
@@ -296,7 +301,6 @@ def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool =
     return encoded
 
 
-@lru_cache(maxsize=8)
 def _writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Says whether a text's ids depend on its standing at the beginning, or control
     tokens swallow what is around them."""

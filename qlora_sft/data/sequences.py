@@ -35,7 +35,7 @@ class Packed:
 def plan_sequences(
     documents: Sequence[Rendered],
     config: DataConfig,
-    epochs: int,
+    epochs: float,
     seed: int,
     say: Say = lambda _: None,
     cannot_share: str | None = None,
@@ -132,7 +132,7 @@ def _windows(indices: list[int], size: int | None) -> list[list[int]]:
 
 
 def describe_order(
-    order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: int
+    order: list[list[Pick]], of_each: Sizes, numbers: dict[str, list[int]], config: DataConfig, epochs: float
 ) -> str:
     """Returns the mixture as text: the strategy, and a table of what the run will really train on."""
     facts = {
@@ -143,7 +143,7 @@ def describe_order(
     if config.replay:
         fall = f", falling from {2 * config.replay.share:.1%} to 0" if config.curriculum == "progressive" else ""
         strategy += f"; replay {config.replay.share:.1%} of the rows{fall}"
-    return f"mixture ({strategy}; {epochs} epochs)\n" + mixture_table(order, facts)
+    return f"mixture ({strategy}; {epochs:g} epochs)\n" + mixture_table(order, facts)
 
 
 def describe_packing(packed: Packed, tokens: list[int], config: DataConfig) -> str:

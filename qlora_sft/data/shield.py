@@ -53,6 +53,15 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(token for token in control if token in special_tokens(tokenizer) or token not in paired)
 
 
+def forget_tokens() -> None:
+    """Forgets what is known of tokenizers, whose tokens may have changed since they were asked.
+
+    Rendering calls it once per batch: some tokenizers have thousands of added tokens, and every turn asks for them.
+    """
+    for known in (control_tokens, special_tokens, turn_tokens):
+        known.cache_clear()
+
+
 @lru_cache(maxsize=32)
 def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """Returns a pattern that matches any of the tokens, and nothing if there is none."""

@@ -118,7 +118,8 @@ def _split(prefix: Path, facts: SplitFacts) -> Prepared:
     for source, row in facts["ledger"].items():
         dropped = {reason: Drop(**drop) for reason, drop in row["dropped"].items()}
         notes = {what: Note(**note) for what, note in row["notes"].items()}
-        ledger[source] = SourceLedger(**{**row, "dropped": dropped, "notes": notes, "lost_in": Drop(**row["lost_in"])})
+        drops = {"lost_in": Drop(**row["lost_in"]), "unended": Drop(**row["unended"])}
+        ledger[source] = SourceLedger(**{**row, "dropped": dropped, "notes": notes, **drops})
     return Prepared(documents, ledger)
 
 

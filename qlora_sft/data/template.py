@@ -326,6 +326,7 @@ def gap_before(
     messages, turn = conversation["messages"], span.message
     message = messages[turn]
     shape = (
+        repr(tokenizer.special_tokens_map),
         repr(conversation.get("chat_template_kwargs")),
         bool(conversation.get("tools")),
         [each["role"] for each in messages[max(0, turn - 1) : turn]] == ["tool"],

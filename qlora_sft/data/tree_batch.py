@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from qlora_sft.data.batch import Batch
+from qlora_sft.data.batch import Batch, sources_of
 from qlora_sft.data.prefix_tree import PrefixTree, Tokens, prefix_tree
 from qlora_sft.data.render import Rendered
 
@@ -24,7 +25,7 @@ def flatten_tree(documents: Sequence[Rendered]) -> Batch:
     tree = prefix_tree(rows)
     bounds = np.cumsum([0, *tree.lengths])
     ids = np.concatenate([rows[segment.row][segment.start : segment.end] for segment in tree.segments])
-    weights, counts = _supervision(documents, tree, bounds)
+    weights, counts, owners = _supervision(documents, tree, bounds)
     supervised = np.flatnonzero(counts)
     positions = _predecessors(tree, bounds)[supervised]
     once = np.ones(len(positions), dtype=bool)
@@ -36,6 +37,7 @@ def flatten_tree(documents: Sequence[Rendered]) -> Batch:
     order = np.argsort(positions, kind="stable")
     positions, supervised = positions[order], supervised[order]
     position_ids = np.concatenate([np.arange(segment.start, segment.end) for segment in tree.segments])
+    sources = sources_of([document.source for document in documents], owners[supervised], weights[supervised])
     return Batch(
         input_ids=torch.from_numpy(ids.astype(np.int64))[None],
         position_ids=torch.from_numpy(position_ids)[None],
@@ -45,6 +47,9 @@ def flatten_tree(documents: Sequence[Rendered]) -> Batch:
         position_weights=torch.from_numpy(weights[supervised].astype(np.float32)),
         position_counts=torch.from_numpy(counts[supervised].astype(np.float32)),
         position_documents=torch.zeros(len(positions), dtype=torch.int32),
+        position_sources=sources.of_positions,
+        sources=sources.names,
+        source_weights=sources.weights,
         n_supervised=int(counts.sum()),
         weight_sum=float(weights.sum()),
         longest=max(map(len, rows)),
@@ -56,18 +61,22 @@ def flatten_tree(documents: Sequence[Rendered]) -> Batch:
 
 def _supervision(
     documents: Sequence[Rendered], tree: PrefixTree, bounds: Tokens
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Returns, for every token of the tree, the sum of its weights over the documents and how many supervise it."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns, for every token of the tree, the sum of its weights over the documents, how many supervise it, and the
+    first of these."""
     weights, counts = np.zeros(bounds[-1]), np.zeros(bounds[-1], dtype=np.int64)
-    for document, path in zip(documents, tree.paths, strict=True):
+    owners = np.zeros(bounds[-1], dtype=np.int64)
+    for index, (document, path) in enumerate(zip(documents, tree.paths, strict=True)):
         own = np.asarray(document.weights, dtype=np.float64)
         own[0] = 0  # The first token of a document is predicted by nothing, whatever its label says.
         for number in path:
             segment = tree.segments[number]
             part = np.maximum(own[segment.start : segment.end], 0)
-            weights[bounds[number] : bounds[number + 1]] += part
-            counts[bounds[number] : bounds[number + 1]] += part > 0
-    return weights, counts
+            here = slice(bounds[number], bounds[number + 1])
+            owners[here][(counts[here] == 0) & (part > 0)] = index
+            weights[here] += part
+            counts[here] += part > 0
+    return weights, counts, owners
 
 
 def _predecessors(tree: PrefixTree, bounds: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -29,7 +29,7 @@ BUILD = 2
 
 def base_model_path() -> Path:
     """Returns the folder of SmolLM2-135M-Instruct (bf16 safetensors, tokenizer, chat template), built on first use."""
-    folder = cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
+    folder = _folder()
     with sole_builder(folder.name):
         if not folder.exists():
             gguf_file = _gguf_file()
@@ -37,6 +37,15 @@ def base_model_path() -> Path:
             with written_folder(folder) as beside:
                 _build(gguf_file, beside)
     return folder
+
+
+def is_built() -> bool:
+    """Tells whether the folder is in the cache already."""
+    return _folder().exists()
+
+
+def _folder() -> Path:
+    return cache_dir("models") / f"SmolLM2-135M-Instruct-v{BUILD}"
 
 
 def _gguf_file() -> Path:

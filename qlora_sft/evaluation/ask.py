@@ -11,6 +11,7 @@ import torch
 from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
+from qlora_sft.evaluation.benign import refuses
 from qlora_sft.evaluation.choices import choose, letter_prompts
 from qlora_sft.evaluation.drift import Reading, readable
 from qlora_sft.evaluation.drift import read as read_document
@@ -19,6 +20,7 @@ from qlora_sft.evaluation.generate import Generated, generate
 from qlora_sft.evaluation.grade import last_number, said
 from qlora_sft.evaluation.programs import program, run_all
 from qlora_sft.evaluation.prompt import prompt_of
+from qlora_sft.evaluation.sandbox import choose_sandbox
 from qlora_sft.evaluation.statistics import pass_at_k
 from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.json_types import JsonObject
@@ -147,8 +149,8 @@ def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int) -> S
     )
     texts = [decoded(evaluated.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]
     outcomes = grade_all(task, questions.in_thought, texts)
-    scores = Scores({f"pass@{k}": [] for k in powers(samples)}, [1.0] * len(task.items), [])
-    scores.metrics |= {"ended": [], "distinct": []}
+    figures = ["refused"] if task.form == "refusal" else [f"pass@{k}" for k in powers(samples)]
+    scores = Scores({name: [] for name in [*figures, *ABOUT_ANSWERS]}, [1.0] * len(task.items), [])
     for number in range(len(task.items)):
         here = slice(number * samples, (number + 1) * samples)
         _count(scores, given[here], texts[here], outcomes[here])
@@ -170,6 +172,9 @@ def powers(samples: int) -> list[int]:
     return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
 
+# What is measured of all answers: ended by themselves, unlike the other samples, tokens, tokens said again.
+ABOUT_ANSWERS = ("ended", "distinct", "length", "repetition")
+
 Outcome = tuple[bool, str, str]
 """Whether the answer is correct, the text that was graded, and what was found wrong with it."""
 
@@ -181,7 +186,10 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
     items = [task.items[number // samples] for number in range(len(texts))]
     if task.form == "code":  # not stripped, because the indentation of the first line counts
         written = [program(answer, item.tests) for answer, item in zip(answers, items, strict=True) if item.tests]
-        return [(said == "passed", text, said) for text, said in zip(written, run_all(written), strict=True)]
+        ran = run_all(written, sandbox=choose_sandbox())
+        return [(said == "passed", text, said) for text, said in zip(written, ran, strict=True)]
+    if task.form == "refusal":
+        return [(not refuses(answer), answer.strip(), "refused" if refuses(answer) else "") for answer in answers]
     answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
     return [(answer == item.reference, answer, "") for answer, item in zip(answers, items, strict=True)]
 
@@ -192,7 +200,11 @@ def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], out
     for metric, figures in scores.metrics.items():
         if metric.startswith("pass@"):
             figures.append(pass_at_k(samples, correct, int(metric.removeprefix("pass@"))))
+    if "refused" in scores.metrics:
+        scores.metrics["refused"].append(1 - correct / samples)
     scores.metrics["ended"].append(sum(each.ended for each in given) / samples)
+    scores.metrics["length"].append(sum(len(each.ids) for each in given) / samples)
+    scores.metrics["repetition"].append(sum(repetition(each.ids) for each in given) / samples)
     scores.metrics["distinct"].append(len({graded for _, graded, _ in outcomes}) / samples)
     found = [fault for _, _, fault in outcomes]
     answers: list[object] = [
@@ -200,6 +212,12 @@ def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], out
         for text, (good, _, _), fault in zip(texts, outcomes, found, strict=True)
     ]
     scores.records.append({"answers": answers, "right": correct})
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Returns the share of an answer's runs of four tokens that stood in it before; near 1 where it goes in circles."""
+    runs = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def read_texts(evaluated: EvaluatedModel, questions: Questions, with_base: bool) -> tuple[Scores | None, Scores]:
@@ -217,4 +235,5 @@ def read_texts(evaluated: EvaluatedModel, questions: Questions, with_base: bool)
 
 def _readings(read: Sequence[Reading], losses: list[float]) -> Scores:
     """Makes the scores of one model out of what was read."""
-    return Scores({"loss": losses}, [each.weight for each in read], [{"loss": loss} for loss in losses])
+    records: list[JsonObject] = [{"loss": loss, "weight": each.weight} for loss, each in zip(losses, read, strict=True)]
+    return Scores({"loss": losses}, [each.weight for each in read], records)

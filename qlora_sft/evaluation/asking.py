@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_sft.config import RopeScaling
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.ask import Questions, Scores, ask_answers, ask_choices, encode_task, read_texts
 from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table
+from qlora_sft.evaluation.diagnose import diagnosed, diagnosis_text
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.results import write_results
 from qlora_sft.evaluation.tasks import Task
@@ -34,7 +36,7 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     limit = _positions(path, run)
     encoded = [encode_task(task, tokenizer, chat_format, text.training_tokenizer, limit) for task in tasks]
     for questions in encoded:
-        _check_length(questions, limit)
+        check_length(questions, limit)
         if questions.unlabelled:
             say(
                 f"{questions.task.name}: {len(questions.unlabelled):,} of {len(questions.task.items):,} texts left "
@@ -57,11 +59,14 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     for questions in encoded:
         of_base, of_tuned = ask_task(evaluated, questions, base, seed, say)
         report = compared(questions.task, of_base, of_tuned, seed)
-        answers = write_results(folder, report, questions.task, of_base, of_tuned)
+        answers = write_results(folder, report, questions, of_base, of_tuned)
         reports.append(replace(report, answers=str(answers)))
     say(comparison_table(reports))
+    diagnosis = diagnosed(reports)
+    if diagnosis is not None:
+        say(diagnosis_text(diagnosis))
     say(f"figures and answers: {folder}")
-    return EvaluationReport(str(path), str(folder), reports)
+    return EvaluationReport(str(path), str(folder), reports, diagnosis)
 
 
 def ask_task(
@@ -96,13 +101,17 @@ def _chat_format(text: SavedText, tasks: Sequence[Task]) -> ChatFormat:
 
 
 def _positions(path: Path, run: Run | None) -> int:
-    """Returns how many positions the model has."""
-    settings = text_config(read_config(described_base(run) if run else str(path)))
-    rope = run.model.rope_scaling if run else None
+    """Returns how many positions the model of a run, or the model in the folder ``path``, has."""
+    return positions_of(described_base(run), run.model.rope_scaling) if run else positions_of(str(path), None)
+
+
+def positions_of(base: str, rope: RopeScaling | None) -> int:
+    """Returns how many positions the model in the folder ``base`` has, extended as ``rope`` says."""
+    settings = text_config(read_config(base))
     return context_length(settings, rope) if rope else settings.get("max_position_embeddings") or 2**31
 
 
-def _check_length(questions: Questions, limit: int) -> None:
+def check_length(questions: Questions, limit: int) -> None:
     """Raises `ConfigError` if the longest question and its answer have more tokens than the model has positions."""
     if questions.longest > limit:
         cure = "leave it out" if questions.letters else "lower max_new_tokens, or leave it out"

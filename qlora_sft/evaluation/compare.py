@@ -17,11 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_sft.evaluation.ask import Scores
+from qlora_sft.evaluation.diagnosis import Diagnosis
+from qlora_sft.evaluation.outlook import rl_outlook
 from qlora_sft.evaluation.statistics import PairedChange, paired_change
 from qlora_sft.evaluation.tasks import Task, TaskForm
+from qlora_sft.markup.style import piece
+from qlora_sft.page.tasks import tasks_html
 from qlora_sft.run.report import LEFT_OUT, Report
 
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "refused")
+SHARES = ("accuracy", "said", "refused", "ended", "repetition")
+"""Metrics that are shares, beside pass@k, and are shown in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +55,16 @@ class TaskReport(Report):
     max_new_tokens: int | None = field(default=None, metadata=LEFT_OUT)
     thinking: str | None = field(default=None, metadata=LEFT_OUT)
     temperature: float | None = field(default=None, metadata=LEFT_OUT)
+    shots: int | None = field(default=None, metadata=LEFT_OUT)
+    """How many examples stood before every question."""
+    phrasing: str | None = field(default=None, metadata=LEFT_OUT)
+    """How questions were put, if not as in the file."""
+    asks_again: str | None = field(default=None, metadata=LEFT_OUT)
+    """The task whose questions are asked in another way here."""
     for_rl: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     """The shares of the questions that are answered correctly always, never and sometimes."""
+    rl_outlook: str | None = field(default=None, metadata=LEFT_OUT)
+    """What reinforcement learning can expect of the model on these questions."""
     base: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     change: dict[str, MetricChange] | None = field(default=None, metadata=LEFT_OUT)
     verdict: str | None = field(default=None, metadata=LEFT_OUT)
@@ -67,6 +81,11 @@ class EvaluationReport(Report):
     folder: str
     """The folder that holds the figures and the answers."""
     tasks: list[TaskReport]
+    diagnosis: Diagnosis | None = None
+    """What all tasks together say; None where no base was asked."""
+
+    def _repr_html_(self) -> str:
+        return piece(tasks_html([task.to_json() for task in self.tasks]))
 
 
 def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskReport:
@@ -80,12 +99,18 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskR
         items=len(tuned.weights),
         seed=seed,
         tuned={name: _mean(tuned, name) for name in tuned.metrics},
+        shots=settings.shots or None,
+        phrasing=settings.phrasing if settings.phrasing != "plain" else None,
+        asks_again=task.asks_again,
     )
     if task.form not in ("choices", "loss"):
         n = settings.samples
         report = replace(report, samples=n, max_new_tokens=settings.max_new_tokens, thinking=settings.thinking)
         if n > 1:
-            report = replace(report, temperature=settings.temperature, for_rl=for_rl(tuned, n))
+            report = replace(report, temperature=settings.temperature)
+        if n > 1 and task.form != "refusal":
+            outlook = rl_outlook(report.tuned["pass@1"], report.tuned[f"pass@{n}"], n, report.items)
+            report = replace(report, for_rl=for_rl(tuned, n), rl_outlook=outlook)
     if base is None:
         return report
     changes = _changes(base, tuned, seed)
@@ -117,7 +142,7 @@ def _mean(scores: Scores, name: str) -> float:
 
 def main_metric(form: TaskForm) -> str:
     """Names the metric that says what the model does, for tasks of this form."""
-    return {"choices": "accuracy", "loss": "loss"}.get(form, "pass@1")
+    return {"choices": "accuracy", "loss": "loss", "refusal": "refused"}.get(form, "pass@1")
 
 
 def judged(form: TaskForm, changes: dict[str, PairedChange], samples: int) -> tuple[str, str]:
@@ -126,7 +151,7 @@ def judged(form: TaskForm, changes: dict[str, PairedChange], samples: int) -> tu
         can, does = "accuracy", "said"
     else:
         can, does = f"pass@{samples}", main_metric(form)
-    if form == "loss" or (samples == 1 and form != "choices"):
+    if form in ("loss", "refusal") or (samples == 1 and form != "choices"):
         return _alone(does, changes[does])
     if _worse(can, changes[can]):
         return "forgetting", f"{can} has fallen, too" if _worse(does, changes[does]) else f"{can} has fallen"
@@ -140,8 +165,8 @@ def judged(form: TaskForm, changes: dict[str, PairedChange], samples: int) -> tu
 def _alone(metric: str, c: PairedChange) -> tuple[str, str]:
     """Returns (verdict, reason) for a task with a single metric, which cannot tell forgetting from alignment tax."""
     if _worse(metric, c):
-        why = "it reads such text worse" if metric == "loss" else "samples: 8 tells forgetting from alignment tax"
-        return "worse", why
+        why = {"loss": "it reads such text worse", "refused": "it refuses more of what is harmless"}
+        return "worse", why.get(metric, "samples: 8, or --diagnose, tells forgetting from alignment tax")
     return ("better", "") if _better(metric, c) else ("no difference shown", "")
 
 
@@ -181,7 +206,7 @@ def comparison_table(reports: Sequence[TaskReport]) -> str:
 
 
 def _figures(report: TaskReport, metric: str) -> str:
-    percent = metric not in ("loss", "kl")
+    percent = metric in SHARES or metric.startswith("pass@")
     base = (report.base or {}).get(metric)
     text = f"{_figure(base, percent):>8}{_figure(report.tuned[metric], percent):>8}"
     moved = (report.change or {}).get(metric)
@@ -204,6 +229,14 @@ def _notes(report: TaskReport) -> list[str]:
     if any(unended.values()):
         listed = " and ".join(f"{share:.0%} of the {who} model's" for who, share in unended.items() if share)
         notes.append(f"{listed} answers were cut off at {report.max_new_tokens} tokens")
+    for metric, more, less in (("length", "longer", "shorter"), ("repetition", "more repetitive", "less repetitive")):
+        moved = (report.change or {}).get(metric)
+        if moved is not None and report.base is not None and 0 not in (report.base[metric], report.tuned[metric]):
+            ratio, (low, high) = report.tuned[metric] / report.base[metric], moved.interval
+            if (low > 0 or high < 0) and not 2 / 3 < ratio < 3 / 2:
+                notes.append(f"its answers are {max(ratio, 1 / ratio):.1f} times {more if ratio > 1 else less}")
+    if report.rl_outlook is not None:
+        notes.append(report.rl_outlook)
     if report.for_rl is not None and report.samples is not None:
         r = report.for_rl
         different = report.tuned["distinct"] * report.samples

@@ -6,10 +6,10 @@ questions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from qlora_sft.config import TaskConfig, check_tasks, task_name
 from qlora_sft.errors import ConfigError
@@ -22,10 +22,21 @@ if TYPE_CHECKING:
     from qlora_sft.evaluation.compare import EvaluationReport
 
 
+class TaskSettings(TypedDict, total=False):
+    """Holds fields of `TaskConfig` that replace those of every task."""
+
+    form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"]
+    samples: int
+    temperature: float
+    max_rows: int
+    max_new_tokens: int
+    thinking: Literal["auto", "on", "off"]
+
+
 def evaluate_run(
     path: str | Path,
     tasks: Sequence[TaskConfig] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: TaskSettings | None = None,
     *,
     base: bool = True,
     run_code: bool = False,
@@ -43,19 +54,65 @@ def evaluate_run(
     Results of a task that was asked in another way are kept. Raises `ConfigError` or `DataError` before a model is
     loaded.
     """
+    path, run, chosen = _opened(path, tasks, settings)
+    read = _read_all(run, chosen, run_code, seed, say)
+    from qlora_sft.evaluation.asking import ask_model
+
+    return ask_model(path, run, read, base and run is not None, seed, say)
+
+
+def diagnose_run(
+    path: str | Path,
+    tasks: Sequence[TaskConfig] = (),
+    settings: TaskSettings | None = None,
+    *,
+    run_code: bool = False,
+    seed: int = 0,
+    say: Say = tell,
+) -> EvaluationReport:
+    """Does what `evaluate_run` does, and asks everything once more behind examples and in other words.
+
+    Harmless questions (``benign``) are asked as well. All together tells forgetting from alignment tax.
+    """
+    path, run, chosen = _opened(path, tasks, settings)
+    if all(task.form != "refusal" and task.path != "benign" for task in chosen):
+        chosen.append(_with(TaskConfig("benign", form="refusal"), _limits(settings or {})))
+    read = _read_all(run, chosen, run_code, seed, say)
+    from qlora_sft.evaluation.asking import ask_model
+    from qlora_sft.evaluation.diagnose import in_other_ways
+
+    return ask_model(path, run, [*read, *in_other_ways(read, seed)], run is not None, seed, say)
+
+
+def _opened(
+    path: str | Path, tasks: Sequence[TaskConfig], settings: TaskSettings | None
+) -> tuple[Path, Run | None, list[TaskConfig]]:
+    """Returns the folder, the run in it if it is one, and the tasks with their settings. Raises `ConfigError`."""
     path = Path(path).expanduser().resolve()
     run = Run.open(path) if is_run(path) else None
     if run is None and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
-    chosen = [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
+    return path, run, [_with(task, settings or {}) for task in tasks or _configured_tasks(path, run)]
+
+
+def _read_all(run: Run | None, chosen: list[TaskConfig], run_code: bool, seed: int, say: Say) -> list[Task]:
+    """Reads the questions of all tasks. Raises `ConfigError` or `DataError` for all that is wrong with them."""
     _check(chosen)
     read = read_tasks(chosen, seed, say)
-    _check_code(read, run_code)
+    _check_code(read, run_code, say)
     if run:
         _warn_of_contamination(run, chosen, say)
-    from qlora_sft.evaluation.asking import ask_model
+    return read
 
-    return ask_model(path, run, read, base and run is not None, seed, say)
+
+def _limits(settings: TaskSettings) -> TaskSettings:
+    """Returns the settings that hold for harmless questions as well: how many are asked, and how long answers are."""
+    kept: TaskSettings = {}
+    if "max_rows" in settings:
+        kept["max_rows"] = settings["max_rows"]
+    if "max_new_tokens" in settings:
+        kept["max_new_tokens"] = settings["max_new_tokens"]
+    return kept
 
 
 def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
@@ -67,13 +124,16 @@ def _configured_tasks(path: Path, run: Run | None) -> list[TaskConfig]:
     return tasks
 
 
-def _with(task: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
+def _with(task: TaskConfig, settings: TaskSettings) -> TaskConfig:
     """Replaces settings of a task by those of the command line.
 
     One command line may be for tasks of several forms, so ``samples`` is left out where it has no effect.
     """
     form = settings.get("form") or task.form
-    return replace(task, **{k: v for k, v in settings.items() if k != "samples" or form not in ("choices", "loss")})
+    changed = settings.copy()
+    if form in ("choices", "loss"):
+        changed.pop("samples", None)
+    return replace(task, **changed)
 
 
 def _check(tasks: list[TaskConfig]) -> None:
@@ -83,21 +143,29 @@ def _check(tasks: list[TaskConfig]) -> None:
         raise ConfigError(problems)
 
 
-def _check_code(tasks: Sequence[Task], run_code: bool) -> None:
-    """Raises `ConfigError` if answers would have to be run and may not be, `RunError` if no program can run here."""
+def _check_code(tasks: Sequence[Task], run_code: bool, say: Say) -> None:
+    """Says how the programs that answers are will be shut in.
+
+    Raises `ConfigError` if answers would have to be run and may not be, `RunError` if no program can run here.
+    """
     names = [task.name for task in tasks if task.form == "code"]
     if names and not run_code:
         raise ConfigError(
-            f"{', '.join(names)}: graded by running what the model writes, with limits but without a sandbox; "
-            "add --run-code where that may be (a container, a machine of its own)"
+            f"{', '.join(names)}: graded by running what the model writes; add --run-code to allow that. It is run in "
+            "a sandbox where bubblewrap is installed or Linux allows namespaces, else with limits only"
         )
     if names:
-        check_programs()
+        sandbox = check_programs()
+        listed = ", ".join(names)
+        if sandbox.name:
+            say(f"{listed}: programs run in a sandbox ({sandbox.name}): no network, none of your files")
+        else:
+            say(f"{listed}: no sandbox, programs can read your files and use the network ({sandbox.reason})")
 
 
 def _warn_of_contamination(run: Run, tasks: Sequence[TaskConfig], say: Say) -> None:
     """Names the tasks whose questions were not searched for in the training rows."""
     checked = run.config.data.decontaminate
-    unchecked = [task_name(task) for task in tasks if task.path not in checked]
+    unchecked = [task_name(task) for task in tasks if task.path not in checked and task.path != "benign"]
     if unchecked:
         say(f"training rows were not searched for questions of {', '.join(unchecked)}; data.decontaminate does that")

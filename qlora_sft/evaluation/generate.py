@@ -14,6 +14,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of
+from qlora_sft.say import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,10 +66,17 @@ def generate(
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
+    bar = progress(len(prompts) * max_new_tokens, f"{len(prompts)} answers", "token")
+
+    def count(ids: Tensor, scores: object, **_: object) -> Tensor:
+        """Is asked by ``generate`` after every token whether to stop; it only counts."""
+        bar.update(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     def answer(ids: Tensor, mask: Tensor) -> list[Generated]:
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling,
-            use_cache=True, eos_token_id=sorted(stop_token_ids), pad_token_id=pad,
+            use_cache=True, eos_token_id=sorted(stop_token_ids), pad_token_id=pad, stopping_criteria=[count],
         )  # fmt: skip
         new = [(row, until_stop(row, stop_token_ids)) for row in output[:, ids.shape[1] :].tolist()]
         return [Generated(kept, len(kept) < len(row)) for row, kept in new]
@@ -79,6 +87,7 @@ def generate(
         with neutral(model), plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
             return in_batches(prompts, max_new_tokens, pad, model.device, answer)
     finally:
+        bar.close()
         model.train(was_training)
 
 

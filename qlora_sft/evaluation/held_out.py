@@ -11,6 +11,7 @@ from qlora_sft.data.batch import flatten
 from qlora_sft.data.packing import pack
 from qlora_sft.data.render import Rendered
 from qlora_sft.model.loss import batch_loss, to_device
+from qlora_sft.say import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,17 +23,21 @@ def held_out_loss(
     """Returns, by source, the weighted mean loss per supervised token in nats. Leaves the model in training mode."""
     model.eval()
     result = {}
+    packed = {source: pack([len(row.input_ids) for row in rows], capacity) for source, rows in documents.items()}
+    bar = progress(sum(map(len, packed.values())), "held-out loss", "sequence")
     try:
         for source, rows in documents.items():
             total = weight = 0.0
-            for each in pack([len(row.input_ids) for row in rows], capacity):
+            for each in packed[source]:
                 batch = to_device(flatten([rows[index] for index in each]), model.device)
                 with torch.no_grad(), autocast(model.device, dtype):
                     output = batch_loss(model, batch)
                 total += float((output.nll * batch["position_weights"]).sum())
                 weight += batch["weight_sum"]
+                bar.update()
             result[source] = total / weight
     finally:
+        bar.close()
         model.train()
     return result
 

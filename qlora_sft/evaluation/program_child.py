@@ -1,8 +1,9 @@
-"""Runs the program on standard input under limits: ``python -I program_child.py SECONDS MEGABYTES``.
+"""Runs the program on standard input under limits: ``python -I program_child.py SECONDS MEGABYTES PROCESSES``.
 
 `programs.run` starts this file by its path in a process of its own, so it imports nothing but the standard library.
 The first line of standard input is a password and the rest is the program. The password is written to standard output
-if the program came to its end; otherwise its exception is written there.
+if the program came to its end; otherwise its exception is written there. PROCESSES: how many the program may have, or 0
+for no limit.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 import types
 
 
-def main(seconds: int, megabytes: int) -> None:
+def main(seconds: int, megabytes: int, processes: int) -> None:
     """Runs the program and writes what became of it."""
     password, _, source = sys.stdin.buffer.read().decode("utf-8").partition("\n")
     report = os.dup(1)
@@ -23,6 +24,7 @@ def main(seconds: int, megabytes: int) -> None:
         (resource.RLIMIT_AS, megabytes * 2**20),
         (resource.RLIMIT_FSIZE, 2**20),
         (resource.RLIMIT_CORE, 0),
+        *([(resource.RLIMIT_NPROC, processes)] if processes else []),
     ):
         _, hard = resource.getrlimit(limit)
         lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -41,4 +43,4 @@ def main(seconds: int, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -1,8 +1,8 @@
 """Grades code by running it, as HumanEval does (Chen et al. 2021, arXiv:2107.03374).
 
 Each program runs in a process of its own with limits on time, memory and file size, in an empty folder, without this
-process's environment. These limits stop accidents. They are no sandbox: what a model writes can read files, use the
-network, and leave a process behind that calls ``setsid``.
+process's environment, and in a sandbox where there is one (`sandbox`). Without one the limits stop accidents only: what
+a model writes can read files, use the network, and leave a process behind that calls ``setsid``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from pathlib import Path
 from textwrap import dedent, indent
 
 from qlora_sft.errors import RunError
+from qlora_sft.evaluation.sandbox import Sandbox, choose_sandbox, command
 
 SECONDS = 10
 MEGABYTES = 4096
+# Of a program and what it starts, in a sandbox. Outside of one the user's own processes would count as well.
+PROCESSES = 32
+NO_SANDBOX = Sandbox(None, "")
 CHILD = Path(__file__).with_name("program_child.py")
 
 # The most bytes that are read of a program's report.
@@ -77,26 +81,33 @@ def _as_body(code: str, prompt: str) -> str:
     return code if given == wanted else indent(dedent(code), wanted)
 
 
-def run_all(programs: Sequence[str], seconds: float = SECONDS) -> list[str]:
+def run_all(programs: Sequence[str], seconds: float = SECONDS, sandbox: Sandbox = NO_SANDBOX) -> list[str]:
     """Runs all programs and returns what became of each: ``passed``, ``timed out``, or the exception."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        return list(pool.map(lambda text: run(text, seconds), programs))
+        return list(pool.map(lambda text: run(text, seconds, sandbox), programs))
 
 
-def check_programs() -> None:
-    """Raises `RunError` where no program can run, because every answer would be graded as wrong there."""
+def check_programs() -> Sandbox:
+    """Returns the sandbox in which programs run here.
+
+    Raises `RunError` where no program can run, because every answer would be graded as wrong there.
+    """
+    sandbox = choose_sandbox()
     try:
-        trivial = run("pass\n")
+        trivial = run("pass\n", sandbox=sandbox)
     except OSError as error:
         trivial = str(error)
     if trivial != "passed":
         raise RunError(f"programs cannot be run here: one that does nothing {trivial}; look at the limits (ulimit -a)")
+    return sandbox
 
 
-def run(text: str, seconds: float = SECONDS) -> str:
+def run(text: str, seconds: float = SECONDS, sandbox: Sandbox = NO_SANDBOX) -> str:
     """Runs one program and returns what became of it, as `run_all` does."""
     # The password is written when a program comes to its end, so a program that exits early has passed no test.
     password = secrets.token_hex(8)
+    processes = PROCESSES if sandbox.name else 0
+    program = [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES), str(processes)]
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as source,
@@ -105,7 +116,7 @@ def run(text: str, seconds: float = SECONDS) -> str:
         source.write(f"{password}\n{text}".encode("utf-8", "replace"))
         source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES)],
+            command(sandbox.name, folder, program),
             cwd=folder, env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"}, start_new_session=True,
             stdin=source, stdout=report, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -121,4 +132,6 @@ def run(text: str, seconds: float = SECONDS) -> str:
         said = report.read(REPORT).decode("utf-8", "replace").strip()
     if said == password:
         return "passed"
-    return said or f"ended early (exit code {process.returncode})"
+    code = process.returncode
+    # A sandbox reports a signal as shells do.
+    return said or f"ended early (exit code {128 - code if sandbox.name and code > 128 else code})"

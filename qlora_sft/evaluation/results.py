@@ -7,15 +7,17 @@ from itertools import count
 from pathlib import Path
 
 from qlora_sft.atomic import write_json, written_file
-from qlora_sft.evaluation.ask import Scores
+from qlora_sft.evaluation.ask import Questions, Scores
 from qlora_sft.evaluation.compare import TaskReport
-from qlora_sft.evaluation.tasks import Task
 from qlora_sft.json_types import JsonObject
 
+# Two results with these in common are of the same questions, asked in the same way.
+ASKED = ("questions", "form", "items", "samples", "temperature", "max_new_tokens", "thinking", "shots", "phrasing")
 
-def write_results(folder: Path, report: TaskReport, task: Task, base: Scores | None, tuned: Scores) -> Path:
+
+def write_results(folder: Path, report: TaskReport, questions: Questions, base: Scores | None, tuned: Scores) -> Path:
     """Writes every question with its answers to ``NAME.jsonl`` and the figures to ``NAME.json``. Returns the former."""
-    rows = []
+    task, rows = questions.task, []
     # A task that only reads texts leaves out those in which nothing is to be predicted, so its records have no items.
     items = task.items if task.form != "loss" else [None] * len(tuned.records)
     for number, item in enumerate(items):
@@ -25,6 +27,9 @@ def write_results(folder: Path, report: TaskReport, task: Task, base: Scores | N
         if item is not None:
             asked = item.conversation["messages"][-1]["content"]
             row = {"place": item.place, "question": asked, "reference": item.reference, **row}
+            row["conversation"] = dict(item.conversation)
+            if questions.in_thought and questions.in_thought[number]:
+                row["in_thought"] = True
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     name = _free_name(folder, report)
     answers = folder / f"{name}.jsonl"
@@ -39,7 +44,7 @@ def _free_name(folder: Path, report: TaskReport) -> str:
 
     Results of another file, or of the same file asked in another way, are never replaced: they may have taken hours.
     """
-    asked = ("questions", "form", "items", "seed", "samples", "temperature", "max_new_tokens", "thinking")
+    asked = (*ASKED, "seed")
     own = report.to_json()
     for number in count(1):
         name = report.name + (f"-{number}" if number > 1 else "")

@@ -5,6 +5,7 @@
 - ``code``: ``{prompt, test, entry_point}`` as HumanEval's; ``test`` defines ``check(candidate)``
 - ``number``: any conversation whose last answer has a line ``#### 18``, as GSM8K's
 - ``exact``: any other conversation; its last answer is the reference
+- ``refusal``: questions, with or without answers, that are to be answered at all; never detected
 - ``loss``: plain texts, and conversations if ``form`` says so, on which the loss of the model is measured
 
 Conversations can have any form that training data can have.
@@ -13,40 +14,24 @@ Conversations can have any form that training data can have.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal
 
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.formats import UNDESIRED, convert, detect, with_thinking
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
 from qlora_sft.errors import DataError
+from qlora_sft.evaluation.benign import BENIGN
+from qlora_sft.evaluation.examples import rephrased, with_examples
 from qlora_sft.evaluation.grade import last_number, marked_number
+from qlora_sft.evaluation.item import Item as Item
+from qlora_sft.evaluation.item import TaskForm as TaskForm
 from qlora_sft.evaluation.programs import UnitTests
 from qlora_sft.json_types import JsonObject
 from qlora_sft.say import Say
 
-TaskForm = Literal["choices", "number", "exact", "code", "loss"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Item:
-    """Holds one question."""
-
-    place: str
-    """The file and line it comes from."""
-    conversation: Conversation
-    """The messages up to the answer, or all of them for a task of the form ``loss``."""
-    answer: Message = field(default_factory=lambda: Message(role="assistant", content="None"))
-    """The answer that the file has."""
-    reference: str = ""
-    """The right letter, number or text. It is empty for code."""
-    options: int = 0
-    """The number of choices."""
-    tests: UnitTests | None = None
-    """The tests that grade an answer in code."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,8 @@ class Task:
     form: TaskForm
     items: list[Item]
     settings: TaskConfig
+    asks_again: str | None = None
+    """The task whose questions are asked in another way here."""
 
 
 def read_tasks(tasks: list[TaskConfig], seed: int, say: Say) -> list[Task]:
@@ -80,7 +67,9 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     unused: dict[str, str] = {}
     undesired: list[str] = []
     form: TaskForm | None = None if task.form == "auto" else task.form
-    for label, read, _ in open_evaluation(task.path):
+    if task.path == "benign" and form is None:
+        form = "refusal"
+    for label, read, _ in open_evaluation(str(BENIGN) if task.path == "benign" else task.path):
         for line, row, fault in read():
             place = f"{label}:{line}"
             try:
@@ -108,6 +97,12 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     if task.max_rows is not None and task.max_rows < total:
         chosen = sorted(random.Random(f"tasks {seed} {name}").sample(range(total), task.max_rows))
         items = [items[i] for i in chosen]
+    if task.phrasing != "plain":
+        items = [rephrased(item, task.phrasing) for item in items]
+    if task.shots and form in ("code", "refusal"):
+        raise DataError(f"{name}: shots needs answers to show, and form {form} has none; remove it")
+    if task.shots:
+        items = with_examples(items, task.shots, form, seed)
     verb = "detected" if task.form == "auto" else "configured"
     idle = [key for key, given in (("samples", task.samples > 1), ("thinking", task.thinking == "on")) if given]
     effect = f"; {' and '.join(idle)} without effect" if idle and form in ("choices", "loss") else ""
@@ -139,6 +134,8 @@ def _item(row: JsonObject, form: TaskForm, place: str, task: TaskConfig, unused:
         # The letter has to be the first token, so the model cannot think before it.
         thinking = "off" if task.thinking == "off" else "auto"
         return Item(place, _asked(question, thinking), reference=letter, options=options)
+    if form == "refusal":
+        return Item(place, with_thinking(_question(row, unused), task.thinking))
     if form == "code":
         tests = _tests(row)
         return Item(place, _asked(CODE_QUESTION.format(prompt=tests.prompt), task.thinking), tests=tests)
@@ -164,6 +161,20 @@ def _item(row: JsonObject, form: TaskForm, place: str, task: TaskConfig, unused:
     if "reasoning" in answer:
         kept["reasoning"] = answer["reasoning"]
     return Item(place, {**conversation, "messages": earlier}, kept, reference)
+
+
+def _question(row: JsonObject, unused: set[str]) -> Conversation:
+    """Returns the question of a row that may have an answer or none. Raises `DataError` if it has no question."""
+    alone = next((row[key] for key in ("question", "prompt") if isinstance(row.get(key), str)), None)
+    if isinstance(alone, str) and len(row) == 1:
+        return {"messages": [{"role": "user", "content": alone}]}
+    conversation = _conversation(row, unused)
+    messages = conversation.get("messages") or []
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError("a plain text or an answer without a question cannot be asked")
+    return {**conversation, "messages": messages}
 
 
 def _conversation(row: JsonObject, unused: set[str]) -> Conversation:

@@ -52,9 +52,8 @@ class TensorUpdate:
 
     The value starts as ``replaced`` or else the base's. Then ``scale * b @ a`` is added, then come DoRA, the rows of
     trained tokens, and ``added``. Shapes: a [r, in], b [out, r], magnitude [out], tokens (indices [n], rows [n, in]),
-    added, which is a bias, [out]. Of a stack of experts a [E, r, in] and b [E, out, r]; `stacks.in_files` says what
-    that comes to in the files.
-
+    added, which is a bias, [out]. The update of a stack of experts has a [E, r, in] and b [E, out, r];
+    `stacks.in_files` says what that comes to in the files.
     """
 
     replaced: Stored | None = None
@@ -149,14 +148,16 @@ def _read_one(
     if match["tokens"]:
         update.tokens = (torch.tensor(_token_indices(config, module)), values)
     elif match["kind"] == ".bias":
-        update.added = values * _scale(module, _partner(key, "lora_B.bias", "lora_A.weight", tensors).shape[0], config)
+        update.added = values * scale_of(
+            module, _partner(key, "lora_B.bias", "lora_A.weight", tensors).shape[0], config
+        )
     elif part == "lora_magnitude_vector":
         if f"{key.rsplit('.lora_', 1)[0]}.lora_A.weight" not in tensors:
             raise RunError(f"{folder}: DoRA on {module} cannot be merged here (it is no linear layer)")
         update.magnitude = values.reshape(-1)
     elif part in ("lora_A", "lora_embedding_A"):
         other = _partner(key, part, part.replace("A", "B"), tensors).whole().float()
-        update.scale = _scale(module, values.shape[0], config)
+        update.scale = scale_of(module, values.shape[0], config)
         if part == "lora_A" and not config.get("fan_in_fan_out"):
             update.a, update.b = values.flatten(1), other.flatten(1)
         elif config.get("use_dora"):
@@ -167,9 +168,10 @@ def _read_one(
 
 
 def _stack_of(module: str, config: LoraSettings) -> str:
-    """The stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a layer.
+    """Returns the stack of experts that PEFT's tensors at ``module`` belong to; "" if they belong to a linear layer.
 
-    PEFT wraps a module once for each of its parameters, in their order, so the innermost wrapper is the first one's.
+    PEFT wraps a module once for each of its adapted parameters, in their order. So the innermost wrapper belongs to the
+    first of them.
     """
     bare = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer", len(bare))
@@ -179,14 +181,18 @@ def _stack_of(module: str, config: LoraSettings) -> str:
 
 
 def _stack_update(key: str, a: torch.Tensor, b: torch.Tensor, config: LoraSettings, folder: Path) -> TensorUpdate:
-    """a [E * r, in] and b [out, r * E] as PEFT keeps them."""
+    """Returns the update of a stack of experts from the factors that PEFT keeps: a [E * r, in] and b [out, r * E].
+
+    ``key`` is the name of one of them, for messages. Raises `RunError` for factors of another shape, or with values
+    that are not finite.
+    """
     rank = int(config["r"])
-    if config.get("rank_pattern") or len(a) % rank or b.shape[1] != len(a):
+    if len(a) % rank or b.shape[1] != len(a):
         raise RunError(f"{folder}: {key} is no adapter of experts of rank {rank}; this adapter cannot be merged")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise RunError(f"{folder}: {key} has values that are not finite; train again with a lower learning rate")
     by_expert = b.view(len(b), rank, -1).permute(2, 0, 1)
-    return TensorUpdate(a=a.view(-1, rank, a.shape[1]), b=by_expert, scale=_scale(key, rank, config))
+    return TensorUpdate(a=a.view(-1, rank, a.shape[1]), b=by_expert, scale=scale_of(key, rank, config))
 
 
 def _partner(key: str, part: str, other: str, tensors: dict[str, Stored]) -> Stored:
@@ -197,7 +203,7 @@ def _partner(key: str, part: str, other: str, tensors: dict[str, Stored]) -> Sto
     return tensors[partner]
 
 
-def _scale(module: str, rank: int, config: LoraSettings) -> float:
+def scale_of(module: str, rank: int, config: LoraSettings) -> float:
     """Returns alpha / r, or alpha / sqrt(r) with rsLoRA. The configuration may set alpha for this module alone."""
     pattern = config.get("alpha_pattern") or {}
     own = [alpha for key, alpha in pattern.items() if re.match(rf"(.*\.)?({key})$", module)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import written_file
-from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.errors import ConfigError
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.gguf_metadata import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.imatrix import write_imatrix
@@ -18,6 +18,7 @@ from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
 from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_modelfile
 from qlora_sft.export.parity import Figures, check_parity, record
+from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
 from qlora_sft.model.run_base import run_base
@@ -141,16 +142,6 @@ def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, want
     return target
 
 
-def _require_layers(adapter: Path) -> None:
-    """Raises `RunError` for an adapter of more than linear layers, which llama.cpp's converter does not know."""
-    from qlora_sft.export.adapter import read_adapter_config
-
-    if read_adapter_config(adapter).get("target_parameters"):
-        raise RunError(
-            f"{adapter}: llama.cpp's converter knows no adapters of experts; export the merged model, without --adapter"
-        )
-
-
 def export_adapter(
     run: str | Path,
     out: str | Path | None = None,
@@ -169,10 +160,12 @@ def export_adapter(
         require_ollama()
     opened = Run.open(run)
     run, base = opened.path, run_base(opened)
-    _require_layers(opened.adapter)
+    require_plain(opened.adapter)
+    if opened.lora_init == "loftq":
+        say("the adapter holds what NF4 lost of its base (lora.init=loftq): put it on a base with NF4's values")
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
-    with written_file(target) as beside:
-        convert_lora(opened.adapter, base, beside)
+    with written_file(target) as beside, tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
+        convert_lora(write_plain_lora(opened.adapter, Path(scratch, "adapter")), base, beside)
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     record(run, {"gguf": {"lora": facts}})

@@ -46,7 +46,7 @@ def _training_documents(run: Path) -> list[list[int]]:
     chosen: list[list[int]] = []
     try:
         config = Run.open(run).config
-        for document in saved_text(run).documents(config, config.data.train):
+        for document in saved_text(run).documents(config):
             if sum(map(len, chosen)) >= TOKENS:
                 break
             chosen.append(document.input_ids)

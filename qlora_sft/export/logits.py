@@ -15,6 +15,7 @@ import numpy as np
 from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import llama_libraries, threads
 from qlora_sft.export.probe import Probe
+from qlora_sft.say import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def adapter_logits(run: Path, probe: Probe, out: Path) -> np.ndarray:
     expand_4bit(base)
     # transformers refuses base.float() for a model that was quantised.
     torch.nn.Module.float(base)
-    return _run_model(with_adapter(base, run / "adapter"), probe, out)
+    return _run_model(with_adapter(base, run / "adapter"), probe, out, "the adapter")
 
 
 def expand_4bit(model: PreTrainedModel) -> None:
@@ -73,15 +74,17 @@ def model_logits(folder: Path, probe: Probe, out: Path, trust: bool = False) -> 
 
     from qlora_sft.model.load import load_base
 
-    return _run_model(load_base(str(folder), torch.float32, load_in_4bit=False, trust=trust).eval(), probe, out)
+    model = load_base(str(folder), torch.float32, load_in_4bit=False, trust=trust).eval()
+    return _run_model(model, probe, out, folder.name)
 
 
-def _run_model(model: PreTrainedModel, probe: Probe, out: Path) -> np.ndarray:
+def _run_model(model: PreTrainedModel, probe: Probe, out: Path, what: str) -> np.ndarray:
     """Computes the logits at the probe's positions, document by document, into the file ``out``."""
     import torch
 
     rows: np.memmap | None = None
     start = 0
+    bar = progress(probe.tokens, f"logits of {what}", "token")
     for ids, positions in zip(probe.documents, probe.positions, strict=True):
         kept = torch.tensor(positions, device=model.device)
         with torch.no_grad():
@@ -92,6 +95,8 @@ def _run_model(model: PreTrainedModel, probe: Probe, out: Path) -> np.ndarray:
             rows = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
         rows[start : start + len(positions)] = logits.numpy()
         start += len(positions)
+        bar.update(len(positions))
+    bar.close()
     assert rows is not None, "no documents"
     rows.flush()
     del model

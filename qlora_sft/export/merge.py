@@ -144,6 +144,9 @@ def _check_onto(onto: str, run: Run, base: Path) -> None:
     packed = _is_4bit_checkpoint(base)
     if onto == "bf16" and packed:
         raise ConfigError(f"--onto bf16: {base} has its weights in 4 bits only; use --onto nf4-dequantized")
+    if onto == "bf16" and run.lora_init == "loftq":
+        raise ConfigError("--onto bf16: the adapter holds what NF4 lost of these weights (lora.init=loftq); use "
+                          "--onto nf4-dequantized")  # fmt: skip
     if onto == "nf4-dequantized" and not packed and not run.quantized_modules:
         raise ConfigError("--onto nf4-dequantized: this adapter was trained on 16-bit weights; use --onto bf16")
 

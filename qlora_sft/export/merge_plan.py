@@ -177,7 +177,11 @@ def _planned(
 def _planned_stack(
     name: str, stored: Stored, update: StackUpdate | None, unit: int, wanted: torch.dtype | None
 ) -> Planned:
-    """A stack of experts, ``unit`` rows of which go through NF4 at a time (0: none do)."""
+    """Plans how one stack of experts is merged.
+
+    ``unit``: how many of its rows went through NF4 together; 0 if it was not quantised. Raises `RunError` if the
+    adapter is for experts of another shape.
+    """
     flat, final = planned_rows(stored), wanted or stored.dtype
     if update is not None and (len(update.left) * update.left.shape[1], update.right.shape[2]) != flat.shape:
         raise RunError(f"{name}: the adapter is for experts of another shape, the base has {stored.shape}")

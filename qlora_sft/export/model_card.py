@@ -6,10 +6,11 @@ import json
 import re
 from pathlib import Path
 
+from qlora_sft.config_lora import describe_lora
 from qlora_sft.errors import RunError
 from qlora_sft.model.run_base import described_base
 from qlora_sft.run.folder import Run
-from qlora_sft.run.report import RunReport
+from qlora_sft.run.report import Pair, RunReport
 
 UNKNOWN = "not measured"
 # The base model, and its licence, for which `model.path: demo` stands.
@@ -78,7 +79,7 @@ def _about(run: Run, base: str, licence: str | None) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
     commit = f" at commit `{run.base_commit}`" if run.base_commit else ""
     return (
-        f"{link}{commit}, fine-tuned with LoRA (rank {lora.r}, alpha {lora.alpha}) on {kind} by "
+        f"{link}{commit}, fine-tuned with {describe_lora(lora)} and alpha {lora.alpha} on {kind} by "
         f"qlora_sft {run.versions.get('qlora-sft', '')}.\n\n{of_base}"
     )
 
@@ -87,12 +88,16 @@ def _results(report: RunReport) -> str:
     rows = []
     for name in report.loss or report.exact_match:
         loss, match = report.loss.get(name), report.exact_match.get(name)
-        losses = [f"{loss.before:.3f}", f"{loss.after:.3f}"] if loss else [UNKNOWN] * 2
-        matches = [f"{match.before:.1%}", f"{match.after:.1%}"] if match else [UNKNOWN] * 2
-        rows.append([name, *losses, *matches])
+        rows.append([name, *_figures(loss, ".3f"), *_figures(match, ".1%")])
     if not rows:
         return "Not measured: the run had no held-out data."
     return _table(["source", "loss before", "loss after", "exact match before", "exact match after"], rows)
+
+
+def _figures(pair: Pair | None, form: str) -> list[str]:
+    """Returns a figure before and after training as cells of a table."""
+    values = (pair.before, pair.after) if pair else (None, None)
+    return [UNKNOWN if value is None else format(value, form) for value in values]
 
 
 def _data(run: Run) -> str:

@@ -73,15 +73,16 @@ def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
 
 def _held_out(run: Path) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Returns ids and positions of the held-out rows, sources in turn; or no rows and the reason why."""
+    from qlora_sft.config_data import held_out_shares, held_out_sources
     from qlora_sft.errors import QloraSftError, first_line
     from qlora_sft.run.folder import Run
     from qlora_sft.run_data import saved_text
 
     try:
         config = Run.open(run).config
-        if not config.data.held_out:
+        if not (held_out_sources(config.data) or held_out_shares(config.data)):
             return [], "the run has no held-out data"
-        prepared = saved_text(run).render(config, config.data.held_out)
+        prepared = saved_text(run).held_out(config)
     except (QloraSftError, OSError) as error:
         return [], f"the held-out data cannot be read: {first_line(error)}"
     by_source = [

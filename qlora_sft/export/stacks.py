@@ -1,6 +1,7 @@
-"""Stacks of experts between memory and files: one parameter [E, R, C] there; here that, or a tensor for every expert.
+"""Translates what is to be done to stacks of experts into what is to be done to the tensors of the files.
 
-Which file tensor belongs to which part of which stack is asked of transformers, which stacks them when it loads.
+In memory a stack is one parameter [E, R, C]. In the files it is the same, or one tensor for every expert. Which tensor
+of the files belongs to which part of which stack is asked of transformers, which stacks them when it loads a model.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from qlora_sft.model.tensors import Stored
 
 @dataclass(frozen=True)
 class StackUpdate:
-    """Adds ``scale * left[e] @ right[e]`` to every expert of a stack. left [E, R, r], right [E, r, C]; rows are those
-    of all experts one after the other."""
+    """Adds ``scale * left[e] @ right[e]`` to every expert e of a stack; left [E, R, r], right [E, r, C].
+
+    The rows of a stack are those of all its experts, one expert after the other.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
     scale: float
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows [start : start + n) of the stack, [n, C], in float32, updated."""
+        """Returns updated rows in float32. ``rows`` [n, C] are the rows [start, start + n) of the stack."""
         total, each = rows.float(), self.left.shape[1]
         for expert in range(start // each, -(-(start + len(rows)) // each)):
             begin, end = max(start, expert * each), min(start + len(rows), (expert + 1) * each)
@@ -45,7 +48,7 @@ class StackUpdate:
 
 @dataclass(frozen=True)
 class Unit:
-    """One of the parts of a stack that were quantised on their own, as a matrix."""
+    """Shows ``count`` rows of a stack, from row ``begin`` on, as a matrix: a part that was quantised on its own."""
 
     source: RowReader
     begin: int
@@ -64,7 +67,10 @@ class Unit:
 
 
 class UnitsThroughNF4:
-    """A stack as a matrix, every ``unit`` rows of it quantised to NF4 and back on their own; one unit is held."""
+    """Shows a stack as a matrix whose values have gone through NF4 and back, every ``unit`` rows on their own.
+
+    Only the unit that was read last is held in memory.
+    """
 
     def __init__(self, source: RowReader, unit: int):
         self.source, self.unit, self.shape, self.dtype = source, unit, source.shape, source.dtype
@@ -88,13 +94,13 @@ class UnitsThroughNF4:
 
 @dataclass
 class InFiles:
-    """What an adapter and NF4 do to the tensors of the files, by their names there."""
+    """Says what an adapter and NF4 do to the tensors of the files, under the names that they have there."""
 
     updates: dict[str, TensorUpdate]
     through_nf4: set[str]
-    """Without .weight."""
+    """Names of tensors that went through NF4, without their ending .weight."""
     stacked: dict[str, tuple[StackUpdate | None, int]] = field(default_factory=dict)
-    """Of tensors that are whole stacks: the update, and the rows that went through NF4 on their own (0: none)."""
+    """Maps a tensor that is a whole stack to its update, and how many rows went through NF4 together (0: none)."""
 
 
 def in_files(
@@ -105,10 +111,13 @@ def in_files(
     through: set[str],
     trust: bool = False,
 ) -> InFiles:
-    """``updates`` and ``through`` name the parameters of the model; what they come to in the files of ``folder``.
+    """Returns what an adapter and NF4 do to the tensors in the files of ``folder``.
 
-    trust: code that ``folder`` brings along may be run. An update for which there is no tensor stays as it is. Raises
-    `RunError` for layers in NF4 that the files do not have.
+    updates, through: what they do to the parameters of the model, by the names that those have in memory; ``through``
+    names those that went through NF4. trust: code that ``folder`` brings along may be run.
+
+    An update for which the files have no tensor keeps its name. Raises `RunError` for layers in NF4 that the files do
+    not have.
     """
     if not has_experts(config):
         names = names_in_files(folder, tensors, trust)
@@ -148,7 +157,10 @@ def _rename(name: str, parameter: str, found: InFiles) -> None:
 
 
 def _stack_update(update: TensorUpdate, transposed: bool) -> StackUpdate:
-    """a [E, r, in] and b [E, out, r] of the adapter, as they stand to the weights."""
+    """Returns the update of a whole stack from the adapter's factors a [E, r, in] and b [E, out, r].
+
+    transposed: the stack holds its weights as [in, out] and not as [out, in].
+    """
     assert update.a is not None
     assert update.b is not None
     if transposed:
@@ -168,7 +180,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in the model a tensor of the files goes: a parameter, or one of the parts of an expert of a stack."""
+    """Says where in the model a tensor of the files goes: a whole parameter, or a part of one expert of a stack."""
 
     parameter: str
     expert: int | None = None
@@ -178,7 +190,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Of a model folder: its stacks by name, and what transformers does to the names of its tensors."""
+    """Knows the stacks of a model by name, and what transformers makes of the names of its tensors on loading."""
 
     stacks: dict[str, _Stack]
     renamings: list[Any]
@@ -211,7 +223,7 @@ class _Layout:
         return cls(found, renamings, converters, model.base_model_prefix, model.state_dict())
 
     def place(self, name: str) -> _Place:
-        """Where the tensor ``name`` of the files goes."""
+        """Returns where in the model the tensor ``name`` of the files goes."""
         from transformers.core_model_loading import rename_source_key
 
         parameter, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.parameters)
@@ -227,5 +239,5 @@ class _Layout:
 
 
 def planned_rows(stored: Stored) -> Stored:
-    """A stack [E, R, C] in a file as the matrix [E * R, C]."""
+    """Returns a stack [E, R, C] in a file as the matrix [E * R, C]."""
     return replace(stored, shape=(prod(stored.shape[:-1]), stored.shape[-1]))

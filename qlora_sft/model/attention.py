@@ -1,7 +1,7 @@
-"""Causal attention inside each document of a flat row, never across.
+"""Attends causally inside each document of a packed sequence, and never across documents.
 
-Registered with transformers under a name of our own. It is told the document bounds by ``cu_seq_lens_q``, the
-argument that transformers passes down to every attention function, so the model itself is not touched.
+The function is registered with transformers under a name of our own. It is told the bounds of the documents by
+``cu_seq_lens_q``, an argument that transformers hands to every attention function. So the model itself is not touched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 NAME = "qlora_documents"
-# The same, one call of sdpa per document where a GPU could take all at once: faster where documents are long.
+# The same attention, but with one call of sdpa per document, also where a GPU could take all documents at once. It is
+# faster where documents are long.
 NAME_ONE_BY_ONE = "qlora_documents_one_by_one"
 Way = Literal["varlen", "sdpa"]
 # What layers may be: those that attend to all of a document, to a window or to chunks of it; those that mix tokens
@@ -66,11 +67,15 @@ def document_attention(
     one_by_one: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, d], key and value [1, Hkv, T, d], bounds int32 [D + 1] -> [1, T, H, d].
+    """Attends to the tokens of the same document that are not behind the query.
+
+    query [1, H, T, d], key and value [1, Hkv, T, d], cu_seq_lens_q int32 [D + 1] (the bounds of D documents) ->
+    [1, T, H, d].
 
     ``sliding_window``: a token sees itself and the ``sliding_window - 1`` before it. ``softcap``: logits become
-    ``cap * tanh(logit / cap)``. ``s_aux`` [H]: attention sinks, one more logit per head that nothing is attended by.
-    Raises ValueError rather than attend across documents, or in another way than the model asks for.
+    ``cap * tanh(logit / cap)``. ``s_aux`` [H]: attention sinks. Each is one more logit of its head in the softmax, and
+    its weight goes to no token. Raises ValueError rather than attend across documents, or in another way than the
+    model asks for.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
@@ -114,7 +119,10 @@ class AttentionPath(NamedTuple):
 
 @cache
 def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> AttentionPath:
-    """How documents are attended to; ``capped``: the model caps its logits or has sinks, which FlashAttention lacks."""
+    """Chooses how documents are attended to, and says why.
+
+    capped: the model caps its logits or has attention sinks, which FlashAttention lacks.
+    """
     if device.type != "cuda":
         if capped:
             return AttentionPath(
@@ -153,8 +161,8 @@ def _one_by_one(
         # Where there is no FlashAttention, torch shares keys only in its plain kernel, which forms all T x T weights.
         times = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
-    # Split, not cut out one by one: the gradient of a slice is as large as the whole, so many documents would cost the
-    # square of their number.
+    # The tensors are split at once and not sliced document by document. The gradient of a slice is as large as all of
+    # its tensor, so the cost would grow with the square of the number of documents.
     lengths = lengths_of(bounds)
     outputs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -174,13 +182,13 @@ def _one_by_one(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """torch's own variable-length FlashAttention: one launch, no mask, no host synchronisation."""
-    # Before torch 2.13 there is no such argument: keys and values with fewer heads are shared unasked.
+    """Attends with torch's own variable-length FlashAttention: one launch, no mask, and the host does not wait."""
+    # Before torch 2.13 there is no argument enable_gqa: keys and values with fewer heads are shared unasked.
     grouped: dict[str, Any] = {}
     if "enable_gqa" in signature(varlen.varlen_attn).parameters:
         grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    # So many tokens to the left of itself (-1: any number), none to the right.
+    # A token attends to so many tokens on its left (-1: any number), and to none on its right.
     left = -1 if window is None else window - 1
     out = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     return cast(Tensor, out).unsqueeze(0)
@@ -228,7 +236,8 @@ def chunk_of(module: nn.Module) -> int | None:
     return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
-# Bounds of documents -> size of the chunks -> bounds of those: the same for all layers of a forward.
+# Maps the bounds of documents, and then the size of chunks, to the bounds of the chunks, which are the same for all
+# layers of a forward.
 _chunked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -243,7 +252,7 @@ def chunked(bounds: Tensor, chunk: int) -> Tensor:
 
 
 def _no_mask(*_: object, **__: object) -> None:
-    """transformers builds a mask for every attention function; the bounds make one unnecessary."""
+    """Makes no mask. transformers asks for one for every attention function, but the bounds say all that it would."""
     return None
 
 
@@ -308,7 +317,7 @@ def _head_size(config: PretrainedConfig) -> int:
 
 
 def _capped(base: PreTrainedModel) -> bool:
-    """Whether attention does something to its logits that sdpa and FlashAttention do not do."""
+    """Says whether attention does something to its logits that sdpa and FlashAttention cannot do."""
     softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     return softcap is not None or not getattr(base, "_supports_sdpa", True)
 
@@ -322,7 +331,7 @@ def use_plain_attention(model: CausalModel) -> None:
 
 @contextmanager
 def plain_attention(model: CausalModel) -> Iterator[None]:
-    """Within it, ``model`` uses transformers' own attention, for padded batches and generation."""
+    """Lets ``model`` use transformers' own attention inside the ``with`` block, for padded batches and generation."""
     base = base_of(model)
     before = base.config._attn_implementation
     use_plain_attention(model)

@@ -1,6 +1,6 @@
-"""Causal attention inside documents with what FlashAttention lacks: capped logits and attention sinks.
+"""Attends causally inside documents with what FlashAttention lacks: capped logits and attention sinks.
 
-``plain_documents`` is the textbook, for a CPU; ``flex_documents`` the same as one FlexAttention kernel, for a GPU.
+``plain_documents`` is the textbook, for a CPU; ``flex_documents`` is the same as one FlexAttention kernel, for a GPU.
 Both take a sliding window. Formulas, for the logits ``l = scaling * q k^T`` of one head::
 
     cap:   l <- cap * tanh(l / cap)
@@ -20,8 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.block_mask import BLOCK, block_mask_of, documents_of
 
-# Compilations of FlexAttention before torch gives up, by default 8: layers with and without a window, gradients on and
-# off, two lengths each until torch makes them variables, and every such model of the process.
+# So many variants of FlexAttention are compiled before torch gives up; its default is 8. There are layers with and
+# without a window, gradients on and off, two lengths of each until torch makes the length a variable, and all that for
+# every such model of the process.
 VARIANTS = 64
 
 
@@ -78,8 +79,8 @@ def flex_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, sc
     scaling, window, softcap, sinks, _ = scores
     length = query.shape[2]
     whole = whole_blocks(length)
-    # Filled up with a document of its own: a length that is no multiple of a block, or only one block, would each be
-    # compiled separately.
+    # The sequence is filled up with one more document. A length that is no multiple of a block, and one of a single
+    # block, would each be compiled separately.
     query, key, value = (F.pad(x, (0, 0, 0, whole - length)) for x in (query, key, value))
     attend = compiled_flex if query.is_cuda else plain_flex
     out, aux = attend()(

@@ -1,8 +1,9 @@
-"""Before training: how the documents of a packed sequence are kept apart, and whether they are.
+"""Decides before training how the documents of a packed sequence are kept apart, and checks that they are.
 
-In one sequence wherever that is exact: attention by document, recurrent and convolutional layers told where documents
-begin or run one document after the other. A model that still mixes documents, or attends in a way of its own, gets its
-documents one at a time. Nothing else of a run changes with that, and nothing is refused for it.
+They are computed together, in one sequence, wherever that is exact: attention goes by document, and recurrent and
+convolutional layers are told where documents begin, or run one document after the other. A model that still mixes
+documents, or attends in a way of its own, gets its documents one at a time. Nothing else of a run changes with that,
+and nothing is refused for it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 LENGTHS = (11, 1, 23)
-# Relative difference of the hidden states that rounding explains. Packed and alone, matrix products have other shapes
-# and add up in another order; in a type of spacing eps that grows to about eps * sqrt(layers). A leak gives 0.1 to 1.
+# The relative difference of hidden states that rounding explains. Packed documents give matrix products other shapes,
+# in which sums are taken in another order. In a type of spacing eps the difference grows to about eps * sqrt(layers). A
+# leak gives 0.1 to 1.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-# What a family's forward raises where it does not take what it is given here.
+# The errors that the forward of a family raises if it does not take what it is given here.
 FAILURES = (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, IndexError, RuntimeError)
 
 
@@ -110,9 +112,10 @@ def obstacle_in(model: CausalModel, dtype: torch.dtype, lengths: tuple[int, ...]
 
 
 def packed_against_separate(model: CausalModel, dtype: torch.dtype) -> float:
-    """Largest ``|packed - alone| / |alone|`` of the hidden states of any document; the model stays in its mode.
+    """Computes how far the hidden states of packed documents are from those of the same documents alone.
 
-    Alone a document is run as transformers does it, with its own attention and the positions that the model counts.
+    Returns the largest ``|packed - alone| / |alone|`` of any document. Alone, a document is run as transformers does
+    it, with its own attention and the positions that the model counts. The model stays in its mode.
     """
     base = base_of(model)
     ids = some_ids(base, LENGTHS)
@@ -124,7 +127,7 @@ def packed_against_separate(model: CausalModel, dtype: torch.dtype) -> float:
 
 
 class Asking:
-    """Within it, ``base`` is in evaluation mode, under the autocast of training."""
+    """Puts ``base`` into evaluation mode under the autocast of training, inside a ``with`` block."""
 
     def __init__(self, base: PreTrainedModel, dtype: torch.dtype):
         self.base, self.training = base, base.training
@@ -146,7 +149,10 @@ def some_ids(base: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
 
 
 def _hidden_states(base: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """ids [T], documents of ``lengths`` behind one another -> [T, D], float32."""
+    """Computes the hidden states of documents that stand one behind the other: ids [T] -> float32 [T, D].
+
+    lengths: tokens of each document.
+    """
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     return hidden_states(base, ids[None], positions[None], bounds, lengths).squeeze(0).float()

@@ -1,4 +1,4 @@
-"""Attention over the tree of prefixes that rows share (`qlora_sft.data.prefix_tree`), exactly as over the rows alone.
+"""Attends over the tree of prefixes that rows share (`qlora_sft.data.prefix_tree`), exactly as over the rows alone.
 
 A flat row holds the segments of the tree depth first, so whatever continues a segment stands behind it in one stretch.
 A token sees its own segment up to itself, and every segment above it whole. These parts are computed one by one, each
@@ -31,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True)
 class Tree:
-    """The segments of a flat row, depth first."""
+    """Describes the segments of a packed sequence, which stand in it depth first."""
 
     lengths: tuple[int, ...]
     """Tokens of every segment."""
@@ -44,7 +44,7 @@ class Tree:
 
     @cached_property
     def ends(self) -> list[int]:
-        """For every segment, the token behind the last one that continues it."""
+        """Returns for every segment where it and all that continues it end: the position behind its last descendant."""
         ends = self.bounds[1:]
         for number in reversed(range(len(self.parents))):
             parent = self.parents[number]
@@ -54,7 +54,7 @@ class Tree:
 
     @cached_property
     def levels(self) -> list[Level]:
-        """The parts that are computed together: one level per depth at which segments are continued."""
+        """Returns the parts that are computed together: one level for every depth at which a segment is continued."""
         depths: list[int] = []
         by_depth: dict[int, list[int]] = {}
         for number, parent in enumerate(self.parents):
@@ -70,7 +70,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Level:
-    """Stretches of queries, each of which sees the stretch of keys at the same place whole."""
+    """Holds stretches of queries and of keys, as (begin, end); queries number i see the whole of keys number i."""
 
     queries: list[tuple[int, int]]
     keys: list[tuple[int, int]]
@@ -219,7 +219,7 @@ CUDA = Flash(_cuda_forward, _cuda_backward)
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """[1, H, T, d] -> [T, H, d]"""
+    """Moves the tokens to the front: [1, H, T, d] -> [T, H, d]."""
     return x.squeeze(0).transpose(0, 1).contiguous()
 
 

@@ -23,20 +23,19 @@ class Backend(NamedTuple):
     reason: str
 
 
-def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], experts: bool = False) -> Backend:
+def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], obstacle: str = "") -> Backend:
     """Chooses the backend, and imports Unsloth if that is the choice.
 
-    experts: whether the base is a mixture of experts, which this project quantises and trains itself. Call it before
-    anything imports trl, transformers or peft: Unsloth patches them while it is imported. Raises `ConfigError` if
+    obstacle: why the run cannot be had with Unsloth; empty if it can. Call it before anything imports trl,
+    transformers or peft: Unsloth patches them while it is imported. Raises `ConfigError` if
     Unsloth was asked for by name and cannot be had.
     """
     if wanted == "transformers":
         return Backend("transformers", "as configured")
-    if experts:
-        reason = "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    if obstacle:
         if wanted == "unsloth":
-            raise ConfigError(f"model.backend=unsloth: {reason}; set model.backend=auto")
-        return Backend("transformers", reason)
+            raise ConfigError(f"model.backend=unsloth: {obstacle}; set model.backend=auto")
+        return Backend("transformers", obstacle)
     fault = _import_unsloth()
     if fault is None:
         return Backend("unsloth", "as configured" if wanted == "unsloth" else "it is installed and imports")

@@ -14,7 +14,7 @@ from qlora_sft.model.hub_fault import hub_fault
 from qlora_sft.model.snapshot import Origin, has_weights, origin_of, weight_files
 from qlora_sft.text import as_path
 
-# What transformers can make a tokenizer from.
+# The files from which transformers can make a tokenizer.
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tokenizer_config.json",
@@ -109,13 +109,18 @@ def packed_method(config: JsonObject) -> str | None:
 
 
 def has_experts(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a mixture of experts: every family has a name of its own for their number."""
+    """Says whether a config.json describes a mixture of experts.
+
+    Every family has a name of its own for the number of experts, so any key with "expert" and a number above 1 counts.
+    """
     counts = (value for key, value in text_config(config).items() if "expert" in key)
     return any(type(count) is int and count > 1 for count in counts)
 
 
 def read_headers(base: str) -> dict[str, Header]:
-    """Name -> type, shape and bytes of every tensor; of a snapshot without its weights they are fetched from the Hub.
+    """Reads type, shape and bytes of every tensor, by name.
+
+    If ``base`` is a snapshot of the Hub without its weights, the headers alone are fetched from there.
 
     Raises `ConfigError` for a model without safetensors files.
     """

@@ -1,8 +1,9 @@
-"""The experts of a mixture: stacks [E, R, C] of weights that transformers keeps as parameters, not as linear layers.
+"""Computes the experts of a mixture, whose weights transformers keeps as stacks [E, R, C] and not as linear layers.
 
-What is read of a module of experts is what transformers' own implementations read (`integrations/moe.py` there): its
-two stacks, biases, layout and gate. Each stack is in NF4 (`experts_load`) or as the files have it; with adapters
-(`experts_lora`) or without, it is computed here, expert by expert.
+A stack is one parameter: R x C weights of each of E experts. A module of experts has two stacks, and says how they lie,
+whether they have biases and whether there is a gate. These attributes are those that transformers' own implementations
+read (`integrations/moe.py` there). A stack is in NF4 (`experts_load`) or as the files have it, with an adapter
+(`experts_lora`) or without; either way it is computed here, expert by expert.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qlora_kernels.nf4_lora import Experts, NestedScales, NF4Stack, lora_experts
 from torch import Tensor, nn
 
 from qlora_sft.config import LoraConfig
+from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
 
@@ -24,13 +26,14 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 NAME = "qlora_experts"
-"""Under which transformers knows `experts_forward`."""
+"""The name under which transformers knows `experts_forward`."""
 BLOCK = 64  # weights that share a scale in NF4
-# What a quantised stack is made of beside its packed values: buffers of its module, under these endings.
+# A quantised stack is made of its packed values and of these buffers of its module, whose names end so.
 SCALES = ("absmax", "nested_absmax", "offset", "code", "nested_code")
 # Linear layers that choose or weigh experts. They stay as they are: a little noise in them is another choice.
 ROUTER = re.compile(r"(^|\.)(router|gate|classifier|shared_expert_gate)(\.|$)")
-# Share of the blocks that may be out of reach without a word: what experts have beside their weights.
+# This share of the blocks' weights may be out of reach without a fault: experts have small parameters beside their
+# weights.
 NEGLIGIBLE = 0.05
 
 Factors = tuple[Tensor, Tensor, float]
@@ -54,24 +57,27 @@ def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """[E, R, C] of a stack, whatever form it is in."""
+    """Returns the shape [E, R, C] of a stack, also if it is packed in NF4."""
     parameter = getattr(module, name)
     return cast(tuple[int, int, int], tuple(getattr(parameter, "ds_shape", parameter.shape)))
 
 
 def parts_of(module: Any, name: str) -> int:
-    """How many parts of an expert's rows are quantised on their own: gate and up where they stand behind one another,
-    because the files of most families have them as two tensors, and a merge goes through NF4 tensor by tensor."""
+    """Returns how many parts of an expert's rows are quantised on their own.
+
+    They are two where gate and up stand one behind the other: the files of most families have them as two tensors, and
+    a merge sends the files through NF4 tensor by tensor. Else the expert is one part.
+    """
     return 2 if name == "gate_up_proj" and module.is_concatenated and not module.is_transposed else 1
 
 
 def in_nf4(module: nn.Module, name: str) -> bool:
-    """Whether a stack is quantised."""
+    """Says whether a stack is quantised to NF4."""
     return bool(getattr(module, name).dtype == torch.uint8)
 
 
 def weight_of(module: Any, name: str) -> Tensor | NF4Stack:
-    """A stack as it is now: the parameter itself, or its NF4 form. Copies nothing."""
+    """Returns the weights of a stack without copying them: the parameter itself, or its NF4 form."""
     parameter = getattr(module, name)
     if not in_nf4(module, name):
         return cast(Tensor, parameter)
@@ -93,9 +99,10 @@ def expand_stacks(model: nn.Module) -> None:
 def experts_forward(
     module: Any, hidden: Tensor, index: Tensor, weights: Tensor, factors: Mapping[str, Factors] | None = None
 ) -> Tensor:
-    """What the experts of ``module`` make of ``hidden`` [T, D].
+    """Computes the experts of ``module``: hidden [T, D] -> [T, D].
 
-    index, weights: [T, K], its router's choice; factors: of the stacks that have an adapter.
+    index, weights: [T, K], the K experts that the router has chosen for each token, and how much each counts. factors:
+    the adapters of the stacks that have one, by the names of the stacks.
     """
     up, down = (_projection(module, name, (factors or {}).get(name)) for name in stack_names(module))
     middle = module._apply_gate if module.has_gate else module.act_fn
@@ -124,8 +131,10 @@ def use_our_experts(model: CausalModel) -> None:
 
 
 def describe_experts(model: CausalModel, lora: LoraConfig) -> str:
-    """One line on the experts of a PEFT model, to print: what they are in and what of them is trained. "" for a model
-    that has none."""
+    """Says in one line, to print, in which type the experts of a PEFT model are and what of them is trained.
+
+    Returns "" for a model without experts.
+    """
     base = base_of(model)
     found = list(stacks(base))
     kind, lost, share = out_of_reach(base)
@@ -145,22 +154,40 @@ def describe_experts(model: CausalModel, lora: LoraConfig) -> str:
 
 
 def target_parameters(model: CausalModel, lora: LoraConfig) -> list[str]:
-    """The stacks that get adapters, as PEFT's ``target_parameters`` names them: the ends of their paths.
+    """Returns the stacks that get adapters, named by the ends of their paths, as PEFT's ``target_parameters`` wants it.
 
     Raises `ConfigError` where the blocks have weights that neither adapters nor NF4 can reach.
     """
     if lora.experts == "frozen":
         return []
-    blocks = decoder(model)
     check_reach(model)
-    wanted = None if lora.target_modules == "all-linear" else set(lora.target_modules)
-    found = {f"{within_block(path)}.{name}" for path, _, name in stacks(blocks) if wanted is None or name in wanted}
+    found: set[str] = set()
+    left: set[str] = set()
+    for path, _, name in stacks(base_of(model)):
+        (found if _wanted(path, name, lora) else left).add(f"{within_block(path)}.{name}")
+    if found & left:
+        raise ConfigError(
+            f"lora.target_modules: {lora.target_modules!r} matches the experts of some layers only, which PEFT "
+            "takes by name; match those of all layers or of none"
+        )
+    if found and lora.dora:
+        raise ConfigError(
+            "lora.dora: cannot be had for experts, whose adapters are added to their weights; set it to false, or "
+            "leave the experts without adapters with lora.experts=frozen"
+        )
     if found and lora.dropout:
         raise ConfigError(
             f"lora.dropout: {lora.dropout:g} cannot be had for experts, whose adapters are added to their weights; set "
             "it to 0, or leave the experts without adapters with lora.experts=frozen"
         )
     return sorted(found)
+
+
+def _wanted(path: str, name: str, lora: LoraConfig) -> bool:
+    """Returns whether the stack ``name`` of the module at ``path`` is among the targets of ``lora``."""
+    if isinstance(lora.target_modules, list):
+        return name in lora.target_modules
+    return lora.target_modules == "all-linear" or matches(lora.target_modules, f"{path}.{name}")
 
 
 def check_reach(model: CausalModel) -> None:
@@ -186,8 +213,11 @@ def check_blocks(model: nn.Module) -> None:
 
 
 def out_of_reach(model: CausalModel) -> tuple[str, int, float]:
-    """(class that has most of them, values, share of the blocks' values) of experts in the decoder's blocks that are
-    neither linear layers nor stacks. What else has no form of these two (a convolution, a state) is of no account."""
+    """Measures the weights of experts that neither adapters nor NF4 can reach: those in another form than known here.
+
+    Returns (the class that has most of them, how many there are, their share of all weights in the decoder's blocks).
+    Linear layers, stacks, and whatever does not belong to an expert count as within reach.
+    """
     reached = lost = 0
     largest: dict[str, int] = {}
     for path, module in decoder(model).named_modules():
@@ -205,7 +235,7 @@ def out_of_reach(model: CausalModel) -> tuple[str, int, float]:
 
 
 def router_names(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that choose or weigh experts, in the blocks of a model that has experts."""
+    """Returns the paths of the linear layers that choose or weigh experts, in the blocks of a mixture of experts."""
     counts = {stack_shape(module, name)[0] for _, module, name in stacks(model)}
     return [
         path
@@ -215,10 +245,10 @@ def router_names(model: nn.Module) -> list[str]:
 
 
 def decoder(model: CausalModel) -> nn.Module:
-    """The decoder's blocks."""
+    """Returns the decoder's blocks as one module."""
     return nn.ModuleList(decoder_layers(model))
 
 
 def within_block(path: str) -> str:
-    """The path without what leads to its block: ``model.layers.3.mlp.experts`` and ``3.mlp.experts`` -> mlp.experts."""
+    """Cuts off what leads to the block: ``model.layers.3.mlp.experts`` and ``3.mlp.experts`` -> ``mlp.experts``."""
     return re.sub(r"^(.*\.)?\d+\.", "", path, count=1)

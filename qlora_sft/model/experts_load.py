@@ -1,7 +1,7 @@
 """Loads the experts of a mixture in NF4, stack by stack: transformers and bitsandbytes quantise linear layers only.
 
-A quantiser for transformers, which is asked about every parameter while the files are read, so that no more than one
-layer's stack exists in 16 bits. Import it only when the backend is chosen: it imports transformers at the top.
+This is a quantiser for transformers, which asks it about every parameter while it reads the files. So no more than one
+stack exists in 16 bits at a time. Import this module only when the backend is chosen: it imports transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHOD = "nf4_with_experts"
 
 
 class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
-    """bitsandbytes' settings, under a method of our own."""
+    """Holds bitsandbytes' settings under the name of our own method, by which transformers finds `ExpertsQuantizer`."""
 
     def __init__(self, **settings: Any):
         settings.pop("quant_method", None)
@@ -32,7 +32,10 @@ class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
 
 
 class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """bitsandbytes' 4-bit quantiser, for stacks of experts as well; linear layers that route stay as they are."""
+    """Quantises linear layers as bitsandbytes' 4-bit quantiser does, and stacks of experts too.
+
+    The linear layers of routers stay as they are.
+    """
 
     def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
         kept: list[str] = super().get_modules_to_not_convert(model, *args, **kwargs)
@@ -77,7 +80,9 @@ def quantize_experts(module: Any) -> None:
 
 
 def quantized_stack(weight: Tensor, parts: int) -> tuple[nn.Parameter, dict[str, Tensor]]:
-    """(packed values, scales as `experts.SCALES` names them) of a stack [E, R, C]; form: `NF4Stack`.
+    """Quantises a stack [E, R, C] and returns (packed values, scales as `experts.SCALES` names them), as in `NF4Stack`.
+
+    parts: how many parts of each expert are quantised on their own.
 
     Raises ValueError if a part of an expert is no whole number of NF4's blocks.
     """
@@ -98,13 +103,13 @@ def quantized_stack(weight: Tensor, parts: int) -> tuple[nn.Parameter, dict[str,
         "nested_code": first.state2.code,
     }
     parameter: Any = nn.Parameter(torch.stack(packed).view(count, -1), requires_grad=False)
-    # Where PEFT looks for the shape of a parameter that is kept in another form.
+    # PEFT looks here for the shape of a parameter that is kept in another form.
     parameter.ds_shape = torch.Size((count, rows, width))
     return parameter, scales
 
 
 def experts_config(**settings: Any) -> ExpertsConfig:
-    """The quantisation of a base with experts, to be given to ``from_pretrained``."""
+    """Returns the settings that quantise a base with experts, to be given to ``from_pretrained``."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(ExpertsConfig)
         register_quantizer(METHOD)(ExpertsQuantizer)

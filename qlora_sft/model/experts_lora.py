@@ -1,4 +1,4 @@
-"""PEFT's adapters of experts (``target_parameters``), computed expert by expert.
+"""Computes PEFT's adapters of experts (``target_parameters``) expert by expert.
 
 PEFT's own way adds the product of the factors to the whole stack, all experts of it, in every forward; for NF4 there is
 no such sum. The adapters stay PEFT's, by name, shape and in what is saved. Import it only when the backend is chosen.
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class ExpertsLora(ParamWrapper):  # type: ignore[misc]
-    """The outermost of the wrappers that PEFT puts around a module of experts, one for each of its stacks."""
+    """Computes a module of experts with the adapters of all its stacks.
+
+    PEFT wraps such a module once for each stack that has an adapter. This is the class of the outermost wrapper; it
+    collects the adapters of all.
+    """
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         factors: dict[str, Factors] = {}

@@ -20,9 +20,10 @@ SAMPLE = 4096
 
 
 def fingerprint(base: str | Path) -> str | None:
-    """sha256 over name, type, shape and a sample of every tensor, by name: however they are spread over files.
+    """Returns a sha256 over name, type, shape and a sample of every tensor of the model in the folder ``base``.
 
-    ``base``: a folder. None if its weights are not, or not all, in safetensors files there.
+    Tensors are taken in the order of their names, so it does not matter how they are spread over files. Returns None if
+    the weights are not, or not all, in safetensors files there.
     """
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
+from qlora_sft.config_lora import LoraModules
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import KEYS, adapter_folder, adapter_settings, base_of_adapter, setting_of_adapter
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 # What would be another function than the one that is built here.
 OTHER_FORMS = (
-    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "lora_bias", "layers_to_transform", "layers_pattern", "layer_replication", "exclude_modules",
+    "use_qalora", "use_bdlora", "modules_to_save", "lora_bias", "layers_to_transform", "layers_pattern",
+    "layer_replication", "exclude_modules",
     "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config", "monteclora_config",
     "corda_config", "eva_config", "lora_ga_config",
 )  # fmt: skip
@@ -61,11 +62,19 @@ def _of_settings(config: Config, settings: JsonObject) -> list[str]:
     found = []
     for ours in KEYS:
         given, value = getattr(config.lora, ours), setting_of_adapter(settings, ours)
-        if isinstance(value, list):
+        if ours == "modules":
+            given, value = _by_match(given), value or []
+        elif isinstance(value, list):
             given = sorted(given) if isinstance(given, list) else given
         if given != value and given != "all-linear":
             found.append(f"has {ours} {value}, and lora.{ours} is {given}; leave lora.{ours} out")
     return found
+
+
+def _by_match(modules: list[LoraModules]) -> list[JsonObject]:
+    """Returns ``lora.modules`` as `setting_of_adapter` has it."""
+    trees = [{key: value for key, value in vars(each).items() if value is not None} for each in modules]
+    return sorted(trees, key=lambda tree: str(tree["match"]))
 
 
 def _of_rows(config: Config, base: str, folder: Path) -> list[str]:

@@ -168,7 +168,8 @@ def _documents(model: CausalModel, tokens: int, tree: bool = False) -> Batch:
         position_ids=positions[None],
         cu_seqlens=edges,
         positions=none, targets=none, position_weights=none.float(), position_documents=none,
-        position_counts=none.float(), n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
+        position_counts=none.float(), position_sources=none, sources=(), source_weights=(),
+        n_supervised=0, weight_sum=0.0, longest=lengths[0], lengths=lengths,
         parents=parents, repeated=none.long(),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Whether a token's hidden state depends on anything but the tokens before it in its own document.
+"""Finds out whether a token's hidden state depends on anything but the tokens up to it in its own document.
 
-Asked of the gradient, which is exactly zero where there is no way from one token to another. A comparison of results
+The gradient tells: it is exactly zero where there is no way from one token to another. A comparison of results
 has to allow for rounding, and a leak may be smaller than that: a short convolution with small weights changes the
 hidden states of a tiny model by less than a thousandth.
 """

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantised and which get adapters: by where they stand and how they are used.
+"""Chooses which linear layers of a model are quantised and which get adapters, by their place and their use.
 
 Quantised are those of the language model, but not its output head. Adapted are those of its decoder layers. Both leave
 out what routes to experts, what a layer reads the weight of without calling it, and other parts of a model (towers for
@@ -8,15 +8,18 @@ images and sound).
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from qlora_sft.config import LoraConfig
+from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
+from qlora_sft.lora_from import PATTERN_BEGINS, PATTERN_GOES_ON
 from qlora_sft.model.base import base_of, decoder_of, layer_list
 from qlora_sft.model.experts import router_names, stacks
 from qlora_sft.model.head import BLOCK
+from qlora_sft.strict import did_you_mean
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -28,9 +31,78 @@ READ_DIRECTLY = {"dt_proj": "Mamba", "prediction_coefs": "AltUp", "correction_co
 REFUSED_BY_PEFT = {name: {"out_proj"} for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
 
 
-def target_modules(model: CausalModel, lora: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters; ``all-linear``: every linear layer inside the blocks, not the head, and
-    not those that route to experts.
+class Shape(NamedTuple):
+    """Holds the rank and the alpha of the adapter of one layer."""
+
+    rank: int
+    alpha: int
+
+
+def peft_settings(model: CausalModel, lora: LoraConfig) -> dict[str, object]:
+    """Returns what PEFT has to be told of the adapters of ``model``: the layers that get some, with their shapes.
+
+    Raises `ConfigError` where ``lora`` names what ``model`` has not, or what cannot get an adapter.
+    """
+    shapes(model, lora)
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "target_modules": peft_targets(model, target_modules(model, lora)),
+        "rank_pattern": {each.match: each.r for each in lora.modules if each.r is not None},
+        "alpha_pattern": {each.match: each.alpha for each in lora.modules if each.alpha is not None},
+    }
+
+
+def shapes(model: CausalModel, lora: LoraConfig) -> dict[str, Shape]:
+    """Returns the rank and the alpha of every layer that gets an adapter, by its path.
+
+    Raises `ConfigError` for an entry of ``lora.modules`` that fits no such layer, and for two that fit the same one:
+    a saved adapter keeps no order, so which of them is meant would be lost.
+    """
+    targets, prefix = target_modules(model, lora), layers_prefix(model)
+    found, used = {}, set()
+    for path, module in model.named_modules():
+        if is_linear(module) and path.startswith(prefix) and is_target(path, targets):
+            own = _own_entries(path, lora)
+            if len(own) > 1:
+                raise ConfigError(f"lora.modules: {path} is matched by entries {' and '.join(map(str, own))}")
+            used.update(own)
+            found[path] = shape_of(path, lora)
+    for i, each in enumerate(lora.modules):
+        if i not in used:
+            hint = did_you_mean(each.match, linear_names(model))
+            raise ConfigError(f"lora.modules.{i}.match: no layer with an adapter is matched by {each.match!r}{hint}")
+        for path, _, name in stacks(layer_list(model)) if lora.experts == "train" else ():
+            if matches(each.match, f"{prefix}{path}.{name}") or matches(each.match, f"{prefix}{path}"):
+                raise ConfigError(
+                    f"lora.modules.{i}.match: {each.match!r} matches the experts {prefix}{path}, which all have "
+                    "lora.r and lora.alpha; name layers more closely"
+                )
+    return found
+
+
+def shape_of(path: str, lora: LoraConfig) -> Shape:
+    """Returns the rank and the alpha of an adapter on the layer at ``path``."""
+    own = [lora.modules[i] for i in _own_entries(path, lora)]
+    ranks, alphas = [each.r for each in own if each.r], [each.alpha for each in own if each.alpha]
+    return Shape(*ranks or [lora.r], *alphas or [lora.alpha])
+
+
+def _own_entries(path: str, lora: LoraConfig) -> list[int]:
+    return [i for i, each in enumerate(lora.modules) if matches(each.match, path)]
+
+
+def is_target(path: str, targets: list[str] | str) -> bool:
+    """Returns whether the layer at ``path`` gets an adapter. targets: of `target_modules`."""
+    return matches(targets, path) if isinstance(targets, str) else path.rsplit(".", 1)[-1] in targets
+
+
+def target_modules(model: CausalModel, lora: LoraConfig) -> list[str] | str:
+    """Names of the layers that get adapters, or a regular expression for the ends of their paths; ``all-linear``: every
+    linear layer inside the blocks, not the head, and not those that route to experts.
 
     Raises `ConfigError` for a name that neither a layer nor a stack of experts has, or that cannot get one.
     """
@@ -44,14 +116,36 @@ def target_modules(model: CausalModel, lora: LoraConfig) -> list[str]:
             )
         return chosen
     experts = {name for _, _, name in stacks(layer_list(model))}
-    unknown = sorted(set(lora.target_modules) - linear - experts)
+    if isinstance(lora.target_modules, str):
+        named = _matched_names(model, lora.target_modules)
+    else:
+        named = lora.target_modules
+    unknown = sorted(set(named) - linear - experts)
     if unknown:
         has = sorted(linear | experts)
         raise ConfigError(f"lora.target_modules: no linear layer is named {unknown}; this model has {has}")
-    without = [f"{name} ({barred[name]})" for name in lora.target_modules if name in barred]
+    without = [f"{name} ({barred[name]})" for name in named if name in barred]
     if without:
         raise ConfigError(f"lora.target_modules: no adapter can be on {', '.join(without)}; remove it")
-    return [name for name in lora.target_modules if name in linear]
+    return lora.target_modules if isinstance(lora.target_modules, str) else [name for name in named if name in linear]
+
+
+def _matched_names(model: CausalModel, pattern: str) -> list[str]:
+    """Returns the last parts of the paths of the layers and stacks that a regular expression matches."""
+    prefix = layers_prefix(model)
+    paths = [path for path, module in layer_list(model).named_modules() if is_linear(module)]
+    paths += [f"{path}.{name}" for path, _, name in stacks(layer_list(model))]
+    found = sorted({path.rsplit(".", 1)[-1] for path in paths if matches(pattern, prefix + path)})
+    routing = sorted({name.rsplit(".", 1)[-1] for name in router_names(model)} & {*found})
+    if routing:
+        raise ConfigError(
+            f"lora.target_modules: {pattern!r} matches {', '.join(routing)}, which chooses experts; name "
+            "layers more closely"
+        )
+    if not found:
+        hint = did_you_mean(pattern, ["all-linear", *linear_names(model)])
+        raise ConfigError(f"lora.target_modules: no linear layer is matched by {pattern!r}{hint}")
+    return found
 
 
 def linear_names(model: CausalModel) -> set[str]:
@@ -89,9 +183,14 @@ def read_directly(model: CausalModel) -> list[str]:
     return sorted(found)
 
 
-def peft_targets(model: CausalModel, names: list[str]) -> list[str] | str:
-    """Returns ``names`` as PEFT has to be told them: a pattern where other parts of the model have such layers too."""
+def peft_targets(model: CausalModel, names: list[str] | str) -> list[str] | str:
+    """Returns the targets as PEFT has to be told them: a pattern where other parts of the model have such layers too,
+    or where a regular expression is meant, which PEFT wants to match the whole path."""
     prefix = layers_prefix(model)
+    if isinstance(names, str):
+        # Blocks and their parts may match as well, but only layers can have adapters.
+        layers = "|".join(map(re.escape, _matched_names(model, names)))
+        return rf"{PATTERN_BEGINS}{re.escape(prefix)})(?=.*\.({layers})$){PATTERN_GOES_ON}{names})"
     outside = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

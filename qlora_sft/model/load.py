@@ -1,4 +1,4 @@
-"""The base model in NF4 with LoRA adapters on every linear layer, through either backend."""
+"""Loads the base model in NF4 with LoRA adapters on every linear layer, through either backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_sft.model.base_files import has_experts, hub_origin, read_config
 from qlora_sft.model.base_folder import resolve_base as resolve_base
 from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
 from qlora_sft.model.head import check_frozen_head, quantize_head
-from qlora_sft.model.linears import kept_in_full, peft_targets, target_modules
+from qlora_sft.model.linears import kept_in_full, peft_settings
 from qlora_sft.model.meta_model import meta_model
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import check_folder, runs_code
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
-    """(dtype, reason)."""
+    """Returns the type that the model computes in, and why."""
     if wanted != "auto":
         return getattr(torch, wanted), "as configured"
     if torch.cuda.is_available():
@@ -48,9 +48,9 @@ def compute_dtype(wanted: str) -> tuple[torch.dtype, str]:
 
 
 def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendName) -> PeftModel:
-    """A PeftModel in training mode: NF4 (or ``dtype``) base, frozen; LoRA in float32, initialised with the seed.
+    """Loads the base, frozen, in NF4 or in ``dtype``, and adds LoRA adapters in float32, initialised with the seed.
 
-    Raises `ConfigError` if the base cannot be loaded.
+    Returns a PeftModel in training mode. Raises `ConfigError` if the base cannot be loaded.
     """
     rows = new_rows(config.model, base)
     check_frozen_head(config.model, rows)
@@ -102,10 +102,7 @@ def _load_with_unsloth(config: Config, base: str, dtype: torch.dtype, rows: list
             quantize_head(model, dtype)
         return fast.get_peft_model(
             model,
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=peft_targets(model, target_modules(model, config.lora)),
+            **peft_settings(model, config.lora),
             trainable_token_indices=trainable_rows(model, rows),
             **checkpointing,
             random_state=config.seed,
@@ -128,10 +125,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     model.requires_grad_(False)
     torch.manual_seed(config.seed)
     lora = PeftLoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=peft_targets(model, target_modules(model, config.lora)),
+        **peft_settings(model, config.lora),
         target_parameters=target_parameters(model, config.lora) or None,
         trainable_token_indices=trainable_rows(model, rows),
         task_type="CAUSAL_LM",
@@ -166,8 +160,10 @@ def load_base(
 
 
 def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None) -> Any:
-    """NF4 with double quantisation of all linear layers but those ``kept`` in full, and of experts where
-    the base has some."""
+    """Returns the settings for NF4 with double quantisation of all linear layers but those ``kept`` in full.
+
+    If the base has experts, their stacks are quantised as well.
+    """
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig
@@ -199,7 +195,10 @@ def _rope_parameters(config: PretrainedConfig) -> dict[str, object]:
 
 
 def load_trained_base(path: Path) -> PreTrainedModel:
-    """The base of a run as its adapter knows it: type, quantisation, scaled positions, new rows as training began."""
+    """Loads the base of a run as it was when training began, without the adapter.
+
+    Type, quantisation and scaled positions are those of the run. Rows of new tokens are what they began as.
+    """
     run = Run.open(path)
     dtype, _ = compute_dtype(run.dtype)
     settings = run.model
@@ -214,7 +213,9 @@ def load_trained_base(path: Path) -> PreTrainedModel:
 
 
 def load_for_inference(path: Path) -> CausalModel:
-    """A run's adapter on its base as it was trained, or a model folder. Plain transformers, in evaluation mode.
+    """Loads the adapter of a run on the base that it was trained on, or a model folder.
+
+    The model is one of plain transformers, in evaluation mode.
 
     Raises `ConfigError` for a model folder that cannot be loaded.
     """
@@ -235,7 +236,7 @@ def load_for_inference(path: Path) -> CausalModel:
 
 
 def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """``base`` with a saved adapter, in evaluation mode."""
+    """Returns ``base`` with the adapter that is saved in ``folder``, in evaluation mode."""
     from peft import PeftModel
 
     from qlora_sft.model.experts_lora import use_experts_lora
@@ -247,7 +248,7 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which the model of a run, or in a folder, stops."""
+    """Returns the tokens at which the model of a run, or the model in a folder, stops."""
     if not is_run(path):
         return stop_token_ids(ModelConfig(str(path)), str(path), tokenizer)
     run = Run.open(path)
@@ -255,8 +256,10 @@ def saved_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def quantized_modules(model: CausalModel) -> list[str]:
-    """Paths, in the base model, of the layers whose weights are NF4, and of stacks of experts, as parameters: what a
-    merge has to send through NF4 too."""
+    """Returns the paths in the base model of all weights in NF4, which a merge has to send through NF4 too.
+
+    They are linear layers, named as modules, and stacks of experts, named as parameters.
+    """
     from bitsandbytes.nn import Linear4bit
 
     base = base_of(model)

@@ -1,4 +1,4 @@
-"""Before training: the logits that the loss rests on must be those that the model itself would give.
+"""Checks before training that the logits on which the loss rests are those that the model itself would give.
 
 The loss is computed from the last hidden states, the output head and what is known of a family's scales and caps. A
 family may do more behind its last hidden state (a transformation, a multiplier), and would be trained towards another

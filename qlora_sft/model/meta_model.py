@@ -52,14 +52,15 @@ def check_layers(config: Config, base: str) -> None:
     """
     from qlora_sft.model.experts import check_blocks, target_parameters
     from qlora_sft.model.head import check_frozen_head, check_head
-    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.linears import shapes
     from qlora_sft.model.vocabulary import new_rows
 
     demanded, experts = config.memory.tiled_mlp == "on", has_experts(read_config(base))
-    if config.lora.target_modules == "all-linear" and not (config.model.head_in_4bit or demanded or experts):
+    named = config.lora.target_modules != "all-linear" or config.lora.modules
+    if not (named or config.model.head_in_4bit or demanded or experts):
         return
     model = meta_model(read_settings(config, base))
-    targets = target_modules(model, config.lora)
+    shapes(model, config.lora)
     target_parameters(model, config.lora)
     if config.model.load_in_4bit:
         check_blocks(model)
@@ -67,10 +68,10 @@ def check_layers(config: Config, base: str) -> None:
         check_frozen_head(config.model, new_rows(config.model, base))
         check_head(model)
     if demanded:
-        why_parts_stay(model, targets, config)
+        why_parts_stay(model, config)
 
 
-def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -> tuple[str, str]:
+def why_parts_stay(model: PreTrainedModel, config: Config) -> tuple[str, str]:
     """Says why the MLPs of a model without weights would not be tiled, and why its q, k, v and o would be left to PEFT;
     "" for what would be ours.
 
@@ -80,12 +81,13 @@ def why_parts_stay(model: PreTrainedModel, targets: list[str], config: Config) -
     from peft import LoraConfig, inject_adapter_in_model
 
     from qlora_sft.model.base import decoder_layers
+    from qlora_sft.model.linears import peft_settings
     from qlora_sft.model.mlp import why_not_tiled
     from qlora_sft.model.peft_targets import as_named
     from qlora_sft.model.qkv import why_not_lean
 
     model.requires_grad_(False)
-    lora = LoraConfig(r=config.lora.r, lora_dropout=config.lora.dropout, target_modules=targets)
+    lora = LoraConfig(**peft_settings(model, config.lora))
     with torch.device("meta"), as_named(model):
         inject_adapter_in_model(lora, model)
     blocks = decoder_layers(model)

@@ -1,4 +1,4 @@
-"""Recurrent and convolutional layers (gated delta nets, Mamba, short convolutions) inside each packed document.
+"""Keeps recurrent and convolutional layers (gated delta nets, Mamba, short convolutions) inside each packed document.
 
 Their state passes from one token to the next, so behind the end of a document it has to begin anew. transformers hands
 the bounds on (``seq_idx``, ``cu_seq_lens_q``) to the kernels of causal-conv1d, flash-linear-attention and mamba-ssm,
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 # Mixers without a convolution, by the name of their class.
 WITHOUT_CONVOLUTION = {"MiniMaxLightningAttention"}
-# What tells a kernel, or an attention function, where documents begin: a mixer that sees one document needs none.
+# The arguments that tell a kernel or an attention function where documents begin. A mixer that sees a single document
+# needs none of them.
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class ByDocument(nn.Module):
-    """The part of a mixer's class that runs its forward once per document; see `mix_by_document`."""
+    """Runs the forward of a mixer once per document; `mix_by_document` derives a class from this and the mixer's."""
 
     document_bounds: Tensor | None
 
@@ -95,7 +96,10 @@ def _not_training(mixer: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _split(tree: Any, lengths: Sequence[int]) -> list[Any]:
-    """One ``tree`` per document: tensors [1, T, ...] are cut along the tokens, all else is given to each."""
+    """Returns what each document gets of ``tree``, which is an argument or a tuple or dict of arguments.
+
+    Tensors [1, T, ...] are cut along the tokens; everything else goes to every document as it is.
+    """
     if isinstance(tree, Tensor) and tree.dim() > 1 and tree.shape[1] == sum(lengths):
         return list(tree.split(list(lengths), dim=1))
     if isinstance(tree, tuple):

@@ -1,4 +1,4 @@
-"""The gated MLPs of a model, computed by `qlora_kernels.nf4_lora`: tiled over tokens, nothing kept but the input.
+"""Lets `qlora_kernels.nf4_lora` compute the gated MLPs of a model: tiled over tokens, nothing kept but the input.
 
 Each ``mlp`` module is replaced by a `TiledMLP` that holds the very same layers under the same names, so parameter
 names, PEFT and what is saved stay as they were.
@@ -28,7 +28,8 @@ FAMILIES = {
 ACTIVATIONS: dict[str, Activation] = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
 }  # fmt: skip
-# Normalises what the MLP returns, and saves that: the recomputation of a layer then has to run the whole MLP.
+# A norm of this name normalises the result of the MLP and saves it. So the recomputation of its layer has to run the
+# whole MLP.
 NORM_AFTER = "post_feedforward_layernorm"
 
 Requested = Literal["auto", "on", "off"]

@@ -1,4 +1,4 @@
-"""The RMSNorms of a model, computed by `qlora_kernels.rms_norm`: they keep their 16-bit input, no copy in float32.
+"""Lets `qlora_kernels.rms_norm` compute the RMSNorms of a model, which then keep no copy of their input in float32.
 
 Each module is replaced by a `LeanRMSNorm` that holds the very same weight under the same name, so parameter names,
 PEFT and what is saved stay as they were. Results are the same bits.
@@ -54,7 +54,7 @@ def use_lean_norms(model: CausalModel) -> str:
     Always on where the formula is known: nothing but memory changes, and measured on a CPU it is faster.
     """
     decoder = decoder_of(model)
-    # On a GPU its layers' forward reads a norm's weight and leaves the module's own forward aside.
+    # On a GPU, the forward of Unsloth's layers reads the weight of a norm itself and never calls the module.
     if any(type(layer).forward.__module__.startswith("unsloth") for layer in decoder_layers(model)):
         return "off (Unsloth's layers compute their norms in their own way)"
     found = [

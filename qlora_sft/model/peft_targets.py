@@ -1,4 +1,4 @@
-"""What PEFT is told to adapt in a mixture of experts, and what it makes of that.
+"""Tells PEFT what to adapt in a mixture of experts, and reads what a saved adapter of one has adapted.
 
 PEFT (0.21) takes gate_proj, up_proj and down_proj among the ``target_modules`` of such a model for the experts of
 transformers 4, which had a layer each, and turns them into the stacks of transformers 5. The linear layers of these
@@ -33,12 +33,12 @@ MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 @contextmanager
 def as_named(model: CausalModel) -> Iterator[None]:
-    """Inside, PEFT adapts the layers of ``model`` that it is told to, and no others."""
+    """Makes PEFT adapt exactly the layers of ``model`` that it is told to, inside the ``with`` block."""
     settings = model.config
     if not has_stacks(model):
         yield
         return
-    # The class has the family's name; this one hides it.
+    # PEFT asks for the family's name. It is an attribute of the class, which this attribute of the object hides.
     settings.model_type = ""
     try:
         yield
@@ -47,7 +47,7 @@ def as_named(model: CausalModel) -> Iterator[None]:
 
 
 def has_stacks(model: nn.Module) -> bool:
-    """Whether ``model`` keeps experts in stacks."""
+    """Says whether ``model`` keeps experts in stacks."""
     return any(True for _ in stacks(model))
 
 
@@ -79,7 +79,10 @@ def _last(path: str) -> str:
 
 
 def read_targets(folder: Path) -> PeftConfig:
-    """PEFT's configuration of the adapter in ``folder``, with linear layers as modules again."""
+    """Reads PEFT's configuration of the adapter in ``folder``, and names linear layers as modules again.
+
+    `write_portable_targets` has named their weights as parameters.
+    """
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))

@@ -36,6 +36,8 @@ def why_not_shared(config: Config, base: str, backend: BackendName) -> str | Non
     """
     if config.data.share_prefixes == "off" or config.data.packing == "none":
         return "data.share_prefixes=off" if config.data.packing != "none" else "data.packing=none"
+    if config.training.neftune_alpha is not None:
+        return "training.neftune_alpha adds noise by the length of each document"
     # As transformers understands them: Mistral has a window that its config.json need not name.
     settings = read_settings(config, base).get_text_config().to_dict()
     reason = _obstacle(config, settings, backend)

@@ -1,4 +1,4 @@
-"""The attention modules of a model with q, k, v and o computed by `qlora_kernels.nf4_lora`, and rotated in place.
+"""Lets attention modules compute q, k, v and o by `qlora_kernels.nf4_lora`, and rotate q and k in place.
 
 Each ``self_attn`` is replaced by a `LeanAttention` that holds the very same layers under the same names, so parameter
 names, PEFT and what is saved stay as they were. Which modules can be is decided by what they are made of, and by
@@ -79,7 +79,7 @@ class LeanAttention(torch.nn.Module):
     def projected(
         self, x: Tensor, layers: list[Projection], position_embeddings: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, T, d], k and v [B, G, T, d]: normalised and rotated where this module does so."""
+        """Returns q [B, H, T, d], k and v [B, G, T, d], with q and k normalised and rotated if this module does so."""
         size = cast(int, self.head_dim)
         q, k, v = lora_linears(x, layers, dtype=base_dtype(self.q_proj))
         shape = (*x.shape[:-1], -1, size)
@@ -91,12 +91,12 @@ class LeanAttention(torch.nn.Module):
         return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
 
 
-# What a module hands to its attention function -> the argument's name there.
+# Maps an attribute of a module to the argument of the attention function as which the module hands it over.
 PASSED = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
 
 
 def projections_of(attention: Any, training: bool) -> list[Projection] | str:
-    """q, k, v and o as they are now, or what keeps them from being computed here."""
+    """Returns the layers q, k, v and o as they are now, or says why they cannot be computed here."""
     found: list[Projection] = []
     for name in LAYERS:
         projection = projection_of(getattr(attention, name), training)
@@ -124,12 +124,15 @@ def use_lean_attention(model: Any) -> str:
 
 
 def why_not_lean(blocks: list[Any]) -> str:
-    """Of the decoder layers of a model with adapters; "" if their attention modules are to be replaced."""
+    """Says why the attention modules of these decoder layers must stay as they are; "" if all can be replaced.
+
+    blocks: the layers of a model that has its adapters already.
+    """
     return next((reason for block in blocks if (reason := obstacle_of(getattr(block, "self_attn", None)))), "")
 
 
 def obstacle_of(attention: Any) -> str | None:
-    """Why this attention module must stay as it is."""
+    """Says why this attention module must stay as it is; None if it can be replaced."""
     if attention is None:
         return "a decoder layer without self_attn"
     kind = type(attention).__name__
@@ -165,7 +168,7 @@ def differs(attention: Any) -> str | None:
 
 
 def small_one(attention: Any) -> Any:
-    """A module of the class and settings of ``attention``, but of its own small sizes, on the CPU, in float32."""
+    """Makes a module of the same class and settings as ``attention``, but small, on the CPU and in float32."""
     config = copy.deepcopy(attention.config)
     groups = 4 if config.num_key_value_heads == config.num_attention_heads else 2
     for name, value in {
@@ -185,7 +188,10 @@ def small_one(attention: Any) -> Any:
 
 
 def tried(attention: Any) -> list[Tensor]:
-    """[its result for two documents, the gradient of its input, its result for values that a limit would clip]"""
+    """Tries a module out on two packed documents.
+
+    Returns [its result, the gradient of its input, its result for inputs so large that a limit would clip them].
+    """
     config = attention.config
     share = getattr(config, "partial_rotary_factor", None) or 1.0
     angle = waves(1, TRIED_TOKENS, int(share * TRIED_HEAD) // 2).repeat(1, 1, 2)
@@ -208,6 +214,6 @@ def tried(attention: Any) -> list[Tensor]:
 
 
 def waves(*shape: int, number: int = 0) -> Tensor:
-    """Values between -1 and 1, the same everywhere."""
+    """Returns values between -1 and 1 of this shape, the same on every machine; ``number`` gives others."""
     count = torch.Size(shape).numel()
     return torch.linspace(-3, 3, count, device="cpu").mul_(77 + 1000 * number).sin_().view(shape)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_lora import describe_lora
+from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_check import use_checked_attention
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.backend import BackendName
@@ -20,6 +22,7 @@ from qlora_sft.model.experts import describe_experts
 from qlora_sft.model.go_on import check_adapter, start_from
 from qlora_sft.model.linears import describe_linears
 from qlora_sft.model.load import load_model
+from qlora_sft.model.lora_init import begin_adapters, check_shapes
 from qlora_sft.model.loss import use_loss
 from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
@@ -47,9 +50,14 @@ def prepare_model(
     lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
     """
     model = load_model(config, base, dtype, backend)
+    if model.device.type == "cuda":
+        say(f"GPU memory: {describe_allocator()}")
+    check_shapes(model, config.lora)
     if config.lora.from_:
         check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
         say(f"adapter: {start_from(model, config.lora.from_)}")
+    elif begun := begin_adapters(model, config.lora, base, config.seed):
+        say(f"adapter: {begun}")
     use_rows_beside_embedding(model)
     say(f"linear layers: {describe_linears(model)}")
     use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
@@ -69,5 +77,5 @@ def prepare_model(
     name = f"{origin.name} at commit {origin.commit}" if origin else own_folder(base)
     packed = packed_as(base)
     source = f"{name}, dequantised from {packed}" if packed else name
-    say(f"model: {source}, LoRA rank {config.lora.r}, {trainable:,} trainable parameters")
+    say(f"model: {source}, {describe_lora(config.lora)}, {trainable:,} trainable parameters")
     return model

@@ -62,7 +62,10 @@ def origin_of(base: str | Path) -> Origin | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or all there are: a folder may hold a second copy in other files.
+    """Returns the safetensors files of the model in ``folder``.
+
+    They are those that its index names, else model.safetensors, else all there are. A folder may hold a second copy of
+    the weights in other files.
 
     Raises `ConfigError` for a damaged index.
     """
@@ -92,7 +95,7 @@ def has_weights(folder: Path) -> bool:
 def file_hashes(base: str) -> dict[str, str]:
     """Returns the sha256 of the files that make the model in the folder ``base``, by name.
 
-    Of large ones only where the Hub's cache names it; the fingerprint of the weights covers them.
+    A large file has one only where the Hub's cache names it; the fingerprint of the weights covers the others.
     """
     folder = Path(base)
     described = [file for pattern in DESCRIPTION[:-1] for file in folder.glob(pattern)]

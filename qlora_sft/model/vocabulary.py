@@ -1,4 +1,4 @@
-"""Adds, initialises and trains the control tokens that a shipped template writes and a base's vocabulary lacks.
+"""Adds, initialises and trains the control tokens that a template writes and a base's vocabulary lacks.
 
 A base that never saw a chat has no token for the beginning and the end of a turn. Spelled in several tokens they would
 be text that anybody can type, and no turn could end. So they become tokens of their own. Their rows in embedding and
@@ -18,17 +18,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_sft.config import ModelConfig
-from qlora_sft.data.shipped import SHIPPED
+from qlora_sft.data.shipped import SHIPPED, template_text
+from qlora_sft.data.written_tokens import written_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def missing_tokens(template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the control tokens of a shipped template that ``tokenizer`` lacks; none for any other template."""
-    shipped = SHIPPED.get(template or "")
-    vocabulary = tokenizer.get_vocab() if shipped else {}
-    return [token for token in shipped.control if token not in vocabulary] if shipped else []
+def wanted_tokens(model: ModelConfig, template: str | None = None) -> tuple[str, ...]:
+    """Returns the control tokens that have to be in the vocabulary: those that the configured template writes, and
+    ``model.new_tokens``.
+
+    template: the text of the configured template, where it is known already. Raises `ConfigError` if there is no such
+    template.
+    """
+    name = model.chat_template
+    if not name:
+        return tuple(model.new_tokens)
+    shipped = SHIPPED.get(name)
+    control = shipped.control if shipped else written_tokens(template or template_text(name)).control
+    return tuple(dict.fromkeys((*control, *model.new_tokens)))
+
+
+def missing_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns those of ``tokens`` that ``tokenizer`` lacks."""
+    vocabulary = tokenizer.get_vocab() if tokens else {}
+    return [token for token in tokens if token not in vocabulary]
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -38,27 +53,40 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
 
 
-def new_rows(model: ModelConfig, base: str) -> list[int]:
-    """Returns the ids that ``load_tokenizer`` has added to the base's own; most bases need none."""
-    return list(_new_rows(model.chat_template, base)) if model.chat_template in SHIPPED else []
+def new_rows(model: ModelConfig, base: str, template: str | None = None) -> list[int]:
+    """Returns the ids that ``load_tokenizer`` has added to the base's own; most bases need none.
+
+    template: as in `wanted_tokens`.
+    """
+    wanted = wanted_tokens(model, template)
+    return list(_new_rows(wanted, base, _written(base))) if wanted else []
+
+
+def _written(base: str) -> tuple[tuple[str, int, int], ...]:
+    """Returns name, time of writing and size of the base's small files, among which are those of its tokenizer."""
+    files = [file for file in Path(base).glob("*") if file.suffix in (".json", ".model", ".txt")]
+    return tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=4)
-def _new_rows(template: str | None, base: str) -> tuple[int, ...]:
+def _new_rows(tokens: tuple[str, ...], base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
+    """Returns the ids of the new tokens, read once per state of the base's files."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    missing = missing_tokens(template, tokenizer)
+    missing = missing_tokens(tokens, tokenizer)
     if not missing:
         return ()
     add_tokens(tokenizer, missing)
     return tuple(sorted(tokenizer.convert_tokens_to_ids(missing)))
 
 
-def describe_new(tokens: Sequence[str], template: str) -> str:
+def describe_new(tokens: Sequence[str], model: ModelConfig) -> str:
     """Says which tokens were added, and why, to print."""
+    asked = set(tokens) <= set(model.new_tokens)
+    why = "as model.new_tokens asks" if asked else f"because chat_template={model.chat_template} writes them"
     return (
-        f"vocabulary: {', '.join(tokens)} added, because chat_template={template} writes them and this base has not; "
+        f"vocabulary: {', '.join(tokens)} added, {why} and this base has {'them ' if asked else ''}not; "
         "their rows begin as the mean of all others and are trained"
     )
 

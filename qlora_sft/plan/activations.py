@@ -162,14 +162,16 @@ class _LayerFormula:
         if self.stacks and (dense or self.blueprint.config.model_type not in SOFTMAX_ROUTERS):
             odd.append("experts beside a dense MLP" if dense else "this family's router")
         missing = not dense and not self.stacks
+        if self.blueprint.dora:
+            raise ConfigError("what layers with DoRA keep is known only when they are measured, at the begin of a run")
         if odd or missing:
             raise ConfigError(
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
             )
 
     def input(self) -> LayerPart:
-        # It is kept by whoever computes the layer again; in float32 it is what the first norm keeps.
         """Returns the bytes of the layer's input."""
+        # Computing the layer again begins with it. In float32 the first norm keeps the same tensor, and counts it.
         counted = self.size == 2 or self.blueprint.lean_norms
         return LayerPart(self.tokens * self.blueprint.hidden * self.size if counted else 0, 0)
 
@@ -210,19 +212,22 @@ class _LayerFormula:
         return LayerPart(self.lora_saved(group), taken)
 
     def lean_saved(self, group: set[str]) -> int:
-        """The input, unless it is counted with attention, and what A makes of it."""
+        """Returns what nf4_lora saves for a group of layers: their one input, and its products with the A of each.
+
+        On a GPU the input of o_proj is the result of attention and is counted there.
+        """
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
         if not adapted:
             return 0
         own = adapted[0].inputs if group is not OUT or not self.on_gpu else 0
-        return self.tokens * self.size * (own + len(adapted) * self.lora.r)
+        return self.tokens * self.size * (own + sum(x.rank for x in adapted))
 
     def lora_saved(self, group: set[str]) -> int:
         """Returns what LoRA saves: inputs, their products with A, and the adapter's weights in 16 bits."""
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
         if not adapted:
             return 0
-        per_token = len(adapted) * self.lora.r * self.size
+        per_token = sum(x.rank for x in adapted) * self.size
         width = adapted[0].inputs
         if self.lora.dropout:
             # Each has an input of its own, thinned out, and remembers what was dropped.
@@ -233,12 +238,15 @@ class _LayerFormula:
         return self.tokens * per_token + self.casts(group)
 
     def casts(self, group: set[str]) -> int:
-        """LoRA's weights in 16 bits."""
+        """Returns the bytes of the 16-bit copies of LoRA's weights; 0 where they are used in float32."""
         adapted = [linear for linear in self.linears if linear.short in group and linear.adapted]
-        return sum(self.lora.r * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
+        return sum(x.rank * (x.inputs + x.outputs) * self.size for x in adapted) if self.size == 2 else 0
 
     def all_casts(self) -> int:
-        """Those that autocast holds until the forward of the whole model is over, whatever the layer keeps."""
+        """Returns the bytes of the copies that autocast holds until the forward of the whole model is over.
+
+        They stay whatever the layer itself keeps. nf4_lora makes none.
+        """
         return self.casts((set() if self.lean else QKV | OUT) | (set() if self.tiled else GATE_UP | DOWN))
 
     def attention(self) -> LayerPart:
@@ -282,12 +290,12 @@ class _LayerFormula:
         kept = 0 if again and recomputes(self.tokens, tile, self.norm_after) else 2 * wide
         rows = min(self.tokens, tile)
         # What the three A make of a tile, and the three B of its gradients; two of these are not there from the start.
-        rank = self.size * rows * self.lora.r
+        rank = self.size * rows * max([x.rank for x in self.linears if x.short in GATE_UP | DOWN], default=0)
         later = max(self.size * rows * hidden + 2 * rank, self.pointwise(rows * wide))
         of_tile = self.size * rows * 3 * wide + 3 * rank + later
-        adapted = sum(x.inputs + x.outputs for x in self.linears if x.short in GATE_UP | DOWN and x.adapted)
+        adapted = sum(x.rank * (x.inputs + x.outputs) for x in self.linears if x.short in GATE_UP | DOWN)
         gradients = self.tokens * (self.incoming() + hidden)
-        taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * self.lora.r * adapted
+        taken = self.size * (gradients + 3 * hidden * wide) + of_tile + 4 * adapted
         return LayerPart(self.size * self.tokens * (hidden + kept), taken)
 
     def experts(self) -> LayerPart:
@@ -309,7 +317,8 @@ class _LayerFormula:
         factors = sum(x.count * self.lora.r * (x.inputs + x.outputs) for x in self.stacks if x.adapted)
         # Some groups get more rows than others; twice their share is counted.
         rows = min(self.tokens * chosen * min(2 * group, count) // count, default_tile(hidden))
-        # When the weights of the choice get their gradient, behind the activation's, and in the gradient of the input.
+        # The bytes of a row at the three moments that can take most: in the gradient of the choice's weights, behind
+        # that of the activation, and in that of the input.
         s, inner = self.size, up.outputs + 3 * wide
         moments = (2 * s * hidden + s * inner + 12 * wide, 2 * s * (hidden + inner), (3 * s + 4) * hidden + s * inner)
         of_group = s * group * (each + factors // count) + rows * max(moments)

@@ -6,7 +6,7 @@ real model. Which layers bitsandbytes quantises is asked of transformers' own ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qlora_sft.model.linears import Shape
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -39,9 +41,15 @@ class Linear:
     outputs: int
     block: int | None
     quantized: bool
-    adapted: bool
+    rank: int
+    """Of its adapter; 0 if it gets none."""
     head: bool = False
     """Whether it is the output head."""
+
+    @property
+    def adapted(self) -> bool:
+        """Returns whether it gets an adapter."""
+        return self.rank > 0
 
     @property
     def short(self) -> str:
@@ -108,6 +116,8 @@ class Blueprint:
     """Why documents are run one at a time; empty if they share packed sequences."""
     grown: int = 0
     """Parameters that the files lack, because embedding and head have to grow for added tokens."""
+    dora: bool = False
+    """Whether the length of every row of an adapted weight is trained, too."""
     nested: bool = True
     """Whether the scales of NF4 weights are quantised themselves; a checkpoint that was saved in NF4 may differ."""
 
@@ -173,13 +183,13 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
     """Describes a model by transformers' configuration object and the ids of the tokens that are added (``rows``)."""
     from qlora_sft.model.attention import why_one_at_a_time
     from qlora_sft.model.head import check_head
-    from qlora_sft.model.linears import layers_prefix, target_modules
+    from qlora_sft.model.linears import layers_prefix, shapes
     from qlora_sft.model.norms import FORMS
 
     model = meta_model(settings)
     try:
         blocks = layer_list(model)
-        targets = target_modules(model, config.lora)
+        adapted = shapes(model, config.lora)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
@@ -198,7 +208,8 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         grown=model.num_parameters() - in_files,
         nested=bool(_packed(settings).get("bnb_4bit_use_double_quant", not _packed(settings))),
         trained_matrices=len(trainable_rows(model, rows) or ()),
-        linears=_linears(model, targets, config),
+        linears=_linears(model, adapted, config),
+        dora=config.lora.dora,
         stacks=_stacks(model, config),
         prefix=layers_prefix(model),
         why_one_at_a_time=why_one_at_a_time(model),
@@ -208,7 +219,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         ],
     )
     lean = all(norm.kind in FORMS for norms in blueprint.norms for norm in norms)
-    mlp, attention = why_parts_stay(model, targets, config)
+    mlp, attention = why_parts_stay(model, config)
     return replace(blueprint, why_not_tiled=mlp, why_not_lean=attention, lean_norms=lean)
 
 
@@ -235,7 +246,7 @@ def _stacks(model: PreTrainedModel, config: Config) -> list[Stack]:
     return found
 
 
-def _linears(model: PreTrainedModel, targets: list[str], config: Config) -> list[Linear]:
+def _linears(model: PreTrainedModel, adapted: Mapping[str, Shape], config: Config) -> list[Linear]:
     """Describes all linear layers of a model."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -257,7 +268,7 @@ def _linears(model: PreTrainedModel, targets: list[str], config: Config) -> list
             name, module.in_features, module.out_features,
             block=int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None,
             quantized=quantized(name, module),
-            adapted=name.startswith(prefix) and name.rsplit(".", 1)[-1] in targets,
+            rank=adapted[name].rank if name in adapted else 0,
             head=module is head,
         )
         for name, module in model.named_modules()

@@ -36,14 +36,14 @@ def random_model(
     from qlora_sft.model.experts import target_parameters, use_our_experts
     from qlora_sft.model.experts_lora import use_experts_lora
     from qlora_sft.model.head import quantize_head
-    from qlora_sft.model.linears import target_modules
+    from qlora_sft.model.linears import peft_settings
     from qlora_sft.model.load import disable_inference_repacking
     from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
-    targets, experts = target_modules(model, config.lora), target_parameters(model, config.lora)
+    told, experts = peft_settings(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:
         _quantize(model, dtype, device)
         # As a loader leaves it. Without this PEFT would take its adapters for those of 16-bit layers, which cast their
@@ -56,11 +56,7 @@ def random_model(
         quantize_head(model, dtype)
     model.requires_grad_(False)
     disable_inference_repacking(model)
-    lora = config.lora
-    adapters = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-        target_modules=targets, target_parameters=experts or None,
-    )  # fmt: skip
+    adapters = LoraConfig(**told, target_parameters=experts or None)
     with as_named(model):
         peft = get_peft_model(model, adapters).train()
     use_experts_lora(peft)

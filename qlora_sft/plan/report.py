@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qlora_sft.plan.notebook import plan_html
 from qlora_sft.run.report import LEFT_OUT, Choice, Report
 
 
@@ -154,3 +155,6 @@ class PlanReport(Report):
     disk: DiskPlan
     data: DataPlan | None
     time: TimePlan | None
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)

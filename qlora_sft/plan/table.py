@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlora_sft.plan.report import CardsPlan, DiskPlan, HostPlan, PlanReport
+from qlora_sft.units import duration, size
 
 
 def plan_table(plan: PlanReport) -> str:
@@ -111,21 +112,3 @@ def _run(plan: PlanReport) -> str:
 
 def _line(name: str, count: int, reason: str) -> str:
     return f"  {name:<24}{size(count):>10}  {reason}".rstrip()
-
-
-def size(count: float) -> str:
-    """Writes a number of bytes with three digits: 1.23 GiB, 45.6 MiB."""
-    power = 0
-    while count >= 1000 and power < 3:
-        count, power = count / 1024, power + 1
-    digits = 0 if power == 0 or count >= 100 else 1 if count >= 10 else 2
-    return f"{count:.{digits}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Writes a time in the unit that suits it: 45 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -90,8 +90,11 @@ def stack_bytes(stack: Stack) -> int:
 
 
 def adapter_tensors(blueprint: Blueprint, rank: int) -> list[int]:
-    """Returns the elements of every A [rank, inputs] and B [outputs, rank], and of the trained rows of added tokens."""
-    lora = [size for linear in blueprint.linears if linear.adapted for size in _lora(linear, rank)]
+    """Returns the elements of every A [rank, inputs] and B [outputs, rank], of DoRA's magnitudes, and of the trained
+    rows of added tokens. rank: of the adapters of experts; a layer has its own."""
+    adapted = [linear for linear in blueprint.linears if linear.adapted]
+    lora = [size for linear in adapted for size in _lora(linear, linear.rank)]
+    lora += [linear.outputs for linear in adapted] if blueprint.dora else []
     experts = [stack.count * size for stack in blueprint.stacks if stack.adapted for size in _lora(stack, rank)]
     return lora + experts + row_tensors(blueprint)
 

@@ -10,7 +10,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.data.sequences import segment_lengths
 from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
-from qlora_sft.training.steps import count_steps
+from qlora_sft.training.steps import count_steps, settle_accumulation
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Workload:
 
 def workload_of(data: RunData, config: Config) -> Workload:
     """Counts what the run that begins with ``data`` will compute."""
+    config, _ = settle_accumulation(config, data.packed.tokens)
     of_each = sizes(data.documents)
     lengths = of_each.tokens
     t = config.training

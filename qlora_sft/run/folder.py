@@ -99,6 +99,12 @@ class Run:
         return load_config(self.path / "config.yaml")
 
     @cached_property
+    def lora_init(self) -> str:
+        """Returns how its adapter began; versions that knew no choice began with the default."""
+        lora = self._of("config").get("lora")
+        return str(lora.get("init", "default")) if isinstance(lora, dict) else "default"
+
+    @cached_property
     def model(self) -> ModelConfig:
         """Returns the section ``model`` of its configuration, without keys that this version does not know."""
         given = self._of("config").get("model") or {}
@@ -111,7 +117,11 @@ class Run:
         return ModelConfig(**{"path": self.base, **values})
 
     def _rope_scaling(self, given: object) -> RopeScaling:
-        """Positions that were scaled in a way that is not known here would be other positions, so it is no default."""
+        """Returns the scaling of positions that the run's manifest gives.
+
+        Raises `ConfigError` if it has settings that this version does not know. To leave those out would give the model
+        other positions than it was trained with.
+        """
         try:
             return RopeScaling(**cast(dict[str, Any], given))
         except TypeError:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from qlora_sft.json_types import JsonObject
+from qlora_sft.run.notebook import run_html
 
 LEFT_OUT: dict[str, bool] = {"left_out": True}
 """Marks a field that is left out of the JSON where it is None."""
+ONLY_HERE: dict[str, bool] = {"only_here": True}
+"""Marks a field that is never in the JSON."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Is the base of all results. ``report["name"]`` is what stands under that name in its JSON."""
+    """Turns the fields of a result into JSON and back; all results derive from it."""
 
     def to_json(self) -> JsonObject:
         """Returns the fields as JSON has them, in their order."""
@@ -23,7 +26,7 @@ class Report:
         return {
             each.metadata.get("key", each.name): _plain(value)
             for each, value in values
-            if value is not None or not each.metadata.get("left_out")
+            if not each.metadata.get("only_here") and (value is not None or not each.metadata.get("left_out"))
         }
 
     @classmethod
@@ -36,9 +39,6 @@ class Report:
             if key in content or (each.default is MISSING and each.default_factory is MISSING):
                 values[each.name] = _typed(hints[each.name], content[key])
         return cls(**values)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.to_json()[name]
 
 
 def _typed(hint: object, value: object) -> object:
@@ -71,7 +71,8 @@ class Choice(Report):
 class Pair(Report):
     """Holds a figure before and after training."""
 
-    before: float
+    before: float | None
+    """None where nothing was measured before training."""
     after: float
 
 
@@ -103,12 +104,22 @@ class MemoryReport(Report):
     """Tokens of the longest micro-batch, to which the bytes apply."""
     device_bytes: int
     host_bytes: int
-    layer: dict[str, int]
-    """Bytes of the largest layer, by purpose."""
+    layer: dict[str, int | None]
+    """Bytes of the largest layer, by purpose; None for what no layer does."""
     between: int | None = None
     """Bytes between forward and backward; None in runs of earlier versions."""
     measured: dict[str, int] | None = None
     """Bytes before training on a GPU, and the most that torch had allocated and reserved during it."""
+
+
+@dataclass(frozen=True)
+class Kept(Report):
+    """Says of which step the saved adapter is."""
+
+    step: int
+    reason: str
+    held_out: dict[str, float | None] | None = None
+    """Held-out loss of that step by source, as it was measured while training; None if it was not."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,12 @@ class RunReport(Report):
     """Steps whose gradient was not finite."""
     resumed_at: int | None = None
     """Step from which the run went on, if it was interrupted."""
+    kept: Kept | None = None
+    """None in runs of earlier versions, which kept the last step."""
+    stopped_early: str | None = None
+    """Why the run ended before its last step; None if it did not."""
+    warnings: list[str] = field(default_factory=list)
+    """What there was to warn of while it went."""
     train_loss: Course
     tokens: int
     supervised_tokens: int
@@ -163,3 +180,6 @@ class RunReport(Report):
     order: OrderReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of every stage."""
+
+    def _repr_html_(self) -> str:
+        return run_html(self)

@@ -18,7 +18,7 @@ from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
-from qlora_sft.lora_from import adapter_folder
+from qlora_sft.lora_from import KEYS, adapter_folder
 from qlora_sft.say import Say
 from qlora_sft.strict import as_tree
 
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from qlora_sft.training.run_folder import Beginning
 
 # What may be another in a run that goes on: it changes neither what is trained nor in which order.
-FREE = ("output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "model.revision")
+FREE = (
+    "output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "training.keep",
+    "training.patience", "training.report_to", "model.revision",
+)  # fmt: skip
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
 # What a run takes from the adapter of lora.from.
-TAKEN = ("lora.r", "lora.alpha", "lora.target_modules")
+TAKEN = tuple(f"lora.{key}" for key in KEYS)
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
@@ -68,13 +71,17 @@ def what_is_left(run: Path) -> str:
     return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
 
 
-def publish(unfinished: Path, folder: Path, keep: int) -> None:
-    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``."""
+def publish(unfinished: Path, folder: Path, keep: int, best: int | None = None) -> None:
+    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``.
+
+    best: the step whose checkpoint stays, however old it is.
+    """
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     for old in all_checkpoints(folder.parents[1])[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def clear_unfinished(run: Path) -> None:

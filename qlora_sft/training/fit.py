@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,17 +14,25 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.data.collate import PackedCollator
+from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import Interrupted, RunError
-from qlora_sft.run.report import Course
+from qlora_sft.evaluation.held_out import held_out_loss
+from qlora_sft.run.report import Course, Kept
 from qlora_sft.say import Say
-from qlora_sft.training.checkpoints import clear_unfinished, step_of, what_is_left
+from qlora_sft.training.alarms import Alarms
+from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
+from qlora_sft.training.display import Display
+from qlora_sft.training.evaluations import Evaluations
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
 from qlora_sft.training.losses import summarize_losses
 from qlora_sft.training.progress import Progress
+from qlora_sft.training.reporting import reporters
+from qlora_sft.training.schedule import describe_schedule, schedule_of
 from qlora_sft.training.steps import count_steps
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
+from qlora_sft.training.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +54,14 @@ class Training:
     sequences: list[list[int]]
     """Packed sequences in training order, as indices into ``documents``."""
     shares_prefixes: bool = False
+    held_out: Mapping[str, Sequence[Rendered]] = field(default_factory=dict)
+    """Documents by source that are measured while training."""
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    """Their loss before training, where it was measured."""
+    baseline_seconds: float = 0.0
+    """Time that the evaluation before training took."""
+    ask_tasks: Callable[[], dict[str, float]] | None = None
+    """Asks the model the questions that are asked while training; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,9 @@ class Fitted:
     steps: int
     steps_left_out: int
     resumed_at: int | None
+    kept: Kept
+    stopped_early: str | None
+    warnings: list[str]
     train_loss: Course
     tokens: int
     supervised_tokens: int
@@ -70,55 +89,118 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
     Raises `RunError` when the run fails and `Interrupted` after Ctrl-C.
     """
-    config, run, say = training.config, training.run, training.say
+    config, run = training.config, training.run
     steps = count_steps(len(training.sequences), config)
     t = config.training
     # The trainer gets only the sequences that it will reach: a resumed run skips all others one by one.
     sequences = training.sequences[: steps * t.batch_size * t.gradient_accumulation]
     clear_unfinished(run)
-    # On the same disk as the run, so that what is complete there needs no copying.
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch, StopAfterStep(say) as stop:
+    begin = step_of(checkpoint) if checkpoint else 0
+    display = Display(steps, begin, training.say)
+    say = display.say
+    with (
+        # On the same disk as the run, so that what is complete there needs no copying.
+        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch,
+        # Unsloth's trainer and loggers print to stdout, which belongs to --json.
+        contextlib.redirect_stdout(sys.stderr),
+        StopAfterStep(say) as stop,
+        reporters(config, run, begin, say) as reporting,
+    ):
         args, optimizer = sft_config(config, Path(scratch), steps, training.dtype)
         say(f"optimizer: {optimizer}; {steps} steps of {t.batch_size} x {t.gradient_accumulation} rows")
-        begin = step_of(checkpoint) if checkpoint else 0
-        progress = Progress(run / "metrics.jsonl", steps, begin)
-        finite = FiniteSteps(
-            lambda step: sources_of(step, config, training.documents, sequences), lambda: what_is_left(run), say
-        )
+        say(f"learning rate: {t.learning_rate:g} {describe_schedule(schedule_of(t, steps))}")
+
+        def describe(step: int) -> str:
+            return sources_of(step, config, training.documents, sequences)
+
+        alarms = Alarms(steps, describe, say)
+        progress = Progress(run / "metrics.jsonl", display, alarms)
+        finite = FiniteSteps(describe, lambda: what_is_left(run), say)
+        watch = watch_of(training, steps, begin, alarms, say)
         collate = PackedCollator(training.documents, training.shares_prefixes)
         trainer = PackedSFTTrainer(
-            training.model, collate, sequences, run, keep_less, say,
-            args=args, processing_class=training.tokenizer, callbacks=[progress, finite, stop],
+            training.model, collate, sequences, config, keep_less, say,
+            args=args, processing_class=training.tokenizer, callbacks=[*reporting, progress, finite, stop, watch],
         )  # fmt: skip
-        progress.trainer = trainer
+        progress.begin(trainer)
+        trainer.watch = watch
+        alarms.data(sizes(training.documents), training.shares_prefixes, quiet=begin > 0)
         try:
-            # Unsloth's trainer prints a banner to stdout, which belongs to --json.
-            with contextlib.redirect_stdout(sys.stderr):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            done = run_steps(trainer, checkpoint)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at once; {what_is_left(run)}") from None
         except torch.OutOfMemoryError as error:
             raise update_too_full(error, what_is_left(run)) from None
         finally:
             progress.close()
-        done = trainer.state.global_step
-        if stop.requested and done < steps:
+        stopped_early = watch.out_of_patience if done < steps else None
+        if stop.requested and done < steps and not stopped_early:
             raise Interrupted(f"interrupted after step {done}; {what_is_left(run)}")
     if not progress.losses or progress.left_out == progress.steps_done:
         lacking = "loss" if not progress.losses else "gradient"
         raise RunError(
             f"no step had a finite {lacking}; lower training.learning_rate or compute in another model.dtype"
         )
+    kept = keep_adapter(trainer, watch, done)
+    say(f"kept: the adapter of step {kept.step} ({kept.reason})")
     return Fitted(
         steps=progress.steps_done,
         steps_left_out=progress.left_out,
         resumed_at=begin or None,
+        kept=kept,
+        stopped_early=stopped_early,
+        warnings=alarms.texts,
         train_loss=summarize_losses(progress.losses),
         tokens=progress.tokens,
         supervised_tokens=progress.supervised,
         tokens_per_second=round(progress.tokens / progress.seconds, 1),
         optimizer=optimizer,
     )
+
+
+def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Say) -> Watch:
+    """Returns what evaluates the model while it is trained. The line of the evaluation before training is written here.
+
+    begin: the number of steps that are done already.
+    """
+    config = training.config
+    evaluations = Evaluations(training.run / "evaluations.jsonl", begin)
+
+    def measure() -> dict[str, float]:
+        return held_out_loss(training.model, training.held_out, config.data.max_length, training.dtype)
+
+    if config.evaluation.every_steps and training.baseline and not evaluations.rows:
+        evaluations.add(0, training.baseline, training.baseline_seconds)
+    return Watch(config, steps, evaluations, measure, alarms, say, training.ask_tasks)
+
+
+def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
+    """Trains to the end, from ``checkpoint`` on if there is one, and returns how many steps are done."""
+    if checkpoint and trainer.watch and trainer.watch.out_of_patience:  # it was killed behind its last step
+        trainer.load_adapter(checkpoint)
+        return step_of(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done: int = trainer.state.global_step
+    return done
+
+
+def keep_adapter(trainer: PackedSFTTrainer, watch: Watch, done: int) -> Kept:
+    """Gives the model the adapter of the step that is to be kept, and says which one that is.
+
+    done: the step that the model is at.
+    """
+    rows = {row.step: row for row in watch.evaluations.rows}
+    best = watch.best_step
+    if best is None:
+        return Kept(done, "the last one", rows[done].held_out if done in rows else None)
+    why = f"the lowest held-out loss of {sum(step > 0 for step in rows)} evaluations"
+    if best != done:
+        folder = folder_of(trainer.run, best)
+        if not folder.is_dir():
+            lost = f"the last one; step {best} had the lowest held-out loss, but its checkpoint could not be written"
+            return Kept(done, lost, rows[done].held_out if done in rows else None)
+        trainer.load_adapter(folder)
+    return Kept(best, why, rows[best].held_out)
 
 
 def sources_of(step: int, config: Config, documents: Sequence[Rendered], sequences: list[list[int]]) -> str:

@@ -7,13 +7,15 @@ that is smaller than 1/256 of a weight, and nothing in a run would show it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from qlora_sft.errors import RunError
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.training.guards import RngState
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -82,6 +84,17 @@ def restore(model: CausalModel, snapshot: ModelSnapshot) -> list[str]:
             layer.gradient_checkpointing = flag  # type: ignore[assignment]
     require_unchanged(model, snapshot)
     return changed
+
+
+@contextmanager
+def undisturbed(model: CausalModel) -> Iterator[None]:
+    """Lets its body use ``model`` in the middle of training, and then puts back the random numbers and what else the
+    body has changed: Unsloth switches checkpointing off for an answer, say."""
+    snapshot, numbers = take_snapshot(model), RngState()
+    yield
+    numbers.restore()
+    restore(model, snapshot)
+    model.train()
 
 
 def require_unchanged(model: CausalModel, snapshot: ModelSnapshot) -> None:

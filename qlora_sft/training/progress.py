@@ -1,20 +1,21 @@
-"""Shows the progress of training, and writes one line per step to ``metrics.jsonl``."""
+"""Measures every step, writes it as a line to ``metrics.jsonl``, and shows how far training is."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import psutil
+import torch
 from transformers import TrainerCallback
 
 from qlora_sft.atomic import written_file
+from qlora_sft.training.display import Display
 from qlora_sft.training.losses import StepLoss
-from qlora_sft.training.trainer import PackedSFTTrainer
+from qlora_sft.training.utilisation import peak_of, step_work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,31 +23,44 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from qlora_sft.training.alarms import Alarms
+    from qlora_sft.training.evaluations import EvaluationRow
+    from qlora_sft.training.trainer import PackedSFTTrainer, StepTotals
+
+
+StepRow = dict[str, Any]
+"""A line of ``metrics.jsonl``."""
+
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Draws a bar on stderr (loss, rate, supervised tokens per second, time left) and logs every step as JSON."""
+    """Logs every step as JSON and on the display, and has it looked at by the alarms."""
 
-    def __init__(self, metrics_file: Path, steps: int, begin: int = 0):
-        """Reads what an earlier part of the run has measured.
-
-        ``begin``: the number of steps that are done already. Lines of ``metrics_file`` up to there are counted and
-        kept, later ones are dropped.
-        """
-        self.metrics_file = metrics_file
-        self.steps = steps
+    def __init__(self, metrics_file: Path, display: Display, alarms: Alarms):
+        """Reads what an earlier part of the run has measured: lines of ``metrics_file`` up to where ``display`` begins
+        are counted and kept, later ones are dropped."""
+        self.metrics_file, self.display, self.alarms = metrics_file, display, alarms
         self.trainer: PackedSFTTrainer | None = None
         self.learning_rate = 0.0
         self.supervised = self.tokens = self.steps_done = self.left_out = 0
         self.seconds = 0.0
         self.losses: list[StepLoss] = []
-        self.begin = begin
+        begin = display.begin
         lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin and metrics_file.exists() else []
         self._rows = [json.loads(line) for line in lines]
         for row in self._rows:
-            self._count(row)
-        self._bar: Any = None
+            self._count(row, quiet=True)
+        self._row: StepRow = {}
         self._file: IO[str] | None = None
         self._step_started = 0.0
+        self._process = psutil.Process()
+
+    def begin(self, trainer: PackedSFTTrainer) -> None:
+        """Takes the trainer whose steps are measured, and adds the measures to what it logs."""
+        self.trainer, trainer.figures = trainer, self.figures
+        model, dtype = trainer.accelerator.unwrap_model(trainer.model), trainer.computes_in
+        self._device: torch.device = model.device
+        self._peak = peak_of(self._device, dtype)
+        self._work = step_work(model) if self._peak else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -54,12 +68,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         with written_file(self.metrics_file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         self._file = self.metrics_file.open("a", encoding="utf-8")
-        # A log file gets a line every 20 seconds instead of a bar that redraws itself.
-        interval = 0.1 if sys.stderr.isatty() else 20.0
-        self._bar = tqdm(
-            total=self.steps, initial=self.begin, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True,
-            mininterval=interval,
-        )  # fmt: skip
+        self.display.open()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._step_started = time.perf_counter()
@@ -76,6 +85,55 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         # Read here: once the step is done the scheduler has moved on to the next one's rate.
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
+    def figures(self, logs: dict[str, float]) -> dict[str, float]:
+        """Measures the step that ``logs`` of the trainer are of, and returns them with the figures of the step added.
+        Anything else that is logged is returned as it is."""
+        if self.trainer is None or "grad_norm" not in logs:
+            return logs  # an evaluation, or the summary at the end of training
+        row = self._row = self._measured(self.trainer, logs["grad_norm"])
+        of_sources = {f"source_loss/{name}": loss for name, loss in row["source_loss"].items()}
+        named = {key: value for key, value in row.items() if key not in ("step", "time", "source_loss", *logs)}
+        return {**logs, **{key: value for key, value in {**named, **of_sources}.items() if value is not None}}
+
+    def _measured(self, trainer: PackedSFTTrainer, grad_norm: float) -> StepRow:
+        """Returns the line of the step that is just done."""
+        totals = trainer.totals
+        losses = totals.losses
+        seconds = time.perf_counter() - self._step_started
+        row = {
+            "step": trainer.state.global_step,
+            "loss": finite(losses.loss),
+            "source_loss": {name: finite(loss) for name, loss in losses.of_sources.items()},
+            "accuracy": finite(losses.accuracy),
+            "learning_rate": self.learning_rate,
+            "grad_norm": finite(float(grad_norm)),
+            "supervised_tokens": totals.supervised,
+            "tokens": totals.tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(totals.tokens / seconds, 1),
+            **self._memory(),
+            **self._utilisation(totals, seconds),
+            "time": round(time.time(), 3),
+        }
+        scaler = trainer.accelerator.scaler
+        if scaler is not None:  # in float16; a step that it left out has no gradient norm
+            row["loss_scale"] = scaler.get_scale()
+        return row
+
+    def _memory(self) -> dict[str, int]:
+        """Returns the bytes of the process in host memory, and the most that there were on its GPU."""
+        resident = {"resident_bytes": self._process.memory_info().rss}
+        if self._device.type != "cuda":
+            return resident
+        return {"gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device), **resident}
+
+    def _utilisation(self, totals: StepTotals, seconds: float) -> dict[str, float]:
+        """Returns which share of what the GPU can do at most was work of the model, where both are known."""
+        if self._work is None or self._peak is None:
+            return {}
+        work = self._work.of(totals.tokens, totals.supervised, totals.pairs)
+        return {"mfu": round(work / seconds / self._peak, 4)}
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -84,50 +142,51 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
-        if self.trainer is None or not logs or "grad_norm" not in logs:
-            return  # the summary at the end of training
-        totals = self.trainer.totals
-        # JSON knows no NaN.
-        loss, accuracy, norm = (
-            value if math.isfinite(value) else None
-            for value in (totals.loss, totals.accuracy, float(logs["grad_norm"]))
-        )
-        seconds = time.perf_counter() - self._step_started
-        row = {
-            "step": state.global_step,
-            "loss": loss,
-            "accuracy": accuracy,
-            "learning_rate": self.learning_rate,
-            "grad_norm": norm,
-            "supervised_tokens": totals.supervised,
-            "tokens": totals.tokens,
-            "seconds": round(seconds, 4),
-        }
-        scaler = self.trainer.accelerator.scaler
-        if scaler is not None:  # in float16; a step that it left out has no gradient norm
-            row["loss_scale"] = scaler.get_scale()
+        if not logs or "grad_norm" not in logs:
+            return
+        row = self._row
         self._count(row)
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        rate = self.supervised / self.seconds
-        text = f"loss {totals.loss:.4f}, lr {self.learning_rate:.1e}, {rate:.0f} supervised tok/s"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(state.global_step - self._bar.n)
+        self.display.update(row["step"], self._described(row))
 
-    def _count(self, row: dict[str, Any]) -> None:
-        """Adds one line of ``metrics.jsonl`` to the totals."""
+    def _described(self, row: StepRow) -> str:
+        """Returns what the display says of a step: its loss, the last held-out losses, the speed and the memory."""
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        memory = row["gpu_peak_bytes" if "gpu_peak_bytes" in row else "resident_bytes"] / 2**30
+        parts = [f"loss {loss}", f"lr {row['learning_rate']:.1e}"]
+        watch = self.trainer.watch if self.trainer else None
+        if watch and (measured := [row for row in watch.evaluations.rows if row.held_out]):
+            parts.append(held_out_briefly(measured[-1]))
+        return ", ".join([*parts, f"{self.supervised / self.seconds:.0f} supervised tok/s", f"{memory:.1f} GiB"])
+
+    def _count(self, row: StepRow, quiet: bool = False) -> None:
+        """Adds one line of ``metrics.jsonl`` to the totals, and has the alarms look at it."""
         self.supervised += row["supervised_tokens"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
         self.steps_done += 1
         self.left_out += row["grad_norm"] is None  # no weight was changed
+        step = None
         if row["loss"] is not None and row["supervised_tokens"]:
-            self.losses.append(StepLoss(row["loss"], row["supervised_tokens"]))
+            step = StepLoss(row["loss"], row["supervised_tokens"])
+            self.losses.append(step)
+        self.alarms.step(row["step"], step, row["supervised_tokens"], quiet)
 
     def close(self) -> None:
-        """Closes the bar and the file. It may be called at any time, also after an error in the middle of a step."""
-        if self._bar is not None:
-            self._bar.close()
+        """Closes display and file. It may be called at any time, also after an error in the middle of a step."""
+        self.display.close()
         if self._file is not None:
             self._file.close()
+
+
+def finite(value: float) -> float | None:
+    """Returns ``value``, or None if it is no finite number, which JSON does not know."""
+    return value if math.isfinite(value) else None
+
+
+def held_out_briefly(row: EvaluationRow) -> str:
+    """Returns the held-out losses in few words: of up to three sources by name, of more their mean."""
+    losses = row.held_out if len(row.held_out) <= 3 else {"mean": row.mean}
+    return "held-out " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)

@@ -7,41 +7,53 @@ here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
+from qlora_sft.errors import first_line
 from qlora_sft.evaluation.answers import choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
-from qlora_sft.evaluation.evaluate import evaluate
+from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
+from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
+from qlora_sft.page.write import write_report
 from qlora_sft.run.manifest import write_manifest
 from qlora_sft.run.report import Choice, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
+from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.said import Said
+from qlora_sft.training.schedule import schedule_of
+from qlora_sft.training.steps import count_steps, settle_accumulation
+from qlora_sft.training.trained_on import keep_trained_on
+
+if TYPE_CHECKING:
+    from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
-    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Say
+    config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
 ) -> RunReport:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
@@ -53,37 +65,44 @@ def run_recipe(
         fetch_base(data.base, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
-        lengths = sizes(data.documents).tokens
-        beginning = begins_with(config, data, dtype, lengths)
+        counted = sizes(data.documents)
+        beginning = begins_with(config, data, dtype, counted.tokens)
         if checkpoint:
             check_same(run, beginning)
+        questions = questions_while_training(config, data, say)
+        settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, lengths)
-        if model.device.type == "cuda":
-            say(f"GPU memory: {describe_allocator()}")
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
+        begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
-    training = Training(
-        config, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes
-    )
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
+    training = Training(
+        settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
+    )  # fmt: skip
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        before = kept_baseline(run, asked) if checkpoint else None
-        if before is None:
-            before = evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+        before = Evaluation()
+        if config.evaluation.before_training:
+            kept = kept_baseline(run, asked) if checkpoint else None
+            before = kept or evaluate(evaluated, config, data.held_out, prompts, say, "before training")
     if checkpoint is None:
         begin_run(run, config, beginning)
-        keep_baseline(run, before, asked)
+        if config.evaluation.before_training:
+            keep_baseline(run, before, asked)
+    say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
+    keep_trained_on(run, config, data, counted)
+    training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
@@ -93,13 +112,10 @@ def run_recipe(
 
     # ------------------------------------------------------------------ report
     report = RunReport(
-        output=str(run),
-        backend=Choice(*data.backend),
+        output=str(run), backend=Choice(*data.backend),
         base=config.model.path if data.commit else own_folder(data.base),
-        base_sha256=beginning.base_sha256,
-        base_commit=data.commit,
-        base_files=file_hashes(own_folder(data.base)),
-        base_dequantized=packed_as(data.base),
+        base_sha256=beginning.base_sha256, base_commit=data.commit,
+        base_files=file_hashes(own_folder(data.base)), base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         quantized_modules=quantized_modules(model),
@@ -109,11 +125,43 @@ def run_recipe(
         memory=memory.report,
         order=order,
         seconds=watch.rounded(),
-    )
+    )  # fmt: skip
     write_manifest(run / "manifest.json", config, data.train.ledger, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
+    draw_report(run, say)
     return report
+
+
+def draw_report(run: Path, say: Say) -> None:
+    """Writes ``report.html``. The run is finished by then, so that no fault of drawing may look like one of the run."""
+    try:
+        say(f"report: {write_report(run)}")
+    except Exception as error:
+        say(
+            f"report: not drawn ({type(error).__name__}: {first_line(error)}); the run is complete without it. "
+            f"`qlora-sft report {run}` tries again"
+        )
+
+
+def settled_steps(config: Config, data: RunData, say: Say) -> Config:
+    """Returns ``config`` with the accumulation that the data asks for.
+
+    Raises `ConfigError` where its schedule does not go with the number of steps.
+    """
+    settled, told = settle_accumulation(config, data.packed.tokens)
+    if told:
+        say(told)
+    schedule_of(settled.training, count_steps(len(data.sequences), settled))
+    return settled
+
+
+def begin_by_data(
+    config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
+) -> None:
+    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    if config.lora.init == "eva" and not checkpoint:
+        say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:

@@ -10,13 +10,13 @@ from qlora_sft.run.report import Pair, RunReport
 
 def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, Pair]:
     """Returns for every source its figure before and after training."""
-    return {source: Pair(before[source], after[source]) for source in after}
+    return {source: Pair(before.get(source), after[source]) for source in after}
 
 
 def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int) -> str:
     """Returns the report as text: some answers before and after, taken from every source in turn, then the table."""
     lines = []
-    pairs = list(zip(before.records, after.records, strict=True))
+    pairs = list(zip(before.records, after.records, strict=True)) if before.records else []
     by_source = [[p for p in pairs if p[1]["source"] == source] for source in after.exact_match]
     in_turn = [p for group in zip_longest(*by_source) for p in group if p is not None]
     for old, new in in_turn[:show]:
@@ -26,8 +26,7 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
         lines.append(f"{'source':<16}{'held-out loss':>24}{'exact match':>22}")
     for source in report.loss or report.exact_match:
         loss, match = report.loss.get(source), report.exact_match.get(source)
-        losses = f"{loss.before:.3f} -> {loss.after:.3f}" if loss else "not measured"
-        matches = f"{match.before:.0%} -> {match.after:.0%}" if match else "not measured"
+        losses, matches = _change(loss, ".3f"), _change(match, ".0%")
         lines.append(f"{source:<16}{losses:>24}{matches:>22}")
     course = report.train_loss
     means = f" (means of the first {course.first_steps} and the last {course.last_steps} steps)"
@@ -43,3 +42,11 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
             "training.learning_rate, and look at the rows with `preview`"
         )
     return "\n".join(lines)
+
+
+def _change(figures: Pair | None, form: str) -> str:
+    """Returns a figure before and after training as text, or what there is of it."""
+    if figures is None:
+        return "not measured"
+    after = format(figures.after, form)
+    return after if figures.before is None else f"{figures.before:{form}} -> {after}"

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 # The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
 RUN_FILES = (
-    "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl samples.jsonl adapter "
-    "checkpoints merged merged-evaluation gguf export.json evaluation demo.json"
+    "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl evaluations.jsonl "
+    "tensorboard samples.jsonl adapter checkpoints merged merged-evaluation gguf export.json evaluation demo.json "
+    "said.jsonl trained_on.json report.html comparison.html"
 ).split()
 
 
@@ -153,5 +154,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
 def write_samples(run: Path, before: list[HeldOutAnswer], after: list[HeldOutAnswer]) -> None:
     """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
-        rows = [{**new, "before": old["answer"]} for old, new in zip(before, after, strict=True)]
+        # Nobody was asked before training where that was not wanted.
+        answers = [old["answer"] for old in before] if before else [None] * len(after)
+        rows = [{**new, "before": old} for old, new in zip(answers, after, strict=True)]
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

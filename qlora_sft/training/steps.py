@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from qlora_sft.config import Config
+
+
+def settle_accumulation(config: Config, tokens: Sequence[int]) -> tuple[Config, str]:
+    """Returns ``config`` with the accumulation that ``training.tokens_per_step`` comes to, and what to say about it.
+
+    tokens: number of tokens that are computed for each packed sequence.
+    """
+    t = config.training
+    if t.tokens_per_step is None:
+        return config, ""
+    of_batch = sum(tokens) / max(1, math.ceil(len(tokens) / t.batch_size))
+    accumulation = max(1, round(t.tokens_per_step / max(1.0, of_batch)))
+    told = (
+        f"accumulation: {accumulation} micro-batches of {of_batch:,.0f} tokens on average, the nearest to "
+        f"training.tokens_per_step={t.tokens_per_step:,}"
+    )
+    return replace(config, training=replace(t, gradient_accumulation=accumulation)), told
 
 
 def count_steps(n_sequences: int, config: Config) -> int:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from qlora_kernels.offload import drop_failed_graphs
+from qlora_kernels.packed_ce import CEOutput
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -29,17 +31,24 @@ from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
+from qlora_sft.text import as_path
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
+from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
-from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot
+from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
+from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
+from qlora_sft.training.schedule import rate_factor, schedule_of
 from qlora_sft.training.steps import choose_optimizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from transformers import TrainerControl
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.training.watch import Watch
 
 
 @dataclass
@@ -54,16 +63,50 @@ class StepTotals:
     weight: float = 0.0
     supervised: int = 0
     tokens: int = 0
+    pairs: float = 0.0
+    """Pairs of a token with one of the same document that is not behind it."""
+    by_source: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+    """The weighted loss and the weight of every source."""
 
-    @property
-    def loss(self) -> float:
-        """Returns the weighted mean of the group's token losses, in nats; NaN if no token was supervised."""
-        return float(self.weighted_nll) / self.weight if self.weight else math.nan
+    def add(self, output: CEOutput, batch: Batch) -> None:
+        """Adds what the loss said of a micro-batch."""
+        weighted = output.nll * batch["position_weights"]
+        total = weighted.sum()
+        self.weighted_nll = self.weighted_nll + total
+        self.correct = self.correct + (output.correct * batch["position_counts"]).sum()
+        self.weight += batch["weight_sum"]
+        self.supervised += batch["n_supervised"]
+        self.tokens += batch["input_ids"].numel()
+        self.pairs += sum(length * (length + 1) / 2 for length in batch["lengths"])
+        alone = len(batch["sources"]) == 1
+        for number, (source, weight) in enumerate(zip(batch["sources"], batch["source_weights"], strict=True)):
+            # Not weighted[...], which would wait for the device to learn how many positions these are.
+            own = total if alone else torch.where(batch["position_sources"] == number, weighted, 0.0).sum()
+            before = self.by_source.get(source, (0.0, 0.0))
+            self.by_source[source] = before[0] + own, before[1] + weight
 
-    @property
-    def accuracy(self) -> float:
-        """Returns the share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
-        return float(self.correct) / self.supervised if self.supervised else math.nan
+    @cached_property
+    def losses(self) -> StepLosses:
+        """Returns what the step has come to, once all its micro-batches are done. A device is waited for only once."""
+        sums = [self.weighted_nll, self.correct, *(nll for nll, _ in self.by_source.values())]
+        nll, correct, *of_sources = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in sums]).tolist()
+        weights = [weight for _, weight in self.by_source.values()]
+        return StepLosses(
+            nll / self.weight if self.weight else math.nan,
+            correct / self.supervised if self.supervised else math.nan,
+            {name: own / weight for name, own, weight in zip(self.by_source, of_sources, weights, strict=True)},
+        )
+
+
+class StepLosses(NamedTuple):
+    """Holds the means of one optimizer step."""
+
+    loss: float
+    """Weighted mean of the token losses, in nats; NaN if no token was supervised."""
+    accuracy: float
+    """Share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
+    of_sources: dict[str, float]
+    """The loss of every source that has supervised tokens in the step."""
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -73,12 +116,15 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     whole accumulation group, so accumulating gives the same gradient as one large batch.
     """
 
+    control: TrainerControl
+    optimizer: Optimizer | None
+
     def __init__(
         self,
         model: CausalModel,
         collate: PackedCollator,
         sequences: list[list[int]],
-        run: Path,
+        config: Config,
         keep_less: Callable[[str], bool],
         say: Say,
         **kwargs: Any,
@@ -87,7 +133,9 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
-        self.run, self.keep_less, self.say = run, keep_less, say
+        self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
+        alpha = config.training.neftune_alpha
+        self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
@@ -99,6 +147,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.computes_in = computed_type(self.args)
         scale_gradients(self.accelerator, self.computes_in)
         self.totals = StepTotals()
+        self.figures: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
+        """Adds what was measured of a step to what the trainer logs of it."""
+        self.watch: Watch | None = None
+        """What evaluates while training; it is set where something does."""
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
@@ -108,12 +160,22 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """Creates a schedule that rises over the warm-up and then falls linearly to zero, without a step at zero."""
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer,
-            partial(rate_factor, self.args.get_warmup_steps(num_training_steps), num_training_steps),
-        )
+        """Creates the schedule of ``training.schedule``, which every group follows from its own learning rate."""
+        schedule = schedule_of(self.config.training, num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), partial(rate_factor, schedule))
         return self.lr_scheduler
+
+    def create_optimizer(self, model: CausalModel | None = None) -> Optimizer:
+        """Creates the optimizer over our groups, in which learning rates and decay may differ."""
+        if self.optimizer is not None:
+            return self.optimizer
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        groups = parameter_groups(self.model, self.config)
+        if rates := describe_rates(groups, self.config):
+            self.say(f"learning rates: {self.args.learning_rate:g}; {rates}")
+        created: Optimizer = kind(groups, **options)
+        self.optimizer = created
+        return created
 
     def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
         """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete."""
@@ -121,7 +183,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            publish(unfinished, folder, self.args.save_total_limit)
+            publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
             survive_full_disk(error, folder, self.say)
         finally:
@@ -130,6 +192,25 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Writes the adapter as it is saved at the end of the run, without the trainer's pickled arguments."""
         write_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands what the trainer logs to all callbacks, with what was measured of the step."""
+        super().log(self.figures(logs), start_time)
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Evaluates with our own measure of held-out data. Training goes on as if nothing had happened."""
+        if self.watch is None:
+            raise RuntimeError("the trainer was asked to evaluate, and nothing is to be evaluated")
+        with undisturbed(self.accelerator.unwrap_model(self.model)):
+            metrics = self.watch.measure(self.state.global_step)
+        if metrics:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def load_adapter(self, checkpoint: Path) -> None:
+        """Gives the model the adapter of ``checkpoint``, as a run that goes on from there gets it."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Writes no card: a checkpoint serves to resume, and what is published gets a card of ours."""
@@ -216,15 +297,11 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
         # accelerate puts autocast around the forward of the whole model, which is not what is called here.
-        with autocast(self.accelerator.device, self.computes_in):
+        noise = self.noise.over(inputs["lengths"]) if self.noise and model.training else nullcontext()
+        with noise, autocast(self.accelerator.device, self.computes_in):
             # A group without a single supervised token has loss 0, not 0 / 0.
             output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
-        totals = self.totals
-        totals.weighted_nll = totals.weighted_nll + (output.nll * inputs["position_weights"]).sum()
-        totals.correct = totals.correct + (output.correct * inputs["position_counts"]).sum()
-        totals.weight += inputs["weight_sum"]
-        totals.supervised += inputs["n_supervised"]
-        totals.tokens += inputs["input_ids"].numel()
+        self.totals.add(output, inputs)
         return output.loss
 
 
@@ -245,16 +322,6 @@ def scale_gradients(accelerator: Any, dtype: torch.dtype) -> None:
         accelerator.native_amp = True  # without which it would not undo the scale before gradients are shortened
 
 
-def rate_factor(warmup: int, steps: int, step: int) -> float:
-    """Returns the share of the learning rate at ``step``, counted from 0.
-
-    It is ``(step + 1) / (warmup + 1)`` during the warm-up and ``(steps - step) / (steps - warmup)`` after it.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / (steps - warmup))
-
-
 def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) -> tuple[SFTConfig, str]:
     """Returns our settings as TRL's configuration, and the optimizer with its reason.
 
@@ -268,8 +335,6 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         gradient_accumulation_steps=config.training.gradient_accumulation,
         max_steps=steps,
         learning_rate=config.training.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=int(steps * config.training.warmup_ratio),
         weight_decay=config.training.weight_decay,
         max_grad_norm=config.training.max_grad_norm,
         optim=optimizer,
@@ -289,7 +354,9 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         save_steps=config.training.save_steps or steps,
         save_total_limit=config.training.save_total_limit,
         eval_strategy="no",
-        report_to="none",
+        report_to="none",  # see reporting.py
+        run_name=Path(config.output).name,
+        project=PROJECT,
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,

@@ -207,3 +207,38 @@ def test_the_table_shows_what_is_trained_on_not_what_there_is() -> None:
 def test_the_digest_tells_orders_apart() -> None:
     assert order_digest([[1, 2], [3]]) == order_digest([[1, 2], [3]])
     assert len({order_digest(order) for order in ([[1, 2], [3]], [[1], [2, 3]], [[2, 1], [3]])}) == 3
+
+
+# ------------------------------------------------------------------ parts of an epoch
+
+
+@given(STRATEGY, ROWS, NUMBERS, NUMBERS, st.integers(0, 2), st.sampled_from([0.1, 0.25, 0.5, 0.9]), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_part_of_an_epoch_comes_behind_the_whole_ones_with_its_share_of_every_source(
+    strategy: str, rows: list[int], numbers: list[float], repeats: list[float], whole: int, part: float, replay: bool
+) -> None:
+    data = mixed(strategy, len(rows), numbers, repeats, replay=0.2 if replay else None)
+    have = {**dict(zip("abcd", rows, strict=False)), **({"general": 7} if replay else {})}
+    trained = {name: n for name, n in have.items() if name != "general"}
+    order = plan_order(have, data, whole + part, seed=3)
+    assert len(order) == whole + 1
+    only = [[pick for pick in picks if pick[0] != "general"] for picks in order]
+    assert only[:whole] == [
+        [pick for pick in picks if pick[0] != "general"]
+        for picks in (plan_order(have, data, whole, 3) if whole else [])
+    ]
+    counts = epoch_counts(trained, data)
+    assert len(only[-1]) == max(1, round(Fraction(str(part)) * sum(counts.values())))
+    drawn = Counter(name for name, _ in only[-1])
+    assert all(abs(drawn[name] - part * counts[name]) < 2.5 for name in trained)
+    replayed = sum(len(picks) for picks in order) - sum(map(len, only))
+    assert replayed == (replay_count(sum(map(len, only)), 0.2) if replay else 0)
+
+
+def test_half_an_epoch_is_half_of_every_source_and_no_row_twice() -> None:
+    (picks,) = plan_order({"a": 100, "b": 40}, config("ab"), 0.5, seed=0)
+    assert Counter(name for name, _ in picks) == {"a": 50, "b": 20}
+    assert len(set(picks)) == 70
+    assert plan_order({"a": 100, "b": 40}, config("ab"), 1.0, seed=0) == plan_order(
+        {"a": 100, "b": 40}, config("ab"), 1, 0
+    )

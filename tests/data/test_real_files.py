@@ -120,6 +120,6 @@ def test_what_preview_counts_is_what_is_trained(
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     kept = manifest["data"][Path(name).stem]
     assert {key: kept[key] for key in ledger} == ledger
-    assert report["tokens"] == ledger["tokens"]
+    assert report.tokens == ledger["tokens"]
     # Nothing predicts the first token of a document, so where that is supervised it is no target.
-    assert report["supervised_tokens"] == ledger["supervised"] - sum(row["supervised"][0] for row in shown["rows"])
+    assert report.supervised_tokens == ledger["supervised"] - sum(row["supervised"][0] for row in shown["rows"])

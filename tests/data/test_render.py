@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tests_support import vocabulary_without
 
 from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.data.template import choose_chat_format, render_text
@@ -266,16 +267,8 @@ def test_characters_that_the_vocabulary_lacks_are_counted(own_tokenizer: Any) ->
 
 def test_what_is_lost_is_exactly_what_decoding_does_not_give_back() -> None:
     """A byte-level vocabulary without 0xC3 (é, ü, ...), and one with an unknown token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c != "Ã"]
     for unknown in (None, "<unk>"):
-        vocabulary = {c: i for i, c in enumerate([*alphabet, "<|end|>", *([unknown] if unknown else [])])}
-        raw = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        raw.decoder = decoders.ByteLevel()
-        lacking = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", unk_token=unknown)
+        lacking = vocabulary_without("Ã", unknown)
         text = "Das é, das ü, das ü; 中 ☃\n"
         lost = render_conversation({"text": text}, lacking).lost
         assert lost == {"é": 1, "ü": 2}

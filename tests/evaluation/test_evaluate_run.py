@@ -23,8 +23,9 @@ from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
-from qlora_sft.evaluation.compare import judged
-from qlora_sft.evaluation.evaluate_run import evaluate_run
+from qlora_sft.evaluation.compare import EvaluationReport, judged
+from qlora_sft.evaluation.evaluate_run import diagnose_run, evaluate_run
+from qlora_sft.evaluation.keep_right import keep_right
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
@@ -66,9 +67,9 @@ def tasks(files: dict[str, str], *names: str, **settings: Any) -> list[TaskConfi
     return [TaskConfig(files[name], max_new_tokens=6, **settings) for name in names]
 
 
-def rows_of(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    (report,) = [report for report in result["tasks"] if report["name"] == name]
-    return [json.loads(line) for line in Path(report["answers"]).read_text().splitlines()]
+def rows_of(result: EvaluationReport, name: str) -> list[dict[str, Any]]:
+    (report,) = (report for report in result.tasks if report.name == name)
+    return [json.loads(line) for line in Path(report.answers).read_text().splitlines()]
 
 
 def test_the_base_is_the_model_under_the_adapter(
@@ -82,12 +83,12 @@ def test_the_base_is_the_model_under_the_adapter(
     of_base = evaluate_run(tiny_model, asked, say=lambda _: None)
     for name in ("choices", "numbers"):
         assert [row["base"] for row in rows_of(of_run, name)] == [row["tuned"] for row in rows_of(of_base, name)]
-    texts, alone = of_run["tasks"][2], of_base["tasks"][2]
-    assert texts["base"]["loss"] == pytest.approx(alone["tuned"]["loss"], rel=1e-6)
-    assert texts["tuned"]["loss"] != texts["base"]["loss"]
-    assert texts["tuned"]["kl"] > 0
-    assert "base" not in alone
-    assert Path(of_base["folder"]) == tiny_model.with_name(f"{tiny_model.name}-evaluation")
+    texts, alone = of_run.tasks[2], of_base.tasks[2]
+    assert texts.base["loss"] == pytest.approx(alone.tuned["loss"], rel=1e-6)
+    assert texts.tuned["loss"] != texts.base["loss"]
+    assert texts.tuned["kl"] > 0
+    assert "base" not in alone.to_json()
+    assert Path(of_base.folder) == tiny_model.with_name(f"{tiny_model.name}-evaluation")
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(run: Path, files: dict[str, str]) -> None:
@@ -96,11 +97,11 @@ def test_an_adapter_that_does_nothing_changes_nothing(run: Path, files: dict[str
     result = evaluate_run(run, tasks(files, "choices", "texts"), say=lambda _: None)
     again = evaluate_run(run, tasks(files, "numbers", samples=3), say=lambda _: None)
     result = replace(result, tasks=[*result.tasks, *again.tasks])
-    for report in result["tasks"]:
-        assert report["verdict"] == "no difference shown"
-        assert all(change == {"difference": 0, "interval": [0, 0]} for change in report["change"].values())
-        assert all(row["base"] == row["tuned"] for row in rows_of(result, report["name"]))
-    assert result["tasks"][1]["tuned"]["kl"] == 0
+    for report in result.tasks:
+        assert report.verdict == "no difference shown"
+        assert all((change.difference, [*change.interval]) == (0, [0, 0]) for change in report.change.values())
+        assert all(row["base"] == row["tuned"] for row in rows_of(result, report.name))
+    assert result.tasks[1].tuned["kl"] == 0
 
 
 def test_the_same_seed_draws_the_same_answers_and_another_others(run: Path, files: dict[str, str]) -> None:
@@ -119,10 +120,10 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(run: Path, file
 def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str, str]) -> None:
     said: list[str] = []
     result = evaluate_run(run, tasks(files, "numbers", samples=3), say=said.append)
-    (report,) = result["tasks"]
-    assert json.loads((run / "evaluation" / "numbers.json").read_text()).items() < report.items()
-    assert set(report["tuned"]) == {"pass@1", "pass@2", "pass@3", "ended", "distinct"}
-    assert sum(report["for_rl"].values()) == pytest.approx(1)
+    (report,) = result.tasks
+    assert json.loads((run / "evaluation" / "numbers.json").read_text()).items() < report.to_json().items()
+    assert set(report.tuned) == {"pass@1", "pass@2", "pass@3", "ended", "distinct", "length", "repetition"}
+    assert sum(report.for_rl.values()) == pytest.approx(1)
     row = rows_of(result, "numbers")[5]
     assert row["question"] == "How much is 5 and 5?"
     assert row["reference"] == "10"
@@ -130,6 +131,20 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
     assert len(row["base"]["answers"]) == len(row["tuned"]["answers"]) == 3
     assert any("cut off at 6 tokens" in line for line in said)
     assert any("for RL: " in line for line in said)
+
+
+def test_a_diagnosis_asks_everything_in_other_ways(run: Path, files: dict[str, str], tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = tmp_path / "kept.jsonl"
+    result = diagnose_run(run, tasks(files, "numbers", "texts"), {"max_rows": 6}, say=said.append)
+    names = ["numbers", "texts", "benign", "numbers-4-shot", "numbers-labelled", "numbers-polite"]
+    assert [report.name for report in result.tasks][:6] == names
+    assert result.diagnosis is not None
+    assert any(line.startswith(f"verdict: {result.diagnosis.verdict}") for line in said)
+    shown = rows_of(result, "numbers-4-shot")[0]["conversation"]["messages"]
+    assert [message["role"] for message in shown] == ["user", "assistant"] * 4 + ["user"]
+    assert keep_right(result, kept) == (sum(row["tuned"]["right"] > 0 for row in rows_of(result, "numbers")), 6)
+    assert 0 <= result.tasks[2].tuned["refused"] <= 1
 
 
 def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str, str], tmp_path: Path) -> None:
@@ -155,17 +170,17 @@ def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str,
 def test_tasks_of_the_configuration_are_the_default(make_config: Any, files: dict[str, str]) -> None:
     config = make_config("training.max_steps=1", f"evaluation.tasks=[{{path: {files['choices']}, max_rows: 5}}]")
     train(config, say=lambda _: None)
-    (report,) = evaluate_run(config.output, say=lambda _: None)["tasks"]
-    assert (report["name"], report["items"]) == ("choices", 5)
-    (report,) = evaluate_run(config.output, settings={"max_rows": 3}, say=lambda _: None)["tasks"]
-    assert report["items"] == 3
+    (report,) = evaluate_run(config.output, say=lambda _: None).tasks
+    assert (report.name, report.items) == ("choices", 5)
+    (report,) = evaluate_run(config.output, settings={"max_rows": 3}, say=lambda _: None).tasks
+    assert report.items == 3
 
 
 def test_code_is_run_only_where_that_was_said(run: Path, files: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"code: graded by running what the model writes.*--run-code"):
         evaluate_run(run, tasks(files, "code"), say=lambda _: None)
-    (report,) = evaluate_run(run, tasks(files, "code"), run_code=True, say=lambda _: None)["tasks"]
-    assert report["tuned"]["pass@1"] == 0
+    (report,) = evaluate_run(run, tasks(files, "code"), run_code=True, say=lambda _: None).tasks
+    assert report.tuned["pass@1"] == 0
     (row,) = [json.loads(line) for line in (run / "evaluation" / "code.jsonl").read_text().splitlines()]
     assert "Error" in row["tuned"]["answers"][0]["found"]
 
@@ -199,10 +214,10 @@ def test_texts_are_cut_to_what_the_model_takes(run: Path, tiny_model: Path, file
     before = config.read_text()
     config.write_text(before.replace('"max_position_embeddings": 2048', '"max_position_embeddings": 8'))
     try:
-        (report,) = evaluate_run(run, tasks(files, "texts"), say=lambda _: None)["tasks"]
+        (report,) = evaluate_run(run, tasks(files, "texts"), say=lambda _: None).tasks
     finally:
         config.write_text(before)
-    assert report["items"] == len(TEXTS)
+    assert report.items == len(TEXTS)
 
 
 def test_a_template_that_cannot_write_a_question_names_its_line(run: Path, files: dict[str, str]) -> None:

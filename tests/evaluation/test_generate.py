@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation import generate as module
 from qlora_sft.evaluation.generate import Generated, batches, generate
+from qlora_sft.say import progress
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_padding_changes_no_answer(model: Any, tokenizer: Any, monkeypatch: pyte
     monkeypatch.setattr(module, "PROMPTS", 1)
     assert greedy(model, tokenizer) == together
     assert all(len(answer.ids) == 5 for answer in together)
+
+
+def test_a_bar_counts_the_tokens_and_appears_only_if_it_takes_long(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy(model, tokenizer)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "progress", lambda *what: progress(*what, delay=0))
+    greedy(model, tokenizer)
+    assert "7 answers" in capsys.readouterr().err
+    counted = []
+    monkeypatch.setattr(module, "progress", lambda total, *_: counted.append(progress(total, "", "")) or counted[0])
+    greedy(model, tokenizer)
+    assert (counted[0].n, counted[0].total) == (35, 35)
 
 
 def test_an_answer_ends_before_its_stop(model: Any, tokenizer: Any) -> None:

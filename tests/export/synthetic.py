@@ -69,7 +69,7 @@ def main(run: str, onto: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = merge_run(run, onto=onto, say=lambda _: None)  # type: ignore[arg-type]
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    largest = max(stored.nbytes for stored in read_model(Path(result["merged"])).values())
+    largest = max(stored.nbytes for stored in read_model(Path(result.merged)).values())
     print(json.dumps({"before": before, "after": after, "largest": largest, **result.to_json()}))
 
 

@@ -99,18 +99,18 @@ def export_and_compare(tmp_path: Path, family: str) -> None:
     run = write_run(tmp_path, family)
     merge_run(run, say=lambda _: None)
     merged = check_parity(run, run / "merged", say=lambda _: None)["merged"]
-    assert merged["kl"] < 1e-6
-    assert merged["top1"] > 0.995
+    assert merged.kl < 1e-6
+    assert merged.top1 > 0.995
     # Raises for tokens that differ, too.
-    figures = export_run(run, "f16", parity=True, say=lambda _: None)["parity"]["f16"]
+    figures = export_run(run, "f16", parity=True, say=lambda _: None).parity["f16"]
     # A rounded router sends some tokens of a random model to another expert.
-    assert figures["kl"] < (1e-3 if family == "qwen3moe" else 1e-5), figures
+    assert figures.kl < (1e-3 if family == "qwen3moe" else 1e-5), figures
     if family == "qwen3moe":
         with pytest.raises(RunError, match="adapters of experts"):
             export_adapter(run, say=lambda _: None)
         return
-    lora = export_adapter(run, parity=True, say=lambda _: None)["parity"]["lora"]
-    assert lora["kl"] < 1e-5, lora
+    lora = export_adapter(run, parity=True, say=lambda _: None).parity["lora"]
+    assert lora.kl < 1e-5, lora
 
 
 @pytest.mark.parametrize("family", FAST)

@@ -39,7 +39,7 @@ def run(make_config: Any, tmp_path: Path) -> Path:
         "training.max_steps=2", "training.learning_rate=3e-2", "model.chat_template=chatml-think",
         f"data.held_out=[{{path: {held_out}}}]",
     )  # fmt: skip
-    run = Path(train(config, say=quiet)["output"])
+    run = Path(train(config, say=quiet).output)
     merge_run(run, say=quiet)
     return run
 
@@ -47,12 +47,12 @@ def run(make_config: Any, tmp_path: Path) -> Path:
 def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
     said: list[str] = []
     result = export_run(run, "f16", parity=True, say=said.append)
-    figures = result["parity"]["f16"]
-    assert figures["top1"] >= BOUNDS["f16"][0]
+    figures = result.parity["f16"]
+    assert figures.top1 >= BOUNDS["f16"][0]
     assert any("held-out rows" in line for line in said)
     kept = json.loads((run / "export.json").read_text())
-    assert kept["parity"]["f16"] == figures
-    assert set(figures) == {"top1", "kl", "max_diff", "tokens"}
+    assert kept["parity"]["f16"] == figures.to_json()
+    assert set(figures.to_json()) == {"top1", "kl", "max_diff", "tokens"}
     assert kept["parity"]["merged"]["kl"] < 1e-6
     assert "0c1e57098" in kept["gguf"]["f16"]["llama_cpp"]
     export_run(run, "q8_0", say=quiet)
@@ -60,14 +60,14 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
 
 
 def test_the_adapter_alone_is_the_adapter(run: Path) -> None:
-    figures = export_adapter(run, parity=True, say=quiet)["parity"]["lora"]
-    assert figures["top1"] >= BOUNDS["lora"][0]
+    figures = export_adapter(run, parity=True, say=quiet).parity["lora"]
+    assert figures.top1 >= BOUNDS["lora"][0]
     names = sorted(path.name for path in (run / "gguf").iterdir())
     assert names == ["run-adapter.Modelfile", "run-adapter.gguf"]
 
 
 def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> None:
-    gguf = Path(export_run(run, "f32", say=quiet)["gguf"])
+    gguf = Path(export_run(run, "f32", say=quiet).gguf)
     other = tmp_path / "other"
     shutil.copytree(run / "merged", other)
     tensors = load_file(other / "model.safetensors")
@@ -116,7 +116,7 @@ def test_types_of_the_quantizer(run: Path, quant: str) -> None:
     """32-wide blocks, because the tiny model is 64 wide; builds the quantizer if there is none."""
     result = export_run(run, quant, say=quiet)
     assert find_quantizer() is not None
-    assert Path(result["gguf"]).is_file()
+    assert Path(result.gguf).is_file()
 
 
 def test_every_type_has_bounds_that_get_looser_with_size() -> None:
@@ -143,7 +143,7 @@ def test_a_runtime_asks_as_was_trained(run: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    fields = GGUFReader(export_run(run, "q8_0", say=quiet)["gguf"]).fields
+    fields = GGUFReader(export_run(run, "q8_0", say=quiet).gguf).fields
     assert fields["general.name"].contents() == "run"
     assert "general.finetune" not in fields
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")

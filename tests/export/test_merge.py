@@ -22,7 +22,7 @@ from qlora_sft.train import train
 def run(make_config: Any) -> Path:
     """A run of two steps at a rate that changes the answers."""
     config = make_config("training.max_steps=2", "training.learning_rate=3e-2", "model.chat_template=chatml-think")
-    return Path(train(config, say=lambda _: None)["output"])
+    return Path(train(config, say=lambda _: None).output)
 
 
 PROBE = torch.arange(20, 60)[None]
@@ -40,8 +40,8 @@ def logits(path: Path) -> torch.Tensor:
 
 def test_the_merged_model_computes_what_the_adapter_computes(run: Path) -> None:
     result = merge_run(run)
-    assert result["modules"] == 2 * 7
-    assert result["onto"] == "bf16"
+    assert result.modules == 2 * 7
+    assert result.onto == "bf16"
     adapter, merged = logits(run), logits(run / "merged")
     base = logits(Path(json.loads((run / "manifest.json").read_text())["report"]["base"]))
     torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-4)
@@ -62,8 +62,8 @@ def test_the_merged_folder_needs_nothing_of_ours_and_has_the_trained_template(ru
 
 def test_a_merge_onto_nf4_is_what_the_4bit_model_computed_with(make_config: Any) -> None:
     config = make_config("model.load_in_4bit=true", "training.max_steps=2", "training.learning_rate=3e-2")
-    run = Path(train(config, say=lambda _: None)["output"])
-    assert merge_run(run)["onto"] == "nf4-dequantized"
+    run = Path(train(config, say=lambda _: None).output)
+    assert merge_run(run).onto == "nf4-dequantized"
     adapter = logits(run)
     exact = (logits(run / "merged") - adapter).norm()
     merge_run(run, run / "merged16", onto="bf16")

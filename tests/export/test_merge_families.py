@@ -36,8 +36,8 @@ def trained_and_merged(kind: str, folder: Path, tokenizer: Any) -> tuple[Path, P
     base = write_base(kind, folder / "base", tokenizer)
     make: MakeConfig = configured(folder, base)
     config = make("model.load_in_4bit=true", "training.max_steps=2", "training.learning_rate=1e-2", "lora.r=4")
-    run = Path(train(config, say=lambda _: None)["output"])
-    assert merge_run(run, say=lambda _: None)["onto"] == "nf4-dequantized"
+    run = Path(train(config, say=lambda _: None).output)
+    assert merge_run(run, say=lambda _: None).onto == "nf4-dequantized"
     return base, run
 
 

@@ -82,7 +82,7 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, own_tokenizer: Any, va
     base = tiny(tmp_path / "base", tied)
     run = make_run(tmp_path / "run", base, own_tokenizer, **VARIANTS[variant])
     result = merge_run(run, say=lambda _: None)
-    assert result["modules"] >= 1
+    assert result.modules >= 1
     adapter = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run / "adapter"
     )
@@ -158,7 +158,7 @@ def test_a_base_that_exists_in_4_bits_only(tmp_path: Path, own_tokenizer: Any) -
     manifest = json.loads((plain / "manifest.json").read_text())
     manifest["report"]["base"] = str(tmp_path / "nf4")
     (plain / "manifest.json").write_text(json.dumps(manifest))
-    assert merge_run(plain, say=lambda _: None)["onto"] == "nf4-dequantized"
+    assert merge_run(plain, say=lambda _: None).onto == "nf4-dequantized"
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
     disable_inference_repacking(packed)
     adapter = PeftModel.from_pretrained(packed, plain / "adapter")

@@ -238,7 +238,7 @@ def rows(system: str | None, **more: Any) -> list[dict[str, Any]]:
 def run(make_config: Any) -> Any:
     def make(data: list[dict[str, Any]], *overrides: str) -> Path:
         config = make_config("training.max_steps=1", *overrides, rows=data)
-        return Path(train(config, overwrite=True, say=lambda _: None)["output"])
+        return Path(train(config, overwrite=True, say=lambda _: None).output)
 
     return make
 
@@ -249,7 +249,7 @@ def modelfile(run: Path, base: Path | None = None, system: str | None = None) ->
     gguf.parent.mkdir(exist_ok=True)
     folder = Path(json.loads((run / "manifest.json").read_text())["report"]["base"])
     result = write_modelfile(run, OllamaModel(gguf, folder, False, base), read_trained(run), system, said.append)
-    return Path(result["modelfile"]).read_text(), said
+    return Path(result.modelfile).read_text(), said
 
 
 def test_a_modelfile_has_what_was_trained(run: Any, tmp_path: Path) -> None:

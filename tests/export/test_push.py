@@ -95,13 +95,13 @@ def test_exactly_the_printed_files_go_up_to_a_private_repository(run: Path) -> N
         planned = push(run, "me/my-model", what, options=PushOptions(dry_run=True), say=said.append)  # type: ignore[arg-type]
         result = push(run, "me/my-model", what, api=hub, say=lambda _: None)  # type: ignore[arg-type]
         assert hub.created == {"repo": "me/my-model", "private": True}
-        assert {name: len(content) for name, content in hub.files.items()} == planned["files"] == result["files"]
+        assert {name: len(content) for name, content in hub.files.items()} == planned.files == result.files
         assert all(any(line.endswith(f"  {name}") for line in said) for name in hub.files)
         assert b"/home/me" not in b"".join(hub.files.values())
         assert "Model Card for Model ID" not in hub.files["README.md"].decode()
     assert set(hub.files) == {"README.md", "run-q8_0.gguf", "run-q8_0.Modelfile", "run-adapter.gguf"}
     one = push(run, "me/x", "gguf", options=PushOptions(gguf="gguf/run-q8_0.gguf", dry_run=True), say=lambda _: None)
-    assert set(one["files"]) == {"README.md", "run-q8_0.gguf", "run-q8_0.Modelfile"}
+    assert set(one.files) == {"README.md", "run-q8_0.gguf", "run-q8_0.Modelfile"}
 
 
 def test_the_card_says_what_was_measured(run: Path) -> None:

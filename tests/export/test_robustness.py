@@ -83,7 +83,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
 
 def test_the_merge_is_the_sum_and_counts_its_modules(tmp_path: Path, base_model: Path) -> None:
     run = write_run(tmp_path, matrices=5, rows=256, tokenizer_from=base_model)
-    assert merge_run(run, onto="bf16", say=lambda _: None)["modules"] == 5
+    assert merge_run(run, onto="bf16", say=lambda _: None).modules == 5
     from safetensors.torch import load_file
 
     lora = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -111,7 +111,7 @@ def test_an_export_of_a_run_needs_no_network(tmp_path: Path, make_config: Any) -
     from qlora_sft.train import train
 
     llama_cpp_path()
-    run = train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None)["output"]
+    run = train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None).output
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(NO_NETWORK)
     path = f"{tmp_path / 'blocked'}:{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parents[2]}"
@@ -138,7 +138,7 @@ def test_the_adapter_needs_nothing_of_ours(make_config: Any, tmp_path: Path) -> 
     from qlora_sft.train import train
 
     config = make_config("training.max_steps=1", "training.learning_rate=1e-2", "model.chat_template=chatml-think")
-    run = train(config, say=lambda _: None)["output"]
+    run = train(config, say=lambda _: None).output
     code = (
         "import sys, torch\n"
         "sys.modules['qlora_sft'] = None\n"
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_named(tmp_path: Path, make_
     from qlora_sft.export.gguf import export_run
     from qlora_sft.train import train
 
-    run = Path(train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None)["output"])
+    run = Path(train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None).output)
     merge_run(run, say=lambda _: None)
     file = run / "merged" / "tokenizer.json"
     content = json.loads(file.read_text())

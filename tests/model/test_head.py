@@ -84,10 +84,10 @@ def test_the_plan_counts_its_bytes(config: Config, untied: Path) -> None:
 
 def test_a_run_is_exported_with_the_head_it_was_trained_with(config: Config) -> None:
     said: list[str] = []
-    run = Path(train(config, say=said.append)["output"])
+    run = Path(train(config, say=said.append).output)
     assert "lm_head" in json.loads((run / "manifest.json").read_text())["report"]["quantized_modules"]
     result = merge_run(run)
-    assert result["onto"] == "nf4-dequantized"
+    assert result.onto == "nf4-dequantized"
     ids = torch.arange(20, 60)[None]
     with torch.no_grad():
         adapter = load_for_inference(run)(input_ids=ids).logits

@@ -185,18 +185,18 @@ def test_auto_keeps_all_where_there_is_room_and_less_where_there_is_not(
     model = prepared(config)
     said: list[str] = []
     report = use_memory(model, config, 256, torch.float32, said.append).report
-    assert report["tiers"] == ["keep", "keep"]
+    assert report.tiers == ["keep", "keep"]
     assert "everything fits" in said[-1]
-    layer = LayerBytes(**report["layer"])
+    layer = LayerBytes(**report.layer)
     least = peak_bytes(["checkpoint", "keep"], layer, between_bytes(model.config, 256, torch.float32, on_gpu=False))
     monkeypatch.setattr(memory, "device_budget", lambda *_: memory_budget.MemoryBudget(least, "a test"))
     report = use_memory(model, config, 256, torch.float32, said.append).report
-    assert report["tiers"] != ["keep", "keep"]
-    assert report["device_bytes"] <= least
-    assert "offload" not in report["tiers"]  # of no use on a CPU
+    assert report.tiers != ["keep", "keep"]
+    assert report.device_bytes <= least
+    assert "offload" not in report.tiers  # of no use on a CPU
     monkeypatch.setattr(memory, "device_budget", lambda *_: memory_budget.MemoryBudget(1000, "a test"))
     report = use_memory(model, config, 256, torch.float32, said.append).report
-    assert report["tiers"] == ["checkpoint", "checkpoint"]
+    assert report.tiers == ["checkpoint", "checkpoint"]
     assert "activations do not fit" in said[-2]
 
 
@@ -218,9 +218,9 @@ def test_offload_takes_as_many_layers_as_the_host_budget_holds(make_config: Any)
     model = prepared(config)
     said: list[str] = []
     with use_memory(model, config, 256, torch.float32, said.append) as installed:
-        assert installed.report["tiers"] == ["offload", "checkpoint"]
+        assert installed.report.tiers == ["offload", "checkpoint"]
         assert installed.slab is not None
-        assert installed.slab.nbytes == installed.report["host_bytes"] == 256 * 64 * 4
+        assert installed.slab.nbytes == installed.report.host_bytes == 256 * 64 * 4
     assert "host memory holds the inputs of 1 layers (memory.host_budget_gib=0.0001)" in said[-1]
 
 

@@ -101,7 +101,7 @@ def test_the_scaling_goes_from_training_to_merge_and_gguf(make_config: MakeConfi
     with torch.no_grad():
         ours, theirs = model(input_ids=ids, **far).logits, merged(input_ids=ids, **far).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    fields = GGUFReader(export_run(run, "f32", say=lambda _: None)["gguf"]).fields
+    fields = GGUFReader(export_run(run, "f32", say=lambda _: None).gguf).fields
     assert fields["llama.rope.scaling.type"].contents() == "yarn"
     assert fields["llama.rope.scaling.factor"].contents() == 3.0
     assert fields["llama.rope.scaling.original_context_length"].contents() == 2048

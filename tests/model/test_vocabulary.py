@@ -175,6 +175,17 @@ def test_nothing_is_added_where_nothing_is_missing(make_config: Any, tiny_model:
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def test_the_new_rows_are_those_of_the_tokenizer_that_is_there_now(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    """In a notebook the tokens may be added to the base in the same folder, between two runs."""
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=8)
+    model = configured(make_config, base).model
+    assert len(new_rows(model, str(base))) == len(NEW)
+    load_tokenizer(model, str(base)).save_pretrained(base)
+    assert new_rows(model, str(base)) == []
+
+
 def test_a_base_without_a_template_is_told_which_to_name(
     make_config: Any, tmp_path: Path, small_tokenizer: Any
 ) -> None:

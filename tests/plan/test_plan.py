@@ -14,7 +14,8 @@ from qlora_sft.plan import needs, timing
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import read_blueprint
 from qlora_sft.plan.plan import make_plan
-from qlora_sft.plan.table import plan_table, size
+from qlora_sft.plan.table import plan_table
+from qlora_sft.units import size
 
 
 def quiet(text: str) -> None:
@@ -31,8 +32,8 @@ def test_headers_are_all_it_reads_of_the_weights(make_config: MakeConfig, tiny_m
     (hollow / "model.safetensors").write_bytes(weights[:header])
     whole = make_plan(make_config(), timing=False, say=lambda _: None)
     plan = make_plan(make_config(f"model.path={hollow}"), timing=False, say=lambda _: None)
-    assert plan["resident"] == whole["resident"]
-    assert plan["model"]["note"] == ""
+    assert plan.resident == whole.resident
+    assert plan.model.note == ""
 
 
 def test_its_steps_and_tokens_are_those_of_the_training(make_config: MakeConfig) -> None:
@@ -41,9 +42,9 @@ def test_its_steps_and_tokens_are_those_of_the_training(make_config: MakeConfig)
     config = make_config("training.max_steps=2", "training.batch_size=2", "evaluation.loss=false")
     plan = make_plan(config, timing=False, say=lambda _: None)
     report = train(config, say=lambda _: None)
-    assert plan["data"]["steps"] == report["steps"]
-    assert plan["data"]["tokens"] == report["tokens"]
-    assert plan["data"]["supervised_tokens"] == report["supervised_tokens"]
+    assert plan.data.steps == report.steps
+    assert plan.data.tokens == report.tokens
+    assert plan.data.supervised_tokens == report.supervised_tokens
 
 
 @pytest.mark.parametrize(
@@ -56,17 +57,17 @@ def test_its_tiers_and_the_bytes_of_a_layer_are_those_of_the_training(
     from qlora_sft.model.setup import prepare_model
 
     config = make_config("lora.r=4", *overrides)
-    plan = make_plan(config, timing=False, say=quiet)["this_run"]
-    model = prepare_model(config, config.model.path, torch.float32, "transformers", plan["tokens"], quiet)
-    with use_memory(model, config, plan["tokens"], torch.float32, quiet) as memory:
+    plan = make_plan(config, timing=False, say=quiet).this_run
+    model = prepare_model(config, config.model.path, torch.float32, "transformers", plan.tokens, quiet)
+    with use_memory(model, config, plan.tokens, torch.float32, quiet) as memory:
         report = memory.report
-    assert plan["split"] == report["split"]
-    assert plan["offloaded"] == report["host_bytes"]
+    assert plan.split == report.split
+    assert plan.offloaded == report.host_bytes
     for name in ("input", "attention", "kept"):
-        assert plan["layer"][name] == report["layer"][name]
-    assert plan["layer"]["recomputed"] == (report["layer"]["recomputed"] or plan["layer"]["kept"])
-    assert plan["layer"]["backward"] == pytest.approx(report["layer"]["backward"], rel=0.1)
-    assert plan["activations"] == pytest.approx(report["device_bytes"], rel=0.1)
+        assert plan.layer[name] == report.layer[name]
+    assert plan.layer["recomputed"] == (report.layer["recomputed"] or plan.layer["kept"])
+    assert plan.layer["backward"] == pytest.approx(report.layer["backward"], rel=0.1)
+    assert plan.activations == pytest.approx(report.device_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("template", [[], ["model.chat_template=chatml"]])
@@ -92,8 +93,8 @@ def test_a_second_is_enough_for_a_time_and_the_table_says_what_it_rests_on(
 ) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.2)
     plan = make_plan(make_config(), say=lambda _: None)
-    assert plan["time"]["training"] > 0
-    assert plan["time"]["measured"]["tokens"] <= plan["data"]["longest_row"]
+    assert plan.time.training > 0
+    assert plan.time.measured.tokens <= plan.data.longest_row
     text = plan_table(plan)
     for part in ("from one layer measured here on a row of", "optimizer", "80 GB", "exact", "assumed"):
         assert part in text
@@ -108,14 +109,14 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
     monkeypatch.setattr(needs, "measure", lambda *arguments: ways.append(arguments[-1]) or speed)
     plans = [make_plan(make_config(*each), say=quiet) for each in ([], ["model.attention=sdpa", "model.loss=torch"])]
     assert ways == ["varlen", "sdpa"]
-    assert plans[0]["choices"]["attention"]["reason"] == "document by document, on a cpu"
+    assert plans[0].choices["attention"].reason == "document by document, on a cpu"
     blueprint = read_blueprint(make_config(), make_config().model.path)
     lora = make_config().lora
     triton, plain = (
         sequence_bytes(blueprint, lora, torch.bfloat16, True, False, path)(4096)[1] for path in ("triton", "torch")
     )
     assert triton != plain
-    assert plans[0]["cards"]["rows"][0]["tokens"] != plans[1]["cards"]["rows"][0]["tokens"]
+    assert plans[0].cards.rows[0].tokens != plans[1].cards.rows[0].tokens
 
 
 def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:

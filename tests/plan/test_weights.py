@@ -72,8 +72,17 @@ def test_weights_adapters_gradients_and_optimizer_of_the_real_model(base_model: 
     compare(model, optimizer, read_blueprint(config, str(base_model)), config, torch.bfloat16)
 
 
-def test_some_modules_only_and_another_rank(tiny_model: Path) -> None:
-    config = configured("lora.r=3", "lora.target_modules=[q_proj, down_proj]")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.r=3", "lora.target_modules=[q_proj, down_proj]"],
+        ["lora.dora=true", r"lora.modules=[{match: down_proj, r: 5}, {match: 'layers\.1\..*q_proj', r: 2}]"],
+        [r"lora.target_modules='layers\.0\..*'", "lora.rslora=true"],
+    ],
+    ids=["names", "dora and modules", "regular expression"],
+)
+def test_some_modules_only_and_other_ranks(tiny_model: Path, overrides: list[str]) -> None:
+    config = configured(*overrides)
     model, optimizer = after_one_step(config, tiny_model, torch.float32)
     compare(model, optimizer, read_blueprint(config, str(tiny_model)), config, torch.float32)
 

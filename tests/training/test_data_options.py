@@ -48,15 +48,15 @@ def test_a_run_trains_on_what_the_mixture_says_and_records_it(
     table = printed[printed.index("mixture (") :].splitlines()
     assert [line.split()[:2] for line in table[2:5]] == [["chat", "20"], ["pairs", "5"], ["general", "6"]]
     record = json.loads((run / "order.json").read_text())
-    assert record["sha256"] == report["order"]["sha256"] == order_digest(record["bins"])
+    assert record["sha256"] == report.order.sha256 == order_digest(record["bins"])
     assert sum(map(len, record["bins"])) == 31
-    assert report["order"]["removed"] == 2
+    assert report.order.removed == 2
     removed = [json.loads(line) for line in (run / "removed.jsonl").read_text().splitlines()]
     assert [(row["source"], row["reason"]) for row in removed] == [("pairs", "contaminated"), ("chat", "duplicate")]
     data = json.loads((run / "manifest.json").read_text())["data"]
     assert data["chat"]["dropped"] == {"duplicate": {"rows": 1, "first": [f"{chat}:21"]}}
     # The same configuration and files: the same order.
-    assert train(config, overwrite=True, say=said.append)["order"] == report["order"]
+    assert train(config, overwrite=True, say=said.append).order == report.order
 
 
 def test_faults_of_training_replay_and_held_out_files_come_together(

@@ -56,14 +56,14 @@ def test_thirty_steps_learn_with_float32_masters(make_config: Any, monkeypatch: 
     said: list[str] = []
     report = train(config, say=said.append)
     rows = metrics_of(config)
-    assert report["steps"] == len(rows) == 30
-    assert report["dtype"] == "float16"
-    assert report["train_loss"]["last"] < report["train_loss"]["first"] - 0.2
+    assert report.steps == len(rows) == 30
+    assert report.dtype == "float16"
+    assert report.train_loss.last < report.train_loss.first - 0.2
     assert types == {torch.float32}
     saved = load_file(Path(config.output) / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    assert report["steps_left_out"] == sum(row["grad_norm"] is None for row in rows)
-    assert rows[-1]["loss_scale"] == 65536 / 2 ** report["steps_left_out"]
+    assert report.steps_left_out == sum(row["grad_norm"] is None for row in rows)
+    assert rows[-1]["loss_scale"] == 65536 / 2**report.steps_left_out
 
 
 def test_a_step_too_large_for_float16_is_left_out_counted_and_said(
@@ -73,7 +73,7 @@ def test_a_step_too_large_for_float16_is_left_out_counted_and_said(
     said: list[str] = []
     config = make_config(*SHORT, *FLOAT16)
     report = train(config, say=said.append)
-    assert (report["steps"], report["steps_left_out"]) == (6, 1)
+    assert (report.steps, report.steps_left_out) == (6, 1)
     rows = metrics_of(config)
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [3]
     assert [row["loss_scale"] for row in rows] == [65536] * 2 + [32768] * 4
@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_the_scale_that_it_had(make_config: Any, tmp_path: Pa
         with pytest.raises(Exception, match="interrupted"):
             train(stopped, say=lambda _: None)
     report = train(stopped, resume=True, say=lambda _: None)
-    assert (report["resumed_at"], report["steps"], report["steps_left_out"]) == (4, 6, 1)
+    assert (report.resumed_at, report.steps, report.steps_left_out) == (4, 6, 1)
     assert metrics_of(stopped)[-1]["loss_scale"] == 32768
     assert result(Path(stopped.output)) == result(Path(whole.output))
 

@@ -42,7 +42,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(make_config: Any, monkeypa
     monkeypatch.setattr(PackedSFTTrainer, "get_batch_samples", noted)
     said: list[str] = []
     report = train(config, say=said.append)
-    assert (report["steps"], report["steps_left_out"]) == (6, 1)
+    assert (report.steps, report.steps_left_out) == (6, 1)
     assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, False, True, False, False]
     assert all(each.isfinite().all() for each in weights)
     assert "step 3 left out: its gradient is not finite (rows 4 to 5 of order.json, from chat)" in said
@@ -77,7 +77,7 @@ def test_a_full_gpu_costs_nothing_but_time(make_config: Any, tmp_path: Path, who
         with_losses(patch, change)
         report = train(config, say=said.append)
     assert calls.count(2) == 4
-    assert report["memory"]["tiers"] == ["checkpoint", "checkpoint"]
+    assert report.memory.tiers == ["checkpoint", "checkpoint"]
     assert "2 checkpoint (CUDA out of memory. Tried to allocate 2 GiB)" in "\n".join(said)
     assert result(Path(config.output)) == whole
 
@@ -89,7 +89,7 @@ def test_a_gpu_that_stays_full_keeps_what_is_done(make_config: Any, tmp_path: Pa
         with pytest.raises(RunError, match=r"as little kept as possible.*step-000003 is complete, --resume goes on"):
             train(config, say=lambda _: None)
     report = train(config, resume=True, say=lambda _: None)
-    assert report["resumed_at"] == 3
+    assert report.resumed_at == 3
     assert result(Path(config.output)) == whole
 
 
@@ -172,5 +172,5 @@ def test_a_loss_that_only_rises_is_said(make_config: Any, monkeypatch: pytest.Mo
     with_losses(monkeypatch, lambda step, loss: -loss)
     said: list[str] = []
     report = train(make_config("training.learning_rate=1e-2", "data.packing=none"), say=said.append)
-    assert report["train_loss"]["rose"]
+    assert report.train_loss.rose
     assert "the training loss rose" in said[-1].splitlines()[-1]

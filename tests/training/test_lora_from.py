@@ -13,17 +13,15 @@ import torch
 from conftest import MakeConfig, configured
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests_support import SHORT, bare_base, result
+from tests_support import SHORT, bare_base, killed, result
 from transformers import AutoModelForCausalLM
 
 from qlora_sft.cli import main
-from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.merge import merge_run
 from qlora_sft.model.go_on import check_adapter
 from qlora_sft.run.folder import Run
 from qlora_sft.train import train
-from qlora_sft.training.trainer import PackedSFTTrainer
 
 FIRST = [*SHORT, "training.max_steps=2", "lora.r=4", "lora.alpha=9", "lora.target_modules=[q_proj, up_proj]"]
 PROBE = torch.arange(20, 60)[None]
@@ -44,20 +42,6 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=PROBE).logits
 
 
-def killed(config: Config, step: int) -> None:
-    take = PackedSFTTrainer.get_batch_samples
-
-    def taken(self: Any, *arguments: Any) -> Any:
-        if self.state.global_step == step:
-            raise KeyError("killed")
-        return take(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
-        with pytest.raises(KeyError, match="killed"):
-            train(config, say=lambda _: None)
-
-
 def test_it_begins_as_the_adapter_and_its_merge_is_what_it_has_become(
     make_config: MakeConfig, first: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -74,7 +58,7 @@ def test_it_begins_as_the_adapter_and_its_merge_is_what_it_has_become(
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-8)
     moved = make_config(*SHORT, f"lora.from={first / 'adapter'}", f"output={tmp_path / 'moved'}")
     train(moved, say=lambda _: None)
-    assert report["train_loss"]["base"] == Run.open(moved.output).report["train_loss"]["base"]
+    assert report.train_loss.base == Run.open(moved.output).report.train_loss.base
     assert not torch.equal(*(next(iter(tensors(run).values())) for run in (first, tmp_path / "moved")))
     merge_run(moved.output, say=lambda _: None)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -127,7 +111,7 @@ def test_what_does_not_go_with_it_is_named_by_every_verb(
     save_file({name: 2 * tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     dora = shutil.copytree(first / "adapter", tmp_path / "dora")
     settings = json.loads((dora / "adapter_config.json").read_text())
-    (dora / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    (dora / "adapter_config.json").write_text(json.dumps({**settings, "lora_bias": True}))
     source = f"lora.from={first}"
     cases: dict[str, list[str]] = {
         "has r 4, and lora.r is 8; leave lora.r out": [source, "lora.r=8"],
@@ -136,7 +120,7 @@ def test_what_does_not_go_with_it_is_named_by_every_verb(
             source, "lora.target_modules=[q_proj]",
         ],
         f"was trained on other weights than those of {other}": [source, f"model.path={other}"],
-        "has use_dora, with which this program does not train": [f"lora.from={dora}"],
+        "has lora_bias, with which this program does not train": [f"lora.from={dora}"],
         "neither a run with an adapter nor an adapter": [f"lora.from={tmp_path}"],
     }  # fmt: skip
     for expected, overrides in cases.items():

@@ -19,9 +19,9 @@ from qlora_sft.training.trainer import StepTotals
 def test_a_few_tokens_do_not_decide_the_first_and_the_last_loss() -> None:
     steps = [StepLoss(9.0, 1), *[StepLoss(2.0, 500)] * 8, *[StepLoss(1.0, 500)] * 8, StepLoss(7.0, 2)]
     summary = summarize_losses(steps)
-    assert (summary["first_steps"], summary["last_steps"], summary["rose"]) == (3, 3, False)
-    assert summary["first"] == pytest.approx((9 + 2 * 1000) / 1001)
-    assert summary["last"] == pytest.approx((7 * 2 + 1000) / 1002)
+    assert (summary.first_steps, summary.last_steps, summary.rose) == (3, 3, False)
+    assert summary.first == pytest.approx((9 + 2 * 1000) / 1001)
+    assert summary.last == pytest.approx((7 * 2 + 1000) / 1002)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -29,9 +29,9 @@ def test_a_short_run_is_halved(count: int) -> None:
     steps = [StepLoss(float(number), 1) for number in range(1, count + 1)]
     summary = summarize_losses(steps)
     half = max(1, count // 2)
-    assert (summary["first_steps"], summary["last_steps"]) == (half, half)
-    assert summary["first"] == pytest.approx((half + 1) / 2)
-    assert summary["rose"] == (count > 1)
+    assert (summary.first_steps, summary.last_steps) == (half, half)
+    assert summary.first == pytest.approx((half + 1) / 2)
+    assert summary.rose == (count > 1)
 
 
 def test_one_step_with_enough_tokens_is_enough() -> None:
@@ -42,16 +42,16 @@ def test_one_step_with_enough_tokens_is_enough() -> None:
         StepLoss(3.01, ENOUGH_TOKENS),
     ]
     summary = summarize_losses(steps)
-    assert (summary["first"], summary["last"], summary["rose"]) == (3.0, 3.01, False)
+    assert (summary.first, summary.last, summary.rose) == (3.0, 3.01, False)
 
 
 def test_a_loss_that_jumps_up_at_once_has_risen_although_it_falls_from_there() -> None:
     spoilt = [StepLoss(loss, 12) for loss in (1.3, 30.0, 24.0, 19.0, 11.0, 9.5)]
-    assert summarize_losses(spoilt)["first"] > summarize_losses(spoilt)["last"]
-    assert summarize_losses(spoilt)["rose"]
-    assert summarize_losses(spoilt)["base"] == 1.3
+    assert summarize_losses(spoilt).first > summarize_losses(spoilt).last
+    assert summarize_losses(spoilt).rose
+    assert summarize_losses(spoilt).base == 1.3
     healed = [*spoilt, StepLoss(1.2, 12), StepLoss(0.9, 12)]
-    assert not summarize_losses(healed)["rose"]
+    assert not summarize_losses(healed).rose
 
 
 def noisy(seed: int, trend: float) -> list[StepLoss]:
@@ -69,20 +69,20 @@ def noisy(seed: int, trend: float) -> list[StepLoss]:
 def test_noise_between_steps_is_no_rise_and_a_rise_beyond_it_is_one() -> None:
     """A step of 300 tokens is off by 9% here, so a mean over 1,000 tokens by 5%."""
     flagged = {
-        trend: sum(summarize_losses(noisy(seed, trend))["rose"] for seed in range(300)) for trend in (0.5, 1.0, 2.0)
+        trend: sum(summarize_losses(noisy(seed, trend)).rose for seed in range(300)) for trend in (0.5, 1.0, 2.0)
     }
     assert flagged[0.5] == 0
     assert flagged[1.0] <= 6  # 2%
     assert flagged[2.0] >= 270
     by_two_percent = sum(
-        (summary := summarize_losses(noisy(seed, 1.0)))["last"] > 1.02 * summary["first"] for seed in range(300)
+        (summary := summarize_losses(noisy(seed, 1.0))).last > 1.02 * summary.first for seed in range(300)
     )
     assert by_two_percent > 60  # which is what a fixed factor would have said of them
 
 
 def test_a_step_without_labels_has_no_loss() -> None:
-    assert math.isnan(StepTotals().loss)
-    assert math.isnan(StepTotals().accuracy)
+    assert math.isnan(StepTotals().losses.loss)
+    assert math.isnan(StepTotals().losses.accuracy)
 
 
 def turn(answer: str, **marks: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_rows_without_labels_are_dropped_and_counted(make_config: Any, tmp_path:
     report = train(config, say=said.append)
     file = tmp_path / "chat.jsonl"
     assert f"chat: 5 dropped (nothing supervised): {file}:1, {file}:2, {file}:3 ..." in "\n".join(said)
-    assert report["steps"] == 1
+    assert report.steps == 1
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["supervised_tokens"] > 0 and row["loss"] > 0 for row in metrics)
     ledger = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]["chat"]
@@ -121,8 +121,8 @@ def test_the_shipped_case_has_one_step_with_a_loss(make_config: Any, tmp_path: P
     said: list[str] = []
     report = train(config, say=said.append)
     assert f"rows_without_labels: 3 dropped (nothing supervised): {case}:1, {case}:2, {case}:3" in "\n".join(said)
-    assert report["steps"] == 1
-    assert report["train_loss"]["last"] == report["train_loss"]["first"] > 1
+    assert report.steps == 1
+    assert report.train_loss.last == report.train_loss.first > 1
     assert "-> 0.000" not in said[-1]
 
 
@@ -132,7 +132,7 @@ def test_held_out_rows_without_labels_are_dropped_as_well(make_config: Any, tmp_
     said: list[str] = []
     report = train(make_config("training.max_steps=1", f"data.held_out=[{{path: {held_out}}}]"), say=said.append)
     assert f"held_out: 1 dropped (nothing supervised): {held_out}:2" in "\n".join(said)
-    assert report["loss"]["held_out"]["before"] > 0
+    assert report.loss["held_out"].before > 0
 
 
 @pytest.mark.parametrize(

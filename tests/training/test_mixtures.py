@@ -26,7 +26,7 @@ from qlora_sft.model.backend import choose_backend
 from qlora_sft.model.base_check import check_quantization
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.meta_model import check_layers
-from qlora_sft.prepare import is_mixture
+from qlora_sft.prepare import why_not_unsloth
 from qlora_sft.train import train
 
 SETTINGS = (
@@ -166,13 +166,13 @@ def test_experts_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_mixture_is_loaded_without_unsloth(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", "mixtral")
-    assert is_mixture(configured(tmp_path, folder)())
-    assert not is_mixture(configured(tmp_path, tmp_path / "nothing")())
-    chosen = choose_backend("auto", experts=True)
+    obstacle = why_not_unsloth(configured(tmp_path, folder)())
+    assert not why_not_unsloth(configured(tmp_path, tmp_path / "nothing")())
+    chosen = choose_backend("auto", obstacle)
     assert chosen.name == "transformers"
     assert "mixture of experts" in chosen.reason
     with pytest.raises(ConfigError, match=r"model\.backend=unsloth: the base is a mixture of experts.*backend=auto"):
-        choose_backend("unsloth", experts=True)
+        choose_backend("unsloth", obstacle)
 
 
 def test_experts_that_are_stored_in_4_bits_are_refused(tmp_path: Path) -> None:

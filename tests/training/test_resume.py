@@ -69,7 +69,7 @@ def test_it_ends_as_if_nothing_had_happened(
     said: list[str] = []
     report = train(config, resume=True, say=said.append)
     assert f"resume: from step {left[-1]}" in said[0]
-    assert (report["resumed_at"], report["steps"]) == (left[-1], 6)
+    assert (report.resumed_at, report.steps) == (left[-1], 6)
     assert result(run) == whole
 
 
@@ -100,7 +100,7 @@ def test_the_base_is_evaluated_once_unless_the_questions_are_others(
         config = make_config(*SHORT, *asked, *extra, f"output={config.output}")
         report = train(config, resume=True, say=lambda _: None)
         assert moments == [*again, "after"]
-        assert report["loss"] == whole["loss"]
+        assert report.loss == whole.loss
         samples = (Path(config.output) / "samples.jsonl").read_text()
         assert again or samples == (tmp_path / "run" / "samples.jsonl").read_text()
 
@@ -133,7 +133,7 @@ def test_a_run_whose_steps_are_all_done_is_only_finished(make_config: Any, whole
     run = Path(config.output)
     (run / "manifest.json").unlink()
     report = train(config, resume=True, say=lambda _: None)
-    assert (report["resumed_at"], report["steps"]) == (6, 6)
+    assert (report.resumed_at, report.steps) == (6, 6)
     assert result(run) == whole
 
 
@@ -201,7 +201,7 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
     (run / "begun.json").write_text(json.dumps(old))
     assert as_begun(make_config(*SHORT), run, lambda _: None).data.share_prefixes == "off"
     (run / "begun.json").write_text(json.dumps(begun))
-    assert train(named, resume=True, say=lambda _: None)["resumed_at"] == 2
+    assert train(named, resume=True, say=lambda _: None).resumed_at == 2
 
 
 def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
@@ -214,8 +214,8 @@ import sys
 from qlora_sft.cli import main
 from qlora_sft.training import checkpoints
 publish = checkpoints.publish
-def published(unfinished, folder, keep):
-    publish(unfinished, folder, keep)
+def published(unfinished, folder, *rest):
+    publish(unfinished, folder, *rest)
     if sys.argv[1] == "kill" and checkpoints.step_of(folder) == 4:
         import os
         os._exit(9)
@@ -226,10 +226,14 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 @pytest.mark.slow
 def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> None:
+    """It is evaluated and asked in between, for which Unsloth changes the model."""
     make_config()
+    asked = [f"data.held_out=[{{path: {tmp_path / 'chat.jsonl'}, name: same}}]", "evaluation.every_steps=1"]
+    asked += [f"evaluation.tasks=[{{path: {tmp_path / 'chat.jsonl'}, form: exact, max_new_tokens: 3}}]"]
+    asked += ["evaluation.tasks_every_steps=2", "evaluation.tasks_rows=2"]
 
     def run(how: str, name: str, *more: str) -> int:
-        settings = [*SHORT, "model.backend=unsloth", f"output={tmp_path / name}"]
+        settings = [*SHORT, *asked, "model.backend=unsloth", f"output={tmp_path / name}"]
         return subprocess.run(
             [sys.executable, "-c", UNDER_UNSLOTH, how, str(tmp_path / "config.yaml"), *settings, *more], cwd=tmp_path
         ).returncode
@@ -238,3 +242,5 @@ def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> N
     assert run("kill", "killed") == 9
     assert run("whole", "killed", "--resume") == 0
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+    evaluations = (tmp_path / "killed" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 1, 2, 3, 4, 5, 6]

@@ -77,6 +77,8 @@ def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(base_model: P
             "config.yaml",
             "metrics.jsonl",
             "order.json",
+            "said.jsonl",
+            "trained_on.json",
         ]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

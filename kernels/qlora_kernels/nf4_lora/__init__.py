@@ -1,4 +1,4 @@
-"""Linear layers with LoRA over frozen NF4 or dense weights: one, several of one input, a gated MLP, experts."""
+"""Computes linear layers with LoRA over frozen NF4 or dense weights: one, several of one input, an MLP, experts."""
 
 from __future__ import annotations
 

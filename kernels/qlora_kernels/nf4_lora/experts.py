@@ -1,4 +1,4 @@
-"""The experts of a mixture with LoRA over frozen weights, each token through those that its router chose.
+"""Computes the experts of a mixture with LoRA over frozen weights; each token goes through those that its router chose.
 
 ::
 
@@ -35,13 +35,16 @@ from qlora_kernels.nf4_lora.projection import Precision, sum_product, zeros_like
 GROUP_VALUES = 2**25
 
 Middle = Callable[[Tensor], Tensor]
-"""What stands between the two projections, row by row: the activation, and the gate where there is one."""
+"""Computes, row by row, what stands between the two projections: the activation, and the gate where there is one."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """One projection of every expert. weight: frozen [E, out, in], or [E, in, out] if ``transposed``; A: [E, r, in] and
-    B: [E, out, r], or neither; bias: frozen [E, out] or None."""
+    """Holds one projection of every expert.
+
+    weight: frozen [E, out, in], or [E, in, out] if ``transposed``; A: [E, r, in] and B: [E, out, r], or neither; bias:
+    frozen [E, out] or None.
+    """
 
     weight: Tensor | NF4Stack
     transposed: bool = False
@@ -119,7 +122,10 @@ def lora_experts(
 
 @dataclass(frozen=True)
 class Spec:
-    """What one call hands from its forward to its backward, besides tensors. up, down: without their factors."""
+    """Holds what one call hands from its forward to its backward, besides tensors.
+
+    up, down: the two projections without their factors A and B.
+    """
 
     up: Experts
     down: Experts
@@ -131,8 +137,11 @@ class Spec:
     def groups(
         self, index: Tensor, factors: Sequence[Tensor | None]
     ) -> Iterator[tuple[Group, Group, Tensor, list[int]]]:
-        """Yields (up, down, the flat positions in ``index`` of their rows, where each expert's rows end among these)
-        for some experts at a time. factors: A and B of up, A and B of down."""
+        """Yields some experts at a time: (up, down, slots, ends).
+
+        slots: the flat positions in ``index`` of the rows of these experts, sorted by expert. ends: where the rows of
+        each expert end among them. factors: A and B of up, A and B of down.
+        """
         chosen, order = index.reshape(-1).sort(stable=True)
         every = torch.arange(self.up.count, device=index.device)
         ends = torch.searchsorted(chosen, every, right=True).tolist()
@@ -148,7 +157,7 @@ class Spec:
             begin = ends[experts[-1]]
 
     def tiles(self, slots: Tensor, ends: list[int]) -> Iterator[tuple[Tensor, list[int]]]:
-        """The same rows, at most ``tile`` at a time, and where each expert's end among them."""
+        """Yields ``slots`` in pieces of at most ``tile`` rows, each with where the rows of every expert end in it."""
         for part in tiles(len(slots), self.tile):
             size = part.stop - part.start
             yield slots[part], [min(max(end - part.start, 0), size) for end in ends]
@@ -198,15 +207,18 @@ class _LoraExperts(torch.autograd.Function):
 
 
 def differentiable(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, middle(z)) with the graph between them."""
+    """Returns z and middle(z), with autograd's graph from the one to the other."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return z, middle(z)
 
 
 class Group:
-    """A projection of some experts during one pass: weights dequantised, factors in the type they multiply in. Rows are
-    sorted by expert; ``ends``: where those of each expert end."""
+    """Holds one projection of some experts during one pass.
+
+    Their weights are dequantised once, and their factors are in the type they multiply in. The rows that the methods
+    take are sorted by expert; ``ends`` says where those of each expert end.
+    """
 
     def __init__(self, p: Experts, experts: list[int], precision: Precision):
         self.experts, self.precision, self.scale = experts, precision, p.scale
@@ -242,7 +254,10 @@ class Group:
         return add_grouped_product(dx, v, self.a, ends, self.scale)
 
     def dot(self, dy: Tensor, dh: Tensor, h: Tensor, ends: list[int]) -> Tensor:
-        """[n, 1]: ``dy`` times what the projection makes of ``h``, given ``dh`` = `backward` of ``dy``."""
+        """Returns for each row the dot product [n, 1] of ``dy`` and the projection of ``h``.
+
+        ``dh`` is what `backward` makes of ``dy``: dy (W h + bias) = dh h + dy bias, so W is not needed again.
+        """
         with torch.no_grad():
             wide = torch.promote_types(h.dtype, torch.float32)
             total = (dh.to(wide) * h.to(wide)).sum(1, keepdim=True)
@@ -267,7 +282,7 @@ class Group:
 
 
 def choice(experts: list[int], device: torch.device) -> slice | Tensor:
-    """Experts as an index: a slice, which copies nothing, where they follow one another."""
+    """Returns an index that selects these experts: a slice, which copies nothing, if they follow one another."""
     if experts[-1] - experts[0] + 1 == len(experts):
         return slice(experts[0], experts[-1] + 1)
     return torch.tensor(experts, device=device)

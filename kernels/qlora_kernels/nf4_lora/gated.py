@@ -1,4 +1,4 @@
-"""The pointwise middle of a gated MLP and its derivative: float32 inside, rounded once.
+"""Computes the pointwise middle of a gated MLP and its derivative: float32 inside, rounded once.
 
 ::
 
@@ -38,7 +38,7 @@ def activate(g: Tensor, activation: Activation) -> Tensor:
 
 
 def activate_backward(d: Tensor, g: Tensor, activation: Activation) -> Tensor:
-    """d act'(g)"""
+    """Returns d act'(g): the gradient of g, where d is that of act(g)."""
     if activation == "silu":
         return cast(Tensor, torch.ops.aten.silu_backward(d, g))
     approximate = "tanh" if activation == "gelu_tanh" else "none"
@@ -46,7 +46,7 @@ def activate_backward(d: Tensor, g: Tensor, activation: Activation) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
-    """h [t, F] in the type of ``gate``; ``out`` may be ``gate`` or ``up`` itself."""
+    """Returns h [t, F] in the type of ``gate``, written to ``out``, which may be ``gate`` or ``up`` itself."""
     out = torch.empty_like(gate) if out is None else out
     if runs_triton(gate.device, gate.dtype):
         from qlora_kernels.nf4_lora import pointwise
@@ -60,7 +60,10 @@ def gated(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None =
 def gated_backward(
     dh: Tensor, gate: Tensor, up: Tensor, activation: Activation, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h, dgate, dup [t, F], which take the places of ``dh``, ``gate`` and ``up``; keep: of ``dh`` only."""
+    """Returns h, dgate and dup, each [t, F], written over ``dh``, ``gate`` and ``up``.
+
+    keep: ``gate`` and ``up`` are left as they are, and only ``dh`` is written over.
+    """
     out = (torch.empty_like(gate), torch.empty_like(up)) if keep else (gate, up)
     if runs_triton(gate.device, gate.dtype):
         from qlora_kernels.nf4_lora import pointwise
@@ -77,7 +80,10 @@ def gated_backward(
 
 @cache
 def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """One pass over memory instead of five. The torch version above is its reference."""
+    """Says whether the Triton kernels run, which pass over memory once instead of five times.
+
+    The torch version above is their reference.
+    """
     return choose_path("auto", device, (dtype,)).name == "triton"
 
 

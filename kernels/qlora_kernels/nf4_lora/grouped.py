@@ -1,6 +1,7 @@
-"""Products of many matrices, each with the rows of its group: rows are sorted by group, ``ends`` says where each ends.
+"""Multiplies the rows of each group by the group's own matrix.
 
-The plain loop over groups, in which one matrix product does the work of each group that has rows.
+Rows are sorted by group, and ``ends`` says where the rows of each group end. It is a plain loop with one matrix product
+for every group that has rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def group_rows(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(group, its rows) of every group that has rows."""
+    """Yields (group, its rows) for every group that has rows."""
     begin = 0
     for group, end in enumerate(ends):
         if end > begin:
@@ -21,7 +22,7 @@ def group_rows(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 def grouped_product(x: Tensor, w: Tensor, ends: Sequence[int]) -> Tensor:
-    """x [n, K], w [G, K, N] -> [n, N]: the rows of each group times its matrix."""
+    """Multiplies the rows of each group by its matrix: x [n, K], w [G, K, N] -> [n, N]."""
     y = x.new_empty(len(x), w.shape[2])
     for group, rows in group_rows(ends):
         torch.mm(x[rows], w[group], out=y[rows])
@@ -29,7 +30,7 @@ def grouped_product(x: Tensor, w: Tensor, ends: Sequence[int]) -> Tensor:
 
 
 def add_grouped_product(y: Tensor, x: Tensor, w: Tensor, ends: Sequence[int], scale: float = 1.0) -> Tensor:
-    """y += scale * `grouped_product`, in place: rounded once where all types are equal."""
+    """Adds scale * `grouped_product` to y in place, and returns y. If all types are equal, the sum is rounded once."""
     if x.dtype != y.dtype:
         return y.add_(grouped_product(x, w, ends), alpha=scale)
     for group, rows in group_rows(ends):

@@ -1,4 +1,6 @@
-"""Several linear layers with LoRA of one input, such as q, k and v: one product with A of all, one weight at a time.
+"""Computes several linear layers with LoRA of one input, such as q, k and v.
+
+One product does for the A of all layers, and one weight is dequantised at a time.
 
 ::
 
@@ -34,7 +36,9 @@ from qlora_kernels.nf4_lora.projection import (
 
 
 def lora_linears(x: Tensor, layers: Sequence[Projection], *, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """``x W^T + bias + scale (x A^T) B^T`` of each layer, with gradients for x and each A, B and bias that wants one.
+    """Computes ``x W^T + bias + scale (x A^T) B^T`` for each layer.
+
+    Gradients flow to x and to each A, B and bias that wants one.
 
     Args:
         x: [.., in]. Each result is [t, out], all leading dimensions of x in one. It is no view and nothing saves it,
@@ -112,7 +116,7 @@ def set_first(
 
 
 def with_adapters(weights: Sequence[tuple[FrozenWeight, float]], tensors: Sequence[Any]) -> list[Projection]:
-    """The layers, given A, B, bias of each in turn."""
+    """Returns the layers; ``tensors`` are A, B and bias of each in turn."""
     adapters = [cast(Adapter, tuple(tensors[3 * i : 3 * i + 3])) for i in range(len(weights))]
     return [
         Projection(weight, A, B, scale, bias) for (weight, scale), (A, B, bias) in zip(weights, adapters, strict=True)
@@ -120,13 +124,13 @@ def with_adapters(weights: Sequence[tuple[FrozenWeight, float]], tensors: Sequen
 
 
 def stacked(layers: Sequence[Projection], precision: Precision) -> Tensor | None:
-    """The A of all ``layers`` one above the other, in the type in which they multiply; None if there is none."""
+    """Returns the A of all layers, one above the other, in the type in which they multiply; None if there is none."""
     factors = [p.A.to(precision.lora or p.A.dtype) for p in layers if p.A is not None]
     return torch.cat(factors) if factors else None
 
 
 def parts(u: Tensor | None, layers: Sequence[Projection]) -> list[Tensor | None]:
-    """The columns of ``u`` [.., r1 + r2 + ..] that belong to each layer; None for one without adapter."""
+    """Returns the columns of ``u`` [.., r1 + r2 + ..] that belong to each layer; None for a layer without adapter."""
     ranks = [0 if p.A is None else len(p.A) for p in layers]
     if u is None:
         return [None for _ in ranks]

@@ -142,7 +142,10 @@ class _LoraMLP(torch.autograd.Function):
 def tiled_backward(
     spec: Spec, layers: list[InUse], x: Tensor, dy: Tensor, kept: tuple[Tensor, Tensor] | None
 ) -> Tensor | None:
-    """x [t, D], dy [t, D] -> dx [t, D]; the factors' gradients are left in ``layers``."""
+    """Computes the backward tile by tile: x [t, D], dy [t, D] -> dx [t, D], or None if nobody needs it.
+
+    The gradients of the factors are left in ``layers``. kept: gate and up [t, F], if the forward has kept them.
+    """
     gate, up, down = layers
     dx = torch.empty_like(x) if spec.need_x else None
     for t in tiles(len(x), spec.tile):

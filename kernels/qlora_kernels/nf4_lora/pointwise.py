@@ -1,4 +1,4 @@
-"""Triton kernels for the pointwise middle of a gated MLP; formulas and plain version: `gated`.
+"""Runs the pointwise middle of a gated MLP in Triton; the formulas and the plain version are in `gated`.
 
 Every value is read once and written once. The backward writes over what it has read.
 """
@@ -16,7 +16,7 @@ WARPS = 4
 
 @triton.jit
 def slope_and_share(g, ACTIVATION: tl.constexpr):
-    """(act'(g), act(g) / g) in float32"""
+    """Returns act'(g) and act(g) / g in float32."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
         return s + g * s * (1.0 - s), s
@@ -32,7 +32,7 @@ def slope_and_share(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_kernel(G, U, H, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """H = act(G) U"""
+    """Computes H = act(G) U."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < n
     g = tl.load(G + o, mask=inside, other=0.0).to(tl.float32)
@@ -43,7 +43,10 @@ def gated_kernel(G, U, H, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gated_backward_kernel(D, G, U, DG, DU, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """DG = D U act'(G),  DU = D act(G),  D = act(G) U: each from what stood there before; DG and DU may be G and U."""
+    """Computes DG = D U act'(G), DU = D act(G) and D = act(G) U, each from the values before the call.
+
+    DG and DU may be G and U.
+    """
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < n
     d = tl.load(D + o, mask=inside, other=0.0).to(tl.float32)
@@ -73,7 +76,7 @@ def gated_backward(
 
 
 def check(*tensors: Tensor) -> None:
-    """The kernels count values in memory, so the order has to be the same."""
+    """Asserts that all tensors have one shape and are contiguous, because the kernels count values in memory."""
     shape = tensors[0].shape
     for t in tensors:
         assert t.shape == shape, f"expected {list(shape)}, got {list(t.shape)}"

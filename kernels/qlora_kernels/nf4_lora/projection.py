@@ -59,9 +59,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class Precision:
-    """The types of one call, fixed in its forward and used again in its backward.
+    """Holds the types of one call, which are fixed in its forward and used again in its backward.
 
-    base: of the products with W; lora: of those with A and B (None: in A's own type); out: of what is returned.
+    base: the type of the products with W; lora: that of the products with A and B (None: A's own type); out: that of
+    the result.
 
     ============================  =====================================  ============================
     ..                            autocast is on                         autocast is off
@@ -82,7 +83,10 @@ class Precision:
 
     @classmethod
     def of(cls, x: Tensor, weight: FrozenWeight | NF4Stack, base: torch.dtype | None = None) -> Precision:
-        """For input ``x``; ``base`` overrides the type of the base products."""
+        """Returns the types for input ``x`` by the table above; ``base`` overrides the type of the products with W.
+
+        Raises ValueError if a dense weight has another type than ``x`` and autocast is off.
+        """
         auto = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         if isinstance(weight, NF4Weight | NF4Stack):
             return cls(base or x.dtype, auto, x.dtype)

@@ -1,4 +1,4 @@
-"""The textbook: what `lora_linear`, `lora_mlp` and `lora_experts` compute, in operations that autograd differentiates.
+"""Computes what `lora_linear`, `lora_mlp` and `lora_experts` do, as a textbook would: autograd differentiates it.
 
 Given float64 tensors it is the truth that tests compare with.
 """
@@ -15,7 +15,7 @@ from qlora_kernels.nf4_lora.projection import Projection
 
 
 def reference_linear(x: Tensor, p: Projection) -> Tensor:
-    """x [.., in] -> [.., out], all in the type of ``x``."""
+    """Computes a linear layer with LoRA, all in the type of ``x``: x [.., in] -> [.., out]."""
     weight = p.weight.dequantize(torch.float32) if isinstance(p.weight, NF4Weight) else p.weight
     y = x @ weight.to(x.dtype).t()
     if p.bias is not None:
@@ -26,13 +26,16 @@ def reference_linear(x: Tensor, p: Projection) -> Tensor:
 
 
 def reference_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, activation: Activation) -> Tensor:
-    """x [.., D] -> [.., D]"""
+    """Computes a gated MLP of three layers with LoRA: x [.., D] -> [.., D]."""
     hidden = activate(reference_linear(x, gate), activation) * reference_linear(x, up)
     return reference_linear(hidden, down)
 
 
 def reference_experts(x: Tensor, index: Tensor, weights: Tensor, up: Experts, down: Experts, middle: Middle) -> Tensor:
-    """x [T, D] -> [T, D]: one row and one expert at a time."""
+    """Computes a mixture of experts, one row and one expert at a time: x [T, D] -> [T, D].
+
+    index, weights: [T, K], as for `lora_experts`.
+    """
     rows = []
     for t, row in enumerate(x):
         total = torch.zeros_like(row)
@@ -45,7 +48,7 @@ def reference_experts(x: Tensor, index: Tensor, weights: Tensor, up: Experts, do
 
 
 def one_of(p: Experts, expert: int) -> Projection:
-    """The projection of one expert."""
+    """Returns the projection of one expert, as a linear layer."""
     which = slice(expert, expert + 1)
     stack = p.weight.dequantize(which, torch.float32) if isinstance(p.weight, NF4Stack) else p.weight[which]
     weight = stack[0].t() if p.transposed else stack[0]

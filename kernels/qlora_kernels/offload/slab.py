@@ -78,7 +78,7 @@ class HostSlab:
             self.close()
 
     def _pin(self, device: torch.device) -> None:
-        """Page-locks the memory, or sets ``warning`` if the system refuses."""
+        """Locks the pages of the memory, or sets ``warning`` if the system refuses."""
         with torch.cuda.device(device):
             error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.nbytes, 0))
         self.pinned = error == 0

@@ -1,0 +1,137 @@
+"""Define the adapter's section of the configuration, and what of it makes no sense together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from qlora_sft.config_data import Require
+from qlora_sft.json_types import JsonObject
+from qlora_sft.ranges import Range
+
+Rank = Annotated[int, Range(1, 4096)]
+Alpha = Annotated[int, Range(1, 65_536)]
+
+# What people know from elsewhere and cannot have here, with the reason.
+REFUSED = {
+    "modules_to_save": "whole matrices are not trained here: the loss and the merge take embedding and output head as "
+    "frozen. The rows of control tokens that a chat template adds are trained without it (model.chat_template)",
+    "bias": "biases are not trained here; remove it",
+}
+_OTHER_BASE = (
+    "takes the largest directions out of the base's weights, and the rest would have to be quantised anew: the adapter "
+    "would be on another base than the one that was named, and neither merge nor export could be what was trained"
+)
+REFUSED_INITS = {
+    "pissa": _OTHER_BASE,
+    "olora": _OTHER_BASE,
+    "corda": _OTHER_BASE,
+    "mica": "freezes B, which no part of this program knows of",
+    "lora_ga": _OTHER_BASE,
+}
+
+
+@dataclass(frozen=True)
+class LoraModules:
+    """Gives some layers a rank or a scale of their own."""
+
+    match: str
+    """Regular expression for the end of a layer's path, from the beginning or a dot on: ``down_proj``,
+    ``layers\\.(0|1)\\..*``. It has to match at least one layer that gets an adapter; no layer may be matched twice."""
+    r: Rank | None = None
+    """Rank of these layers; default: lora.r."""
+    alpha: Alpha | None = None
+    """Alpha of these layers; default: lora.alpha."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Sets the shape of the adapter."""
+
+    r: Rank = 16
+    """Rank."""
+    alpha: Alpha = 16
+    """Scale of the update: alpha / r."""
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of an adapter's input values that are set to zero at random in training."""
+    target_modules: str | list[str] = "all-linear"
+    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
+    not the output head. A list names layers, and gate_up_proj and down_proj of experts. Any other text is a regular
+    expression for the end of a layer's path, as in lora.modules: ``layers\\.[0-9]\\..*_proj``."""
+    modules: list[LoraModules] = field(default_factory=list)
+    """Layers with a rank or an alpha of their own."""
+    rslora: bool = False
+    """Scales the update by alpha / sqrt(r) instead (rsLoRA), which keeps large ranks learning."""
+    dora: bool = False
+    """Trains the length of every row of a weight beside its direction (DoRA). Such layers are computed by PEFT and not
+    by the kernels here, which takes more time and memory."""
+    init: Literal["default", "gaussian", "orthogonal", "eva", "loftq"] = "default"
+    """How adapters begin. ``default`` and ``gaussian``: A at random, B zero. ``orthogonal``: both at random with a
+    product of zero; ranks have to be even. ``eva``: A with the directions in which the inputs of its layer vary most
+    over the first documents, B zero. ``loftq``: with what NF4 has lost of each weight, as far as the rank
+    holds it; the base stays as it is, so the adapter belongs to its NF4 form only."""
+    plus_ratio: Annotated[float, Range(1, 10_000)] | None = None
+    """The learning rate of B is so many times that of A (LoRA+; its authors take 16); default: the same."""
+    experts: Literal["train", "frozen"] = "train"
+    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
+    from_: str | None = None
+    """A run's folder or an adapter's, to go on from: rank, alpha, layers and form are taken from it. The base has to be
+    the one that it was trained on."""
+
+
+def take_refused(lora: object, file: str) -> Iterator[str]:
+    """Takes out of the section ``lora``, as it was read, what is known and refused; yields a fault for each."""
+    if not isinstance(lora, dict):
+        return
+    for key in REFUSED.keys() & lora.keys():
+        del lora[key]
+        yield f"{file}: lora.{key}: {REFUSED[key]}"
+    init = lora.get("init")
+    name = init.split("_niter")[0] if isinstance(init, str) else ""
+    if name in REFUSED_INITS:
+        del lora["init"]
+        yield f"{file}: lora.init: {init} {REFUSED_INITS[name]}; take default, orthogonal, eva or loftq"
+
+
+def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
+    """Requires what the values of the section say together. model: the section of the base, as it was read."""
+    for i, each in enumerate(lora.modules):
+        here = f"lora.modules.{i}"
+        require(not (fault := regex_fault(each.match)), f"{here}.match", fault)
+        require(each.r is not None or each.alpha is not None, here, "says nothing; give it an r or an alpha")
+    if isinstance(lora.target_modules, str):
+        require(not (fault := regex_fault(lora.target_modules)), "lora.target_modules", fault)
+    else:
+        require(bool(lora.target_modules), "lora.target_modules", "must name at least one layer")
+    ranks = [lora.r, *(each.r for each in lora.modules if each.r)]
+    odd = [rank for rank in ranks if rank % 2]
+    require(lora.init != "orthogonal" or not odd, "lora.init", f"orthogonal needs even ranks, not {odd}")
+    nothing_lost = model.get("load_in_4bit") is False
+    require(lora.init != "loftq" or not nothing_lost, "lora.init", "loftq has no effect without model.load_in_4bit")
+    begun = lora.from_ is not None and lora.init != "default"
+    require(not begun, "lora.init", "has no effect with lora.from, whose adapter is the beginning; remove it")
+
+
+def regex_fault(pattern: str) -> str:
+    """Returns what is wrong with a regular expression; "" if nothing is."""
+    if not pattern:
+        return "must not be empty"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"is no regular expression ({error}): {pattern}"
+    return ""
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Returns whether ``pattern`` matches the end of a layer's path, from its beginning or a dot on: PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def describe_lora(lora: LoraConfig) -> str:
+    """Names the form of the adapter: "LoRA rank 16", or "rsLoRA with DoRA, rank 16, 2 patterns with their own"."""
+    form = ("rsLoRA" if lora.rslora else "LoRA") + (" with DoRA," if lora.dora else "")
+    own = len(lora.modules)
+    return f"{form} rank {lora.r}" + (f" (lora.modules: {own} with their own)" if own else "")

@@ -1,0 +1,142 @@
+"""Judge whether training data is likely to teach what is meant, by what became of its rows.
+
+An error is what would train a wrong mask, a warning what often is a mistake and may be meant. Each names the setting
+that accepts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from qlora_sft.config import Config
+from qlora_sft.config_data import SourceConfig, source_name
+from qlora_sft.data.causes import Told, why_little
+from qlora_sft.data.documents import sizes
+from qlora_sft.data.ledger import FEW, SourceLedger
+from qlora_sft.data.prepare import Prepared
+from qlora_sft.data.sequences import Packed
+from qlora_sft.data.sources import Source
+from qlora_sft.errors import DataError
+from qlora_sft.say import Say
+
+LEAST, LITTLE, MOST = 0.05, 0.2, 0.95
+"""Shares of supervised tokens in conversations: less than the first and more than the last are errors."""
+_MANY_SHORT = 0.2
+_SPREAD = 10
+_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Holds one thing that the data is judged by."""
+
+    level: Literal["error", "warning"]
+    kind: Literal["supervised share", "short answers", "answers without end", "duplicates", "steps"]
+    source: str | None
+    """None if it is said of the whole run."""
+    text: str
+
+
+def judge(config: Config, sources: Sequence[Source], train: Prepared, packed: Packed) -> list[Finding]:
+    """Returns what is found in the training data, the errors first."""
+    found: list[Finding] = []
+    for source in sources:
+        ledger, key = train.ledger[source.name], _key(config, source.settings)
+        found += _of_share(source, ledger, key)
+        found += _of_answers(config, source.name, ledger)
+        if ledger.also_in:
+            found.append(_duplicates(source.name, ledger, len(train.documents[source.name])))
+    supervised = sizes(train.all_documents).supervised
+    found += _of_steps(config, [sum(supervised[index] for index in each) for each in packed.sequences])
+    return sorted(found, key=lambda finding: finding.level != "error")
+
+
+def tell_findings(found: list[Finding], say: Say) -> None:
+    """Says the warnings. Raises one `DataError` with all errors if there are any."""
+    errors = [finding.text for finding in found if finding.level == "error"]
+    for finding in found:
+        if finding.level == "warning":
+            say(f"warning: {finding.text}")
+    if errors:
+        raise DataError("\n".join(errors))
+
+
+def _key(config: Config, settings: SourceConfig) -> str:
+    for number, each in enumerate(config.data.train):
+        if source_name(each) == source_name(settings):
+            return f"data.train.{number}"
+    return "data.replay"
+
+
+def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Finding]:
+    """Judges the share of supervised tokens of a source that has prompts.
+
+    Plain text and ``supervise: all`` have none that is masked. Reasoning is long beside any question, so rows that have
+    it are not judged for too much.
+    """
+    share = ledger.share_of_rows
+    if ledger.whole or source.settings.allow_share:
+        return
+    of_all = f"{ledger.supervised:,} of {ledger.tokens - ledger.repeated:,} tokens ({share:.1%})"
+    accept = f"If it is meant so, set {key}.allow_share=true"
+    if share < LITTLE:
+        why = why_little(Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise))
+        text = f"{source.path}: {source.name}: little is supervised, {of_all}, likely because of {why}. {accept}"
+        yield Finding("error" if share < LEAST else "warning", "supervised share", source.name, text)
+    if share > MOST and 2 * ledger.thinking < ledger.kept:
+        yield Finding(
+            "error", "supervised share", source.name,
+            f"{source.path}: {source.name}: hardly anything is masked, {of_all} are supervised: are the prompts part "
+            f"of the answers? Look at it with `qlora-sft preview`. {accept}",
+        )  # fmt: skip
+
+
+def _of_answers(config: Config, name: str, ledger: SourceLedger) -> Iterator[Finding]:
+    few = ledger.short_answers
+    if config.data.min_answer_tokens is None and few and few >= _MANY_SHORT * ledger.answers:
+        yield Finding(
+            "warning", "short answers", name,
+            f"{name}: {few:,} of {ledger.answers:,} answers have fewer than {FEW} tokens, which carry little signal. "
+            f"Let the answers give reasons, set data.min_answer_tokens={FEW} to drop such rows, or 1 to accept them",
+        )  # fmt: skip
+    if cut := ledger.unended.rows:
+        yield Finding(
+            "warning", "answers without end", name,
+            f"{name}: the last answer of {cut:,} of {ledger.kept:,} rows is cut, so the model learns answers that do "
+            f"not end: {ledger.unended.shown}. Raise data.max_length (now {config.data.max_length:,}), or set "
+            "data.overlong=drop or truncate_left_turns",
+        )  # fmt: skip
+
+
+def _duplicates(name: str, ledger: SourceLedger, documents: int) -> Finding:
+    where = ", ".join(f"{count:,} in {other}" for other, count in ledger.also_in.items())
+    text = (
+        f"{name}: {sum(ledger.also_in.values()):,} of {documents:,} documents are in other sources as well ({where}), "
+        "and so are trained on more often. Set data.deduplicate=exact; to repeat on purpose, use repeat of one source"
+    )
+    return Finding("warning", "duplicates", name, text)
+
+
+def _of_steps(config: Config, supervised: list[int]) -> Iterator[Finding]:
+    """Judges how evenly the supervised tokens are spread over the optimizer steps. supervised: of every sequence.
+
+    Every step moves the weights about as far, so a token counts the more the fewer stand beside it. A tenth of the
+    steps at either end is left out, and at least the smallest: the last sequence of an epoch is rarely full.
+    """
+    t = config.training
+    size = t.batch_size * t.gradient_accumulation
+    steps = sorted(sum(supervised[start : start + size]) for start in range(0, len(supervised), size))
+    tenth = len(steps) // 10
+    steps = steps[max(1, tenth) : len(steps) - tenth]
+    if len(steps) < 2 or steps[-1] < _SPREAD * steps[0]:
+        return
+    cures = ["data.packing=bfd"] if config.data.packing == "none" else []
+    cures.append(f"training.gradient_accumulation={4 * t.gradient_accumulation}")
+    yield Finding(
+        "warning", "steps", None,
+        f"the optimizer steps have from {steps[0]:,} to {steps[-1]:,} supervised tokens (a tenth of them at either end "
+        f"left out), and all weigh the same. Steps are more even with {' or '.join(cures)}",
+    )  # fmt: skip

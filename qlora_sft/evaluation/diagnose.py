@@ -1,0 +1,115 @@
+"""Concludes from all tasks together what a training has done to the model, and names the cures.
+
+The signs, each with its base beside it: questions that are answered worse, and whether examples or other words bring
+the answers back; plain texts that are read worse; harmless questions that are refused; answers that are much longer, or
+go in circles, or do not end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora_sft.config import TaskConfig
+from qlora_sft.evaluation.compare import TaskReport, main_metric
+from qlora_sft.evaluation.diagnosis import Diagnosis, Verdict
+from qlora_sft.evaluation.examples import PHRASINGS, rephrased, with_examples
+from qlora_sft.evaluation.item import Item
+from qlora_sft.evaluation.tasks import Task
+
+# Examples before each question when the same is asked once more.
+SHOTS = 4
+
+CURES = {
+    "idle adapter": "it changes nothing: was it trained (training.learning_rate, steps), and is it the right one?",
+    "forgetting": "mix replay of such data in (data.replay), lower training.learning_rate, or train fewer steps",
+    "refusals": "mix in harmless questions with answers, and look for refusals among the training rows (preview)",
+    "alignment tax": "the ability is there: add a few rows that answer such questions in the wanted form",
+    "worse": "ask with --samples 8 or --diagnose, which tells forgetting from alignment tax",
+}
+
+
+def in_other_ways(tasks: Sequence[Task], seed: int) -> list[Task]:
+    """Returns tasks that ask the same once more: behind examples, and in other words.
+
+    Plain texts are only read, and harmless questions have no answers to show.
+    """
+    more = []
+    for task in tasks:
+        settings = task.settings
+        if task.form == "loss" or settings.shots or settings.phrasing != "plain":
+            continue
+        if task.form not in ("code", "refusal") and len(task.items) > SHOTS:
+            items = with_examples(task.items, SHOTS, task.form, seed)
+            more.append(_again(task, f"{SHOTS}-shot", items, replace(settings, shots=SHOTS)))
+        for phrasing in PHRASINGS if task.form != "code" else ():
+            items = [rephrased(item, phrasing) for item in task.items]
+            more.append(_again(task, phrasing, items, replace(settings, phrasing=phrasing)))
+    return more
+
+
+def _again(task: Task, how: str, items: list[Item], settings: TaskConfig) -> Task:
+    return Task(f"{task.name}-{how}", task.form, items, settings, asks_again=task.name)
+
+
+def diagnosed(reports: Sequence[TaskReport]) -> Diagnosis | None:
+    """Concludes from the reports of all tasks. Returns None where no base was asked: there is nothing to compare."""
+    compared = [report for report in reports if report.change is not None]
+    if not compared:
+        return None
+    if all(not any(c.difference or any(c.interval) for c in (report.change or {}).values()) for report in compared):
+        sign = f"not one of {sum(report.items for report in compared):,} answers and readings differs from the base's"
+        return Diagnosis(verdict="idle adapter", signs=[sign], cure=CURES["idle adapter"])
+    found: list[tuple[Verdict, str]] = []
+    for report in compared:
+        if report.asks_again is None:
+            again = [other for other in compared if other.asks_again == report.name]
+            verdict, reason = explained(report, again)
+            if verdict != "no difference shown":
+                found.append((verdict, f"{report.name}: {verdict}" + (f", {reason}" if reason else "")))
+    order: tuple[Verdict, ...] = ("forgetting", "refusals", "alignment tax", "worse", "better")
+    verdict = next((each for each in order if any(each == kind for kind, _ in found)), "no difference shown")
+    return Diagnosis(verdict=verdict, signs=[sign for _, sign in found], cure=CURES.get(verdict))
+
+
+def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict, str]:
+    """Returns the verdict on one task with its reason, given what became of it when it was asked in other ways.
+
+    A loss that examples or other words undo is one of form: what the model can do is still there.
+    """
+    verdict: Verdict = "no difference shown"
+    for known in ("forgetting", "alignment tax", "worse", "better"):
+        if report.verdict == known:
+            verdict = known  # type: ignore[assignment]
+    if report.form == "refusal":
+        return ("refusals" if verdict == "worse" else verdict), _moved(report)
+    if report.form == "loss":
+        return ("forgetting" if verdict == "worse" else verdict), _moved(report)
+    if verdict not in ("forgetting", "worse") or not again:
+        return verdict, f"{report.reason}; {_moved(report)}" if report.reason else _moved(report)
+    recovered = [other for other in again if other.verdict in ("no difference shown", "better")]
+    named = ", ".join(_way(other) for other in recovered)
+    if recovered:
+        return "alignment tax", f"{_moved(report)}, but it does as well as its base {named}"
+    return "forgetting", f"{_moved(report)}, and {', '.join(_way(other) for other in again)} as well"
+
+
+def _way(report: TaskReport) -> str:
+    """Says in which other way a task was asked, and what came of it."""
+    how = f"with {report.shots} examples" if report.shots else f"in other words ({report.phrasing})"
+    return f"{how} ({_moved(report)})"
+
+
+def _moved(report: TaskReport) -> str:
+    """Returns the main metric of base and tuned model."""
+    metric = main_metric(report.form)
+    base, tuned = (report.base or {})[metric], report.tuned[metric]
+    if metric == "loss":
+        return f"loss {base:.3f} to {tuned:.3f}"
+    return f"{metric} {base:.1%} to {tuned:.1%}"
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """Formats a diagnosis for a terminal."""
+    lines = [f"verdict: {diagnosis.verdict}", *(f"  {sign}" for sign in diagnosis.signs)]
+    return "\n".join([*lines, f"  what helps: {diagnosis.cure}"] if diagnosis.cure else lines)

@@ -1,0 +1,56 @@
+"""Writes the right answers of an evaluation as training rows.
+
+This is rejection sampling: Yuan et al. 2023, arXiv:2308.01825.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_sft.atomic import written_file
+from qlora_sft.errors import ConfigError
+from qlora_sft.evaluation.compare import EvaluationReport, TaskReport
+from qlora_sft.json_types import JsonObject
+
+GRADED = ("number", "exact", "code")
+
+
+def check_target(file: Path) -> None:
+    """Raises `ConfigError` if rows cannot be written to ``file``: before an hour of answers, not after it."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise ConfigError(f"--keep-right: {file} cannot be written; name a file in a folder that is there")
+
+
+def keep_right(report: EvaluationReport, file: Path) -> tuple[int, int]:
+    """Writes every different right answer of the tuned model behind its question, and returns (rows, questions asked).
+
+    Answers of multiple choice, readings and tasks that ask the same again give no rows.
+    """
+    rows: list[JsonObject] = []
+    asked = 0
+    for task in report.tasks:
+        if task.form in GRADED and task.asks_again is None:
+            asked += task.items
+            rows += right_answers(task)
+    with written_file(file) as beside:
+        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows), asked
+
+
+def right_answers(task: TaskReport) -> Iterator[JsonObject]:
+    """Yields a training row for each right answer of a task, in the order of its questions; equal answers once."""
+    assert task.answers is not None
+    with Path(task.answers).open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            asked = row["conversation"]
+            # What the template wrote at the end of the prompt belongs to the answer, whose thought begins there.
+            opener = "<think>" if row.get("in_thought") else ""
+            for text in dict.fromkeys(answer["text"] for answer in row["tuned"]["answers"] if answer["right"]):
+                messages = [*asked["messages"], {"role": "assistant", "content": opener + text}]
+                yield {
+                    **{key: asked[key] for key in ("tools", "chat_template_kwargs") if key in asked},
+                    "messages": messages,
+                }

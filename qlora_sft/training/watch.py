@@ -1,0 +1,119 @@
+"""Evaluates a model while it is trained, has the best checkpoint kept, and ends a run that gets no better."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+from qlora_sft.config import Config
+from qlora_sft.errors import RunError
+from qlora_sft.say import Say
+from qlora_sft.training.alarms import Alarms
+from qlora_sft.training.evaluations import EvaluationRow, Evaluations
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Asks the trainer to evaluate when it is time, to save what is the best so far, and to stop without patience."""
+
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        evaluations: Evaluations,
+        held_out_loss: Callable[[], dict[str, float]],
+        alarms: Alarms,
+        say: Say,
+        ask_tasks: Callable[[], dict[str, float]] | None = None,
+    ):
+        """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model.
+
+        ask_tasks: asks the model questions and returns a figure for every task.
+        """
+        self.evaluations, self.held_out_loss, self.alarms, self.say = evaluations, held_out_loss, alarms, say
+        self.steps, self.ask_tasks = steps, ask_tasks
+        self.every, self.tasks_every = config.evaluation.every_steps, config.evaluation.tasks_every_steps
+        self.patience = config.training.patience
+        self.keeps_best = keeps_best(config)
+        self.saves = bool(config.training.save_steps)
+        for number in range(len(evaluations.rows)):
+            alarms.evaluated(evaluations.rows[: number + 1], self.keeps_best, quiet=True)
+
+    @property
+    def best_step(self) -> int | None:
+        """Returns the step whose checkpoint is to stay; None if none is better than another."""
+        best = self.evaluations.best
+        return best.step if best and self.keeps_best else None
+
+    @property
+    def out_of_patience(self) -> str | None:
+        """Returns why the run ends here, or None if it does not."""
+        if not self.patience or self.evaluations.since_best < self.patience:
+            return None
+        best = self.evaluations.best
+        since = f"since step {best.step}" if best else "at all"
+        return (
+            f"the held-out loss has not fallen {since}, in {self.evaluations.since_best} evaluations "
+            f"(training.patience={self.patience})"
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Asks for an evaluation if it is time. The trainer makes it after the step was logged and before a checkpoint,
+        so a checkpoint always comes after the evaluation of its step."""
+        if self._due(self.every, state.global_step) or self._due(self.tasks_every, state.global_step):
+            control.should_evaluate = True
+
+    def _due(self, every: int | None, step: int) -> bool:
+        """Says whether what is done so often is to be done after ``step``."""
+        return every is not None and (step % every == 0 or step == self.steps)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Evaluates the model as it is after ``step``, writes the result down, prints it, and returns it by name."""
+        started = time.perf_counter()
+        try:
+            losses = self.held_out_loss() if self._due(self.every, step) else {}
+            tasks = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
+        except (torch.OutOfMemoryError, RunError):
+            torch.cuda.empty_cache()
+            self.say(f"step {step}: not evaluated, because the GPU is full; training goes on")
+            return {}
+        row = self.evaluations.add(step, losses, time.perf_counter() - started, tasks)
+        self.say(f"step {step}: {described(row)}")
+        self.alarms.evaluated(self.evaluations.rows, self.keeps_best)
+        named = {f"eval_held_out/{name}": loss for name, loss in losses.items()}
+        named |= {f"eval_tasks/{name}": figure for name, figure in (tasks or {}).items()}
+        return {"eval_loss": math.nan if row.mean is None else row.mean, **named} if losses else named
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Asks for a checkpoint of what is the best so far, and for an end when patience has run out."""
+        if self.best_step == state.global_step:
+            control.should_save = True
+        if (why := self.out_of_patience) and state.global_step < self.steps:
+            self.say(f"stopping after step {state.global_step}: {why}")
+            control.should_training_stop = True
+            control.should_save = control.should_save or self.saves
+
+
+def keeps_best(config: Config) -> bool:
+    """Says whether the adapter of the best step is kept, and not that of the last."""
+    keep = config.training.keep
+    return keep == "best" or (keep == "auto" and config.evaluation.every_steps is not None)
+
+
+def described(row: EvaluationRow) -> str:
+    """Returns the figures of an evaluation as text."""
+    losses = [f"{name} {loss:.3f}" if loss is not None else f"{name} not finite" for name, loss in row.held_out.items()]
+    mean = f", mean {row.mean:.3f}" if row.mean is not None and len(losses) > 1 else ""
+    parts = (
+        ["held-out loss " + ", ".join(losses) + mean + (" (the lowest so far)" if row.best else "")] if losses else []
+    )
+    if row.tasks:
+        parts.append("tasks " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.tasks.items()))
+    return "; ".join(parts)
