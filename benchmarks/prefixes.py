@@ -36,6 +36,7 @@ from qlora_sft.model.setup import prepare_model
 from qlora_sft.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results" / "prefixes.jsonl"
+CASES = ("demo tools", "tool calls, every turn", "GSM8K")
 TURNS, TURN = 8, 256
 """A random conversation has so many turns of so many tokens, of which an answer takes the second half."""
 
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=memory.SHAPES, help="random model and rows in place of real ones")
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the rows that are measured")
+    parser.add_argument("--capacity", type=int, default=2048, help="tokens of a packed sequence of real rows")
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -65,8 +68,8 @@ def real_rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
         "tool calls, every turn": [f"path: {args.data / 'glaive_toolcall_en_demo.json'}", "supervise: turns"],
         "GSM8K": [f"path: {args.data / 'gsm8k_train.jsonl'}", "columns: {prompt: question, completion: answer}"],
     }
-    for name, source in cases.items():
-        config = configured(folder, source)
+    for name in args.only:
+        config = configured(folder, cases[name], args.capacity)
         data = prepare(config, print)
         dtype, _ = compute_dtype(config.model.dtype)
         model = prepare_model(config, data.base, dtype, "transformers", config.data.max_length, print)
@@ -78,12 +81,12 @@ def real_rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
         chosen = up_to(args.tokens, data.documents, data.sequences)
         share = PackedCollator(data.documents, data.packed.shares_prefixes)
         for row in measure(model, dtype, data.documents, chosen, share, config.data.max_length, args.repeats):
-            yield {"case": name, **row}
+            yield {"case": name, "capacity": config.data.max_length, **row}
 
 
-def configured(folder: Path, source: list[str]) -> Config:
+def configured(folder: Path, source: list[str], capacity: int) -> Config:
     recipe = folder / "recipe.yaml"
-    lines = ["model: {path: demo, chat_template: chatml-think}", "data:", "  max_length: 2048", "  train:"]
+    lines = ["model: {path: demo, chat_template: chatml-think}", "data:", f"  max_length: {capacity}", "  train:"]
     lines += ["    - " + source[0], *("      " + line for line in source[1:]), f"output: {folder / 'run'}"]
     recipe.write_text("\n".join(lines))
     return load_config(str(recipe))

