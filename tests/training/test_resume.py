@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests_support import SHORT, result
+from transformers import Trainer
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted
@@ -207,6 +208,22 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
 def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
     with pytest.raises(ConfigError, match="holds a finished run"):
         train(make_config(*SHORT), resume=True, say=lambda _: None)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_rows_of_new_tokens(make_config: Any, tmp_path: Path) -> None:
+    """Its optimizer had them in one group with the adapters, and so decayed them; a new run does not."""
+    settings = [*SHORT, "model.new_tokens=[<|one|>,<|two|>]", "training.weight_decay=0.5"]
+    earlier, stopped, new = (make_config(*settings, f"output={tmp_path / name}") for name in ("a", "b", "c"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedSFTTrainer, "create_optimizer", Trainer.create_optimizer)
+        train(earlier, say=lambda _: None)
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(stopped, say=lambda _: None)
+    train(stopped, resume=True, say=lambda _: None)
+    assert result(tmp_path / "b") == result(tmp_path / "a")
+    train(new, say=lambda _: None)
+    assert result(tmp_path / "c")[0] != result(tmp_path / "a")[0]
 
 
 UNDER_UNSLOTH = """
