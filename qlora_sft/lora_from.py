@@ -85,6 +85,8 @@ def fill_from_adapter(lora: object) -> None:
         value = setting_of_adapter(settings, key)
         if key not in lora and value is not None:
             lora[key] = value
+    if begun_as(folder) == "loftq":
+        lora.setdefault("init", "loftq")
     # The names of layers beside the experts may be those of stacks as well.
     parameters = _texts(settings.get("target_parameters"))
     if parameters and all(path.endswith(".weight") for path in parameters):
@@ -103,6 +105,15 @@ def base_of_adapter(folder: Path) -> str | None:
             if found:
                 return str(found)
     return None
+
+
+def begun_as(folder: Path) -> str | None:
+    """Returns how the adapter began (``lora.init``), if a finished run is around it: one that began by LoftQ holds what
+    NF4 has lost of its base for ever. Raises `ConfigError` as `base_of_adapter` does.
+    """
+    file = folder.parent / "manifest.json"
+    lora = _part(file, "config").get("lora") if file.is_file() else None
+    return str(lora.get("init", "default")) if isinstance(lora, dict) else None
 
 
 def _part(file: Path, section: str) -> JsonObject:

@@ -35,7 +35,7 @@ FREE = (
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
 # What a run takes from the adapter of lora.from.
-TAKEN = tuple(f"lora.{key}" for key in KEYS)
+TAKEN = tuple(f"lora.{key}" for key in (*KEYS, "init"))
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
