@@ -31,6 +31,8 @@ FREE = (
     "output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "training.keep",
     "training.patience", "training.report_to", "model.revision",
 )  # fmt: skip
+# Of a source what only accepts it as it is: the judgement of the data may be another version's.
+ACCEPTS = ".allow_share"
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
@@ -168,11 +170,14 @@ def _lost_adapter(config: Config) -> bool:
 
 def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, object, object]]:
     """Yields (dotted key, old value, new value) wherever two configurations would not train the same model."""
-    if key in FREE:
+    if key in FREE or key.endswith(ACCEPTS):
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in {**old, **new}:
             yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif key == "data.train" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, now) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, now, f"{key}.{number}")
     elif old != new:
         yield key, old, new
 
