@@ -16,6 +16,8 @@ KEYS = {
 # How PEFT is told a regular expression for the ends of the paths of layers: behind these two texts, in parentheses.
 PATTERN_BEGINS = "(?="
 PATTERN_GOES_ON = r"(.*\.)?("
+# What is around a pattern of ranks and alphas that holds for a layer and for its weight, named as a parameter.
+LAYER_BEGINS, OR_WEIGHT = "(?:", r"(\.weight)?"
 
 
 def adapter_folder(path: str) -> Path | None:
@@ -66,8 +68,22 @@ def _own_shapes(settings: JsonObject) -> list[JsonObject]:
     ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     assert isinstance(ranks, dict)
     assert isinstance(alphas, dict)
-    own = [{"match": match, "r": ranks.get(match), "alpha": alphas.get(match)} for match in sorted({*ranks, *alphas})]
+    own: list[JsonObject] = [
+        {"match": _of_layer(match), "r": ranks.get(match), "alpha": alphas.get(match)}
+        for match in sorted({*ranks, *alphas})
+    ]
     return [{key: value for key, value in each.items() if value is not None} for each in own]
+
+
+def with_weight(pattern: str) -> str:
+    """Returns a pattern for what ``pattern`` matches and for the weights of it."""
+    return f"{LAYER_BEGINS}{pattern}){OR_WEIGHT}"
+
+
+def _of_layer(pattern: str) -> str:
+    """Returns the pattern that `with_weight` was given; any other as it is."""
+    ours = pattern.startswith(LAYER_BEGINS) and pattern.endswith(f"){OR_WEIGHT}")
+    return pattern.removeprefix(LAYER_BEGINS).removesuffix(f"){OR_WEIGHT}") if ours else pattern
 
 
 def fill_from_adapter(lora: object) -> None:
