@@ -5,6 +5,7 @@ Every problem is reported at once, each with its file, its key and the nearest v
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,13 @@ class TrainingConfig:
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
     """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
     TensorBoard's files are in the run folder; the others write where their own settings say."""
+
+    def accumulated(self, tokens: typing.Sequence[int]) -> int:
+        """Returns the micro-batches per optimizer step. tokens: those that are computed for each packed sequence."""
+        if self.tokens_per_step is None:
+            return self.gradient_accumulation
+        batches = max(1, math.ceil(len(tokens) / self.batch_size))
+        return max(1, round(self.tokens_per_step / max(1.0, sum(tokens) / batches)))
 
 
 @dataclass(frozen=True)

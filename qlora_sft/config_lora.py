@@ -109,8 +109,11 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     odd = [rank for rank in ranks if rank % 2]
     require(lora.init != "orthogonal" or not odd, "lora.init", f"orthogonal needs even ranks, not {odd}")
     nothing_lost = model.get("load_in_4bit") is False
-    require(lora.init != "loftq" or not nothing_lost, "lora.init", "loftq has no effect without model.load_in_4bit")
-    begun = lora.from_ is not None and lora.init != "default"
+    no_effect = "loftq has no effect without model.load_in_4bit"
+    held = "loftq: the adapter of lora.from holds what NF4 has lost of its base, and needs model.load_in_4bit"
+    require(lora.init != "loftq" or not nothing_lost, "lora.init", held if lora.from_ else no_effect)
+    # An adapter that began by LoftQ stays one of NF4's values, whoever goes on from it.
+    begun = lora.from_ is not None and lora.init not in ("default", "loftq")
     require(not begun, "lora.init", "has no effect with lora.from, whose adapter is the beginning; remove it")
 
 

@@ -16,6 +16,8 @@ KEYS = {
 # How PEFT is told a regular expression for the ends of the paths of layers: behind these two texts, in parentheses.
 PATTERN_BEGINS = "(?="
 PATTERN_GOES_ON = r"(.*\.)?("
+# What is around a pattern of ranks and alphas that holds for a layer and for its weight, named as a parameter.
+LAYER_BEGINS, OR_WEIGHT = "(?:", r"(\.weight)?"
 
 
 def adapter_folder(path: str) -> Path | None:
@@ -66,8 +68,22 @@ def _own_shapes(settings: JsonObject) -> list[JsonObject]:
     ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     assert isinstance(ranks, dict)
     assert isinstance(alphas, dict)
-    own = [{"match": match, "r": ranks.get(match), "alpha": alphas.get(match)} for match in sorted({*ranks, *alphas})]
+    own: list[JsonObject] = [
+        {"match": _of_layer(match), "r": ranks.get(match), "alpha": alphas.get(match)}
+        for match in sorted({*ranks, *alphas})
+    ]
     return [{key: value for key, value in each.items() if value is not None} for each in own]
+
+
+def with_weight(pattern: str) -> str:
+    """Returns a pattern for what ``pattern`` matches and for the weights of it."""
+    return f"{LAYER_BEGINS}{pattern}){OR_WEIGHT}"
+
+
+def _of_layer(pattern: str) -> str:
+    """Returns the pattern that `with_weight` was given; any other as it is."""
+    ours = pattern.startswith(LAYER_BEGINS) and pattern.endswith(f"){OR_WEIGHT}")
+    return pattern.removeprefix(LAYER_BEGINS).removesuffix(f"){OR_WEIGHT}") if ours else pattern
 
 
 def fill_from_adapter(lora: object) -> None:
@@ -85,6 +101,8 @@ def fill_from_adapter(lora: object) -> None:
         value = setting_of_adapter(settings, key)
         if key not in lora and value is not None:
             lora[key] = value
+    if begun_as(folder) == "loftq":
+        lora.setdefault("init", "loftq")
     # The names of layers beside the experts may be those of stacks as well.
     parameters = _texts(settings.get("target_parameters"))
     if parameters and all(path.endswith(".weight") for path in parameters):
@@ -103,6 +121,15 @@ def base_of_adapter(folder: Path) -> str | None:
             if found:
                 return str(found)
     return None
+
+
+def begun_as(folder: Path) -> str | None:
+    """Returns how the adapter began (``lora.init``), if a finished run is around it: one that began by LoftQ holds what
+    NF4 has lost of its base for ever. Raises `ConfigError` as `base_of_adapter` does.
+    """
+    file = folder.parent / "manifest.json"
+    lora = _part(file, "config").get("lora") if file.is_file() else None
+    return str(lora.get("init", "default")) if isinstance(lora, dict) else None
 
 
 def _part(file: Path, section: str) -> JsonObject:

@@ -50,7 +50,7 @@ def judge(config: Config, sources: Sequence[Source], train: Prepared, packed: Pa
         if ledger.also_in:
             found.append(_duplicates(source.name, ledger, len(train.documents[source.name])))
     supervised = sizes(train.all_documents).supervised
-    found += _of_steps(config, [sum(supervised[index] for index in each) for each in packed.sequences])
+    found += _of_steps(config, [sum(supervised[index] for index in each) for each in packed.sequences], packed.tokens)
     return sorted(found, key=lambda finding: finding.level != "error")
 
 
@@ -120,21 +120,25 @@ def _duplicates(name: str, ledger: SourceLedger, documents: int) -> Finding:
     return Finding("warning", "duplicates", name, text)
 
 
-def _of_steps(config: Config, supervised: list[int]) -> Iterator[Finding]:
-    """Judges how evenly the supervised tokens are spread over the optimizer steps. supervised: of every sequence.
+def _of_steps(config: Config, supervised: list[int], tokens: list[int]) -> Iterator[Finding]:
+    """Judges how evenly the supervised tokens are spread over the optimizer steps. supervised, tokens: of every
+    sequence.
 
     Every step moves the weights about as far, so a token counts the more the fewer stand beside it. A tenth of the
     steps at either end is left out, and at least the smallest: the last sequence of an epoch is rarely full.
     """
     t = config.training
-    size = t.batch_size * t.gradient_accumulation
+    size = t.batch_size * t.accumulated(tokens)
     steps = sorted(sum(supervised[start : start + size]) for start in range(0, len(supervised), size))
     tenth = len(steps) // 10
     steps = steps[max(1, tenth) : len(steps) - tenth]
     if len(steps) < 2 or steps[-1] < _SPREAD * steps[0]:
         return
     cures = ["data.packing=bfd"] if config.data.packing == "none" else []
-    cures.append(f"training.gradient_accumulation={4 * t.gradient_accumulation}")
+    if t.tokens_per_step is None:
+        cures.append(f"training.gradient_accumulation={4 * t.gradient_accumulation}")
+    else:
+        cures.append(f"training.tokens_per_step={4 * t.tokens_per_step}")
     yield Finding(
         "warning", "steps", None,
         f"the optimizer steps have from {steps[0]:,} to {steps[-1]:,} supervised tokens (a tenth of them at either end "

@@ -14,7 +14,14 @@ from qlora_sft.config import Config
 from qlora_sft.config_lora import LoraModules
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.json_types import JsonObject
-from qlora_sft.lora_from import KEYS, adapter_folder, adapter_settings, base_of_adapter, setting_of_adapter
+from qlora_sft.lora_from import (
+    KEYS,
+    adapter_folder,
+    adapter_settings,
+    base_of_adapter,
+    begun_as,
+    setting_of_adapter,
+)
 from qlora_sft.model.base import base_of
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.peft_targets import as_named
@@ -41,7 +48,7 @@ def check_adapter(config: Config, base: str) -> None:
     if folder is None:
         raise ConfigError(f"lora.from: {path}: neither a run with an adapter nor an adapter (no adapter_config.json)")
     settings = adapter_settings(folder)
-    problems = _of_form(settings) or [*_of_settings(config, settings), *_of_rows(config, base, folder)]
+    problems = _of_form(settings) or [*_of_settings(config, folder, settings), *_of_rows(config, base, folder)]
     trained, found = base_of_adapter(folder), fingerprint(base)
     if trained and found and trained != found:
         problems.append(f"was trained on other weights than those of {config.model.path}; name its base as model.path")
@@ -57,7 +64,7 @@ def _of_form(settings: JsonObject) -> list[str]:
     return [f"has {', '.join(used)}, with which this program does not train"] if used else []
 
 
-def _of_settings(config: Config, settings: JsonObject) -> list[str]:
+def _of_settings(config: Config, folder: Path, settings: JsonObject) -> list[str]:
     """Returns what is given beside ``from`` and is another. ``all-linear`` is compared when the model is there."""
     found = []
     for ours in KEYS:
@@ -68,6 +75,9 @@ def _of_settings(config: Config, settings: JsonObject) -> list[str]:
             given = sorted(given) if isinstance(given, list) else given
         if given != value and given != "all-linear":
             found.append(f"has {ours} {value}, and lora.{ours} is {given}; leave lora.{ours} out")
+    begun, given = begun_as(folder), config.lora.init
+    if begun and (begun == "loftq") != (given == "loftq"):
+        found.append(f"began as {begun}, and lora.init is {given}; leave lora.init out")
     return found
 
 

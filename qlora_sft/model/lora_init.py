@@ -6,6 +6,7 @@ of these beginnings take the base's type, which for NF4 is bytes, or need a GPU;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def check_shapes(model: CausalModel, lora: LoraConfig) -> None:
     """
     for path, layer in adapted_layers(model):
         rank, alpha = shape_of(path, lora)
-        wanted = (rank, alpha / (rank**0.5 if lora.rslora else rank), lora.dora)
+        wanted = (rank, alpha / (math.sqrt(rank) if lora.rslora else rank), lora.dora)
         found = (
             len(layer.lora_A["default"].weight),
             layer.scaling["default"],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qlora_sft.lora_from import with_weight
 from qlora_sft.model.base import base_of
 from qlora_sft.model.experts import decoder, stacks, within_block
 from qlora_sft.model.linears import layers_prefix
@@ -71,6 +72,11 @@ def write_portable_targets(model: CausalModel, folder: Path) -> None:
     kept = {named[path] if full else _last(path) for path in layers if _last(path) not in MOVED}
     config["target_modules"] = sorted(kept)
     config["target_parameters"] = sorted({*(config["target_parameters"] or ()), *weights})
+    if weights:
+        # PEFT looks for ranks and alphas by the names of the weights then, and knows no dropout, which is training's.
+        for key in ("rank_pattern", "alpha_pattern"):
+            config[key] = {with_weight(match): value for match, value in config[key].items()}
+        config["lora_dropout"] = 0.0
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.data.sequences import segment_lengths
 from qlora_sft.plan.report import DataPlan
 from qlora_sft.run_data import RunData
+from qlora_sft.training.schedule import schedule_of
 from qlora_sft.training.steps import count_steps, settle_accumulation
 
 
@@ -33,12 +34,14 @@ class Workload:
 
 
 def workload_of(data: RunData, config: Config) -> Workload:
-    """Counts what the run that begins with ``data`` will compute."""
+    """Counts what the run that begins with ``data`` will compute. Raises `ConfigError` where its schedule does not go
+    with its number of steps, as training does."""
     config, _ = settle_accumulation(config, data.packed.tokens)
     of_each = sizes(data.documents)
     lengths = of_each.tokens
     t = config.training
     steps = count_steps(len(data.sequences), config)
+    schedule_of(t, steps)
     trained = data.sequences[: steps * t.batch_size * t.gradient_accumulation]
     if data.packed.shares_prefixes:
         attended, per_batch = segment_lengths(data.documents, trained, t.batch_size), 1

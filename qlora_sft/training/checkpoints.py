@@ -31,11 +31,13 @@ FREE = (
     "output", "evaluation", "memory", "training.save_steps", "training.save_total_limit", "training.keep",
     "training.patience", "training.report_to", "model.revision",
 )  # fmt: skip
+# Of a source what only accepts it as it is: the judgement of the data may be another version's.
+ACCEPTS = ".allow_share"
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
 # What a run takes from the adapter of lora.from.
-TAKEN = tuple(f"lora.{key}" for key in KEYS)
+TAKEN = tuple(f"lora.{key}" for key in (*KEYS, "init"))
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
 CURES = {
     "data_sha256": "the training data, or how it is rendered and packed, is not what this run began with; restore it",
@@ -168,11 +170,14 @@ def _lost_adapter(config: Config) -> bool:
 
 def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, object, object]]:
     """Yields (dotted key, old value, new value) wherever two configurations would not train the same model."""
-    if key in FREE:
+    if key in FREE or key.endswith(ACCEPTS):
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in {**old, **new}:
             yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif key == "data.train" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, now) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, now, f"{key}.{number}")
     elif old != new:
         yield key, old, new
 

@@ -24,6 +24,7 @@ from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
 from qlora_sft.training.display import Display
 from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.groups import may_decay_rows
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
 from qlora_sft.training.losses import summarize_losses
@@ -179,6 +180,7 @@ def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
     if checkpoint and trainer.watch and trainer.watch.out_of_patience:  # it was killed behind its last step
         trainer.load_adapter(checkpoint)
         return step_of(checkpoint)
+    trainer.rows_decay = checkpoint is not None and may_decay_rows(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     done: int = trainer.state.global_step
     return done

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
 from torch.nn import Parameter
 
 from qlora_sft.config import Config
@@ -22,12 +24,14 @@ class Group(TypedDict):
     weight_decay: float
 
 
-def parameter_groups(model: CausalModel, config: Config) -> list[Group]:
+def parameter_groups(model: CausalModel, config: Config, rows_decay: bool = False) -> list[Group]:
     """Returns the groups of everything in ``model`` that is trained; the first has the learning rate of the run.
 
     The factors of adapters decay. Magnitudes and rows of new tokens do not: towards zero is no shorter way to the base
     for them. Factors B have a rate of their own with ``lora.plus_ratio``, and new tokens with
     ``training.new_tokens_rate``.
+
+    rows_decay: whether rows of new tokens are with the factors, as a run of an earlier version has them that goes on.
     """
     t, ratio = config.training, config.lora.plus_ratio
     factors, others, second, rows = (Group(params=[], lr=t.learning_rate, weight_decay=0.0) for _ in range(4))
@@ -37,7 +41,9 @@ def parameter_groups(model: CausalModel, config: Config) -> list[Group]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if NEW_ROWS in name:
+        if NEW_ROWS in name and rows_decay:
+            group = factors
+        elif NEW_ROWS in name:
             group = rows if t.new_tokens_rate is not None else others
         elif ".lora_B." in name:
             group = second if ratio is not None else factors
@@ -46,6 +52,13 @@ def parameter_groups(model: CausalModel, config: Config) -> list[Group]:
         group["params"].append(parameter)
     # The first two are there in any case, as in the checkpoints of runs without rates of their own.
     return [factors, others, *(group for group in (second, rows) if group["params"])]
+
+
+def may_decay_rows(checkpoint: Path) -> bool:
+    """Says whether ``checkpoint`` has all that is trained in one group, rows of new tokens with the factors if there
+    are some: earlier versions had no other group for them."""
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    return [bool(group["params"]) for group in saved] == [True, False]
 
 
 def describe_rates(groups: list[Group], config: Config) -> str:

@@ -97,7 +97,7 @@ def run_recipe(
             keep_baseline(run, before, asked)
     say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
-    keep_trained_on(run, config, data, counted)
+    keep_trained_on(run, settled, data, counted)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)

@@ -18,7 +18,7 @@ def settle_accumulation(config: Config, tokens: Sequence[int]) -> tuple[Config, 
     if t.tokens_per_step is None:
         return config, ""
     of_batch = sum(tokens) / max(1, math.ceil(len(tokens) / t.batch_size))
-    accumulation = max(1, round(t.tokens_per_step / max(1.0, of_batch)))
+    accumulation = t.accumulated(tokens)
     told = (
         f"accumulation: {accumulation} micro-batches of {of_batch:,.0f} tokens on average, the nearest to "
         f"training.tokens_per_step={t.tokens_per_step:,}"

@@ -28,7 +28,7 @@ MOST_SOURCES, CHARACTERS, STRETCHES = 30, 1500, 60
 
 
 def keep_trained_on(run: Path, config: Config, data: RunData, sizes: Sizes) -> None:
-    """Writes ``trained_on.json``. sizes: those of the training documents."""
+    """Writes ``trained_on.json``. config: with the accumulation settled; sizes: those of the training documents."""
     steps = count_steps(len(data.sequences), config)
     sequences = data.sequences[: steps * config.training.batch_size * config.training.gradient_accumulation]
     shown = list(_first_of_each(sequences, sizes))[:MOST_SOURCES]

@@ -149,6 +149,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.totals = StepTotals()
         self.figures: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         """Adds what was measured of a step to what the trainer logs of it."""
+        self.rows_decay = False
+        """Whether rows of new tokens decay with the factors, as in a run of an earlier version that goes on."""
         self.watch: Watch | None = None
         """What evaluates while training; it is set where something does."""
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
@@ -170,7 +172,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if self.optimizer is not None:
             return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        groups = parameter_groups(self.model, self.config)
+        groups = parameter_groups(self.model, self.config, self.rows_decay)
         if rates := describe_rates(groups, self.config):
             self.say(f"learning rates: {self.args.learning_rate:g}; {rates}")
         created: Optimizer = kind(groups, **options)

@@ -246,6 +246,11 @@ def test_steps_with_a_tenfold_spread(tmp_path: Path, tokenizer: Any, long: int, 
         assert packed == []
         accumulated = config_of(tmp_path, {"a": rows}, "data.packing=none", "training.gradient_accumulation=8")
         assert found(accumulated, tokenizer) == []
+        # Tokens per step are what the accumulation follows from, and then the cure as well.
+        by_tokens = config_of(tmp_path, {"a": rows}, "data.packing=none", "training.tokens_per_step=4000")
+        assert found(by_tokens, tokenizer) == []
+        (few,) = found(config_of(tmp_path, {"a": rows}, "data.packing=none", "training.tokens_per_step=9"), tokenizer)
+        assert "data.packing=bfd or training.tokens_per_step=36" in few.text
 
 
 # ------------------------------------------------------------------ in every verb

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_sft.config import LoraConfig
+from qlora_sft.config_lora import LoraModules
 from qlora_sft.export.logits import expand_4bit
+from qlora_sft.lora_from import adapter_settings, setting_of_adapter
 from qlora_sft.model import experts_load
 from qlora_sft.model.experts import out_of_reach, stack_shape, stacks, target_parameters, weight_of
 from qlora_sft.model.experts_lora import ExpertsLora, use_experts_lora
-from qlora_sft.model.linears import target_modules
+from qlora_sft.model.linears import peft_settings
 from qlora_sft.model.load import disable_inference_repacking, load_base, quantized_modules, with_adapter
 from qlora_sft.model.peft_targets import as_named, write_portable_targets
 
@@ -34,13 +36,13 @@ def in_nf4(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def adapted(base: Any, experts: bool = True) -> Any:
+def adapted(base: Any, experts: bool = True, **more: Any) -> Any:
     """With adapters whose B is not zero, the same for every base of one shape."""
     base.requires_grad_(False)
-    lora = LoraConfig(r=4, alpha=8, experts="train" if experts else "frozen")
-    targets = {"target_modules": target_modules(base, lora), "target_parameters": target_parameters(base, lora) or None}
+    lora = LoraConfig(r=4, alpha=8, experts="train" if experts else "frozen", **more)
+    parameters = target_parameters(base, lora) or None
     with as_named(base):
-        model = get_peft_model(base, PeftLoraConfig(r=4, lora_alpha=8, **targets))
+        model = get_peft_model(base, PeftLoraConfig(**peft_settings(base, lora), target_parameters=parameters))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -205,3 +207,19 @@ def test_the_saved_adapter_is_pefts_own(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
         with ours.disable_adapter():
             torch.testing.assert_close(ours(IDS).logits, expanded(tmp_path / "base")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_peft_finds_the_rank_and_the_alpha_of_every_layer_beside_the_experts(tmp_path: Path) -> None:
+    """Shared experts are named as parameters, whose names end otherwise than those of layers."""
+    write_base(tmp_path / "base", "deepseek_v3")
+    modules = [LoraModules("shared_experts.*", alpha=64), LoraModules(r"layers\.0\..*(up|o)_proj", r=2)]
+    ours = adapted(in_nf4(tmp_path / "base"), experts=False, modules=modules, dropout=0.1).eval()
+    ours.save_pretrained(tmp_path / "adapter")
+    write_portable_targets(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(expanded(tmp_path / "base"), str(tmp_path / "adapter")).eval()
+    again = with_adapter(in_nf4(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        for each in (theirs, again):
+            torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)
+    read = setting_of_adapter(adapter_settings(tmp_path / "adapter"), "modules")
+    assert read == [{"match": r"layers\.0\..*(up|o)_proj", "r": 2}, {"match": "shared_experts.*", "alpha": 64}]

@@ -138,6 +138,11 @@ def test_a_setting_that_a_library_passes_over_is_noticed(base: Path) -> None:
         check_shapes(model, config.lora)
 
 
+def test_the_root_of_a_rank_is_the_one_that_peft_takes(base: Path) -> None:
+    """A power of 0.5 is another number for this rank."""
+    adapted(base, "lora.rslora=true", "lora.r=2921", "lora.target_modules=[k_proj]")
+
+
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [

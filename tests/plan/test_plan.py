@@ -10,6 +10,7 @@ from conftest import MakeConfig
 from tests_support import bare_base
 
 from qlora_sft.cli import main
+from qlora_sft.errors import ConfigError
 from qlora_sft.plan import needs, timing
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import read_blueprint
@@ -45,6 +46,11 @@ def test_its_steps_and_tokens_are_those_of_the_training(make_config: MakeConfig)
     assert plan.data.steps == report.steps
     assert plan.data.tokens == report.tokens
     assert plan.data.supervised_tokens == report.supervised_tokens
+
+
+def test_it_refuses_the_schedule_that_training_refuses(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="a warm-up of 9 steps would never reach the learning rate in a run of 2"):
+        make_plan(make_config("training.max_steps=2", "training.warmup_steps=9"), timing=False, say=quiet)
 
 
 @pytest.mark.parametrize(

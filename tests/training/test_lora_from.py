@@ -84,6 +84,24 @@ def test_a_killed_run_goes_on_though_the_adapter_it_came_from_is_gone(
     assert Run.open(stopped.output).config.lora.from_ == str(first)
 
 
+def test_what_began_by_loftq_stays_an_adapter_of_nf4(make_config: MakeConfig, tmp_path: Path) -> None:
+    """On the 16-bit weights it would add what they have already, in a merge as in a training."""
+    short = [*SHORT, "training.max_steps=1", "model.load_in_4bit=true"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(make_config(*short, "lora.init=loftq", f"output={first}"), say=lambda _: None)
+    train(make_config(*short, f"lora.from={first}", f"output={second}"), say=lambda _: None)
+    assert Run.open(second).lora_init == "loftq"
+    with pytest.raises(ConfigError, match="--onto bf16: the adapter holds what NF4 lost"):
+        merge_run(second, onto="bf16", say=lambda _: None)
+    with pytest.raises(ConfigError, match=r"holds what NF4 has lost of its base, and needs model\.load_in_4bit"):
+        make_config(*SHORT, f"lora.from={second}")
+    third = make_config(*short, f"lora.from={first}", "lora.init=default")
+    with pytest.raises(ConfigError, match=r"began as loftq, and lora\.init is default; leave lora\.init out"):
+        check_adapter(third, third.model.path)
+    shutil.rmtree(first)  # a finished run is read without it
+    assert Run.open(second).config.lora.init == "loftq"
+
+
 def test_rows_of_new_control_tokens_go_on_too(small_tokenizer: Any, tmp_path: Path) -> None:
     base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
     make = configured(tmp_path, base)

@@ -31,7 +31,9 @@ def test_a_run_writes_its_report_and_what_the_report_is_made_of(
     config = make_config(
         f"data.train=[{{path: {tmp_path / 'chat.jsonl'}}}, {{path: {more}, loss_weight: 0.5}}]",
         f"data.held_out=[{{path: {held_out}}}]", "training.max_steps=3", "evaluation.answers=2",
-        "evaluation.max_new_tokens=4", "evaluation.every_steps=1",
+        "evaluation.max_new_tokens=4", "evaluation.every_steps=1", "data.packing=none",
+        # Of some rows, so that a step is not what its configuration alone says.
+        "training.tokens_per_step=200",
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)
@@ -53,7 +55,9 @@ def test_a_run_writes_its_report_and_what_the_report_is_made_of(
     # What it says that it was trained on is what the steps were made of, counted anew.
     kept = json.loads((run / "trained_on.json").read_text())
     documents = documents_of(config)
-    order = json.loads((run / "order.json").read_text())["bins"][: kept["steps"]]
+    of_step = int(next(text for text in said if text.startswith("accumulation: ")).split()[1])
+    assert of_step > 1
+    order = json.loads((run / "order.json").read_text())["bins"][: kept["steps"] * of_step]
     assert kept["steps"] == 3
     trained = [documents[index] for sequence in order for index in sequence]
     assert kept["mixture"] == {

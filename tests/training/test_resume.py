@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from tests_support import SHORT, result
+from transformers import Trainer
 
+from qlora_sft import run_data
 from qlora_sft.config import Config
-from qlora_sft.errors import ConfigError, Interrupted
+from qlora_sft.errors import ConfigError, DataError, Interrupted
+from qlora_sft.strict import as_tree
 from qlora_sft.train import train
 from qlora_sft.training import recipe as module
-from qlora_sft.training.checkpoints import all_checkpoints, as_begun
+from qlora_sft.training.checkpoints import all_checkpoints, as_begun, differences
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 
@@ -207,6 +210,42 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
 def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
     with pytest.raises(ConfigError, match="holds a finished run"):
         train(make_config(*SHORT), resume=True, say=lambda _: None)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_rows_of_new_tokens(make_config: Any, tmp_path: Path) -> None:
+    """Its optimizer had them in one group with the adapters, and so decayed them; a new run does not."""
+    settings = [*SHORT, "model.new_tokens=[<|one|>,<|two|>]", "training.weight_decay=0.5"]
+    earlier, stopped, new = (make_config(*settings, f"output={tmp_path / name}") for name in ("a", "b", "c"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedSFTTrainer, "create_optimizer", Trainer.create_optimizer)
+        train(earlier, say=lambda _: None)
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(stopped, say=lambda _: None)
+    train(stopped, resume=True, say=lambda _: None)
+    assert result(tmp_path / "b") == result(tmp_path / "a")
+    train(new, say=lambda _: None)
+    assert result(tmp_path / "c")[0] != result(tmp_path / "a")[0]
+
+
+def test_a_source_that_is_judged_now_can_be_accepted_by_a_run_that_goes_on(make_config: Any, tmp_path: Path) -> None:
+    """An earlier version had begun it without a word: what the error asks for must not make it another run."""
+    long = [{"messages": [{"role": "user", "content": f"{n} " + "why? " * 90}, {"role": "assistant", "content": "So."}]}
+            for n in range(12)]  # fmt: skip
+    settings = [*SHORT, "training.max_steps=4"]
+    config = make_config(*settings, rows=long)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_data, "judge", lambda *_: [])
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(config, say=lambda _: None)
+    with pytest.raises(DataError, match=r"set data\.train\.0\.allow_share=true"):
+        train(config, resume=True, say=lambda _: None)
+    accepted = make_config(*settings, "data.train.0.allow_share=true", rows=long)
+    assert train(accepted, resume=True, say=lambda _: None).resumed_at == 2
+    named = make_config(*settings, "data.train.0.loss_weight=0.5", rows=long)
+    changed = differences(as_tree(config), as_tree(named))
+    assert list(changed) == [("data.train.0.loss_weight", 1.0, 0.5)]
 
 
 UNDER_UNSLOTH = """
