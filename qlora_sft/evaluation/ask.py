@@ -208,8 +208,13 @@ def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], out
     scores.metrics["distinct"].append(len({graded for _, graded, _ in outcomes}) / samples)
     found = [fault for _, _, fault in outcomes]
     answers: list[object] = [
-        {"text": text, "right": good, **({"found": fault} if fault else {})}
-        for text, (good, _, _), fault in zip(texts, outcomes, found, strict=True)
+        {
+            "text": text,
+            "right": good,
+            **({"found": fault} if fault else {}),
+            **({} if each.ended else {"cut_off": True}),
+        }
+        for text, (good, _, _), fault, each in zip(texts, outcomes, found, given, strict=True)
     ]
     scores.records.append({"answers": answers, "right": correct})
 
