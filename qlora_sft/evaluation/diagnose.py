@@ -98,7 +98,9 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
     if recovered:
         return "alignment tax", f"{_moved(report)}, but the answers are back {', '.join(map(_way, recovered))}"
     lost = [other for other in again if _lost(other)]
-    if len(lost) == len(again) or (lost and verdict == "forgetting"):
+    # Examples tell most. Many a base does not answer at all when it is asked in other words.
+    telling = [other for other in again if other.shots] or again
+    if all(map(_lost, telling)) or (lost and verdict == "forgetting"):
         return "forgetting", f"{_moved(report)}, and {', '.join(map(_way, lost))} as well"
     return verdict, f"{_moved(report)}; whether it comes back is open {', '.join(map(_way, again))}"
 

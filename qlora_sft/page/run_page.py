@@ -41,7 +41,7 @@ def run_page(run: RunFacts) -> str:
 def _every_chart(run: RunFacts) -> list[Chart]:
     return [
         curves.held_out_chart(run), curves.loss_chart(run), curves.source_chart(run), curves.tasks_chart(run),
-        *curves.other_charts(run),
+        curves.task_losses_chart(run), *curves.other_charts(run),
     ]  # fmt: skip
 
 

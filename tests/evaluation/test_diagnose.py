@@ -172,6 +172,12 @@ def report(
              report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4)],
             "forgetting", "pass@1 60.0% to 20.0%, and with 4 examples (pass@1 60.0% to 10.0%) as well",
         ),
+        (  # nor that in other words the base has nothing to lose
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4),
+             report("sums-polite", "number", 0.0, 0.0, "no difference shown", "sums")],
+            "forgetting", "and with 4 examples (pass@1 60.0% to 10.0%) as well",
+        ),
         ([report("sums", "number", 0.6, 0.2, "forgetting")], "forgetting", "pass@1 60.0% to 20.0%"),
         ([report("sums", "number", 0.6, 0.2, "worse")], "worse", "sums: worse"),
         ([report("benign", "refusal", 0.02, 0.6, "worse")], "refusals", "refused 2.0% to 60.0%"),
