@@ -189,7 +189,12 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
         ran = run_all(written, sandbox=choose_sandbox())
         return [(said == "passed", text, said) for text, said in zip(written, ran, strict=True)]
     if task.form == "refusal":
-        return [(not refuses(answer), answer.strip(), "refused" if refuses(answer) else "") for answer in answers]
+        # Nothing behind a thought that was cut off is no refusal: what the answer would have been is not known.
+        refused = [
+            refuses(answer) and not (text.strip() and not answer.strip() and "</think>" not in text)
+            for answer, text in zip(answers, texts, strict=True)
+        ]
+        return [(not no, answer.strip(), "refused" if no else "") for answer, no in zip(answers, refused, strict=True)]
     answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
     return [(answer == item.reference, answer, "") for answer, item in zip(answers, items, strict=True)]
 

@@ -106,10 +106,12 @@ def figures(file: Path, metric: str) -> tuple[list[float], list[float]]:
             try:
                 tuned: JsonObject = json.loads(line)["tuned"]
                 values.append(_figure(tuned, metric))
-            except (ValueError, KeyError, TypeError, AssertionError):
+            except (ValueError, KeyError, TypeError, AssertionError, ZeroDivisionError):
                 raise ConfigError(f"{file}:{number}: no answer to compare; run evaluate once more") from None
             weight = tuned.get("weight", 1.0)
             weights.append(weight if isinstance(weight, float) else 1.0)
+    if not values:
+        raise ConfigError(f"{file}: no answers to compare; run evaluate once more")
     return values, weights
 
 

@@ -94,6 +94,9 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
         return ("forgetting" if verdict == "worse" else verdict), _moved(report)
     if verdict not in ("forgetting", "worse") or not again:
         return verdict, f"{report.reason}; {_moved(report)}" if report.reason else _moved(report)
+    if _cut_off(report):
+        what = f"{_moved(report)}, and {1 - report.tuned['ended']:.0%} of its answers were cut off"
+        return "worse", f"{what} at {report.max_new_tokens} tokens: ask with more --max-new-tokens"
     recovered = [other for other in again if _undoes(other, report)]
     if recovered:
         return "alignment tax", f"{_moved(report)}, but the answers are back {', '.join(map(_way, recovered))}"
@@ -103,6 +106,16 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
     if all(map(_lost, telling)) or (lost and verdict == "forgetting"):
         return "forgetting", f"{_moved(report)}, and {', '.join(map(_way, lost))} as well"
     return verdict, f"{_moved(report)}; whether it comes back is open {', '.join(map(_way, again))}"
+
+
+def _cut_off(report: TaskReport) -> bool:
+    """Says whether half of a loss may be due to answers that were cut off, and did not go in circles."""
+    base, tuned, metric = report.base or {}, report.tuned, main_metric(report.form)
+    if "ended" not in tuned:
+        return False
+    circles = (report.change or {})["repetition"].interval[0] > 0
+    more = base["ended"] - tuned["ended"]
+    return more > 0 and more >= (base[metric] - tuned[metric]) / 2 and not circles
 
 
 def _lost(report: TaskReport) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlora_sft.config import SourceConfig, TaskConfig
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import ConfigError, DataError
-from qlora_sft.evaluation.ask import repetition
+from qlora_sft.evaluation.ask import grade_all, repetition
 from qlora_sft.evaluation.benign import BENIGN, refuses
 from qlora_sft.evaluation.compare import EvaluationReport, MetricChange, TaskReport, _digest
 from qlora_sft.evaluation.compare_runs import compare_runs, runs_table
@@ -212,6 +212,32 @@ def test_the_conclusion_follows_the_signs(reports: list[TaskReport], verdict: st
     assert (found.cure is None) == (verdict in ("better", "no difference shown"))
 
 
+def test_what_was_cut_off_is_not_forgotten() -> None:
+    """A model that has learned to write down its steps needs more tokens than its base."""
+    plain = report("sums", "number", 0.6, 0.2, "worse")
+    shots = report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4)
+    moved = {"ended": (-0.5, -0.6, -0.4), "repetition": (0.0, -0.01, 0.01)}
+
+    def cut(repeated: float) -> TaskReport:
+        changes = {name: MetricChange(difference=d + repeated, interval=[low + repeated, high + repeated])
+                   for name, (d, low, high) in moved.items()}  # fmt: skip
+        return replace(plain, base={**(plain.base or {}), "ended": 1.0}, tuned={**plain.tuned, "ended": 0.5},
+                       change={**(plain.change or {}), **changes}, max_new_tokens=64)  # fmt: skip
+
+    found = diagnosed([cut(0.0), shots])
+    assert found is not None
+    assert found.verdict == "worse"
+    assert "50% of its answers were cut off at 64 tokens" in found.signs[0]
+    # One that goes in circles would not come to an end with more tokens either.
+    assert diagnosed([cut(0.3), shots]).verdict == "forgetting"  # type: ignore[union-attr]
+
+
+def test_a_thought_that_was_cut_off_is_no_refusal() -> None:
+    (task,) = read_tasks([TaskConfig("benign", max_rows=4)], 0, quiet)
+    texts = ["<think>The user asks", "<think>hm</think>", "<think>hm</think>I cannot help with that.", ""]
+    assert [good for good, _, _ in grade_all(task, [False] * 4, texts)] == [True, False, False, False]
+
+
 def test_an_adapter_that_changes_nothing_is_named() -> None:
     still = MetricChange(difference=0.0, interval=[0.0, 0.0])
     same = TaskReport(
@@ -358,7 +384,9 @@ def test_a_loss_over_other_tokens_is_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), [("sums.json", "[]"), ("sums.json", "{"), ("sums.json", "{}"),
-                                            ("sums.jsonl", '{"tuned": {}}\n'), ("sums.jsonl", "[1]\n")])  # fmt: skip
+                                            ("sums.jsonl", '{"tuned": {}}\n'), ("sums.jsonl", "[1]\n"),
+                                            ("sums.jsonl", ""),
+                                            ("sums.jsonl", '{"tuned": {"answers": [], "right": 0}}\n')])  # fmt: skip
 def test_damaged_results_are_named(tmp_path: Path, name: str, text: str) -> None:
     evaluated(tmp_path / "a", [answered(0, [True])])
     (tmp_path / "a" / "evaluation" / "diagnosis.json").write_text('{"verdict": "better"}')
