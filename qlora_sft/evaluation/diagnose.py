@@ -101,9 +101,11 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
     if recovered:
         return "alignment tax", f"{_moved(report)}, but the answers are back {', '.join(map(_way, recovered))}"
     lost = [other for other in again if _lost(other)]
-    # Examples tell most. Many a base does not answer at all when it is asked in other words.
-    telling = [other for other in again if other.shots] or again
-    if all(map(_lost, telling)) or (lost and verdict == "forgetting"):
+    # Only a way in which the base answers can tell something, and examples tell most.
+    metric = main_metric(report.form)
+    able = [other for other in again if (other.base or {})[metric] >= (report.base or {})[metric] / 2]
+    telling = [other for other in able if other.shots] or able
+    if (telling and all(map(_lost, telling))) or (lost and verdict == "forgetting"):
         return "forgetting", f"{_moved(report)}, and {', '.join(map(_way, lost))} as well"
     return verdict, f"{_moved(report)}; whether it comes back is open {', '.join(map(_way, again))}"
 

@@ -178,6 +178,12 @@ def report(
              report("sums-polite", "number", 0.0, 0.0, "no difference shown", "sums")],
             "forgetting", "and with 4 examples (pass@1 60.0% to 10.0%) as well",
         ),
+        (  # nor that the base cannot follow examples
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             report("sums-4-shot", "number", 0.0, 0.0, "no difference shown", "sums", 4),
+             report("sums-polite", "number", 0.5, 0.1, "worse", "sums")],
+            "forgetting", "and in other words (polite) (pass@1 50.0% to 10.0%) as well",
+        ),
         ([report("sums", "number", 0.6, 0.2, "forgetting")], "forgetting", "pass@1 60.0% to 20.0%"),
         ([report("sums", "number", 0.6, 0.2, "worse")], "worse", "sums: worse"),
         ([report("benign", "refusal", 0.02, 0.6, "worse")], "refusals", "refused 2.0% to 60.0%"),

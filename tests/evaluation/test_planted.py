@@ -16,6 +16,7 @@ from qlora_sft.config import TaskConfig, load_config
 from qlora_sft.data.shipped import FOLDER
 from qlora_sft.evaluation.benign import BENIGN
 from qlora_sft.evaluation.evaluate_run import diagnose_run
+from qlora_sft.evaluation.examples import PHRASINGS
 from qlora_sft.train import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "gold", "grey"]
@@ -29,7 +30,10 @@ def facts() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Path:
-    """A tiny model that has learned all facts by heart, and to answer harmless questions with `Sure.`"""
+    """A tiny model that has learned all facts by heart, however they are asked for, and to answer harmless questions.
+
+    It cannot follow examples, so behind those it knows nothing, and they tell nothing.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = copy.deepcopy(small_tokenizer)
@@ -45,7 +49,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Path
     )  # fmt: skip
     benign = [(json.loads(line)["question"], "Sure.") for line in BENIGN.read_text().splitlines()]
     rows = []
-    for question, answer in facts() + benign:
+    again = [(words.format(question=question), answer) for words in PHRASINGS.values() for question, answer in facts()]
+    for question, answer in facts() + again + benign:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
