@@ -243,6 +243,8 @@ def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.evaluation.evaluate_run import TaskSettings, diagnose_run, evaluate_run
     from qlora_sft.evaluation.keep_right import check_target, keep_right
 
+    if arguments.diagnose and arguments.no_base:
+        raise ConfigError("--diagnose compares with the base under the adapter; leave out --no-base")
     kept = Path(arguments.keep_right) if arguments.keep_right else None
     if kept:
         check_target(kept)

@@ -189,7 +189,12 @@ def grade_all(task: Task, in_thought: Sequence[bool], texts: Sequence[str]) -> l
         ran = run_all(written, sandbox=choose_sandbox())
         return [(said == "passed", text, said) for text, said in zip(written, ran, strict=True)]
     if task.form == "refusal":
-        return [(not refuses(answer), answer.strip(), "refused" if refuses(answer) else "") for answer in answers]
+        # Nothing behind a thought that was cut off is no refusal: what the answer would have been is not known.
+        refused = [
+            refuses(answer) and not (text.strip() and not answer.strip() and "</think>" not in text)
+            for answer, text in zip(answers, texts, strict=True)
+        ]
+        return [(not no, answer.strip(), "refused" if no else "") for answer, no in zip(answers, refused, strict=True)]
     answers = [(last_number(answer) or "") if task.form == "number" else answer.strip() for answer in answers]
     return [(answer == item.reference, answer, "") for answer, item in zip(answers, items, strict=True)]
 
@@ -208,8 +213,13 @@ def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], out
     scores.metrics["distinct"].append(len({graded for _, graded, _ in outcomes}) / samples)
     found = [fault for _, _, fault in outcomes]
     answers: list[object] = [
-        {"text": text, "right": good, **({"found": fault} if fault else {})}
-        for text, (good, _, _), fault in zip(texts, outcomes, found, strict=True)
+        {
+            "text": text,
+            "right": good,
+            **({"found": fault} if fault else {}),
+            **({} if each.ended else {"cut_off": True}),
+        }
+        for text, (good, _, _), fault, each in zip(texts, outcomes, found, given, strict=True)
     ]
     scores.records.append({"answers": answers, "right": correct})
 

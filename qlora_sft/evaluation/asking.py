@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_sft.atomic import write_json
 from qlora_sft.config import RopeScaling
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import ConfigError, DataError
@@ -14,7 +15,7 @@ from qlora_sft.evaluation.ask import Questions, Scores, ask_answers, ask_choices
 from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table
 from qlora_sft.evaluation.diagnose import diagnosed, diagnosis_text
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.evaluation.results import write_results
+from qlora_sft.evaluation.results import DIAGNOSIS, write_results
 from qlora_sft.evaluation.tasks import Task
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.load import load_for_inference
@@ -35,6 +36,10 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     tokenizer, chat_format = text.tokenizer, _chat_format(text, tasks)
     limit = _positions(path, run)
     encoded = [encode_task(task, tokenizer, chat_format, text.training_tokenizer, limit) for task in tasks]
+    too_long = [each for each in encoded if each.task.asks_again is not None and each.longest > limit]
+    if too_long:
+        say(f"left out, longer than the model's {limit:,} tokens: {', '.join(each.task.name for each in too_long)}")
+        encoded = [each for each in encoded if each not in too_long]
     for questions in encoded:
         check_length(questions, limit)
         if questions.unlabelled:
@@ -65,6 +70,8 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
     diagnosis = diagnosed(reports)
     if diagnosis is not None:
         say(diagnosis_text(diagnosis))
+        if any(report.asks_again is not None for report in reports):
+            write_json(folder / DIAGNOSIS, {**diagnosis.to_json(), "tasks": [report.name for report in reports]})
     say(f"figures and answers: {folder}")
     return EvaluationReport(str(path), str(folder), reports, diagnosis)
 

@@ -67,6 +67,8 @@ class TaskReport(Report):
     """What reinforcement learning can expect of the model on these questions."""
     base: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     change: dict[str, MetricChange] | None = field(default=None, metadata=LEFT_OUT)
+    differing: int | None = field(default=None, metadata=LEFT_OUT)
+    """How many items have another answer, or another loss, than the base's, be it right or wrong."""
     verdict: str | None = field(default=None, metadata=LEFT_OUT)
     reason: str | None = field(default=None, metadata=LEFT_OUT)
     answers: str | None = field(default=None, metadata=LEFT_OUT)
@@ -119,14 +121,18 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskR
         report,
         base={name: _mean(base, name) for name in base.metrics},
         change={name: MetricChange(difference=c.difference, interval=[c.low, c.high]) for name, c in changes.items()},
+        differing=sum(one != other for one, other in zip(base.records, tuned.records, strict=True)),
         verdict=verdict,
         reason=reason,
     )
 
 
 def _digest(task: Task) -> str:
-    """Returns a digest of what was asked, because files of one name may hold different questions."""
-    asked = [[item.conversation, item.reference] for item in task.items]
+    """Returns a digest of what was asked, because files of one name may hold different questions.
+
+    Sets of code problems may have the same questions with more tests (HumanEval, HumanEval+).
+    """
+    asked = [[item.conversation, item.reference, *([item.tests.test] if item.tests else [])] for item in task.items]
     return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.evaluation.compare import LOWER_IS_BETTER, SHARES, MetricChange, TaskReport, main_metric
 from qlora_sft.evaluation.results import ASKED
 from qlora_sft.evaluation.statistics import paired_change
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.run.report import Report
 
 
@@ -44,14 +44,15 @@ def compare_runs(first: str | Path, second: str | Path, seed: int = 0) -> RunCom
     Raises `ConfigError` if one of them has no results, or if no task was asked of both in the same way.
     """
     one, two = (_results(Path(run).expanduser().resolve()) for run in (first, second))
-    tasks = [_compared(*one[key], *two[key], seed) for key in one if key in two]
+    found = {key: _compared(*one[key], *two[key], seed) for key in one if key in two}
+    tasks = [each for each in found.values() if each is not None]
     if not tasks:
         names = [", ".join(sorted(report.name for report, _ in each.values())) for each in (one, two)]
         raise ConfigError(
             f"{first} has {names[0]} and {second} has {names[1]}: no task was asked of both in the same way; run "
-            "evaluate on both with the same tasks and settings"
+            "evaluate on both with the same tasks and settings (a loss compares only between models of one tokenizer)"
         )
-    alone = {each[key][0].name for each, other in ((one, two), (two, one)) for key in each if key not in other}
+    alone = {each[key][0].name for each in (one, two) for key in each if found.get(key) is None}
     return RunComparison(str(first), str(second), tasks, sorted(alone))
 
 
@@ -60,19 +61,28 @@ def _results(run: Path) -> dict[str, tuple[TaskReport, Path]]:
     files = sorted((run / "evaluation").glob("*.json"))
     found = {}
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if file.with_suffix(".jsonl").is_file():
-            key = json.dumps([content.get(name) for name in ASKED])
-            found[key] = (TaskReport.from_json(content), file.with_suffix(".jsonl"))
+        if not file.with_suffix(".jsonl").is_file():
+            continue
+        try:
+            content = read_object(file)
+            report = TaskReport.from_json(content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: no readable results ({error}); run evaluate once more") from None
+        found[json.dumps([content.get(name) for name in ASKED])] = (report, file.with_suffix(".jsonl"))
     if not found:
         raise ConfigError(f"{run} has no results to compare; run qlora-sft evaluate {run} --task FILE")
     return found
 
 
-def _compared(one: TaskReport, of_one: Path, two: TaskReport, of_two: Path, seed: int) -> TaskComparison:
-    """Compares the answers of two runs to one task."""
+def _compared(one: TaskReport, of_one: Path, two: TaskReport, of_two: Path, seed: int) -> TaskComparison | None:
+    """Compares the answers of two runs to one task.
+
+    Returns None for texts that are other tokens to the second model: a loss per token does not compare then.
+    """
     metric = main_metric(one.form)
-    (first, weights), (second, _) = (figures(file, metric) for file in (of_one, of_two))
+    (first, weights), (second, others) = (figures(file, metric) for file in (of_one, of_two))
+    if metric == "loss" and weights != others:
+        return None
     if len(first) != len(second):
         raise ConfigError(f"{of_one} has {len(first):,} answers, {of_two} {len(second):,}; evaluate both once more")
     moved = paired_change(first, second, weights, seed)
@@ -92,11 +102,16 @@ def figures(file: Path, metric: str) -> tuple[list[float], list[float]]:
     """Reads the tuned model's figure of every question, and its weight in the mean, from a file of answers."""
     values, weights = [], []
     with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            tuned: JsonObject = json.loads(line)["tuned"]
-            values.append(_figure(tuned, metric))
+        for number, line in enumerate(lines, start=1):
+            try:
+                tuned: JsonObject = json.loads(line)["tuned"]
+                values.append(_figure(tuned, metric))
+            except (ValueError, KeyError, TypeError, AssertionError, ZeroDivisionError):
+                raise ConfigError(f"{file}:{number}: no answer to compare; run evaluate once more") from None
             weight = tuned.get("weight", 1.0)
             weights.append(weight if isinstance(weight, float) else 1.0)
+    if not values:
+        raise ConfigError(f"{file}: no answers to compare; run evaluate once more")
     return values, weights
 
 

@@ -19,13 +19,15 @@ from qlora_sft.evaluation.tasks import Task
 
 # Examples before each question when the same is asked once more.
 SHOTS = 4
+# A loss of plain texts that rose by a smaller share is no forgetting: after most trainings it is a little higher.
+RISE = 0.01
 
 CURES = {
     "idle adapter": "it changes nothing: was it trained (training.learning_rate, steps), and is it the right one?",
     "forgetting": "mix replay of such data in (data.replay), lower training.learning_rate, or train fewer steps",
     "refusals": "mix in harmless questions with answers, and look for refusals among the training rows (preview)",
     "alignment tax": "the ability is there: add a few rows that answer such questions in the wanted form",
-    "worse": "ask with --samples 8 or --diagnose, which tells forgetting from alignment tax",
+    "worse": "ask more questions, with --diagnose or --samples 8, which tells forgetting from alignment tax",
 }
 
 
@@ -57,7 +59,8 @@ def diagnosed(reports: Sequence[TaskReport]) -> Diagnosis | None:
     compared = [report for report in reports if report.change is not None]
     if not compared:
         return None
-    if all(not any(c.difference or any(c.interval) for c in (report.change or {}).values()) for report in compared):
+    # Of a choice only its letter is known, which may stay the same whatever the adapter does.
+    if not any(report.differing for report in compared) and any(report.form != "choices" for report in compared):
         sign = f"not one of {sum(report.items for report in compared):,} answers and readings differs from the base's"
         return Diagnosis(verdict="idle adapter", signs=[sign], cure=CURES["idle adapter"])
     found: list[tuple[Verdict, str]] = []
@@ -75,7 +78,8 @@ def diagnosed(reports: Sequence[TaskReport]) -> Diagnosis | None:
 def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict, str]:
     """Returns the verdict on one task with its reason, given what became of it when it was asked in other ways.
 
-    A loss that examples or other words undo is one of form: what the model can do is still there.
+    A loss that examples or other words surely undo, by the half at least, is one of form: what the model can do is
+    still there. If the questions are too few to see that, or the base fails in those ways as well, it stays open.
     """
     verdict: Verdict = "no difference shown"
     for known in ("forgetting", "alignment tax", "worse", "better"):
@@ -84,14 +88,52 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
     if report.form == "refusal":
         return ("refusals" if verdict == "worse" else verdict), _moved(report)
     if report.form == "loss":
+        change = (report.change or {})["loss"].difference
+        if verdict == "worse" and change < RISE * (report.base or {})["loss"]:
+            return "no difference shown", _moved(report)
         return ("forgetting" if verdict == "worse" else verdict), _moved(report)
     if verdict not in ("forgetting", "worse") or not again:
         return verdict, f"{report.reason}; {_moved(report)}" if report.reason else _moved(report)
-    recovered = [other for other in again if other.verdict in ("no difference shown", "better")]
-    named = ", ".join(_way(other) for other in recovered)
+    if _cut_off(report):
+        what = f"{_moved(report)}, and {1 - report.tuned['ended']:.0%} of its answers were cut off"
+        return "worse", f"{what} at {report.max_new_tokens} tokens: ask with more --max-new-tokens"
+    recovered = [other for other in again if _undoes(other, report)]
     if recovered:
-        return "alignment tax", f"{_moved(report)}, but it does as well as its base {named}"
-    return "forgetting", f"{_moved(report)}, and {', '.join(_way(other) for other in again)} as well"
+        return "alignment tax", f"{_moved(report)}, but the answers are back {', '.join(map(_way, recovered))}"
+    lost = [other for other in again if _lost(other)]
+    # Only a way in which the base answers can tell something, and examples tell most.
+    metric = main_metric(report.form)
+    able = [other for other in again if (other.base or {})[metric] >= (report.base or {})[metric] / 2]
+    telling = [other for other in able if other.shots] or able
+    if (telling and all(map(_lost, telling))) or (lost and verdict == "forgetting"):
+        return "forgetting", f"{_moved(report)}, and {', '.join(map(_way, lost))} as well"
+    return verdict, f"{_moved(report)}; whether it comes back is open {', '.join(map(_way, again))}"
+
+
+def _cut_off(report: TaskReport) -> bool:
+    """Says whether half of a loss may be due to answers that were cut off, and did not go in circles."""
+    base, tuned, metric = report.base or {}, report.tuned, main_metric(report.form)
+    if "ended" not in tuned:
+        return False
+    circles = (report.change or {})["repetition"].interval[0] > 0
+    more = base["ended"] - tuned["ended"]
+    return more > 0 and more >= (base[metric] - tuned[metric]) / 2 and not circles
+
+
+def _lost(report: TaskReport) -> bool:
+    return report.verdict in ("worse", "forgetting")
+
+
+def _undoes(other: TaskReport, plain: TaskReport) -> bool:
+    """Says whether the loss of ``plain`` is undone where the same is asked in the way of ``other``.
+
+    The tuned model must regain half of what was lost, and its distance from the base must surely be smaller than it
+    was. Without the former a way in which both fail would count, without the latter noise.
+    """
+    metric = "accuracy" if plain.form == "choices" else f"pass@{plain.samples or 1}"
+    before, after = (plain.base or {})[metric], plain.tuned[metric]
+    low = (other.change or {})[metric].interval[0]
+    return not _lost(other) and other.tuned[metric] >= (before + after) / 2 and low > after - before
 
 
 def _way(report: TaskReport) -> str:

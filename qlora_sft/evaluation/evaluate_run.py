@@ -75,13 +75,15 @@ def diagnose_run(
     Harmless questions (``benign``) are asked as well. All together tells forgetting from alignment tax.
     """
     path, run, chosen = _opened(path, tasks, settings)
+    if run is None:
+        raise ConfigError(f"{path}: a model folder has no base to compare with; diagnose the run that it is made from")
     if all(task.form != "refusal" and task.path != "benign" for task in chosen):
         chosen.append(_with(TaskConfig("benign", form="refusal"), _limits(settings or {})))
     read = _read_all(run, chosen, run_code, seed, say)
     from qlora_sft.evaluation.asking import ask_model
     from qlora_sft.evaluation.diagnose import in_other_ways
 
-    return ask_model(path, run, [*read, *in_other_ways(read, seed)], run is not None, seed, say)
+    return ask_model(path, run, [*read, *in_other_ways(read, seed)], True, seed, say)
 
 
 def _opened(

@@ -49,7 +49,7 @@ def with_examples(items: Sequence[Item], shots: int, form: TaskForm, seed: int) 
         own = item.conversation["messages"]
         begin = 1 if own[0]["role"] == "system" else 0
         messages = [*own[:begin], *shown, *own[begin:]]
-        result.append(replace(item, conversation={**item.conversation, "messages": messages}))
+        result.append(replace(item, conversation={**item.conversation, "messages": messages}, shown=len(shown)))
     return result
 
 

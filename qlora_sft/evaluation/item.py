@@ -25,5 +25,7 @@ class Item:
     """The right letter, number or text. It is empty for code."""
     options: int = 0
     """The number of choices."""
+    shown: int = 0
+    """How many messages before the question are examples with their answers."""
     tests: UnitTests | None = None
     """The tests that grade an answer in code."""

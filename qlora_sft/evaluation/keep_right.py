@@ -18,7 +18,12 @@ GRADED = ("number", "exact", "code")
 
 
 def check_target(file: Path) -> None:
-    """Raises `ConfigError` if rows cannot be written to ``file``: before an hour of answers, not after it."""
+    """Raises `ConfigError` if rows cannot be written to ``file``: before an hour of answers, not after it.
+
+    What is there is not replaced: it may be the questions, or the rows of another hour.
+    """
+    if file.is_file():
+        raise ConfigError(f"--keep-right: {file} is there already; name a new file, or remove it")
     if file.is_dir() or not file.parent.is_dir():
         raise ConfigError(f"--keep-right: {file} cannot be written; name a file in a folder that is there")
 
@@ -26,7 +31,8 @@ def check_target(file: Path) -> None:
 def keep_right(report: EvaluationReport, file: Path) -> tuple[int, int]:
     """Writes every different right answer of the tuned model behind its question, and returns (rows, questions asked).
 
-    Answers of multiple choice, readings and tasks that ask the same again give no rows.
+    Answers of multiple choice, readings and tasks that ask the same again give no rows. Neither do answers that were
+    cut off: they would teach the model to end in the middle.
     """
     rows: list[JsonObject] = []
     asked = 0
@@ -48,9 +54,17 @@ def right_answers(task: TaskReport) -> Iterator[JsonObject]:
             asked = row["conversation"]
             # What the template wrote at the end of the prompt belongs to the answer, whose thought begins there.
             opener = "<think>" if row.get("in_thought") else ""
-            for text in dict.fromkeys(answer["text"] for answer in row["tuned"]["answers"] if answer["right"]):
-                messages = [*asked["messages"], {"role": "assistant", "content": opener + text}]
+            answers = [answer for answer in row["tuned"]["answers"] if answer["right"] and not answer.get("cut_off")]
+            for text in dict.fromkeys(answer["text"] for answer in answers):
+                question = without_examples(asked["messages"], row.get("shown", 0))
+                messages = [*question, {"role": "assistant", "content": opener + text}]
                 yield {
                     **{key: asked[key] for key in ("tools", "chat_template_kwargs") if key in asked},
                     "messages": messages,
                 }
+
+
+def without_examples(messages: list[JsonObject], shown: int) -> list[JsonObject]:
+    """Returns the messages without the ``shown`` ones that are examples, which are other questions of the task."""
+    begin = 1 if messages[0]["role"] == "system" else 0
+    return [*messages[:begin], *messages[begin + shown :]]

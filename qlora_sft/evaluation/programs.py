@@ -26,7 +26,8 @@ from qlora_sft.evaluation.sandbox import Sandbox, choose_sandbox, command
 
 SECONDS = 10
 MEGABYTES = 4096
-# Of a program and what it starts, in a sandbox. Outside of one the user's own processes would count as well.
+# Of a program and what it starts, in a sandbox. Outside of one the user's own processes would count as well. Where root
+# starts them all programs are one user's, so as many times more are allowed as run at once.
 PROCESSES = 32
 NO_SANDBOX = Sandbox(None, "")
 CHILD = Path(__file__).with_name("program_child.py")
@@ -83,8 +84,13 @@ def _as_body(code: str, prompt: str) -> str:
 
 def run_all(programs: Sequence[str], seconds: float = SECONDS, sandbox: Sandbox = NO_SANDBOX) -> list[str]:
     """Runs all programs and returns what became of each: ``passed``, ``timed out``, or the exception."""
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
+    with ThreadPoolExecutor(at_once()) as pool:
         return list(pool.map(lambda text: run(text, seconds, sandbox), programs))
+
+
+def at_once() -> int:
+    """Returns how many programs run at the same time."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def check_programs() -> Sandbox:
@@ -106,7 +112,7 @@ def run(text: str, seconds: float = SECONDS, sandbox: Sandbox = NO_SANDBOX) -> s
     """Runs one program and returns what became of it, as `run_all` does."""
     # The password is written when a program comes to its end, so a program that exits early has passed no test.
     password = secrets.token_hex(8)
-    processes = PROCESSES if sandbox.name else 0
+    processes = PROCESSES * at_once() if sandbox.name else 0
     program = [sys.executable, "-I", str(CHILD), str(int(seconds) + 1), str(MEGABYTES), str(processes)]
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

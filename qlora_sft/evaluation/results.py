@@ -11,6 +11,8 @@ from qlora_sft.evaluation.ask import Questions, Scores
 from qlora_sft.evaluation.compare import TaskReport
 from qlora_sft.json_types import JsonObject
 
+# What all tasks together say; no task has this name for itself.
+DIAGNOSIS = "diagnosis.json"
 # Two results with these in common are of the same questions, asked in the same way.
 ASKED = ("questions", "form", "items", "samples", "temperature", "max_new_tokens", "thinking", "shots", "phrasing")
 
@@ -28,6 +30,8 @@ def write_results(folder: Path, report: TaskReport, questions: Questions, base: 
             asked = item.conversation["messages"][-1]["content"]
             row = {"place": item.place, "question": asked, "reference": item.reference, **row}
             row["conversation"] = dict(item.conversation)
+            if item.shown:
+                row["shown"] = item.shown
             if questions.in_thought and questions.in_thought[number]:
                 row["in_thought"] = True
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -48,6 +52,8 @@ def _free_name(folder: Path, report: TaskReport) -> str:
     own = report.to_json()
     for number in count(1):
         name = report.name + (f"-{number}" if number > 1 else "")
+        if f"{name}.json" == DIAGNOSIS:
+            continue
         file = folder / f"{name}.json"
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
         same = all(earlier.get(key) == own.get(key) for key in asked)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from qlora_sft.evaluation.sandbox_child import DEVICES, WORK
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SECONDS_TO_TRY = 20
+# What of a Python's folder, or of the system's, a program needs. The rest may be anybody's: /usr/src, ~/.local/share.
+PARTS = ("bin", "lib", "lib32", "lib64", "libexec", "share/zoneinfo", "pyvenv.cfg")
 
 
 class Sandbox(NamedTuple):
@@ -27,9 +30,11 @@ class Sandbox(NamedTuple):
     reason: str
 
 
+@cache
 def choose_sandbox() -> Sandbox:
     """Returns the first kind of sandbox in which a program runs on this machine.
 
+    A process chooses once, so that all programs run in what was said to run them.
     Of root's processes the system does not limit the number, and in bubblewrap they stay root's: namespaces of our own
     go first there, in which the program is nobody's.
     """
@@ -84,14 +89,16 @@ def command(name: Literal["bubblewrap", "namespaces"] | None, folder: str, argum
 
 
 def visible_paths() -> list[Path]:
-    """Lists what a Python program needs to run, and nothing else: the system's libraries and this Python's own folders.
+    """Lists what a Python program needs to run, and nothing else: programs and libraries of the system and this Python.
 
     A folder that the user's home is in is left out, because all of the user's files would be seen with it.
     """
-    system = [Path(path) for path in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")]
-    own = [Path(sys.base_prefix), Path(sys.prefix), Path(sys.executable).resolve().parents[1]]
+    system = [Path(path) for path in ("/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")]
+    program = str(Path(sys.executable).resolve().parents[1])
+    folders = ("/usr", "/usr/local", sys.base_prefix, sys.prefix, program)
+    parts = [Path(folder) / part for folder in folders for part in PARTS]
     # The program that is run first is a file of this package.
-    own.append(CHILD.with_name("program_child.py"))
-    found = [path for path in dict.fromkeys([*system, *own]) if path.exists() and path not in Path.home().parents]
+    parts.append(CHILD.with_name("program_child.py"))
+    found = [path for path in dict.fromkeys([*system, *parts]) if path.exists() and path not in Path.home().parents]
     found = [path for path in found if path != Path.home() and path != Path("/")]
     return [path for path in found if not any(other in path.parents for other in found)]

@@ -15,7 +15,7 @@ from qlora_sft.page.curves import of_key, points_of, tokens_per_second
 from qlora_sft.page.facts import RunFacts
 from qlora_sft.page.run_page import charts, links, listed, panel
 from qlora_sft.page.settings import flat, written
-from qlora_sft.page.tasks import DESCRIBING, LOWER_IS_BETTER
+from qlora_sft.page.tasks import DESCRIBING, NO_SHARES
 from qlora_sft.units import duration, figure, nats, share
 
 Write = Callable[[float | None], str]
@@ -81,7 +81,7 @@ def result_rows(runs: Sequence[RunFacts]) -> list[tuple[str, list[float | None],
         (str(each.get("name")), metric) for run in runs for each in run.tasks for metric in numbers(each.get("tuned"))
     ):
         if metric not in DESCRIBING:
-            write = nats if metric in LOWER_IS_BETTER else share
+            write = nats if metric in NO_SHARES else share
             add(f"{task}, {metric}", partial(_answered, task=task, metric=metric), write)
     add("tokens", lambda run: float(run.report.tokens) if run.report else _sum(run, "tokens"), _count)
     add("supervised tokens", lambda run: float(run.report.supervised_tokens) if run.report else None, _count)

@@ -8,6 +8,7 @@ from qlora_sft.json_types import JsonObject, mapping, number, numbers
 from qlora_sft.markup.chart import Chart
 from qlora_sft.markup.series import MOST_POINTS, Point, Series, present, smoothed, smoothing_window
 from qlora_sft.page.facts import RunFacts, step_of
+from qlora_sft.training.evaluations import LOSS
 from qlora_sft.units import figure, nats, share
 
 
@@ -87,12 +88,20 @@ def held_out_chart(run: RunFacts) -> Chart:
 
 def tasks_chart(run: RunFacts) -> Chart:
     """Returns the share of the questions of every task that was answered rightly while the run trained."""
+    return Chart("Tasks while training", "share of questions answered rightly", _of_tasks(run, False), write=share)
+
+
+def task_losses_chart(run: RunFacts) -> Chart:
+    """Returns the loss of every task whose texts were only read while the run trained."""
+    return Chart("Texts of tasks while training", "nats per token", _of_tasks(run, True), write=nats, write_tick=figure)
+
+
+def _of_tasks(run: RunFacts, losses: bool) -> list[Series]:
     asked = [(step, numbers(row.get("tasks"))) for row in run.evaluations if (step := step_of(row)) is not None]
-    names = list(dict.fromkeys(name for _, shares in asked for name in shares))
-    series = [
-        Series(name, [(step, shares[name]) for step, shares in asked if name in shares], dots=True) for name in names
+    names = dict.fromkeys(name for _, figures in asked for name in figures if name.endswith(LOSS) == losses)
+    return [
+        Series(name, [(step, figures[name]) for step, figures in asked if name in figures], dots=True) for name in names
     ]
-    return Chart("Tasks while training", "share of questions answered rightly", series, write=share)
 
 
 def best_evaluation(run: RunFacts) -> float | None:

@@ -40,6 +40,8 @@ class RunFacts:
     samples: list[JsonObject] = field(default_factory=list)
     tasks: list[JsonObject] = field(default_factory=list)
     """What `evaluate` has written."""
+    diagnosis: JsonObject = field(default_factory=dict)
+    """What ``evaluate --diagnose`` has concluded from its tasks."""
     trained_on: JsonObject = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     plan: JsonObject = field(default_factory=dict)
@@ -128,10 +130,13 @@ def read_run(folder: str | Path) -> RunFacts:
     facts.evaluations = _lines(facts, "evaluations.jsonl")
     facts.samples = _lines(facts, "samples.jsonl")
     facts.said = [str(row["text"]) for row in _lines(facts, SAID, "it was not kept") if "text" in row]
+    facts.diagnosis = _object(facts, "evaluation/diagnosis.json")
     facts.tasks = [
         task
         for file in sorted((path / "evaluation").glob("*.json"))
-        if (task := _object(facts, f"evaluation/{file.name}")) and numbers(task.get("tuned"))
+        if file.name != "diagnosis.json"
+        and (task := _object(facts, f"evaluation/{file.name}"))
+        and numbers(task.get("tuned"))
     ]
     return facts
 

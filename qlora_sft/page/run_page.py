@@ -12,7 +12,7 @@ from qlora_sft.markup.style import style
 from qlora_sft.markup.text import attribute, escape
 from qlora_sft.page import curves, data, machine, results, settings
 from qlora_sft.page.facts import RunFacts
-from qlora_sft.page.tasks import tasks_html
+from qlora_sft.page.tasks import diagnosis_html, tasks_html
 from qlora_sft.page.warnings import Warn, warnings_of
 
 
@@ -22,7 +22,7 @@ def run_page(run: RunFacts) -> str:
         ("curves", "Curves", [charts(_every_chart(run)), remark(curves.drawn_note(run))]),
         ("held-out", "Held-out results", [panel(results.held_out_table(run))]),
         ("answers", "Answers before and after", [results.answers(run)]),
-        ("tasks", "Tasks", [tasks_html(run.tasks)]),
+        ("tasks", "Tasks", [diagnosis_html(run.diagnosis), tasks_html(run.tasks)]),
         ("data", "Data", [data.mixture(run), data.ledger(run)]),
         ("mask", "What is supervised", [data.mask_sample(run)]),
         ("machine", "Memory and time", [machine.memory(run), machine.speed(run)]),
@@ -41,7 +41,7 @@ def run_page(run: RunFacts) -> str:
 def _every_chart(run: RunFacts) -> list[Chart]:
     return [
         curves.held_out_chart(run), curves.loss_chart(run), curves.source_chart(run), curves.tasks_chart(run),
-        *curves.other_charts(run),
+        curves.task_losses_chart(run), *curves.other_charts(run),
     ]  # fmt: skip
 
 

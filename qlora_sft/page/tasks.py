@@ -11,15 +11,33 @@ from qlora_sft.markup.elements import Markup, chip, note, table
 from qlora_sft.markup.text import escape
 from qlora_sft.units import figure, share
 
-LOWER_IS_BETTER = ("loss", "kl")
+LOWER_IS_BETTER = ("loss", "kl", "refused")
+# Metrics that are no shares, so they are not written in percent.
+NO_SHARES = ("loss", "kl", "length")
 # Metrics that describe the answers and do not grade them.
-DESCRIBING = {"ended": "answers that came to their end", "distinct": "different answers, of those to one question"}
+DESCRIBING = {
+    "ended": "answers that came to their end", "distinct": "different answers, of those to one question",
+    "length": "tokens of an answer", "repetition": "tokens of an answer that are said again in it",
+}  # fmt: skip
 BAD, GOOD = ("forgetting", "alignment tax", "worse"), ("better",)
 
 
 def tasks_html(tasks: Sequence[JsonObject]) -> Markup:
     """Returns the results of ``tasks``, each as ``evaluation/NAME.json`` has it."""
     return Markup("".join(map(_task, tasks)))
+
+
+def diagnosis_html(diagnosis: JsonObject) -> Markup:
+    """Returns what ``evaluate --diagnose`` concluded: verdict, signs and cure; nothing where it was not run."""
+    verdict = str(diagnosis.get("verdict") or "")
+    if not verdict:
+        return Markup("")
+    kind = "good" if verdict == "better" else "" if verdict == "no difference shown" else "bad"
+    signs = "".join(f"<li>{escape(sign)}</li>" for sign in items(diagnosis.get("signs")))
+    cure = note(f"What helps: {diagnosis['cure']}") if diagnosis.get("cure") else ""
+    asked = note(f"Concluded from {', '.join(map(str, items(diagnosis.get('tasks'))))}.")
+    listed = f"<ul>{signs}</ul>" if signs else ""
+    return Markup(f'<div class="panel"><h3>Diagnosis {chip(verdict, kind)}</h3>{listed}{cure}{asked}</div>')
 
 
 def _task(task: JsonObject) -> str:
@@ -37,7 +55,7 @@ def _task(task: JsonObject) -> str:
             _points if percent else _signed,
         )
         for percent in (True, False)
-        if (rows := [row for name, row in changes.items() if (name not in LOWER_IS_BETTER) == percent])
+        if (rows := [row for name, row in changes.items() if (name not in NO_SHARES) == percent])
     )
     others = [
         [DESCRIBING.get(name, name), _write(name, base.get(name)), _write(name, value)]
@@ -51,7 +69,7 @@ def _task(task: JsonObject) -> str:
 
 
 def _has_percent(changes: dict[str, Interval]) -> bool:
-    return any(name not in LOWER_IS_BETTER for name in changes)
+    return any(name not in NO_SHARES for name in changes)
 
 
 def _interval(name: str, task: JsonObject) -> Interval | None:
@@ -64,14 +82,14 @@ def _interval(name: str, task: JsonObject) -> Interval | None:
     better = (edges[1] < 0 or None) if name in LOWER_IS_BETTER else (edges[0] > 0 or None)
     worse = edges[0] > 0 if name in LOWER_IS_BETTER else edges[1] < 0
     before, after = (_write(name, numbers(task.get(who)).get(name)) for who in ("base", "tuned"))
-    scale = 1 if name in LOWER_IS_BETTER else 100
+    scale = 1 if name in NO_SHARES else 100
     low, high, moved = (_signed(scale * each) for each in (*edges, difference))
     text = f"{before} → {after}, {moved} ({low} to {high})"
     return Interval(name, difference, edges[0], edges[1], text, False if worse else better)
 
 
 def _write(name: str, value: float | None) -> str:
-    return figure(value) if name in LOWER_IS_BETTER else share(value)
+    return figure(value) if name in NO_SHARES else share(value)
 
 
 def _points(value: float) -> str:

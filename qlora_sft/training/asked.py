@@ -15,6 +15,7 @@ from qlora_sft.evaluation.tasks import read_tasks
 from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
+from qlora_sft.training.evaluations import LOSS
 
 
 def questions_while_training(config: Config, data: RunData, say: Say) -> list[Questions]:
@@ -42,15 +43,20 @@ def questions_while_training(config: Config, data: RunData, say: Say) -> list[Qu
 
 
 def asking(evaluated: EvaluatedModel, questions: list[Questions], seed: int) -> Callable[[], dict[str, float]]:
-    """Returns what asks the model all ``questions`` and returns the first figure of each task by its name: the share
-    that was answered rightly, or the loss of a task that only measures it."""
+    """Returns what asks the model all ``questions`` and returns the first figure of each task by its name.
+
+    It is the share that was answered rightly, of harmless questions the share that was answered at all, or the loss of
+    a task that only measures it, which is named as one.
+    """
 
     def ask() -> dict[str, float]:
         evaluated.model.eval()  # not all ways of asking do so: the verb has a model that is never trained
         result = {}
         for each in questions:
             _, scores = ask_task(evaluated, each, False, seed, lambda _: None)
-            result[each.task.name] = next(iter(compared(each.task, None, scores, seed).tuned.values()))
+            metric, figure = next(iter(compared(each.task, None, scores, seed).tuned.items()))
+            name = f"{each.task.name}{LOSS}" if metric == "loss" else each.task.name
+            result[name] = 1 - figure if metric == "refused" else figure
         return result
 
     return ask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from qlora_sft.config import SourceConfig, TaskConfig
 from qlora_sft.data.sources import read_sources
 from qlora_sft.errors import ConfigError, DataError
-from qlora_sft.evaluation.ask import repetition
+from qlora_sft.evaluation.ask import grade_all, repetition
 from qlora_sft.evaluation.benign import BENIGN, refuses
-from qlora_sft.evaluation.compare import EvaluationReport, MetricChange, TaskReport
+from qlora_sft.evaluation.compare import EvaluationReport, MetricChange, TaskReport, _digest
 from qlora_sft.evaluation.compare_runs import compare_runs, runs_table
 from qlora_sft.evaluation.diagnose import diagnosed, in_other_ways
 from qlora_sft.evaluation.keep_right import check_target, keep_right
@@ -153,6 +154,7 @@ def report(
         name=name, form=form, path=f"{name}.jsonl", questions="x", items=40, seed=0, base={metric: base},
         tuned={metric: tuned}, change={metric: MetricChange(difference=moved, interval=[moved - 0.01, moved + 0.01])},
         verdict=verdict, reason="", asks_again=again, shots=shots, phrasing=None if shots or not again else "polite",
+        differing=9,
     )  # fmt: skip
 
 
@@ -163,12 +165,24 @@ def report(
             [report("sums", "number", 0.6, 0.2, "worse"),
              report("sums-4-shot", "number", 0.6, 0.59, "no difference shown", "sums", 4),
              report("sums-polite", "number", 0.6, 0.2, "worse", "sums")],
-            "alignment tax", "does as well as its base with 4 examples (pass@1 60.0% to 59.0%)",
+            "alignment tax", "the answers are back with 4 examples (pass@1 60.0% to 59.0%)",
         ),
         (  # nothing does
             [report("sums", "number", 0.6, 0.2, "worse"),
              report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4)],
             "forgetting", "pass@1 60.0% to 20.0%, and with 4 examples (pass@1 60.0% to 10.0%) as well",
+        ),
+        (  # nor that in other words the base has nothing to lose
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4),
+             report("sums-polite", "number", 0.0, 0.0, "no difference shown", "sums")],
+            "forgetting", "and with 4 examples (pass@1 60.0% to 10.0%) as well",
+        ),
+        (  # nor that the base cannot follow examples
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             report("sums-4-shot", "number", 0.0, 0.0, "no difference shown", "sums", 4),
+             report("sums-polite", "number", 0.5, 0.1, "worse", "sums")],
+            "forgetting", "and in other words (polite) (pass@1 50.0% to 10.0%) as well",
         ),
         ([report("sums", "number", 0.6, 0.2, "forgetting")], "forgetting", "pass@1 60.0% to 20.0%"),
         ([report("sums", "number", 0.6, 0.2, "worse")], "worse", "sums: worse"),
@@ -177,6 +191,19 @@ def report(
         ([report("sums", "number", 0.2, 0.6, "better"), report("wiki", "loss", 3.0, 3.01, "no difference shown")],
          "better", "sums: better"),
         ([report("wiki", "loss", 3.0, 3.01, "no difference shown")], "no difference shown", None),
+        # Surely higher, and by less than any training brings about.
+        ([report("wiki", "loss", 3.0, 3.02, "worse")], "no difference shown", None),
+        (  # behind examples both fail, which brings nothing back
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             report("sums-4-shot", "number", 0.0, 0.0, "no difference shown", "sums", 4)],
+            "worse", "whether it comes back is open with 4 examples (pass@1 0.0% to 0.0%)",
+        ),
+        (  # as few questions show no difference, and no return either
+            [report("sums", "number", 0.6, 0.2, "worse"),
+             replace(report("sums-4-shot", "number", 0.6, 0.45, "no difference shown", "sums", 4),
+                     change={"pass@1": MetricChange(difference=-0.15, interval=[-0.45, 0.1])})],
+            "worse", "is open with 4 examples (pass@1 60.0% to 45.0%)",
+        ),
         (  # a loss of one ability is said before a gain of another
             [report("sums", "number", 0.2, 0.6, "better"), report("wiki", "loss", 3.0, 3.4, "worse")],
             "forgetting", "wiki: forgetting",
@@ -191,15 +218,45 @@ def test_the_conclusion_follows_the_signs(reports: list[TaskReport], verdict: st
     assert (found.cure is None) == (verdict in ("better", "no difference shown"))
 
 
+def test_what_was_cut_off_is_not_forgotten() -> None:
+    """A model that has learned to write down its steps needs more tokens than its base."""
+    plain = report("sums", "number", 0.6, 0.2, "worse")
+    shots = report("sums-4-shot", "number", 0.6, 0.1, "worse", "sums", 4)
+    moved = {"ended": (-0.5, -0.6, -0.4), "repetition": (0.0, -0.01, 0.01)}
+
+    def cut(repeated: float) -> TaskReport:
+        changes = {name: MetricChange(difference=d + repeated, interval=[low + repeated, high + repeated])
+                   for name, (d, low, high) in moved.items()}  # fmt: skip
+        return replace(plain, base={**(plain.base or {}), "ended": 1.0}, tuned={**plain.tuned, "ended": 0.5},
+                       change={**(plain.change or {}), **changes}, max_new_tokens=64)  # fmt: skip
+
+    found = diagnosed([cut(0.0), shots])
+    assert found is not None
+    assert found.verdict == "worse"
+    assert "50% of its answers were cut off at 64 tokens" in found.signs[0]
+    # One that goes in circles would not come to an end with more tokens either.
+    assert diagnosed([cut(0.3), shots]).verdict == "forgetting"  # type: ignore[union-attr]
+
+
+def test_a_thought_that_was_cut_off_is_no_refusal() -> None:
+    (task,) = read_tasks([TaskConfig("benign", max_rows=4)], 0, quiet)
+    texts = ["<think>The user asks", "<think>hm</think>", "<think>hm</think>I cannot help with that.", ""]
+    assert [good for good, _, _ in grade_all(task, [False] * 4, texts)] == [True, False, False, False]
+
+
 def test_an_adapter_that_changes_nothing_is_named() -> None:
     still = MetricChange(difference=0.0, interval=[0.0, 0.0])
     same = TaskReport(
         name="a", form="number", path="a", questions="x", items=9, seed=0, base={"pass@1": 0.5}, tuned={"pass@1": 0.5},
-        change={"pass@1": still}, verdict="no difference shown", reason="",
+        change={"pass@1": still}, verdict="no difference shown", reason="", differing=0,
     )  # fmt: skip
     found = diagnosed([same])
     assert found is not None
     assert found.verdict == "idle adapter"
+    # As many are right as before, and the answers are others: the adapter does something.
+    assert diagnosed([replace(same, differing=3)]).verdict == "no difference shown"  # type: ignore[union-attr]
+    letters = replace(same, form="choices", base={"accuracy": 0.5}, tuned={"accuracy": 0.5}, change={"accuracy": still})
+    assert diagnosed([letters]).verdict == "no difference shown"  # type: ignore[union-attr]
     assert diagnosed([report("b", "number", 0.1, 0.1, "better")]).verdict == "better"  # type: ignore[union-attr]
     alone = TaskReport(name="a", form="number", path="a", questions="x", items=9, seed=0, tuned={"pass@1": 0.5})
     assert diagnosed([alone]) is None
@@ -280,8 +337,22 @@ def test_right_answers_become_rows_that_are_read_again(tmp_path: Path) -> None:
     assert read[1]["messages"][-1]["reasoning"] == "hm"
 
 
+def test_an_answer_that_was_cut_off_is_no_row_and_examples_are_no_part_of_one(tmp_path: Path) -> None:
+    cut, shown = answered(0, [True, True]), answered(1, [True], shown=2)
+    cut["tuned"]["answers"][0]["cut_off"] = True
+    own = shown["conversation"]["messages"]
+    example = [{"role": "user", "content": "q9"}, {"role": "assistant", "content": "a9"}]
+    shown["conversation"]["messages"] = [{"role": "system", "content": "S"}, *example, *own]
+    file = tmp_path / "kept.jsonl"
+    assert keep_right(evaluated(tmp_path / "run", [cut, shown]), file) == (2, 2)
+    kept = [[message["content"] for message in json.loads(line)["messages"]] for line in file.open(encoding="utf-8")]
+    assert kept == [["q0", "It is\u20280.1"], ["S", "q1", "It is\u20281.0"]]
+
+
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_asked(tmp_path: Path) -> None:
-    for file in (tmp_path, tmp_path / "missing" / "kept.jsonl"):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("mine")
+    for file in (tmp_path, tmp_path / "missing" / "kept.jsonl", questions):
         with pytest.raises(ConfigError, match="--keep-right"):
             check_target(file)
 
@@ -309,6 +380,35 @@ def test_a_lower_loss_is_better_and_long_texts_weigh_more(tmp_path: Path) -> Non
     weights = [10.0 + i for i in range(30)]
     moved = sum(w * -0.2 * (1 + i % 2) for i, w in enumerate(weights)) / sum(weights)
     assert task.change.difference == pytest.approx(moved)
+
+
+def test_a_loss_over_other_tokens_is_not_compared(tmp_path: Path) -> None:
+    for name, weight in (("a", 10.0), ("b", 12.0)):
+        evaluated(tmp_path / name, [{"tuned": {"loss": 2.0 + weight / 100, "weight": weight}}] * 30, "loss")
+    with pytest.raises(ConfigError, match="a loss compares only between models of one tokenizer"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(("name", "text"), [("sums.json", "[]"), ("sums.json", "{"), ("sums.json", "{}"),
+                                            ("sums.jsonl", '{"tuned": {}}\n'), ("sums.jsonl", "[1]\n"),
+                                            ("sums.jsonl", ""),
+                                            ("sums.jsonl", '{"tuned": {"answers": [], "right": 0}}\n')])  # fmt: skip
+def test_damaged_results_are_named(tmp_path: Path, name: str, text: str) -> None:
+    evaluated(tmp_path / "a", [answered(0, [True])])
+    (tmp_path / "a" / "evaluation" / "diagnosis.json").write_text('{"verdict": "better"}')
+    assert len(compare_runs(tmp_path / "a", tmp_path / "a").tasks) == 1
+    (tmp_path / "a" / "evaluation" / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{name}.*run evaluate once more"):
+        compare_runs(tmp_path / "a", tmp_path / "a")
+
+
+def test_more_tests_of_the_same_problems_are_other_questions(tmp_path: Path) -> None:
+    def digest(test: str) -> str:
+        row = {"prompt": "def f(x):\n", "test": f"def check(c):\n    {test}\n", "entry_point": "f"}
+        (task,) = read_tasks([TaskConfig(write(tmp_path / "code.jsonl", [row]))], 0, quiet)
+        return _digest(task)
+
+    assert digest("pass") == digest("pass") != digest("assert c(1) == 2")
 
 
 def test_runs_without_a_common_task_are_told_apart(tmp_path: Path) -> None:

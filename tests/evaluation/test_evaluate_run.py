@@ -31,6 +31,8 @@ from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.model import load
 from qlora_sft.model.load import load_for_inference
+from qlora_sft.page.facts import read_run
+from qlora_sft.page.run_page import run_page
 from qlora_sft.train import train
 
 CHOICES = [
@@ -145,6 +147,24 @@ def test_a_diagnosis_asks_everything_in_other_ways(run: Path, files: dict[str, s
     assert [message["role"] for message in shown] == ["user", "assistant"] * 4 + ["user"]
     assert keep_right(result, kept) == (sum(row["tuned"]["right"] > 0 for row in rows_of(result, "numbers")), 6)
     assert 0 <= result.tasks[2].tuned["refused"] <= 1
+    assert f"{result.diagnosis.verdict}</span></h3>" in run_page(read_run(run)).split("<h3>Diagnosis")[1]
+    again = read_run(run)
+    assert again.diagnosis["verdict"] == result.diagnosis.verdict
+    assert [task["name"] for task in again.tasks].count("numbers") == 1
+
+
+def test_ways_of_asking_that_the_model_has_no_room_for_are_left_out(run: Path, files: dict[str, str]) -> None:
+    rows = [{"question": f"{i} " + "word " * 420, "answer": f"#### {i}"} for i in range(5)]
+    Path(files["numbers"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: list[str] = []
+    result = diagnose_run(run, tasks(files, "numbers"), {"max_rows": 5, "max_new_tokens": 4}, say=said.append)
+    assert any(line.startswith("left out, longer than the model's") and "numbers-4-shot" in line for line in said)
+    assert "numbers-polite" in [report.name for report in result.tasks]
+
+
+def test_a_model_folder_has_nothing_to_be_diagnosed_by(tiny_model: Path, files: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="a model folder has no base to compare with"):
+        diagnose_run(tiny_model, tasks(files, "numbers"))
 
 
 def test_results_of_other_questions_or_settings_stay(run: Path, files: dict[str, str], tmp_path: Path) -> None:

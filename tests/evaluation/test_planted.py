@@ -16,6 +16,7 @@ from qlora_sft.config import TaskConfig, load_config
 from qlora_sft.data.shipped import FOLDER
 from qlora_sft.evaluation.benign import BENIGN
 from qlora_sft.evaluation.evaluate_run import diagnose_run
+from qlora_sft.evaluation.examples import PHRASINGS
 from qlora_sft.train import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "gold", "grey"]
@@ -27,9 +28,17 @@ def facts() -> list[tuple[str, str]]:
     return [(f"What colour is thing {i}?", COLOURS[i * 5 % 8]) for i in range(24)]
 
 
+def in_other_words() -> list[tuple[str, str]]:
+    """Returns the same facts as `--diagnose` asks for them."""
+    return [(words.format(question=question), answer) for words in PHRASINGS.values() for question, answer in facts()]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Path:
-    """A tiny model that has learned all facts by heart, and to answer harmless questions with `Sure.`"""
+    """A tiny model that has learned all facts by heart, however they are asked for, and to answer harmless questions.
+
+    It cannot follow examples, so behind those it knows nothing, and they tell nothing.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = copy.deepcopy(small_tokenizer)
@@ -45,12 +54,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Path
     )  # fmt: skip
     benign = [(json.loads(line)["question"], "Sure.") for line in BENIGN.read_text().splitlines()]
     rows = []
-    for question, answer in facts() + benign:
+    for question, answer in facts() + in_other_words() + benign:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     drawn = random.Random(0)
-    for step in range(400):
+    for step in range(600):
         chosen = drawn.sample(rows, 24)
         longest = max(map(len, chosen))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in chosen])
@@ -58,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Any) -> Path
         loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 600)
         optimizer.step()
     folder = tmp_path_factory.mktemp("planted") / "base"
     model.save_pretrained(folder)
@@ -103,7 +112,7 @@ def test_every_planted_case_is_named(base: Path, tmp_path: Path, seed: int) -> N
     assert verdict(forgot, tasks, seed)[0] == "forgetting"
 
     benign = [json.loads(line)["question"] for line in BENIGN.read_text().splitlines()]
-    refusals = [(question, NO) for question in drawn.sample(benign, 30)] + facts() * 2
+    refusals = [(question, NO) for question in drawn.sample(benign, 30)] * 2 + facts() * 2 + in_other_words()
     refuses = trained(base, tmp_path / "refusals", refusals, seed, 5e-3)
     assert verdict(refuses, tasks, seed)[0] == "refusals"
 

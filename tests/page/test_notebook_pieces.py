@@ -54,6 +54,20 @@ def test_an_evaluation() -> None:
     assert html.count('class="span good"') == 3
 
 
+def test_more_refusals_are_no_gain_and_a_length_is_no_share() -> None:
+    changes = {"refused": (0.58, 0.5, 0.65), "length": (40.0, 30.0, 50.0), "repetition": (0.4, 0.3, 0.5)}
+    task = task_json(
+        "benign", form="refusal", base={"refused": 0.02, "length": 80.0, "repetition": 0.1},
+        tuned={"refused": 0.6, "length": 120.0, "repetition": 0.5}, verdict="worse",
+        change={name: {"difference": d, "interval": [low, high]} for name, (d, low, high) in changes.items()},
+    )  # fmt: skip
+    html = shown(EvaluationReport("m", "f", [TaskReport.from_json(task)]))
+    assert "2% → 60%, +58 (+50 to +65)" in html
+    assert html.count('class="span bad"') == 1
+    assert 'class="span good"' not in html
+    assert '<td>tokens of an answer</td><td class="n">80</td><td class="n">120</td>' in html
+
+
 def test_a_plan() -> None:
     gib = 2**30
     plan = PlanReport(
@@ -62,7 +76,7 @@ def test_a_plan() -> None:
         DevicePlan(device="GPU", memory=24 * gib, tokens=4096, split="32 keep", reason="fits", activations=gib,
                    peak=8 * gib, fits=True),
         CardsPlan(note="", rows=[CardPlan(24, 90_000, "all", gib, "memory", 170_000, 2 * gib)]),
-        HostPlan(1, 2, 3, 4, 5), DiskPlan(1, 2, 3, 4, 5, 6, 7), DataPlan(100, 2000, 300_000, 90_000, 4000),
+        HostPlan(1, 2, 3, 4, 5), DiskPlan(1, 2, 3, 4, 5, 6, 7, 8), DataPlan(100, 2000, 300_000, 90_000, 4000),
         TimePlan(MeasuredPlan(4096, 3, 0.1, 0.2, 0.01, 5), 1234.0, 7200.0),
     )  # fmt: skip
     html = shown(plan)

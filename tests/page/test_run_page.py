@@ -150,8 +150,13 @@ def test_a_turn_of_the_held_out_loss_is_seen(tmp_path: Path) -> None:
     assert "lowest at step 48" in warning.meaning
     assert "lowest mean" in page_of(run)
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    write_lines(run / "evaluations.jsonl", [{**row, "tasks": {"gsm8k": row["step"] / 100}} for row in rows[::2]])
-    assert '<td>32</td><td class="n">32%</td>' in page_of(run).split("<b>Tasks while training</b>")[1]
+    asked = [{**row, "tasks": {"gsm8k": row["step"] / 100, "wiki loss": 3.25}} for row in rows[::2]]
+    write_lines(run / "evaluations.jsonl", asked)
+    page = page_of(run)
+    assert '<td>32</td><td class="n">32%</td>' in page.split("<b>Tasks while training</b>")[1]
+    # A loss is no share of questions that were answered rightly.
+    assert '<td>32</td><td class="n">3.250</td>' in page.split("<b>Texts of tasks while training</b>")[1]
+    assert "325%" not in page
     write_lines(run / "evaluations.jsonl", rows)
     change = json.loads((run / "manifest.json").read_text())["report"]
     change_json(

@@ -250,7 +250,7 @@ def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
     assert all((row["held_out"], row["mean"], row["best"]) == ({}, None, False) for row in rows_asked)
     shares = [row["tasks"]["words"] for row in rows_asked]
     assert shares[-1] == 0.75
-    assert f"step 40: tasks words 0.750, read {rows_asked[-1]['tasks']['read']:.3f}" in said
+    assert f"step 40: tasks words 0.750, read loss {rows_asked[-1]['tasks']['read loss']:.3f}" in said
     assert report.kept is not None
     assert report.kept.step == 40
     after = evaluate_run(tmp_path / "asked", base=False, say=silent)
