@@ -81,7 +81,7 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     left_out = ("--serve", "doctor")  # the latter is in tests/test_doctor.py
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
     ours = [command for command in ours if not any(word in command for word in left_out)]
-    verbs = "new preview plan train chat evaluate report merge export chat evaluate evaluate export export push".split()
+    verbs = "new preview plan train chat evaluate report merge export chat evaluate evaluate evaluate compare export export push".split()
     assert [command.split()[1] for command in ours] == verbs
     # The demo, whose recipe has tasks, was not trained here.
     ours = [command.replace("runs/demo", "runs/support --task questions.jsonl") for command in ours]

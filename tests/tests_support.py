@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def real_data(name: str) -> Path:
     if not (REAL_DATA / name).is_file():
         pytest.skip(f"no {REAL_DATA / name}; set QLORA_SFT_DATA")
     return REAL_DATA / name
+
+
+def keep_code_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has transformers keep the code that a base brings along in ``folder``, and forget that of other tests."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def documents_of(config: Config) -> list[Rendered]:

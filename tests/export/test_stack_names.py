@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from every_gguf import write_run
 from safetensors.torch import load_file, save_file
+from tests_support import keep_code_in
 from transformers import AutoModelForCausalLM
 
 from qlora_sft.export.merge import merge_run
@@ -43,8 +44,7 @@ def test_files_of_a_base_that_leave_the_prefix_out(tmp_path: Path) -> None:
 
 
 def test_a_base_with_code_of_its_own_that_holds_whole_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     run = write_run("qwen3_moe", tmp_path)
     base = tmp_path / "base"
     state = {name: t.clone() for name, t in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}

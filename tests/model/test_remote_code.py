@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
-from tests_support import SHORT
+from tests_support import SHORT, keep_code_in
 
 from qlora_sft.cli import main
 from qlora_sft.export.merge import merge_run
@@ -34,8 +34,7 @@ def edited(file: Path, **values: Any) -> None:
 @pytest.fixture
 def own(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny model as one that only its own code can build; that code leaves a mark when it is run."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     folder = Path(shutil.copytree(tiny_model, tmp_path / "own"))
     for name, text in CODE.items():
         (folder / name).write_text(text.replace("MARK", str(tmp_path / "mark")))
