@@ -117,6 +117,12 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     require(not begun, "lora.init", "has no effect with lora.from, whose adapter is the beginning; remove it")
 
 
+def patterns_of(lora: LoraConfig) -> list[str]:
+    """Lists the regular expressions of the section."""
+    named = [lora.target_modules] if isinstance(lora.target_modules, str) else []
+    return [*named, *(each.match for each in lora.modules)]
+
+
 def regex_fault(pattern: str) -> str:
     """Returns what is wrong with a regular expression; "" if nothing is."""
     if not pattern:

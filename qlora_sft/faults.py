@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qlora_sft.config import Config, LoraConfig, ModelConfig, load_config
 from qlora_sft.config_data import DataConfig, SourceConfig, held_out_sources
+from qlora_sft.config_lora import patterns_of, regex_fault
 from qlora_sft.errors import ConfigError, DataError, all_at_once
 
 # Larger sources are only looked for, not read, when the report is made.
@@ -104,7 +105,9 @@ def _base_checks(parts: Mapping[str, object]) -> Iterator[Callable[[], object]]:
         return
     yield partial(_check_files, model, folder)
     yield partial(check_tokenizer_files, folder)
-    if isinstance(lora, LoraConfig) and (lora.target_modules != "all-linear" or lora.modules):
+    # A faulty regular expression is told with the faults of the recipe, and matches nothing here.
+    sound = isinstance(lora, LoraConfig) and not any(map(regex_fault, patterns_of(lora)))
+    if isinstance(lora, LoraConfig) and sound and (lora.target_modules != "all-linear" or lora.modules):
         yield partial(_check_modules, Config(model, DataConfig([]), "", lora))
 
 

@@ -73,6 +73,20 @@ def test_modules_and_data_are_reported_together(
         assert part in "\n".join(found)
 
 
+@pytest.mark.parametrize("lora", ["{target_modules: '[q'}", "{modules: [{match: '(v_proj', r: 4}]}"])
+def test_a_faulty_regular_expression_is_one_fault_among_others(
+    lora: str, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is there, so its layers could be looked at: by a pattern that cannot be read."""
+    make_config()
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(recipe.read_text() + f"lora: {lora}\ncolour: red\n")
+    assert main(["train", str(recipe)]) == 2
+    said = "\n".join(report(capsys))
+    assert "is no regular expression" in said
+    assert "unknown key 'colour'" in said
+
+
 def test_an_output_that_is_taken_is_reported_with_the_rest(
     make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
