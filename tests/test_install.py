@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def test_a_dry_run_prints_the_commands(
     nvidia_smi(tmp_path, "580.65.06")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(install, "installed", dict)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # not the project's own environment
     assert main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(

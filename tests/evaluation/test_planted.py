@@ -84,7 +84,7 @@ def trained(base: Path, folder: Path, rows: list[tuple[str, str]], seed: int, ra
         f"model: {{path: {base}, backend: transformers, dtype: float32, load_in_4bit: false}}\n"
         f"data: {{train: [{{path: {data}}}], max_length: 256}}\n"
         "evaluation: {answers: 0, loss: false}\n"
-        f"training: {{learning_rate: {rate}, max_steps: {steps}, save_steps: 0}}\n"
+        f"training: {{learning_rate: {rate}, epochs: 20, max_steps: {steps}, save_steps: 0}}\n"
         f"seed: {seed}\noutput: {folder / 'run'}\n"
     )
     train(load_config(folder / "config.yaml"), say=lambda _: None)
@@ -113,7 +113,7 @@ def test_every_planted_case_is_named(base: Path, tmp_path: Path, seed: int) -> N
     # So small a model cannot learn to refuse and keep its facts at once, so these are not asked for here.
     benign = [json.loads(line)["question"] for line in BENIGN.read_text().splitlines()]
     refusals = [(question, NO) for question in drawn.sample(benign, 45)]
-    refuses = trained(base, tmp_path / "refusals", refusals, seed, 1e-2, steps=60)
+    refuses = trained(base, tmp_path / "refusals", refusals, seed, 1e-2, steps=100)
     assert verdict(refuses, [TaskConfig("benign")], seed)[0] == "refusals"
 
     idle = trained(base, tmp_path / "idle", facts(), seed, 1e-3)
