@@ -145,10 +145,11 @@ def try_gguf(kind: str, folder: Path) -> Tried:
     check_parity(run, run / "merged", say=lambda _: None)
     form = "f32" if has_experts(read_config(str(run / "merged"))) else "f16"
     try:
-        figures = export_run(run, form, parity=True, say=lambda _: None).parity[form]
+        parity = export_run(run, form, parity=True, say=lambda _: None).parity
     except (RunError, ConfigError) as error:
         return Tried(kind, llama_cpp_version(), form, None, _reason(error))
-    return Tried(kind, llama_cpp_version(), form, figures["kl"])
+    assert parity is not None
+    return Tried(kind, llama_cpp_version(), form, parity[form].kl)
 
 
 def _reason(error: RunError | ConfigError) -> str:
