@@ -8,7 +8,7 @@ from qlora_sft.json_types import JsonObject, mapping, number, numbers
 from qlora_sft.markup.chart import Chart
 from qlora_sft.markup.series import MOST_POINTS, Point, Series, present, smoothed, smoothing_window
 from qlora_sft.page.facts import RunFacts, step_of
-from qlora_sft.training.evaluations import LOSS
+from qlora_sft.run.report import TASK_LOSS
 from qlora_sft.units import figure, nats, share
 
 
@@ -98,7 +98,7 @@ def task_losses_chart(run: RunFacts) -> Chart:
 
 def _of_tasks(run: RunFacts, losses: bool) -> list[Series]:
     asked = [(step, numbers(row.get("tasks"))) for row in run.evaluations if (step := step_of(row)) is not None]
-    names = dict.fromkeys(name for _, figures in asked for name in figures if name.endswith(LOSS) == losses)
+    names = dict.fromkeys(name for _, figures in asked for name in figures if name.endswith(TASK_LOSS) == losses)
     return [
         Series(name, [(step, figures[name]) for step, figures in asked if name in figures], dots=True) for name in names
     ]

@@ -14,6 +14,8 @@ LEFT_OUT: dict[str, bool] = {"left_out": True}
 """Marks a field that is left out of the JSON where it is None."""
 ONLY_HERE: dict[str, bool] = {"only_here": True}
 """Marks a field that is never in the JSON."""
+TASK_LOSS = " loss"
+"""Stands in ``evaluations.jsonl`` behind the name of a task whose figure is its loss."""
 
 
 @dataclass(frozen=True)

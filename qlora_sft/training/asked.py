@@ -13,9 +13,9 @@ from qlora_sft.evaluation.compare import compared
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.tasks import read_tasks
 from qlora_sft.model.tokenizer import load_tokenizer
+from qlora_sft.run.report import TASK_LOSS
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
-from qlora_sft.training.evaluations import LOSS
 
 
 def questions_while_training(config: Config, data: RunData, say: Say) -> list[Questions]:
@@ -55,7 +55,7 @@ def asking(evaluated: EvaluatedModel, questions: list[Questions], seed: int) -> 
         for each in questions:
             _, scores = ask_task(evaluated, each, False, seed, lambda _: None)
             metric, figure = next(iter(compared(each.task, None, scores, seed).tuned.items()))
-            name = f"{each.task.name}{LOSS}" if metric == "loss" else each.task.name
+            name = f"{each.task.name}{TASK_LOSS}" if metric == "loss" else each.task.name
             result[name] = 1 - figure if metric == "refused" else figure
         return result
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from qlora_sft.atomic import written_file
 from qlora_sft.run.report import LEFT_OUT, Report
 
-# What stands behind the name of a task whose figure is its loss.
-LOSS = " loss"
-
 
 @dataclass(frozen=True)
 class EvaluationRow(Report):
