@@ -45,4 +45,4 @@ def test_nothing_that_is_built_or_trained_goes_into_the_image() -> None:
     left_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".git", ".venv*", "runs"} <= set(left_out)
     copied = {argument.split()[-1] for name, argument in instructions() if name == "COPY"}
-    assert copied == {argument for name, argument in instructions() if name == "WORKDIR"} - {"/work"}
+    assert copied == {argument for name, argument in instructions() if name == "WORKDIR"} - {"/data"}

@@ -81,10 +81,9 @@ def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict,
     A loss that examples or other words surely undo, by the half at least, is one of form: what the model can do is
     still there. If the questions are too few to see that, or the base fails in those ways as well, it stays open.
     """
-    verdict: Verdict = "no difference shown"
-    for known in ("forgetting", "alignment tax", "worse", "better"):
-        if report.verdict == known:
-            verdict = known  # type: ignore[assignment]
+    known: tuple[Verdict, ...] = ("forgetting", "alignment tax", "worse", "better")
+    nothing: Verdict = "no difference shown"
+    verdict = next((each for each in known if each == report.verdict), nothing)
     if report.form == "refusal":
         return ("refusals" if verdict == "worse" else verdict), _moved(report)
     if report.form == "loss":

@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
-from tests_support import SHORT, bare_base, result
+from tests_support import SHORT, bare_base, killed, result
 
 from qlora_sft.cli import main
-from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.merge import merge_run
 from qlora_sft.model.base_folder import resolve_base
@@ -28,7 +27,6 @@ from qlora_sft.model.snapshot import file_hashes, origin_of
 from qlora_sft.plan.plan import make_plan
 from qlora_sft.run.folder import Run
 from qlora_sft.train import train
-from qlora_sft.training.trainer import PackedSFTTrainer
 
 FIRST, SECOND = "a1" * 20, "b2" * 20
 NAME = "owner/model"
@@ -66,21 +64,6 @@ def hub(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Ad
     return add
 
 
-def stopped(config: Config, step: int = 3) -> None:
-    """Trains ``config`` until ``step`` steps are done, and no further."""
-    take = PackedSFTTrainer.get_batch_samples
-
-    def taken(self: Any, *arguments: Any) -> Any:
-        if self.state.global_step == step:
-            raise KeyError("killed")
-        return take(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedSFTTrainer, "get_batch_samples", taken)
-        with pytest.raises(KeyError, match="killed"):
-            train(config, say=lambda _: None)
-
-
 def test_what_is_loaded_stands_in_the_run_and_in_its_adapter(hub: AddModel, make_config: MakeConfig) -> None:
     folder = hub(NAME, FIRST)
     config = make_config(*SHORT, "training.max_steps=2", f"model.path={NAME}")
@@ -104,21 +87,21 @@ def test_a_killed_run_goes_on_to_the_same_bits_though_the_main_branch_has_moved(
     hub(NAME, FIRST)
     whole = make_config(*SHORT, f"model.path={NAME}")
     train(whole, say=lambda _: None)
-    killed = make_config(*SHORT, f"model.path={NAME}", f"output={tmp_path / 'killed'}")
-    stopped(killed)
+    resumed = make_config(*SHORT, f"model.path={NAME}", f"output={tmp_path / 'killed'}")
+    killed(resumed, 3)
     hub(NAME, SECOND, seed=1)
     said: list[str] = []
-    train(killed, resume=True, say=said.append)
+    train(resumed, resume=True, say=said.append)
     assert f"base: {NAME} at commit {FIRST}, with which this run began" in said
     assert result(tmp_path / "killed") == result(tmp_path / "run")
-    assert Run.open(killed.output).base_commit == FIRST
+    assert Run.open(resumed.output).base_commit == FIRST
 
 
 def test_another_revision_is_refused_with_both_commits(hub: AddModel, make_config: MakeConfig, tmp_path: Path) -> None:
     first = hub(NAME, FIRST)
     hub(NAME, SECOND, seed=1, main=False)
     config = make_config(*SHORT, f"model.path={NAME}", "training.save_steps=1", "training.max_steps=2")
-    stopped(config, 1)
+    killed(config, 1)
     other = make_config(
         *SHORT, f"model.path={NAME}", "training.save_steps=1", "training.max_steps=2", f"model.revision={SECOND}"
     )
