@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.errors import DataError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _BASE = 0xF0000
 # A text is cut at this character before it is encoded, so that no tokenizer can see the control token whole.
 CUT = chr(_BASE + 0xFFF0)
+
+# What a template writes beside the messages, and a row brings along.
+_BESIDE = ("tools", "chat_template_kwargs")
 
 Disguises = dict[str, str]
 """Maps a private-use character to the control token that it stands for."""
@@ -75,7 +78,7 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     spell a call. All other tags are text. Raises `DataError` if a message holds both a control token and a private-use
     character of ours.
     """
-    content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
+    content = {key: conversation[key] for key in ("messages", *_BESIDE) if conversation.get(key)}
     found = sorted({match for text in _texts(content) for match in any_of(control_tokens(tokenizer)).findall(text)})
     if not found:
         return conversation, {}
@@ -88,8 +91,8 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
         _replaced(message, own if message["role"] == "assistant" else everything, by_token)
         for message in content.get("messages", [])
     ]
-    tools = _replaced(content.get("tools"), everything, by_token)
-    return {**conversation, "messages": messages, **({"tools": tools} if tools else {})}, disguises
+    beside = {key: _replaced(content[key], everything, by_token) for key in _BESIDE if key in content}
+    return cast(Conversation, {**conversation, "messages": messages, **beside}), disguises
 
 
 def _replaced(value: object, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:

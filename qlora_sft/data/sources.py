@@ -86,6 +86,8 @@ class Source:
     settings: SourceConfig = field(default_factory=lambda: SourceConfig(""))
     removed: dict[str, list[str]] = field(default_factory=dict)
     """Maps a reason to file:line of the rows that were removed for it."""
+    split: bool = False
+    """Whether its rows were held out of a training source, and not named as held out."""
 
 
 def place(conversation: Conversation) -> str:
