@@ -102,6 +102,10 @@ def device_here() -> torch.device:
 
 def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
     """Describes the model for the report."""
+    if blueprint.beside:
+        names = ", ".join(blueprint.beside)
+        beside = f"{names}: {sum(blueprint.beside.values()):,} parameters, frozen, not quantised and counted"
+        note = f"{note}; {beside}" if note else beside
     return ModelPlan(
         path=config.model.path,
         kind=blueprint.kind,
