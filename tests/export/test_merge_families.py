@@ -65,8 +65,8 @@ def kl(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", QUICK)
-def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
-    base, run = check(kind, tmp_path, own_tokenizer)
+def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
+    base, run = check(kind, tmp_path, short_tokenizer)
     before, after = (load_file(path / "model.safetensors") for path in (base, run / "merged"))
     assert before.keys() == after.keys()
     towers = [name for name in before if "vision" in name or "projector" in name]
@@ -76,5 +76,5 @@ def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, own_tokenize
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
-def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
-    check(kind, tmp_path, own_tokenizer)
+def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
+    check(kind, tmp_path, short_tokenizer)
