@@ -125,15 +125,15 @@ def test_each_is_one_token_and_only_what_the_model_writes_is_trained(
 
 
 def test_a_base_that_has_them_gets_none_and_stops_where_it_is_told(
-    make_config: Any, tiny_model: Path, tmp_path: Path, own_tokenizer: Any
+    make_config: Any, tiny_model: Path, tmp_path: Path, short_tokenizer: Any
 ) -> None:
     chatml = template_text("chatml").replace("<|im_end|>", "<|endoftext|>")
     (tmp_path / "own.jinja").write_text(chatml)
     config = make_config(f"model.chat_template={tmp_path / 'own.jinja'}")
     assert new_rows(config.model, str(tiny_model)) == []
     tokenizer = load_tokenizer(config.model, str(tiny_model))
-    assert len(tokenizer) == len(own_tokenizer)
-    assert stop_token_ids(config.model, str(tiny_model), tokenizer) == {own_tokenizer.eos_token_id}
+    assert len(tokenizer) == len(short_tokenizer)
+    assert stop_token_ids(config.model, str(tiny_model), tokenizer) == {short_tokenizer.eos_token_id}
 
 
 LLAMA_2 = (
