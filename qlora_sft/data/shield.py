@@ -86,7 +86,7 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     everything, own = any_of(tuple(found)), any_of(tuple(token for token in found if token in turn_tokens(tokenizer)))
     messages = [
         _replaced(message, own if message["role"] == "assistant" else everything, by_token)
-        for message in content.get("messages", [])
+        for message in conversation.get("messages") or []
     ]
     beside = {key: _replaced(value, everything, by_token) for key, value in content.items() if key != "messages"}
     return cast(Conversation, {**conversation, "messages": messages, **beside}), disguises
