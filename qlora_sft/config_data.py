@@ -124,8 +124,9 @@ class DataConfig:
     data, as those of a stream do, and are filled a little less."""
     share_prefixes: Literal["auto", "on", "off"] = "auto"
     """Computes what several rows share at their beginning once: system prompts, tools, earlier turns. Loss and
-    gradients are those of the rows alone. ``auto`` does it where it saves more than 5% of the tokens, on a CPU; on a
-    GPU it must be asked for. ``on`` is an error where the model cannot."""
+    gradients are those of the rows alone. ``auto`` does it where it saves more than 5% of the tokens, on a GPU 15%.
+    Windows, caps and sinks have to be asked for on a GPU, experts everywhere. ``on`` is an error where the model
+    cannot."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
     """Share p of each source in the documents of an epoch, from its number of rows N
     (times ``repeat``): ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p

@@ -8,7 +8,7 @@ from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.forms import RowForm as RowForm
 from qlora_sft.data.forms import detect as detect
 from qlora_sft.data.messages import MESSAGE_KEYS, read_message
-from qlora_sft.data.parts import text_of_blocks
+from qlora_sft.data.parts import refuse_media_keys, text_of_blocks
 from qlora_sft.data.prerendered import ends_a_turn, refuse_rendered_prompt
 from qlora_sft.data.thinking import has_lone_close
 from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
@@ -45,6 +45,7 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
         values["tools"] = _tools(row, form.column("tools"), used)
     # A text beside a truth value is a row of some classification.
     undesired = form.name != "text" and _undesired(row, used)
+    refuse_media_keys(row, used, "column")
     unused |= idle_keys(row, used, "column")
     _refuse_preferences(row, used)
     if form.name == "text":

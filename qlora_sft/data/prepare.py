@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, repeat, tee
@@ -134,9 +134,12 @@ def fitted_rows(
     render = partial(_render_one, tokenizer, options)
     # Held-out rows teach nothing, so they are all measured.
     least = config.min_answer_tokens if isinstance(settings, TrainSourceConfig | ReplayConfig) else None
-    # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
-    rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
-    whole = repeat(None) if settings.supervise == "turns" else render_many(ahead, tokenizer, **options)
+    rows: Iterable[Conversation] = (with_thinking(row, settings.thinking) for row in source.rows)
+    whole: Iterable[Rendered | DataError | None] = repeat(None)
+    if settings.supervise != "turns":
+        # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+        rows, ahead = tee(rows)
+        whole = render_many(ahead, tokenizer, **options)
     for conversation, result in zip(rows, whole, strict=False):
         documents: list[Rendered] = []
         try:

@@ -43,7 +43,7 @@ from qlora_sft.plan.weights import Residents, residents
 from qlora_sft.plan.workload import Workload, describe
 from qlora_sft.run.report import Choice
 from qlora_sft.say import Say
-from qlora_sft.training.steps import choose_optimizer
+from qlora_sft.training.steps import choose_optimizer, most_checkpoints
 
 # Host memory of the process itself: 0.6 GiB for Python with torch, transformers, peft and trl (measured), and room
 # for tokenizer, allocator and what loading passes through.
@@ -102,6 +102,10 @@ def device_here() -> torch.device:
 
 def _model(blueprint: Blueprint, config: Config, note: str) -> ModelPlan:
     """Describes the model for the report."""
+    if blueprint.beside:
+        names = ", ".join(blueprint.beside)
+        beside = f"{names}: {sum(blueprint.beside.values()):,} parameters, frozen, not quantised and counted"
+        note = f"{note}; {beside}" if note else beside
     return ModelPlan(
         path=config.model.path,
         kind=blueprint.kind,
@@ -222,7 +226,7 @@ def _disk(blueprint: Blueprint, config: Config, held: Residents, workload: Workl
         copy_in_16_bits=copy,
         prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
         adapter=held.adapters,
-        checkpoints=config.training.save_total_limit * (held.adapters + held.optimizer),
+        checkpoints=most_checkpoints(config) * (held.adapters + held.optimizer),
         merged=2 * blueprint.n_parameters,
         gguf_q8_0=blueprint.n_parameters * 34 // 32,
         free=shutil.disk_usage(existing).free,

@@ -1,4 +1,4 @@
-"""Computes a run's number of steps and its optimizer from the configuration alone. It imports nothing heavy."""
+"""Computes a run's steps, its checkpoints and its optimizer from the configuration alone. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ def count_steps(n_sequences: int, config: Config) -> int:
     t = config.training
     steps = math.ceil(math.ceil(n_sequences / t.batch_size) / t.gradient_accumulation)
     return min(steps, t.max_steps) if t.max_steps else steps
+
+
+def keeps_best(config: Config) -> bool:
+    """Says whether the adapter of the best step is kept, and not that of the last."""
+    keep = config.training.keep
+    return keep == "best" or (keep == "auto" and config.evaluation.every_steps is not None)
+
+
+def most_checkpoints(config: Config) -> int:
+    """Returns how many checkpoints are on disk at once: those that are kept, the best, and one being written."""
+    kept = config.training.save_total_limit if config.training.save_steps else 1
+    return kept + keeps_best(config) + 1
 
 
 def choose_optimizer(config: Config, on_gpu: bool) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.evaluations import EvaluationRow, Evaluations
+from qlora_sft.training.steps import keeps_best
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -80,9 +81,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         try:
             losses = self.held_out_loss() if self._due(self.every, step) else {}
             tasks = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
-        except (torch.OutOfMemoryError, RunError):
+        except (torch.OutOfMemoryError, RunError) as error:
             torch.cuda.empty_cache()
-            self.say(f"step {step}: not evaluated, because the GPU is full; training goes on")
+            why = error if isinstance(error, RunError) else "the GPU is full"
+            self.say(f"step {step}: not evaluated ({why}); training goes on")
             return {}
         row = self.evaluations.add(step, losses, time.perf_counter() - started, tasks)
         self.say(f"step {step}: {described(row)}")
@@ -99,12 +101,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.say(f"stopping after step {state.global_step}: {why}")
             control.should_training_stop = True
             control.should_save = control.should_save or self.saves
-
-
-def keeps_best(config: Config) -> bool:
-    """Says whether the adapter of the best step is kept, and not that of the last."""
-    keep = config.training.keep
-    return keep == "best" or (keep == "auto" and config.evaluation.every_steps is not None)
 
 
 def described(row: EvaluationRow) -> str:

@@ -13,13 +13,14 @@ import torch
 from conftest import conversation, write_rows
 from tests_support import SHORT, result
 
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import RunReport
 from qlora_sft.train import train
 from qlora_sft.training import watch as module
 from qlora_sft.training.checkpoints import all_checkpoints, step_of
 from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.steps import most_checkpoints
 
 
 def silent(_: str) -> None:
@@ -101,6 +102,8 @@ def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
     assert said.count(f"warning: {warning}") == 1
     # Of all checkpoints those of the best and of the last step are left; the adapter is that of the best.
     assert [step_of(each) for each in all_checkpoints(run.path)] == [best, report.steps]
+    # While one is written it is one more, for which the plan counts the room.
+    assert most_checkpoints(config) == 2 + 1
     assert adapter(run.adapter) == adapter(run.checkpoints / f"step-{best:06d}")
     assert adapter(run.adapter) != adapter(run.checkpoints / f"step-{report.steps:06d}")
     assert report.kept is not None
@@ -164,17 +167,21 @@ def test_the_best_stays_however_old_it_is_and_without_other_checkpoints(
     assert {name: pair.before for name, pair in report.loss.items()} == {"near": None, "far": None}
 
 
-def test_a_full_gpu_costs_one_evaluation(
+def test_an_evaluation_that_cannot_be_made_costs_no_more_than_itself(
     make_config: Any, tmp_path: Path, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = module.Watch.measure
-
-    def full() -> dict[str, float]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    broken = {2: torch.OutOfMemoryError("CUDA out of memory"), 4: RunError("programs cannot be run here")}
 
     def measure(self: Any, step: int) -> dict[str, float]:
         own = self.held_out_loss
-        self.held_out_loss = full if step == 2 else own
+
+        def held_out_loss() -> dict[str, float]:
+            if step in broken:
+                raise broken[step]
+            return own()
+
+        self.held_out_loss = held_out_loss
         try:
             return real(self, step)
         finally:
@@ -183,8 +190,9 @@ def test_a_full_gpu_costs_one_evaluation(
     monkeypatch.setattr(module.Watch, "measure", measure)
     said: list[str] = []
     train(make_config(*SHORT, *held_out, "evaluation.every_steps=2"), say=said.append)
-    assert "step 2: not evaluated, because the GPU is full; training goes on" in said
-    assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 4, 6]
+    assert "step 2: not evaluated (the GPU is full); training goes on" in said
+    assert "step 4: not evaluated (programs cannot be run here); training goes on" in said
+    assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 6]
 
 
 def test_a_checkpoint_that_found_no_room_is_not_kept(
