@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,18 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
 
 
 def unexpected(error: Exception) -> str:
-    """Says of an error that nobody has foreseen what it is, and how its place is found."""
+    """Says of an error that nobody has foreseen what it is. Its traceback is kept in a file: hours may have gone by
+    until it came."""
+    import tempfile
+    import traceback
+
+    where = "--debug shows where"
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="qlora-sft-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+        where = f"{file.name} says where, and so does --debug"
     return (
-        f"{type(error).__name__}: {first_line(error)} (this is a fault of qlora_sft or of a library that it uses; the "
-        "same command with --debug shows where, which is what a report of it needs)"
+        f"{type(error).__name__}: {first_line(error)} (this is a fault of qlora_sft or of a library that it uses; "
+        f"{where}, which is what a report of it needs)"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from conftest import MakeConfig, conversation
 from misread_files import BAD, lines
 
-from qlora_sft import cli
 from qlora_sft.cli import main
 
 HEAD = "model: {path: MODEL, backend: transformers, dtype: float32, load_in_4bit: false}\n"
@@ -326,10 +324,12 @@ def test_what_nobody_has_foreseen_is_a_line_unless_one_wants_to_see_it(
         raise error
 
     monkeypatch.setattr("qlora_sft.faults.load_checked", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
     assert main(["plan", str(folder / "config.yaml")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {expected} (this is a fault of qlora_sft")
-    assert "--debug" in line
+    (file,) = folder.glob("qlora-sft-*.txt")
+    assert f"{file} says where, and so does --debug" in line
+    assert file.read_text().startswith("Traceback")
     with pytest.raises(type(error)):
         main(["plan", str(folder / "config.yaml"), "--debug"])
-    assert json.dumps(cli.unexpected(error))
