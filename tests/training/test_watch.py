@@ -223,6 +223,11 @@ def test_a_checkpoint_that_found_no_room_is_not_kept(
         (["training.keep=best"], "training.keep=best needs evaluation.every_steps"),
         (["HELD", "evaluation.every_steps=5", "evaluation.loss=false"], "has no effect with evaluation.loss=false"),
         (["data.held_out=0%", "evaluation.every_steps=5"], "and data.held_out names none"),
+        (["HELD", "evaluation.every_steps=5", "training.best_metric=held_out/nera"], "(did you mean 'held_out/near'?)"),
+        (
+            ["training.best_metric=tasks/x", "training.patience=2"],
+            "training.patience needs evaluation.tasks_every_steps",
+        ),
         (["evaluation.tasks_every_steps=5"], "asks the questions of evaluation.tasks, and there are none"),
     ],
 )
