@@ -20,9 +20,6 @@ _BASE = 0xF0000
 # A text is cut at this character before it is encoded, so that no tokenizer can see the control token whole.
 CUT = chr(_BASE + 0xFFF0)
 
-# What a template writes beside the messages, and a row brings along.
-_BESIDE = ("tools", "chat_template_kwargs")
-
 Disguises = dict[str, str]
 """Maps a private-use character to the control token that it stands for."""
 
@@ -78,7 +75,7 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     spell a call. All other tags are text. Raises `DataError` if a message holds both a control token and a private-use
     character of ours.
     """
-    content = {key: conversation[key] for key in ("messages", *_BESIDE) if conversation.get(key)}
+    content = {key: conversation[key] for key in ("messages", "tools", "chat_template_kwargs") if conversation.get(key)}
     found = sorted({match for text in _texts(content) for match in any_of(control_tokens(tokenizer)).findall(text)})
     if not found:
         return conversation, {}
@@ -89,9 +86,9 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     everything, own = any_of(tuple(found)), any_of(tuple(token for token in found if token in turn_tokens(tokenizer)))
     messages = [
         _replaced(message, own if message["role"] == "assistant" else everything, by_token)
-        for message in content.get("messages", [])
+        for message in conversation.get("messages") or []
     ]
-    beside = {key: _replaced(content[key], everything, by_token) for key in _BESIDE if key in content}
+    beside = {key: _replaced(value, everything, by_token) for key, value in content.items() if key != "messages"}
     return cast(Conversation, {**conversation, "messages": messages, **beside}), disguises
 
 

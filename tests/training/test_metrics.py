@@ -59,7 +59,7 @@ def work_of(row: dict[str, Any]) -> float:
     """The operations of a step of the tiny model with rank 16, but for those of attention, which are few here."""
     shapes = 2 * [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # q, k, v, o, gate, up, down
     per_token = sum(4 * rows * columns + 6 * 16 * (rows + columns) for rows, columns in shapes)
-    return float(per_token * row["tokens"] + 4 * 49152 * 64 * row["supervised_tokens"])
+    return float(per_token * row["tokens"] + 4 * 5000 * 64 * row["supervised_tokens"])
 
 
 def rows_of_sources(config: Any) -> list[Rendered]:
