@@ -86,7 +86,8 @@ def _of_layer(layer: LoraLayer, anchor: Anchor) -> Tensor:
     U = torch.cat([B - anchor.B, anchor.B], dim=1)
     V = torch.cat([A, A - anchor.A], dim=0)
     change = (U.T @ (anchor.rows[:, None] * U)) * ((V * anchor.columns) @ V.T)
-    return layer.scaling["default"] ** 2 * change.sum()
+    total: Tensor = layer.scaling["default"] ** 2 * change.sum()
+    return total
 
 
 # ------------------------------------------------------------------ the Fisher information

@@ -54,7 +54,7 @@ Before = dict[tuple[int, ...], tuple[float, float]]
 
 def rate_of(step: int) -> float:
     """Returns the learning rate of a step, counted from 0."""
-    return LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+    return float(LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1)))
 
 
 def try_rates(config: Config, data: RunData, page: Path, say: Say) -> RateReport:

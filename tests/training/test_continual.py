@@ -128,7 +128,7 @@ def test_it_forgets_at_most_half_and_learns_as_much(planted: Path, plain: RunRep
 
 # ------------------------------------------------------------------ the mechanics
 
-KEYS = ["training.replay_kl=2", "training.ewc=50"]
+BOTH = ["training.replay_kl=2", "training.ewc=50"]
 
 
 @pytest.fixture
@@ -139,35 +139,33 @@ def replay(tmp_path: Path) -> list[str]:
     return [*(each for each in SHORT if "packing" not in each), *more]
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_killed_run_goes_on_to_the_same_bits(
-    make_config: MakeConfig, tmp_path: Path, replay: list[str], key: str
-) -> None:
-    train(make_config(*replay, key), say=lambda _: None)
-    stopped = make_config(*replay, key, f"output={tmp_path / 'stopped'}")
+def test_a_killed_run_goes_on_to_the_same_bits(make_config: MakeConfig, tmp_path: Path, replay: list[str]) -> None:
+    """With both at once, which costs half of the time that one after the other would."""
+    train(make_config(*replay, *BOTH), say=lambda _: None)
+    stopped = make_config(*replay, *BOTH, f"output={tmp_path / 'stopped'}")
     killed(stopped, 3)
-    with pytest.raises(ConfigError, match=f"--resume: {key.partition('=')[0]} was"):
-        train(make_config(*replay, f"{key}1", f"output={stopped.output}"), resume=True, say=lambda _: None)
+    for key in BOTH:
+        with pytest.raises(ConfigError, match=f"--resume: {key.partition('=')[0]} was"):
+            train(make_config(*replay, *BOTH, f"{key}1", f"output={stopped.output}"), resume=True, say=lambda _: None)
     train(stopped, resume=True, say=lambda _: None)
     assert result(tmp_path / "stopped") == result(tmp_path / "run")
-    assert any(row.get("replay_kl", row.get("ewc_penalty")) for row in result(tmp_path / "run")[1])
+    for name in ("replay_kl", "ewc_penalty"):
+        assert max(row[name] or 0.0 for row in result(tmp_path / "run")[1]) > 0, name
 
 
-@pytest.mark.parametrize("key", KEYS)
 def test_accumulation_and_recomputation_change_nothing(
-    make_config: MakeConfig, tmp_path: Path, replay: list[str], key: str
+    make_config: MakeConfig, tmp_path: Path, replay: list[str]
 ) -> None:
     """Nor does the loss that is noted know of what is added to it."""
     plain = [each for each in replay if not each.startswith(("lora.dropout", "training.gradient_accumulation"))]
     ways = {
-        "once": ["training.batch_size=2", "memory.policy=none"],
-        "accumulated": ["training.gradient_accumulation=2", "memory.policy=none"],
-        "recomputed": ["training.batch_size=2", "memory.policy=checkpoint"],
+        "once": ["training.batch_size=2", "memory.policy=none", *BOTH],
+        "accumulated": ["training.gradient_accumulation=2", "memory.policy=none", *BOTH],
+        "recomputed": ["training.batch_size=2", "memory.policy=checkpoint", *BOTH],
         "without": ["training.batch_size=2", "memory.policy=none"],
     }
     for name, way in ways.items():
-        kept = [key] if name != "without" else []
-        train(make_config(*plain, *way, *kept, "training.max_steps=2", f"output={tmp_path / name}"), say=lambda _: None)
+        train(make_config(*plain, *way, "training.max_steps=2", f"output={tmp_path / name}"), say=lambda _: None)
     tensors = {name: load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ways}
     for name, tensor in tensors["once"].items():
         for other in ("accumulated", "recomputed"):
