@@ -14,7 +14,7 @@ from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import FromNF4Checkpoint, RowReader, ThroughNF4, companions, described
 from qlora_sft.export.stacks import StackUpdate, UnitsThroughNF4, planned_rows
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, mapping
 from qlora_sft.model.tensors import Planned, Stored, copied, row_ranges, shards_of
 
 HEAD = "lm_head.weight"
@@ -103,9 +103,9 @@ def _describe_vocabulary(rows: int, now: int, config: JsonObject, plan: MergePla
 
     Models that also see have it in the section of their language model, and not there either if it is the family's own.
     """
-    own = config if "text_config" not in config else dict(config["text_config"])
+    own = mapping(config["text_config"]) if "text_config" in config else config
     before = own.get("vocab_size", rows)
-    if before == now or plan.config.get("text_config", plan.config).get("vocab_size") == now:
+    if before == now or mapping(plan.config.get("text_config", plan.config)).get("vocab_size") == now:
         return
     plan.config |= {"vocab_size": now} if own is config else {"text_config": {**own, "vocab_size": now}}
     plan.notes.append(f"vocabulary: {before:,} -> {now:,} rows, as the adapter has them")
