@@ -46,6 +46,8 @@ def why_not_unsloth(config: Config) -> str:
         return "lora.init=eva looks at what goes into each layer, which Unsloth's kernels do not show"
     if config.training.ewc is not None:
         return "training.ewc looks at what goes into each layer, which Unsloth's kernels do not show"
+    if config.training.replay_kl is not None:
+        return "training.replay_kl asks the base in the middle of a step, which was not tried with Unsloth's forward"
     if lora.modules or (isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"):
         return "lora.modules and regular expressions for layers are told to PEFT itself"
     return ""

@@ -194,9 +194,10 @@ def test_what_cannot_be_is_refused(
     assert expected in str(refused.value)
 
 
-def test_unsloth_cannot_hold_weights(make_config: MakeConfig, replay: list[str]) -> None:
+def test_unsloth_is_not_taken_for_either(make_config: MakeConfig, replay: list[str]) -> None:
     assert "training.ewc looks at what goes into each layer" in why_not_unsloth(make_config(*replay, "training.ewc=1"))
-    assert why_not_unsloth(make_config(*replay, "training.replay_kl=1")) == ""
+    assert "was not tried with Unsloth's" in why_not_unsloth(make_config(*replay, "training.replay_kl=1"))
+    assert why_not_unsloth(make_config(*replay)) == ""
 
 
 def test_weights_of_experts_cannot_be_held(make_config: MakeConfig, replay: list[str]) -> None:
