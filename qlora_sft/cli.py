@@ -7,6 +7,8 @@ nothing heavy, so that --help and wrong arguments are answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import sys
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.cli_recipes import add_recipe_verbs
-from qlora_sft.errors import ConfigError, QloraSftError
+from qlora_sft.errors import ConfigError, EndedTogether, QloraSftError
+from qlora_sft.parallel import rank, refuse, world_size
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 from qlora_sft.say import tell
@@ -35,14 +38,24 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
-    arguments = _arguments(argv)
-    return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
+    # Of several processes that train together the first one says what is wrong with the arguments they all have.
+    with contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext():
+        arguments = _arguments(argv)
+    return guarded(lambda: _done(arguments), as_json=arguments.json)
+
+
+def _done(arguments: argparse.Namespace) -> CommandResult:
+    """Runs the verb of ``arguments``. Only training is done by several processes."""
+    if world_size() > 1 and arguments.verb is not _train:
+        refuse("only train runs in several processes; start this without torchrun")
+    return arguments.verb(arguments)
 
 
 def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
     """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
 
-    An error of this package, a full disk or a faulty path is printed to stderr; any other exception is raised.
+    An error of this package, a full disk or a faulty path is printed to stderr; any other exception is raised. Of
+    several processes that train together the first one prints the result, and the one that failed its error.
     """
     quiet_libraries()
     try:
@@ -50,13 +63,15 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except EndedTogether as error:
+        return error.exit_code
     except (QloraSftError, OSError) as error:
         fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None:
             raise
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
-    if as_json:
+    if as_json and not rank():
         print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
 
@@ -213,9 +228,11 @@ def _add_asking_verbs(verbs: Verbs) -> None:
 def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
+    from qlora_sft.training.join import join_ranks
 
-    config = load_checked(arguments.config, arguments.overrides)
-    return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+    with join_ranks().ending_together():
+        config = load_checked(arguments.config, arguments.overrides)
+        return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
 def _preview(arguments: argparse.Namespace) -> CommandResult:

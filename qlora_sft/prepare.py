@@ -17,6 +17,7 @@ from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
 from qlora_sft.model.base_files import has_experts, read_config
 from qlora_sft.model.base_folder import resolve_base
+from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 
@@ -41,6 +42,8 @@ def why_not_unsloth(config: Config) -> str:
     """Returns why the run of ``config`` is loaded without Unsloth; "" if nothing speaks against it."""
     if is_mixture(config):
         return "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    if world_size() > 1:
+        return "several processes train together, which was not tried with Unsloth's patched trainer"
     lora = config.lora
     if lora.dora:
         return "lora.dora trains magnitudes, which Unsloth's kernels do not know"

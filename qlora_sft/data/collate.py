@@ -10,11 +10,13 @@ from qlora_sft.data.tree_batch import flatten_tree
 
 
 class PackedCollator:
-    """Turns ``[{"documents": [i, j]}, ...]``, packed sequences as the data loader hands them over, into a `Batch`."""
+    """Turns ``[{"documents": [i, j]}, ...]``, micro-batches as the data loader hands them over, into a `Batch`."""
 
     def __init__(self, documents: Sequence[Rendered], shares_prefixes: bool = False):
         self.documents = documents
         self.flatten = flatten_tree if shares_prefixes else flatten
 
     def __call__(self, sequences: list[dict[str, list[int]]]) -> Batch:
-        return self.flatten([self.documents[index] for each in sequences for index in each["documents"]])
+        documents = [self.documents[index] for each in sequences for index in each["documents"]]
+        # An empty micro-batch keeps a process company that has nothing to do in a step.
+        return self.flatten(documents) if documents else flatten([])
