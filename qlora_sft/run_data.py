@@ -21,6 +21,7 @@ from qlora_sft.data.documents import Chain
 from qlora_sft.data.judge import Finding, judge, tell_findings
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
+from qlora_sft.data.ratings import with_file_ratings
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sequences import Packed
 from qlora_sft.data.sources import Source, read_sources
@@ -33,7 +34,7 @@ from qlora_sft.model.base_check import check_base, check_ids
 from qlora_sft.model.base_files import hub_origin
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
-from qlora_sft.model.prefix_sharing import why_not_shared
+from qlora_sft.model.prefix_sharing import sharing_of
 from qlora_sft.model.rating import with_ratings
 from qlora_sft.model.remote_code import check_folder
 from qlora_sft.model.run_base import described_base
@@ -100,9 +101,10 @@ def render_data(
     tokenizer = load_tokenizer(config.model, base, say)
     chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
+    config = with_file_ratings(config, sources.train, say)
     config = with_ratings(config, sources.train, tokenizer, chat, base, say)
-    cannot_share = why_not_shared(config, base, backend.name)
-    train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, cannot_share)
+    sharing = sharing_of(config, base, backend.name)
+    train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, sharing)
     findings = judge(config, sources.train, train, packed)
     tell_findings(findings, say)
     check_ids([*train.documents.values(), *held_out.documents.values()], config.model, base, tokenizer)

@@ -19,7 +19,7 @@ ORDER = (
     "demo_run",
     "cli",
     "cli_recipes",
-    "train preview plan chat doctor",
+    "train find_rate preview plan chat doctor",
     "install proofs",
     "export",
     "training",

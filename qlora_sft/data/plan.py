@@ -9,7 +9,7 @@ from qlora_sft.data import store
 from qlora_sft.data.ledger import ledger_table
 from qlora_sft.data.overlap import seen_before, shared_documents
 from qlora_sft.data.prepare import Prepared, render_sources
-from qlora_sft.data.sequences import Packed, plan_sequences
+from qlora_sft.data.sequences import CAN_SHARE, Packed, Sharing, plan_sequences
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
@@ -26,16 +26,15 @@ def plan_data(
     tokenizer: PreTrainedTokenizerBase,
     chat_format: ChatFormat,
     say: Say,
-    cannot_share: str | None = None,
+    sharing: Sharing = CAN_SHARE,
 ) -> tuple[Prepared, Prepared, Packed]:
     """Returns the training split, the held-out split, and the packed sequences of training documents in order.
 
-    ``cannot_share``: why prefixes that rows share cannot be computed once; None if they can.
     It says what became of every row. The result is kept in the user's cache, so that a second start with the same
     files, settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
     `DataError` for the faults of both splits.
     """
-    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format, cannot_share)
+    key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format, sharing)
     kept = store.load(key) if key else None
     if kept:
         train, held_out, packed, said = kept
@@ -67,7 +66,7 @@ def plan_data(
         for name, others in seen_before(train.documents).items():
             train.ledger[name].also_in = others
     packed = plan_sequences(
-        train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep, cannot_share
+        train.all_documents, config.data, config.training.epochs, config.seed, say_and_keep, sharing
     )
     if key:
         store.save(key, train, held_out, packed, said)

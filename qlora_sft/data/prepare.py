@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, repeat, tee
@@ -134,9 +134,12 @@ def fitted_rows(
     render = partial(_render_one, tokenizer, options)
     # Held-out rows teach nothing, so they are all measured.
     least = config.min_answer_tokens if isinstance(settings, TrainSourceConfig | ReplayConfig) else None
-    # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
-    rows, ahead = tee(with_thinking(conversation, settings.thinking) for conversation in source.rows)
-    whole = repeat(None) if settings.supervise == "turns" else render_many(ahead, tokenizer, **options)
+    rows: Iterable[Conversation] = (with_thinking(row, settings.thinking) for row in source.rows)
+    whole: Iterable[Rendered | DataError | None] = repeat(None)
+    if settings.supervise != "turns":
+        # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
+        rows, ahead = tee(rows)
+        whole = render_many(ahead, tokenizer, **options)
     for conversation, result in zip(rows, whole, strict=False):
         documents: list[Rendered] = []
         try:
@@ -251,6 +254,12 @@ def _count(ledger: SourceLedger, documents: Documents) -> None:
 
 def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> None:
     path, name = source.path, source.name
+    if not ledger.kept and source.split:
+        reasons = "; ".join(f"{reason}: {dropped.shown}" for reason, dropped in ledger.dropped.items())
+        raise DataError(
+            f"{path}: the {len(source.rows)} rows that were held out of {name!r} cannot be measured ({reasons}); hold "
+            "out a larger share, take another seed, or set held_out: 0% for this source"
+        )
     unlabelled = ledger.dropped[NOTHING_SUPERVISED].rows if NOTHING_SUPERVISED in ledger.dropped else 0
     if not ledger.kept and unlabelled == len(source.rows):
         raise DataError(

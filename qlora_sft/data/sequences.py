@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,19 @@ from qlora_sft.say import Say
 
 # Share of the tokens that sharing must save before it is chosen: below it, its bookkeeping costs more than it saves.
 WORTH = 0.05
+
+
+class Sharing(NamedTuple):
+    """Says whether prefixes that rows share can be computed once, and from which share of the tokens on it pays."""
+
+    obstacle: str | None = None
+    """Why they cannot; None if they can."""
+    worth: float = WORTH
+    reason: str = ""
+    """Why they can, where that had to be tried out."""
+
+
+CAN_SHARE = Sharing()
 
 
 @dataclass(frozen=True)
@@ -38,14 +52,14 @@ def plan_sequences(
     epochs: float,
     seed: int,
     say: Say = lambda _: None,
-    cannot_share: str | None = None,
+    sharing: Sharing = CAN_SHARE,
 ) -> Packed:
     """Returns the packed sequences of the whole run in training order.
 
     The mixture says which documents come and when (`plan_order`); a document that it repeats is in several sequences.
     Each stretch of its order is packed alone: an epoch, a part of a curriculum, or ``packing_window`` documents of
     those. Its sequences are shuffled, so that sequences hold what the mixture has at that time. The same seed gives the
-    same order on every machine. ``cannot_share``: why shared prefixes cannot be computed once; None if they can.
+    same order on every machine.
     """
     of_each = sizes(documents)
     numbers: dict[str, list[int]] = {}
@@ -58,7 +72,7 @@ def plan_sequences(
         for number, picks in enumerate(order)
         for window in _windows([numbers[name][row] for name, row in picks], config.packing_window)
     ]
-    planned = _shared(documents, stretches, config, seed, of_each, say, cannot_share)
+    planned = _shared(documents, stretches, config, seed, of_each, say, sharing)
     if planned is None:
         singles = [(number, [Group([i], of_each.tokens[i]) for i in window]) for number, window in stretches]
         planned = _packed(singles, config, seed)
@@ -86,7 +100,7 @@ def _shared(
     seed: int,
     of_each: Sizes,
     say: Say,
-    cannot: str | None,
+    sharing: Sharing,
 ) -> Packed | None:
     """Returns the sequences whose documents share prefixes; None where that is off, impossible or saves too little."""
     if config.packing == "none" or config.share_prefixes == "off":
@@ -100,16 +114,18 @@ def _shared(
     before = sum(of_each.tokens[i] for _, window in stretches for i in window)
     after = sum(group.tokens for _, groups in grouped for group in groups)
     saved = 1 - after / before if before else 0
-    worth = config.share_prefixes == "on" or saved > WORTH
-    if cannot is not None and worth:
-        say(f"prefixes: rows share {saved:.1%} of their tokens, which are computed anew for every row: {cannot}")
-    if cannot is not None or not worth:
+    worth = config.share_prefixes == "on" or saved > sharing.worth
+    if sharing.obstacle is not None and worth:
+        anew = "which are computed anew for every row"
+        say(f"prefixes: rows share {saved:.1%} of their tokens, {anew}: {sharing.obstacle}")
+    if sharing.obstacle is not None or not worth:
         return None
     planned = _packed(grouped, config, seed)
     exact = [tree_tokens([rows[i] for i in each]) for each in planned.sequences]
+    reason = f": {sharing.reason}" if sharing.reason else ""
     say(
         f"prefixes: {before:,} tokens in rows, {sum(exact):,} computed ({before / sum(exact):.2f}x fewer); what rows "
-        f"share at their beginning is computed once (data.share_prefixes={config.share_prefixes})"
+        f"share at their beginning is computed once (data.share_prefixes={config.share_prefixes}{reason})"
     )
     return Packed(planned.sequences, exact, True)
 

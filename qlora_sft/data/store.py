@@ -18,7 +18,7 @@ from qlora_sft.config import Config
 from qlora_sft.data.documents import Documents
 from qlora_sft.data.ledger import Drop, Note, SourceLedger
 from qlora_sft.data.prepare import Prepared
-from qlora_sft.data.sequences import Packed
+from qlora_sft.data.sequences import CAN_SHARE, Packed, Sharing
 from qlora_sft.data.sources import Source
 from qlora_sft.data.template import ChatFormat
 
@@ -40,10 +40,10 @@ def fingerprint(
     sources: list[Source],
     tokenizer: PreTrainedTokenizerBase,
     chat_format: ChatFormat,
-    cannot_share: str | None = None,
+    sharing: Sharing = CAN_SHARE,
 ) -> str | None:
-    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code, and of why
-    prefixes cannot be shared.
+    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code, and of
+    whether prefixes are shared.
 
     None if a source is not made of local files.
     """
@@ -54,7 +54,7 @@ def fingerprint(
         config.seed,
         chat_format.template,
         sorted(chat_format.stop_token_ids),
-        cannot_share,
+        sharing,
     )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())

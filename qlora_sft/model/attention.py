@@ -6,22 +6,21 @@ The function is registered with transformers under a name of our own. It is told
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qlora_sft.model.attention_capped import Scores, flex_documents, in_band, plain_documents
 from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
+from qlora_sft.model.bounds import chunked, parts_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -84,20 +83,21 @@ def document_attention(
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
-    longest = max_length_q if max_length_q is not None else int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
     tree, chunk = tree_of(cu_seq_lens_q), chunk_of(module)
-    if tree is not None and chunk is not None:
-        raise ValueError(f"{type(module).__name__} attends in chunks, not over a tree")
+    if tree is not None and (chunk is not None or dropout):
+        raise ValueError(f"{type(module).__name__} attends in chunks or with dropout, not over a tree")
+    longest = tree.longest if tree is not None else max_length_q
+    if longest is None:
+        longest = int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
     if chunk is not None and chunk < longest:
         cu_seq_lens_q, longest = chunked(cu_seq_lens_q, chunk), chunk
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if tree is not None:
-        if window is not None or dropout or softcap is not None or s_aux is not None:
-            raise ValueError(
-                f"{type(module).__name__} attends in a window, with dropout, caps or sinks, not over a tree"
-            )
+    capped = softcap is not None or s_aux is not None
+    if tree is not None and window is None and not capped:
         return tree_attention(query, key, value, tree, scaling, CUDA if query.is_cuda else CPU), None
-    path = choose_path(query.device, query.dtype, query.shape[-1], softcap is not None or s_aux is not None).name
+    path = choose_path(query.device, query.dtype, query.shape[-1], capped).name
+    if tree is not None and query.is_cuda:
+        path = "flex"  # FlashAttention's window counts from the end of the keys, and not along a row's path.
     if path in ("varlen", "flex") and dropout:
         raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")
     scores = Scores(scaling, window, softcap, s_aux, dropout)
@@ -161,13 +161,11 @@ def _one_by_one(
         # Where there is no FlashAttention, torch shares keys only in its plain kernel, which forms all T x T weights.
         times = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
-    # The tensors are split at once and not sliced document by document. The gradient of a slice is as large as all of
-    # its tensor, so the cost would grow with the square of the number of documents.
-    lengths = lengths_of(bounds)
     outputs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
-        band = in_band(length, window, query.device) if window is not None and window < length else None
+    for q, k, v in parts_of(query, key, value, bounds, window):
+        queries, keys = q.shape[2], k.shape[2]
+        whole = queries == keys and (window is None or window >= queries)
+        band = None if whole else in_band(queries, keys, window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
@@ -194,23 +192,6 @@ def _varlen(
     return cast(Tensor, out).unsqueeze(0)
 
 
-# All layers of a forward, and of its recomputation, come with the same tensor of bounds.
-_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def remember_lengths(bounds: Tensor, lengths: Sequence[int]) -> None:
-    """Tells attention the lengths of the documents that ``bounds`` separates, so that it need not ask the GPU."""
-    _lengths[bounds] = list(lengths)
-
-
-def lengths_of(bounds: Tensor) -> list[int]:
-    """Returns the tokens of every document: what was remembered, or what the device says, for which the host waits."""
-    if bounds not in _lengths:
-        _lengths[bounds] = (bounds[1:] - bounds[:-1]).tolist()
-    found: list[int] = _lengths[bounds]
-    return found
-
-
 def why_one_at_a_time(model: CausalModel) -> str:
     """Says why documents of ``model`` cannot share a row, as far as that is known without its weights; "" if they can.
 
@@ -234,21 +215,6 @@ def chunk_of(module: nn.Module) -> int | None:
     if number is None or number >= len(types) or types[number] != CHUNKS:
         return None
     return int(config.attention_chunk_size)  # type: ignore[union-attr]
-
-
-# Maps the bounds of documents, and then the size of chunks, to the bounds of the chunks, which are the same for all
-# layers of a forward.
-_chunked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def chunked(bounds: Tensor, chunk: int) -> Tensor:
-    """Returns the bounds of the chunks of every document, counted from where it begins."""
-    made: dict[int, Tensor] = _chunked.setdefault(bounds, {})
-    if chunk not in made:
-        pieces = [min(chunk, length - at) for length in lengths_of(bounds) for at in range(0, length, chunk)]
-        made[chunk] = torch.tensor([0, *accumulate(pieces)], dtype=bounds.dtype).to(bounds.device)
-        remember_lengths(made[chunk], pieces)
-    return made[chunk]
 
 
 def _no_mask(*_: object, **__: object) -> None:

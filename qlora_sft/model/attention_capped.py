@@ -1,7 +1,8 @@
-"""Attends causally inside documents with what FlashAttention lacks: capped logits and attention sinks.
+"""Attends causally inside documents with what FlashAttention lacks: capped logits, sinks, windows over a tree.
 
 ``plain_documents`` is the textbook, for a CPU; ``flex_documents`` is the same as one FlexAttention kernel, for a GPU.
-Both take a sliding window. Formulas, for the logits ``l = scaling * q k^T`` of one head::
+Both take a sliding window, and a tree of prefixes in place of documents. Formulas, for the logits
+``l = scaling * q k^T`` of one head::
 
     cap:   l <- cap * tanh(l / cap)
     sinks: softmax over the keys and one more logit s, whose share is attended by nothing
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qlora_sft.model.block_mask import BLOCK, block_mask_of, documents_of
+from qlora_sft.model.block_mask import BLOCK, Reach, block_mask_of, reach_of
+from qlora_sft.model.bounds import parts_of
 
 # So many variants of FlexAttention are compiled before torch gives up; its default is 8. There are layers with and
 # without a window, gradients on and off, two lengths of each until torch makes the length a variable, and all that for
@@ -39,32 +41,33 @@ class Scores(NamedTuple):
     dropout: float = 0.0
 
 
-def in_band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns bool [length, length]: query i sees key j iff ``i - window < j <= i``."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() if window is None else ones.tril().triu(1 - window)
+def in_band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Returns bool [queries, keys], where the queries are of the last of the keys: query i of key ``p = keys - queries
+    + i`` sees key j iff ``p - window < j <= p``."""
+    before = keys - queries
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return ones if window is None else ones.triu(before + 1 - window)
 
 
 def plain_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scores: Scores) -> Tensor:
     """Attends in plain products: query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d].
 
-    It takes memory for the square of a document.
+    It takes memory for the square of a document, and of a tree for every segment times what stands before it.
     """
     scaling, window, softcap, sinks, dropout = scores
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = (bounds[1:] - bounds[:-1]).tolist()
     outputs = []
-    for q, *shared in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
+    for q, *shared in parts_of(query, key, value, bounds, window):
         k, v = (x.repeat_interleave(groups, dim=1) for x in shared)
+        length, seen = q.shape[2], k.shape[2]
         logits = q @ k.transpose(2, 3) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~in_band(length, window, query.device), -torch.inf)
+        logits = logits.masked_fill(~in_band(length, seen, window, query.device), -torch.inf)
         if sinks is not None:
             logits = torch.cat([logits, sinks.to(logits).view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
-        shares = torch.softmax(logits, dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
+        shares = torch.softmax(logits, dim=-1, dtype=torch.float32)[..., :seen].to(query.dtype)
         outputs.append(torch.dropout(shares, dropout, train=dropout > 0) @ v)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -140,14 +143,15 @@ def cap_of(softcap: float) -> Any:
     return cap
 
 
-def visible_in(document: Tensor, window: int | None) -> Any:
-    """Returns the function that says whether position i attends to j: in one document, before it, within the window."""
+def visible_in(reach: Reach, window: int | None) -> Any:
+    """Returns the function that says whether position i attends to j: before it, in its rows, within the window."""
+    ends, places = reach
     if window is None:
-        return lambda _b, _h, i, j: (document[i] == document[j]) & (j <= i)
+        return lambda _b, _h, i, j: (j <= i) & (i < ends[j])
     text = str(window)
 
     def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (document[i] == document[j]) & (j <= i) & (i - j < int(text))
+        return (j <= i) & (i < ends[j]) & (places[i] - places[j] < int(text))
 
     return visible
 
@@ -159,6 +163,6 @@ _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _block_mask(bounds: Tensor, length: int, window: int | None) -> Any:
     made = _masks.setdefault(bounds, {})
     if window not in made:
-        document = documents_of(bounds, length)
-        made[window] = block_mask_of(document, window, visible_in(document, window))
+        reach = reach_of(bounds, length)
+        made[window] = block_mask_of(reach, window, visible_in(reach, window))
     return made[window]

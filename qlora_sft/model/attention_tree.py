@@ -18,7 +18,7 @@ that segment. Memory: outputs and gradients in float32, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -41,6 +41,19 @@ class Tree:
     @cached_property
     def bounds(self) -> list[int]:
         return list(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Returns for every segment how many tokens stand before it in its rows."""
+        starts: list[int] = []
+        for parent in self.parents:
+            starts.append(starts[parent] + self.lengths[parent] if parent >= 0 else 0)
+        return starts
+
+    @cached_property
+    def longest(self) -> int:
+        """Returns the tokens of the longest row."""
+        return max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
 
     @cached_property
     def ends(self) -> list[int]:
@@ -67,6 +80,11 @@ class Tree:
         keys = [(self.bounds[n], self.bounds[n + 1]) for n in numbers]
         return Level([(end, self.ends[n]) for n, (_, end) in zip(numbers, keys, strict=True)], keys)
 
+    @cached_property
+    def own(self) -> Cut:
+        """Returns what every segment sees of itself."""
+        return Cut(self.bounds, self.bounds, True)
+
 
 @dataclass(frozen=True)
 class Level:
@@ -74,15 +92,42 @@ class Level:
 
     queries: list[tuple[int, int]]
     keys: list[tuple[int, int]]
+    _placed: dict[torch.device, tuple[slice | Tensor, slice | Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def cut(self) -> Cut:
+        return Cut(_bounds(self.queries), _bounds(self.keys), False)
+
+    def indices(self, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
+        """Returns where the queries are and where the keys are; made once for all layers."""
+        if device not in self._placed:
+            self._placed[device] = _index(self.queries, device), _index(self.keys, device)
+        return self._placed[device]
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """Says which stretch of queries sees which stretch of keys: those between the same pair of bounds."""
 
     q_bounds: Sequence[int]
     k_bounds: Sequence[int]
     causal: bool
-    scale: float
+    scale: float = 1.0
+    _placed: dict[torch.device, tuple[Tensor, Tensor, int, int]] = field(default_factory=dict)
+
+    def scaled(self, scale: float) -> Cut:
+        """Returns the same stretches with another scale."""
+        return replace(self, scale=scale)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+        """Returns both bounds as int32 on the device, and the longest stretch of queries and of keys; made once for
+        all layers."""
+        if device not in self._placed:
+            both = [torch.tensor(each, dtype=torch.int32) for each in (self.q_bounds, self.k_bounds)]
+            longest_q, longest_k = (int((each[1:] - each[:-1]).max()) for each in both)
+            q_bounds, k_bounds = (each.to(device, non_blocking=True) for each in both)
+            self._placed[device] = q_bounds, k_bounds, longest_q, longest_k
+        return self._placed[device]
 
     def stretches(self) -> Iterator[tuple[int, int, int, int]]:
         """Yields begin and end of every stretch of queries, and of the stretch of keys that it sees."""
@@ -110,14 +155,13 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float | N
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, flash: Flash) -> Tensor:
-        own, lse = flash.forward(q, k, v, Cut(tree.bounds, tree.bounds, True, scale))
+        own, lse = flash.forward(q, k, v, tree.own.scaled(scale))
         out = own
         if tree.levels:
             out, lse = own.to(_sum_type(q), copy=True), lse.clone()
             for level in tree.levels:
-                some, seen = _index(level.queries, q.device), _index(level.keys, q.device)
-                cut = Cut(_bounds(level.queries), _bounds(level.keys), False, scale)
-                part, part_lse = flash.forward(q[:, :, some], k[:, :, seen], v[:, :, seen], cut)
+                some, seen = level.indices(q.device)
+                part, part_lse = flash.forward(q[:, :, some], k[:, :, seen], v[:, :, seen], level.cut.scaled(scale))
                 before = lse[:, :, some]
                 joined = torch.logaddexp(before, part_lse)
                 out[:, :, some] = (
@@ -134,14 +178,14 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         tree, flash = ctx.tree, ctx.flash
-        own = flash.backward(grad, q, k, v, out, lse, Cut(tree.bounds, tree.bounds, True, ctx.scale))
+        own = flash.backward(grad, q, k, v, out, lse, tree.own.scaled(ctx.scale))
         if not tree.levels:
             return *own, None, None, None
         # Added up in float32: a prefix that hundreds of rows share gets as many gradients, too many for bfloat16.
         gradients = [x.to(_sum_type(q)) for x in own]
         for level in tree.levels:
-            some, seen = _index(level.queries, q.device), _index(level.keys, q.device)
-            cut = Cut(_bounds(level.queries), _bounds(level.keys), False, ctx.scale)
+            some, seen = level.indices(q.device)
+            cut = level.cut.scaled(ctx.scale)
             of_grad, of_q, of_out, of_lse = (x[:, :, some] for x in (grad, q, out, lse))
             part = flash.backward(of_grad, of_q, k[:, :, seen], v[:, :, seen], of_out, of_lse, cut)
             # The stretches of one level do not overlap, so nothing is added to one place twice at once.
@@ -192,9 +236,7 @@ def _cpu_backward(
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
     kernel = torch.ops.aten._flash_attention_forward
-    out, lse, *_ = kernel(
-        *map(_tokens_first, (q, k, v)), *_on_device(q.device, cut), 0.0, cut.causal, False, scale=cut.scale
-    )
+    out, lse, *_ = kernel(*map(_tokens_first, (q, k, v)), *cut.on(q.device), 0.0, cut.causal, False, scale=cut.scale)
     return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
 
 
@@ -205,7 +247,7 @@ def _cuda_backward(
     # Only dropout reads the state of the random numbers, and there is none.
     states = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in (2, 0))
     gradients = kernel(
-        *map(_tokens_first, (grad, q, k, v, out)), lse.squeeze(0).contiguous(), *_on_device(q.device, cut),
+        *map(_tokens_first, (grad, q, k, v, out)), lse.squeeze(0).contiguous(), *cut.on(q.device),
         0.0, cut.causal, *states, scale=cut.scale,
     )  # fmt: skip
     dq, dk, dv = (x.transpose(0, 1).unsqueeze(0) for x in gradients)
@@ -221,13 +263,6 @@ CUDA = Flash(_cuda_forward, _cuda_backward)
 def _tokens_first(x: Tensor) -> Tensor:
     """Moves the tokens to the front: [1, H, T, d] -> [T, H, d]."""
     return x.squeeze(0).transpose(0, 1).contiguous()
-
-
-def _on_device(device: torch.device, cut: Cut) -> tuple[Tensor, Tensor, int, int]:
-    """Returns both bounds as int32 on the device, and the longest stretch of queries and of keys."""
-    q_bounds, k_bounds = (torch.tensor(each, dtype=torch.int32) for each in (cut.q_bounds, cut.k_bounds))
-    longest_q, longest_k = (int((each[1:] - each[:-1]).max()) for each in (q_bounds, k_bounds))
-    return q_bounds.to(device, non_blocking=True), k_bounds.to(device, non_blocking=True), longest_q, longest_k
 
 
 # ------------------------------------------------------------------ what attention is told

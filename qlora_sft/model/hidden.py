@@ -10,9 +10,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from qlora_sft.model.attention import remember_lengths
 from qlora_sft.model.attention_tree import tree_of
 from qlora_sft.model.base import base_of, decoder_of
+from qlora_sft.model.bounds import remember_lengths
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_sft.model.attention import lengths_of
 from qlora_sft.model.attention_tree import tree_of
 from qlora_sft.model.base import decoder_layers
+from qlora_sft.model.bounds import lengths_of
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel

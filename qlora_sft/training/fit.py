@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_data import source_name
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
@@ -23,7 +24,7 @@ from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
 from qlora_sft.training.display import Display
-from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.evaluations import AskedTasks, Evaluations, named
 from qlora_sft.training.groups import may_decay_rows
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.model.ewc import Anchors
     from qlora_sft.model.memory import Memory
 
 
@@ -64,8 +66,10 @@ class Training:
     """Their loss before training, where it was measured."""
     baseline_seconds: float = 0.0
     """Time that the evaluation before training took."""
-    ask_tasks: Callable[[], dict[str, float]] | None = None
+    ask_tasks: Callable[[], AskedTasks] | None = None
     """Asks the model the questions that are asked while training; None if there are none."""
+    anchors: Anchors | None = None
+    """What training.ewc keeps the weights near to."""
 
     def describe(self, step: int) -> str:
         """Says where to look for the examples that the step of this number, counted from 0, learns from."""
@@ -186,11 +190,15 @@ def trainer_of(
     others one by one."""
     steps = count_steps(len(training.sequences), training.config)
     sequences = training.sequences[: steps * deal(training.config, join_ranks().size).per_step]
-    collate = PackedCollator(training.documents, training.shares_prefixes)
-    return PackedSFTTrainer(
-        training.model, collate, sequences, training.config, keep_less, say,
+    config = training.config
+    leashed = source_name(config.data.replay) if config.data.replay and config.training.replay_kl else None
+    collate = PackedCollator(training.documents, training.shares_prefixes, leashed)
+    trainer = PackedSFTTrainer(
+        training.model, collate, sequences, config, keep_less, say,
         args=args, processing_class=training.tokenizer, callbacks=callbacks,
     )  # fmt: skip
+    trainer.anchors = training.anchors
+    return trainer
 
 
 def end_if_stopped(trainer: PackedSFTTrainer, done: int, steps: int, stopped_early: str | None) -> None:
@@ -205,7 +213,7 @@ def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Sa
     begin: the number of steps that are done already.
     """
     config = training.config
-    evaluations = Evaluations(training.run / "evaluations.jsonl", begin)
+    evaluations = Evaluations(training.run / "evaluations.jsonl", begin, config.training.best_metric)
 
     def measure() -> dict[str, float]:
         return held_out_loss(training.model, training.held_out, config.data.max_length, training.dtype)
@@ -243,11 +251,13 @@ def keep_adapter(trainer: PackedSFTTrainer, watch: Watch, done: int) -> Kept:
     best = watch.best_step
     if best is None:
         return Kept(done, "the last one", rows[done].held_out if done in rows else None)
-    why = f"the lowest held-out loss of {sum(step > 0 for step in rows)} evaluations"
+    metric = watch.evaluations.metric
+    good = ("best " if metric.startswith("tasks/") else "lowest ") + named(metric)
+    why = f"the {good} of {sum(step > 0 for step in rows)} evaluations"
     if best != done:
         folder = folder_of(trainer.run, best)
         if not folder.is_dir():
-            lost = f"the last one; step {best} had the lowest held-out loss, but its checkpoint could not be written"
+            lost = f"the last one; step {best} had the {good}, but its checkpoint could not be written"
             return Kept(done, lost, rows[done].held_out if done in rows else None)
         trainer.load_adapter(folder)
     return Kept(best, why, rows[best].held_out)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_data import source_name
 from qlora_sft.data.documents import sizes
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
@@ -22,6 +23,7 @@ from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.attention_choice import choose_way
 from qlora_sft.model.base_folder import fetch_base, own_folder
+from qlora_sft.model.ewc import ANCHORS, Anchors, load_anchors, measure_anchors
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
@@ -48,6 +50,8 @@ from qlora_sft.training.steps import count_steps, deal, longest_dealt, settle_ac
 from qlora_sft.training.trained_on import keep_trained_on
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from qlora_sft.model.base import CausalModel
 
 
@@ -56,15 +60,11 @@ def run_recipe(
 ) -> RunReport | None:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
-    Of several processes the first one does so; the others train along and return None.
-
-    Raises the errors of `train`.
+    Of several processes the first one does so; the others train along and return None. Raises the errors of `train`.
     """
     ranks = join_ranks()
     with watch("base model"), ranks.first_ahead():
-        if checkpoint:
-            check_commit(run, data.commit)
-        fetch_base(data.base, say)
+        fetch_same_base(run, data, checkpoint, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
@@ -82,14 +82,16 @@ def run_recipe(
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+        anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed), anchors=anchors,
     )  # fmt: skip
     ranks.gather(None)  # by now none looks any more whether the run folder is free
     if not ranks.first:
-        return train_along(training, memory, checkpoint)
+        train_along(training, memory, checkpoint)
+        return None
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -98,7 +100,7 @@ def run_recipe(
         kept = kept_baseline(run, asked) if checkpoint else None
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
-        begin_folder(run, config, beginning, before, asked)
+        begin_folder(run, config, beginning, anchors, before, asked)
     say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
     keep_trained_on(run, settled, data, counted)
@@ -135,6 +137,13 @@ def run_recipe(
     return report
 
 
+def fetch_same_base(run: Path, data: RunData, checkpoint: Path | None, say: Say) -> None:
+    """Fetches the weights of the base. Raises `ConfigError` if the run goes on and began with another commit of it."""
+    if checkpoint:
+        check_commit(run, data.commit)
+    fetch_base(data.base, say)
+
+
 def check_beginning(run: Path, beginning: Beginning, checkpoint: Path | None) -> None:
     """Raises `ConfigError` if the run goes on and is not what it began with, and `RunError` if the processes that train
     together do not see the same data and base."""
@@ -150,9 +159,11 @@ def check_beginning(run: Path, beginning: Beginning, checkpoint: Path | None) ->
         )
 
 
-def begin_folder(run: Path, config: Config, beginning: Beginning, before: Evaluation, asked: str) -> None:
+def begin_folder(
+    run: Path, config: Config, beginning: Beginning, anchors: Anchors | None, before: Evaluation, asked: str
+) -> None:
     """Clears the folder for a new run and writes what it begins with. asked: the digest of its questions."""
-    begin_run(run, config, beginning)
+    begin_run(run, config, beginning, anchors)
     if config.evaluation.before_training:
         keep_baseline(run, before, asked)
 
@@ -185,6 +196,21 @@ def begin_by_data(
     """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
     if config.lora.init == "eva" and not checkpoint:
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
+
+
+def anchors_of(
+    config: Config, model: PeftModel, data: RunData, going_on: Path | None, dtype: torch.dtype, say: Say
+) -> Anchors | None:
+    """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
+    with it; None without it."""
+    if config.training.ewc is None or config.data.replay is None:
+        return None
+    if going_on:
+        return load_anchors(going_on / ANCHORS, model.device)
+    replay = data.train.documents[source_name(config.data.replay)]
+    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    say(f"held near to what they are: {told}")
+    return anchors
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:

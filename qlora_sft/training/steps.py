@@ -1,4 +1,4 @@
-"""Computes a run's steps, how they are dealt over processes, and its optimizer. It imports nothing heavy."""
+"""Computes a run's steps, their deal over processes, its checkpoints and its optimizer. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -109,6 +109,19 @@ def longest_dealt(tokens: Sequence[int], dealt: Deal) -> int:
     """Returns the tokens of the longest micro-batch. tokens: those that are computed for each packed sequence."""
     steps = (tokens[start : start + dealt.per_step] for start in range(0, len(tokens), dealt.per_step))
     return max((sum(piece) for each in steps for piece in _cut(each, dealt)), default=0)
+
+
+def keeps_best(config: Config) -> bool:
+    """Says whether the adapter of the best step is kept, and not that of the last."""
+    keep, e = config.training.keep, config.evaluation
+    every = e.tasks_every_steps if config.training.best_metric.startswith("tasks/") else e.every_steps
+    return keep == "best" or (keep == "auto" and every is not None)
+
+
+def most_checkpoints(config: Config) -> int:
+    """Returns how many checkpoints are on disk at once: those that are kept, the best, and one being written."""
+    kept = config.training.save_total_limit if config.training.save_steps else 1
+    return kept + keeps_best(config) + 1
 
 
 def choose_optimizer(config: Config, on_gpu: bool) -> tuple[str, str]:

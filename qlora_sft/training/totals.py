@@ -31,6 +31,12 @@ class StepTotals:
     """Pairs of a token with one of the same document that is not behind it."""
     by_source: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
     """The weighted loss and the weight of every source."""
+    divergence: Tensor | float = 0.0
+    """The weighted divergence from the base on replay, where training.replay_kl measures it."""
+    leashed: float = 0.0
+    """The weight of the tokens at which it was measured."""
+    penalty: Tensor | float = 0.0
+    """What training.ewc adds to the loss of the step."""
 
     def add(self, output: CEOutput, batch: Batch) -> None:
         """Adds what the loss said of a micro-batch."""
@@ -51,24 +57,35 @@ class StepTotals:
 
     def in_numbers(self) -> StepTotals:
         """Returns the same with plain numbers, which another process can take. A device is waited for only once."""
-        sums = [self.weighted_nll, self.correct, *(nll for nll, _ in self.by_source.values())]
-        nll, correct, *of_sources = _values(sums)
+        nll, correct, divergence, penalty, *of_sources = self._values()
         weights = [weight for _, weight in self.by_source.values()]
         by_source: dict[str, tuple[Tensor | float, float]] = {}
         for name, own, weight in zip(self.by_source, of_sources, weights, strict=True):
             by_source[name] = own, weight
-        return replace(self, weighted_nll=nll, correct=correct, by_source=by_source)
+        return replace(
+            self, weighted_nll=nll, correct=correct, by_source=by_source, divergence=divergence, penalty=penalty
+        )
+
+    def _values(self) -> list[float]:
+        """Returns loss, right ones, divergence, penalty and the losses of the sources as plain numbers."""
+        sums = [self.weighted_nll, self.correct, self.divergence, self.penalty]
+        sums += [nll for nll, _ in self.by_source.values()]
+        device = next((each.device for each in sums if isinstance(each, Tensor)), None)
+        same = [torch.as_tensor(each, dtype=torch.float32, device=device) for each in sums]
+        values: list[float] = torch.stack(same).tolist()
+        return values
 
     @cached_property
     def losses(self) -> StepLosses:
         """Returns what the step has come to, once all its micro-batches are done. A device is waited for only once."""
-        sums = [self.weighted_nll, self.correct, *(nll for nll, _ in self.by_source.values())]
-        nll, correct, *of_sources = _values(sums)
+        nll, correct, divergence, penalty, *of_sources = self._values()
         weights = [weight for _, weight in self.by_source.values()]
         return StepLosses(
             nll / self.weight if self.weight else math.nan,
             correct / self.supervised if self.supervised else math.nan,
             {name: own / weight for name, own, weight in zip(self.by_source, of_sources, weights, strict=True)},
+            divergence / self.leashed if self.leashed else math.nan,
+            penalty,
         )
 
 
@@ -81,6 +98,10 @@ class StepLosses(NamedTuple):
     """Share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
     of_sources: dict[str, float]
     """The loss of every source that has supervised tokens in the step."""
+    divergence: float
+    """Mean divergence from the base on replay, in nats; NaN where it was not measured."""
+    penalty: float
+    """What training.ewc adds to the loss."""
 
 
 def all_together(parts: Sequence[StepTotals]) -> StepTotals:
@@ -93,12 +114,10 @@ def all_together(parts: Sequence[StepTotals]) -> StepTotals:
         result.supervised += part.supervised
         result.tokens += part.tokens
         result.pairs += part.pairs
+        result.divergence += part.divergence
+        result.leashed += part.leashed
+        result.penalty += part.penalty
         for source, (nll, weight) in part.by_source.items():
             before = result.by_source.get(source, (0.0, 0.0))
             result.by_source[source] = before[0] + nll, before[1] + weight
     return result
-
-
-def _values(sums: Sequence[Tensor | float]) -> list[float]:
-    values: list[float] = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in sums]).tolist()
-    return values

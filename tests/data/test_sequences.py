@@ -8,7 +8,7 @@ import pytest
 
 from qlora_sft.config_data import DataConfig, TrainSourceConfig
 from qlora_sft.data.render import Rendered
-from qlora_sft.data.sequences import plan_sequences
+from qlora_sft.data.sequences import Sharing, plan_sequences
 
 SOURCES = "abcde"
 
@@ -58,10 +58,20 @@ def test_the_mixture_of_a_step_stays_that_of_the_run() -> None:
 @pytest.mark.parametrize(("how", "cannot"), [("off", None), ("auto", "the model has layers of another kind")])
 def test_it_is_left_alone_where_it_is_off_or_cannot_be(how: str, cannot: str | None) -> None:
     documents, said = five_sources(20), list[str]()
-    packed = plan_sequences(documents, data(share_prefixes=how), 1, 0, said.append, cannot)
+    packed = plan_sequences(documents, data(share_prefixes=how), 1, 0, said.append, Sharing(cannot))
     assert not packed.shares_prefixes
     assert packed.tokens == [sum(len(documents[i].input_ids) for i in each) for each in packed.sequences]
     assert any("the model has layers of another kind" in text for text in said) == (cannot is not None)
+
+
+def test_where_it_costs_more_it_has_to_save_more() -> None:
+    documents, said = five_sources(20), list[str]()
+    assert not plan_sequences(documents, data(), 1, 0, said.append, Sharing(worth=0.99)).shares_prefixes
+    assert not any("prefixes" in text for text in said)
+    assert plan_sequences(
+        documents, data(), 1, 0, said.append, Sharing(worth=0.15, reason="tried here")
+    ).shares_prefixes
+    assert "(data.share_prefixes=auto: tried here)" in "".join(said)
 
 
 def test_rows_that_share_nothing_are_packed_as_before() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlora_sft.model.attention import choose_path, document_attention
 from qlora_sft.model.attention_capped import Scores, plain_documents
-from qlora_sft.model.attention_tree import CPU, CUDA, Tree, tree_attention
+from qlora_sft.model.attention_tree import CPU, CUDA, Tree, remember_tree, tree_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -94,6 +94,29 @@ def test_a_tree_of_documents_is_each_path_alone() -> None:
     ours = tree_attention(q, k, v, tree, None, CUDA)
     exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
     theirs = tree_attention(*exact, tree, None, CPU)
+    gradient = torch.randn(theirs.shape, dtype=torch.float64)
+    theirs.backward(gradient)
+    ours.backward(gradient.to("cuda", torch.bfloat16))
+    assert float((ours.double().cpu() - theirs).norm()) <= 2e-2 * float(theirs.norm())
+    for own, other in zip((q, k, v), exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert float((own.grad.double().cpu() - other.grad).norm()) <= 2e-2 * float(other.grad.norm())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_window_over_a_tree_is_that_of_each_path_alone(softcap: float | None) -> None:
+    """FlexAttention with the tree as its mask, forward and backward; the window ends inside of the prefix."""
+    tree = Tree((300, 40, 17, 128, 65, 1), (-1, 0, 1, 1, 0, -1))
+    q, k, v, _ = inputs((tree.bounds[-1],), 64, torch.bfloat16)
+    on_gpu, on_cpu = (torch.tensor(tree.bounds, dtype=torch.int32, device=device) for device in ("cuda", "cpu"))
+    for bounds in (on_gpu, on_cpu):
+        remember_tree(bounds, tree.lengths, tree.parents)
+    ours, _ = document_attention(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=on_gpu, sliding_window=200, softcap=softcap
+    )
+    exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
+    theirs = plain_documents(*exact, on_cpu, Scores(None, 200, softcap))
     gradient = torch.randn(theirs.shape, dtype=torch.float64)
     theirs.backward(gradient)
     ours.backward(gradient.to("cuda", torch.bfloat16))

@@ -12,6 +12,7 @@ import torch
 
 from qlora_sft.model import attention_capped
 from qlora_sft.model.attention_capped import Scores, compiled_flex, flex_documents, plain_documents
+from qlora_sft.model.attention_tree import remember_tree
 
 LIMIT = 8
 """Compilations of one function that torch allows; with ``fullgraph`` the next one is an error."""
@@ -41,10 +42,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     return backend
 
 
-def attend(length: int, window: int | None, softcap: float | None, with_sinks: bool) -> None:
-    """Runs two documents through the compiled function and compares with the textbook."""
+def attend(length: int, window: int | None, softcap: float | None, with_sinks: bool, tree: bool = False) -> None:
+    """Runs documents, or a tree of three segments, through the compiled function and compares with the textbook."""
     torch.manual_seed(length)
-    bounds = torch.tensor([0, length // 3, length], dtype=torch.int32)
+    bounds = torch.tensor([0, length // 3, length - 9, length], dtype=torch.int32)
+    if tree:
+        remember_tree(bounds, (bounds[1:] - bounds[:-1]).tolist(), (-1, 0, 0))
     q, k, v = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
     sinks = torch.randn(4) if with_sinks else None
     ours = flex_documents(q, k, v, bounds, Scores(0.3, window, softcap, sinks))
@@ -64,6 +67,14 @@ def test_lengths_are_variables_and_nothing_else_is(
     for length in (171, 260, 400):
         attend(length, window, softcap, with_sinks)
     assert len(graphs.seen) == compiled
+    assert not graphs.symbolic_floats()
+
+
+def test_a_tree_is_compiled_as_documents_are(graphs: Graphs) -> None:
+    for length in (300, 200, 171, 260):
+        attend(length, 40, None, False, tree=True)
+        attend(length, 40, None, False)
+    assert len(graphs.seen) == 2
     assert not graphs.symbolic_floats()
 
 

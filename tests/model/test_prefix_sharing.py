@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -24,12 +27,15 @@ from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, flatten
 from qlora_sft.data.prefix_tree import BLOCK
 from qlora_sft.data.render import Rendered
+from qlora_sft.data.sequences import WORTH, Sharing
 from qlora_sft.data.tree_batch import flatten_tree
 from qlora_sft.errors import ConfigError
+from qlora_sft.model import prefix_sharing
 from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.attention_tree import CPU, Flash
 from qlora_sft.model.base_files import text_config
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.prefix_sharing import _obstacle
+from qlora_sft.model.prefix_sharing import _obstacle, tree_differs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,16 +47,26 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**SIZES),
     "granite": GraniteConfig(**SIZES, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
 }
+# Windows that end inside of a prefix, inside of a segment, and behind several segments.
+BOUNDED: dict[str, PretrainedConfig] = {
+    "mistral": MistralConfig(**SIZES, sliding_window=19),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=5, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=37),
+    "gpt_oss": GptOssConfig(**SIZES, head_dim=16, sliding_window=9, num_local_experts=4, num_experts_per_tok=2),
+}
 
 
 def model_of(config: PretrainedConfig) -> Any:
     set_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:  # they begin where they do nothing
+            torch.nn.init.normal_(parameter)
     use_document_attention(model)
     return model
 
 
-MODELS = {name: model_of(config) for name, config in FAMILIES.items()}
+MODELS = {name: model_of(config) for name, config in (FAMILIES | BOUNDED).items()}
 
 # Few different blocks and short tails, some tokens supervised with weights of their own: rows that are prefixes of
 # others, rows that are equal, tokens that one row supervises and another does not.
@@ -74,7 +90,7 @@ def loss_and_gradients(model: Any, batches: list[Batch]) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("family", MODELS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(drawn=documents())
 def test_loss_and_gradients_are_those_of_the_rows_alone(family: str, drawn: list[Rendered]) -> None:
     model = MODELS[family]
@@ -114,12 +130,11 @@ def test_another_token_in_one_branch_changes_nothing_in_its_siblings() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"sliding_window": 64, "model_type": "mistral"}, "sliding window of 64"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
-        ({"attn_logit_softcapping": 30.0}, "caps its logits"),
+        ({"layer_types": ["chunked_attention"]}, "layers of type chunked_attention"),
         ({"attention_dropout": 0.1}, "dropout"),
         ({"kv_lora_rank": 8}, "different sizes"),
-        ({"num_experts": 8}, "every token of every row"),
+        ({"num_experts": 8, "output_router_logits": True}, "every token of every row"),
     ],
 )
 def test_a_model_that_cannot_share_says_why(make_config: Any, change: dict[str, Any], why: str) -> None:
@@ -129,13 +144,62 @@ def test_a_model_that_cannot_share_says_why(make_config: Any, change: dict[str, 
     assert "Unsloth" in str(_obstacle(config, text_config({"model_type": "llama"}), "unsloth"))
 
 
-def test_what_was_asked_for_and_cannot_be_is_an_error(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_sft.model import prefix_sharing
+def sharing(config: Config, settings_of: PretrainedConfig, monkeypatch: pytest.MonkeyPatch, asked: Any) -> Sharing:
+    monkeypatch.setattr(prefix_sharing, "read_settings", lambda *_: settings_of)
+    config = replace(config, data=replace(config.data, share_prefixes=asked))
+    return prefix_sharing.sharing_of(config, "base", "transformers")
 
+
+def test_what_was_asked_for_and_cannot_be_is_an_error(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = LlamaConfig(**SIZES)
+    chunks.layer_types = ["chunked_attention"] * 2
+    with pytest.raises(ConfigError, match="rows cannot share prefixes here: the model has layers of type chunked"):
+        sharing(make_config(), chunks, monkeypatch, "on")
+    assert "chunked" in str(sharing(make_config(), chunks, monkeypatch, "auto").obstacle)
+
+
+@pytest.mark.parametrize("family", FAMILIES | BOUNDED)
+def test_on_a_cpu_every_family_shares_where_its_experts_do_not_depend_on_rounding(
+    family: str, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_of = (FAMILIES | BOUNDED)[family]
+    assert sharing(make_config(), settings_of, monkeypatch, "on") == Sharing()
+    obstacle = sharing(make_config(), settings_of, monkeypatch, "auto").obstacle
+    assert "other experts" in str(obstacle) if family == "gpt_oss" else obstacle is None
+
+
+def test_a_gpu_shares_by_itself_where_its_kernels_were_tried(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config: Config = make_config()
-    wanted = replace(config, data=replace(config.data, share_prefixes="on"))
-    # Its config.json would not have to name the window, which is 4,096 by default.
-    monkeypatch.setattr(prefix_sharing, "read_settings", lambda *_: MistralConfig())
-    with pytest.raises(ConfigError, match="rows cannot share prefixes here: the model attends"):
-        prefix_sharing.why_not_shared(wanted, "base", "transformers")
-    assert "window" in str(prefix_sharing.why_not_shared(config, "base", "transformers"))
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(prefix_sharing, "compute_dtype", lambda _: (torch.bfloat16, ""))
+    found: list[str | None] = [None, "failed: no kernel"]
+    monkeypatch.setattr(prefix_sharing, "tree_differs", lambda *_: found.pop(0))
+    agreed = sharing(config, FAMILIES["llama"], monkeypatch, "auto")
+    assert agreed.obstacle is None
+    assert agreed.worth > WORTH
+    assert "agrees" in agreed.reason
+    assert "GPU failed: no kernel" in str(sharing(config, FAMILIES["llama"], monkeypatch, "auto").obstacle)
+    assert "not yet measured" in str(sharing(config, BOUNDED["gemma3"], monkeypatch, "auto").obstacle)
+    assert sharing(config, BOUNDED["gemma3"], monkeypatch, "on") == Sharing()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "compute capability" in str(sharing(config, FAMILIES["llama"], monkeypatch, "auto").obstacle)
+    # Caps are not for FlashAttention, so what that cannot do does not matter.
+    assert sharing(config, BOUNDED["gemma2"], monkeypatch, "on") == Sharing()
+
+
+def test_kernels_that_err_over_a_tree_are_found() -> None:
+    def forgets_the_joined_sum(*given: Any) -> Any:
+        *rest, out, lse, cut = given
+        return CPU.backward(*rest, out, lse + 0.1, cut)
+
+    def missing(*_: Any) -> Any:
+        raise NotImplementedError("no such kernel")
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert tree_differs(16, dtype, "cpu", CPU) is None
+    assert "differs from plain products by" in str(
+        tree_differs(16, torch.float32, "cpu", Flash(CPU.forward, forgets_the_joined_sum))
+    )
+    assert tree_differs(16, torch.float32, "cpu", Flash(missing, missing)) == "failed: no such kernel"

@@ -13,13 +13,14 @@ import torch
 from conftest import conversation, write_rows
 from tests_support import SHORT, result
 
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import RunReport
 from qlora_sft.train import train
 from qlora_sft.training import watch as module
 from qlora_sft.training.checkpoints import all_checkpoints, step_of
 from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.steps import most_checkpoints
 
 
 def silent(_: str) -> None:
@@ -61,26 +62,26 @@ def by_heart(number: int) -> dict[str, Any]:
     return {"messages": [user, {"role": "assistant", "content": " ".join(draw.choices(WORDS, k=6))}]}
 
 
-@pytest.fixture
-def able_model(tmp_path: Path, tiny_model: Path) -> Path:
-    """The tiny model with larger logits, so that its adapter can learn something by heart."""
+def able(base: Path, folder: Path) -> Path:
+    """``base``, a tiny model, with larger logits, so that its adapter can learn something by heart."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = LlamaForCausalLM.from_pretrained(base)
     torch.nn.init.constant_(model.model.norm.weight, 12.0)
-    model.save_pretrained(tmp_path / "able")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "able")
-    return tmp_path / "able"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
-    make_config: Any, able_model: Path, tmp_path: Path
+    make_config: Any, convertible_model: Path, tmp_path: Path
 ) -> None:
     """Twenty rows, fifty epochs; what is to be learned of other rows is the words, and after that nothing."""
     files = [write_rows(tmp_path / f"{name}.jsonl", [by_heart(n + i) for i in range(6)]) for name, n in
              (("near", 100), ("far", 200))]  # fmt: skip
     held_out = f"data.held_out=[{{path: {files[0]}}}, {{path: {files[1]}}}]"
-    config = make_config(*OVERFIT, held_out, f"model.path={able_model}", rows=[by_heart(i) for i in range(20)])
+    model = able(convertible_model, tmp_path / "able")
+    config = make_config(*OVERFIT, held_out, f"model.path={model}", rows=[by_heart(i) for i in range(20)])
     said: list[str] = []
     report = train(config, say=said.append)
     run = Run.open(config.output)
@@ -101,6 +102,8 @@ def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
     assert said.count(f"warning: {warning}") == 1
     # Of all checkpoints those of the best and of the last step are left; the adapter is that of the best.
     assert [step_of(each) for each in all_checkpoints(run.path)] == [best, report.steps]
+    # While one is written it is one more, for which the plan counts the room.
+    assert most_checkpoints(config) == 2 + 1
     assert adapter(run.adapter) == adapter(run.checkpoints / f"step-{best:06d}")
     assert adapter(run.adapter) != adapter(run.checkpoints / f"step-{report.steps:06d}")
     assert report.kept is not None
@@ -164,17 +167,21 @@ def test_the_best_stays_however_old_it_is_and_without_other_checkpoints(
     assert {name: pair.before for name, pair in report.loss.items()} == {"near": None, "far": None}
 
 
-def test_a_full_gpu_costs_one_evaluation(
+def test_an_evaluation_that_cannot_be_made_costs_no_more_than_itself(
     make_config: Any, tmp_path: Path, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = module.Watch.measure
-
-    def full() -> dict[str, float]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    broken = {2: torch.OutOfMemoryError("CUDA out of memory"), 4: RunError("programs cannot be run here")}
 
     def measure(self: Any, step: int) -> dict[str, float]:
         own = self.held_out_loss
-        self.held_out_loss = full if step == 2 else own
+
+        def held_out_loss() -> dict[str, float]:
+            if step in broken:
+                raise broken[step]
+            return own()
+
+        self.held_out_loss = held_out_loss
         try:
             return real(self, step)
         finally:
@@ -183,8 +190,9 @@ def test_a_full_gpu_costs_one_evaluation(
     monkeypatch.setattr(module.Watch, "measure", measure)
     said: list[str] = []
     train(make_config(*SHORT, *held_out, "evaluation.every_steps=2"), say=said.append)
-    assert "step 2: not evaluated, because the GPU is full; training goes on" in said
-    assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 4, 6]
+    assert "step 2: not evaluated (the GPU is full); training goes on" in said
+    assert "step 4: not evaluated (programs cannot be run here); training goes on" in said
+    assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 6]
 
 
 def test_a_checkpoint_that_found_no_room_is_not_kept(
@@ -215,6 +223,11 @@ def test_a_checkpoint_that_found_no_room_is_not_kept(
         (["training.keep=best"], "training.keep=best needs evaluation.every_steps"),
         (["HELD", "evaluation.every_steps=5", "evaluation.loss=false"], "has no effect with evaluation.loss=false"),
         (["data.held_out=0%", "evaluation.every_steps=5"], "and data.held_out names none"),
+        (["HELD", "evaluation.every_steps=5", "training.best_metric=held_out/nera"], "(did you mean 'held_out/near'?)"),
+        (
+            ["training.best_metric=tasks/x", "training.patience=2"],
+            "training.patience needs evaluation.tasks_every_steps",
+        ),
         (["evaluation.tasks_every_steps=5"], "asks the questions of evaluation.tasks, and there are none"),
     ],
 )
@@ -228,7 +241,7 @@ def test_what_is_not_measured_can_decide_nothing(
 
 
 def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
-    make_config: Any, tmp_path: Path, able_model: Path
+    make_config: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
     """It learns one answer, which is right three times out of four, and it is trained no differently."""
     from qlora_sft.evaluation.evaluate_run import evaluate_run
@@ -238,7 +251,7 @@ def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
     two = f"{{path: {questions}, form: exact, max_new_tokens: 12}}, {{path: {questions}, name: read, form: loss}}"
     tasks = f"evaluation.tasks=[{two}]"
     settings = ["training.epochs=40", "training.learning_rate=1e-2", "lora.alpha=32", "lora.dropout=0.1"]
-    settings += [f"model.path={able_model}"]
+    settings += [f"model.path={able(tiny_model, tmp_path / 'able')}"]
     plain = make_config(*settings, rows=rows)
     train(plain, say=silent)
     asked = [tasks, "evaluation.tasks_every_steps=15", f"output={tmp_path / 'asked'}"]
