@@ -7,6 +7,8 @@ nothing heavy, so that --help and wrong arguments are answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import sys
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.cli_recipes import add_recipe_verbs
-from qlora_sft.errors import ConfigError, QloraSftError, first_line
+from qlora_sft.errors import ConfigError, EndedTogether, QloraSftError, first_line
+from qlora_sft.parallel import rank, refuse, world_size
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 from qlora_sft.say import tell
@@ -37,15 +40,26 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
-    arguments = _arguments(argv)
-    return guarded(lambda: arguments.verb(arguments), as_json=arguments.json, debug=arguments.debug)
+    # Of several processes that train together the first one says what is wrong with the arguments they all have.
+    with contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext():
+        arguments = _arguments(argv)
+    return guarded(lambda: _done(arguments), as_json=arguments.json, debug=arguments.debug)
+
+
+def _done(arguments: argparse.Namespace) -> CommandResult:
+    """Runs the verb of ``arguments``. Only training is done by several processes."""
+    if world_size() > 1 and (arguments.verb is not _train or arguments.find_rate):
+        refuse("several processes only train; start this without torchrun")
+    action: Action = arguments.verb
+    return action(arguments)
 
 
 def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: bool = False) -> int:
     """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
 
     An error is printed to stderr. One that is neither of this package nor a full disk or a faulty path is a fault of a
-    program, of which ``debug`` shows the place by raising it.
+    program, of which ``debug`` shows the place by raising it. Of several processes that train
+    together the first one prints the result, and the one that failed its error.
     """
     quiet_libraries()
     try:
@@ -53,13 +67,15 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except EndedTogether as error:
+        return error.exit_code
     except Exception as error:
         fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None and debug:
             raise
         print(f"error: {fault or unexpected(error)}", file=sys.stderr)
         return fault.exit_code if fault else 1
-    if as_json:
+    if as_json and not rank():
         print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
 
@@ -238,11 +254,13 @@ def _add_asking_verbs(verbs: Verbs) -> None:
 def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
+    from qlora_sft.training.join import join_ranks
 
-    config = load_checked(arguments.config, arguments.overrides)
-    if arguments.find_rate:
-        return _find_rate(config, arguments)
-    return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+    with join_ranks().ending_together():
+        config = load_checked(arguments.config, arguments.overrides)
+        if arguments.find_rate:
+            return _find_rate(config, arguments)
+        return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
 
 
 def _find_rate(config: Config, arguments: argparse.Namespace) -> CommandResult:

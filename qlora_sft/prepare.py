@@ -19,6 +19,7 @@ from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
 from qlora_sft.model.base_files import has_experts, has_towers, read_config
 from qlora_sft.model.base_folder import resolve_base
+from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 
@@ -37,6 +38,8 @@ def why_not_unsloth(config: Config) -> str:
             settings = read_config(resolve_base(config.model.path, config.model.revision))
     if has_experts(settings):
         return "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    if world_size() > 1:
+        return "several processes train together, which was not tried with Unsloth's patched trainer"
     if has_towers(settings):
         return "the base also sees or hears; what does so is kept as it is, without Unsloth"
     lora = config.lora

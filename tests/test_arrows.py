@@ -42,6 +42,7 @@ ORDER = (
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say json_types units",
+    "parallel",
     "errors",
     "qlora_kernels",
 )

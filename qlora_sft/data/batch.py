@@ -93,8 +93,8 @@ def flatten(documents: list[Rendered]) -> Batch:
     names = [document.source for document in documents]
     sources = sources_of(names, np.asarray(position_documents, dtype=np.int64), np.asarray(weights))
     return Batch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([position_ids]),
+        input_ids=torch.tensor([ids], dtype=torch.int64),
+        position_ids=torch.tensor([position_ids], dtype=torch.int64),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32),
         targets=torch.tensor([ids[position + 1] for position in positions], dtype=torch.int32),

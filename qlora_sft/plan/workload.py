@@ -24,6 +24,10 @@ class Workload:
     """Packed sequences that are trained on; fewer than there are if ``max_steps`` ends the run before."""
     tokens: int
     supervised: int
+    per_step: int
+    """Packed sequences of an optimizer step."""
+    micro_batches: int
+    """Micro-batches of an optimizer step."""
     longest_sequence: int
     """Tokens of the longest micro-batch, which is one flat sequence."""
     documents: list[int]
@@ -58,6 +62,8 @@ def workload_of(data: RunData, config: Config) -> Workload:
         sequences=len(trained),
         tokens=sum(tokens_of_each),
         supervised=sum(of_each.supervised[index] for each in trained for index in each),
+        per_step=t.batch_size * t.gradient_accumulation,
+        micro_batches=t.gradient_accumulation,
         longest_sequence=longest_micro_batch(tokens_of_each, per_batch),
         documents=attended[typical],
         lengths=list(lengths),
@@ -68,4 +74,12 @@ def workload_of(data: RunData, config: Config) -> Workload:
 
 def describe(workload: Workload) -> DataPlan:
     """Returns the counts as the report has them."""
-    return DataPlan(workload.steps, workload.sequences, workload.tokens, workload.supervised, workload.longest_sequence)
+    return DataPlan(
+        steps=workload.steps,
+        rows=workload.sequences,
+        tokens=workload.tokens,
+        supervised_tokens=workload.supervised,
+        longest_row=workload.longest_sequence,
+        rows_per_step=workload.per_step,
+        micro_batches=workload.micro_batches,
+    )

@@ -178,6 +178,8 @@ class RunReport(Report):
     supervised_tokens: int
     tokens_per_second: float
     optimizer: str
+    processes: int = 1
+    """How many processes trained together, each on a device of its own."""
     memory: MemoryReport | None = None
     order: OrderReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)

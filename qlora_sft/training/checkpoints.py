@@ -19,6 +19,7 @@ from qlora_sft.config import Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import KEYS, adapter_folder
+from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.strict import as_tree
 
@@ -119,6 +120,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         return None
     before = load_config(run / "config.yaml")
     begun = _begun(run)
+    _check_processes(run, begun)
     found = differences(as_tree(before), as_tree(config))
     lost = _lost_adapter(config)
     changed = [
@@ -135,6 +137,18 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         )
     say(f"resume: from step {step_of(checkpoint)} ({checkpoint})")
     return checkpoint
+
+
+def _check_processes(run: Path, begun: Mapping[str, object]) -> None:
+    """Raises `ConfigError` if another number of processes trained ``run`` up to here: each has random numbers of its
+    own, and adds its gradient to those of the others in a certain order. Runs of earlier versions had one process."""
+    before, now = begun.get("processes", 1), world_size()
+    if before != now:
+        start = f"torchrun --nproc-per-node {before} -m qlora_sft.train ..." if before != 1 else "without torchrun"
+        raise ConfigError(
+            f"--resume: processes were {before} when {run} began and are {now} now; start as many ({start}), or choose "
+            "another output=... for a new run"
+        )
 
 
 def as_begun(config: Config, run: Path, say: Say) -> Config:

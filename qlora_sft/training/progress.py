@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from qlora_sft.training.alarms import Alarms
     from qlora_sft.training.evaluations import EvaluationRow
-    from qlora_sft.training.trainer import PackedSFTTrainer, StepTotals
+    from qlora_sft.training.totals import StepTotals
+    from qlora_sft.training.trainer import PackedSFTTrainer
 
 
 StepRow = dict[str, Any]
@@ -136,7 +137,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._work is None or self._peak is None:
             return {}
         work = self._work.of(totals.tokens, totals.supervised, totals.pairs)
-        return {"mfu": round(work / seconds / self._peak, 4)}
+        cards = self.trainer.ranks.size if self.trainer else 1
+        return {"mfu": round(work / seconds / (cards * self._peak), 4)}
 
     def on_log(
         self,

@@ -15,8 +15,8 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
-from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
+from qlora_sft.errors import RunError
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
@@ -40,12 +40,13 @@ from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
-from qlora_sft.training.fit import Training, fit
+from qlora_sft.training.fit import Training, fit, train_along
+from qlora_sft.training.join import join_ranks
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
 from qlora_sft.training.schedule import schedule_of
-from qlora_sft.training.steps import count_steps, settle_accumulation
+from qlora_sft.training.steps import count_steps, deal, longest_dealt, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
 
 if TYPE_CHECKING:
@@ -56,28 +57,26 @@ if TYPE_CHECKING:
 
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
-) -> RunReport:
+) -> RunReport | None:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
-    Raises the errors of `train`.
+    Of several processes the first one does so; the others train along and return None. Raises the errors of `train`.
     """
-    with watch("base model"):
-        if checkpoint:
-            check_commit(run, data.commit)
-        fetch_base(data.base, say)
+    ranks = join_ranks()
+    with watch("base model"), ranks.first_ahead():
+        fetch_same_base(run, data, checkpoint, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
         beginning = begins_with(config, data, dtype, counted.tokens)
-        if checkpoint:
-            check_same(run, beginning)
+        check_beginning(run, beginning, checkpoint)
         questions = questions_while_training(config, data, say)
         settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
-        tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
+        tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
@@ -89,6 +88,10 @@ def run_recipe(
         settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
         data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed), anchors=anchors,
     )  # fmt: skip
+    ranks.gather(None)  # by now none looks any more whether the run folder is free
+    if not ranks.first:
+        train_along(training, memory, checkpoint)
+        return None
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -97,9 +100,7 @@ def run_recipe(
         kept = kept_baseline(run, asked) if checkpoint else None
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
-        begin_run(run, config, beginning, anchors)
-        if config.evaluation.before_training:
-            keep_baseline(run, before, asked)
+        begin_folder(run, config, beginning, anchors, before, asked)
     say.keep_in(run)
     order = record_data(run, data.sequences, data.removed)
     keep_trained_on(run, settled, data, counted)
@@ -136,6 +137,37 @@ def run_recipe(
     return report
 
 
+def fetch_same_base(run: Path, data: RunData, checkpoint: Path | None, say: Say) -> None:
+    """Fetches the weights of the base. Raises `ConfigError` if the run goes on and began with another commit of it."""
+    if checkpoint:
+        check_commit(run, data.commit)
+    fetch_base(data.base, say)
+
+
+def check_beginning(run: Path, beginning: Beginning, checkpoint: Path | None) -> None:
+    """Raises `ConfigError` if the run goes on and is not what it began with, and `RunError` if the processes that train
+    together do not see the same data and base."""
+    if checkpoint:
+        check_same(run, beginning)
+    facts = {"training data": beginning.data_sha256, "base model": beginning.base_sha256, "type": beginning.dtype}
+    seen = join_ranks().gather(facts)
+    if other := [(name, rank) for name in facts for rank, each in enumerate(seen) if each[name] != seen[0][name]]:
+        name, rank = other[0]
+        raise RunError(
+            f"process {rank} has another {name} than process 0; all must read the same files, with the same versions "
+            "of everything that is installed, on the same kind of device"
+        )
+
+
+def begin_folder(
+    run: Path, config: Config, beginning: Beginning, anchors: Anchors | None, before: Evaluation, asked: str
+) -> None:
+    """Clears the folder for a new run and writes what it begins with. asked: the digest of its questions."""
+    begin_run(run, config, beginning, anchors)
+    if config.evaluation.before_training:
+        keep_baseline(run, before, asked)
+
+
 def evaluate_before(
     evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
 ) -> Evaluation:
@@ -148,11 +180,12 @@ def evaluate_before(
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
     """Returns ``config`` with the accumulation that the data asks for.
 
-    Raises `ConfigError` where its schedule does not go with the number of steps.
+    Raises `ConfigError` where its schedule does not go with the number of steps, or a step with that of processes.
     """
     settled, told = settle_accumulation(config, data.packed.tokens)
     if told:
         say(told)
+    deal(settled, join_ranks().size)
     schedule_of(settled.training, count_steps(len(data.sequences), settled))
     return settled
 
@@ -193,4 +226,5 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         attention=choose_way(config.model.attention, device, lengths).way,
         shares_prefixes=data.packed.shares_prefixes,
         lora_from_sha256=adapter_digest(config.lora.from_),
+        processes=join_ranks().size,
     )

@@ -92,6 +92,8 @@ class Beginning(Report):
     """Whether what rows share at their beginning is computed once, which decides what is packed together."""
     lora_from_sha256: str | None = None
     """Of the weights of the adapter that it goes on from."""
+    processes: int = 1
+    """How many processes train together."""
 
 
 def begin_run(run: Path, config: Config, beginning: Beginning, anchors: Anchors | None = None) -> None:

@@ -23,7 +23,7 @@ from qlora_sft.train import train
 from qlora_sft.training import progress
 from qlora_sft.training.display import SPARKS, Course, Display
 from qlora_sft.training.progress import held_out_briefly
-from qlora_sft.training.trainer import StepTotals
+from qlora_sft.training.totals import StepTotals
 from qlora_sft.training.utilisation import StepWork, peak_of_card, step_work
 
 
