@@ -20,13 +20,15 @@ from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.attention_choice import AttentionChoice
+from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
@@ -54,9 +56,7 @@ def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
 ) -> RunReport:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
-
-    Raises the errors of `train`.
-    """
+    Raises the errors of `train`."""
     with watch("base model"):
         if checkpoint:
             check_commit(run, data.commit)
@@ -64,7 +64,8 @@ def run_recipe(
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
-        beginning = begins_with(config, data, dtype, counted.tokens)
+        attention = how_to_attend(config, data, dtype, counted.tokens)
+        beginning = begins_with(config, data, dtype, attention)
         if checkpoint:
             check_same(run, beginning)
         questions = questions_while_training(config, data, say)
@@ -74,7 +75,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
@@ -117,6 +118,7 @@ def run_recipe(
         base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
+        attention=Choice(*attention),
         quantized_modules=quantized_modules(model),
         loss=pair(before.loss, after.loss),
         exact_match=pair(before.exact_match, after.exact_match),
@@ -160,9 +162,19 @@ def begin_by_data(
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
-def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
-    """Returns what a run that goes on must find again. lengths: tokens of its documents."""
+def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
+    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several."""
+    if data.backend.name == "unsloth":
+        return AttentionChoice("varlen", "as Unsloth does it")
+    if data.packed.shares_prefixes and config.model.attention == "auto":
+        return AttentionChoice("varlen", "rows share prefixes, which torch's own kernels compute part by part")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    understood = read_settings(config, data.base).get_text_config()
+    return settle_attention(understood, config.model.attention, device, dtype, lengths)
+
+
+def begins_with(config: Config, data: RunData, dtype: torch.dtype, attention: AttentionChoice) -> Beginning:
+    """Returns what a run that goes on must find again."""
     return Beginning(
         data_sha256=data_digest(data.train.documents.values(), data.sequences),
         base_sha256=fingerprint(data.base),
@@ -170,7 +182,7 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         backend=data.backend.name,
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
         base_commit=data.commit,
-        attention=choose_way(config.model.attention, device, lengths).way,
+        attention=attention.way,
         shares_prefixes=data.packed.shares_prefixes,
         lora_from_sha256=adapter_digest(config.lora.from_),
     )
