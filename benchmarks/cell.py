@@ -66,6 +66,7 @@ class Cell(TypedDict, total=False):
     floor_ms: float
     share_of_floor: float
     seconds: float
+    equal: int
     tokens_per_second: float
     ratio: str
     # memory

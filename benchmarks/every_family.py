@@ -45,22 +45,38 @@ LENGTHS = (21, 1, 13, 34)
 STEPS = 3
 # More than float32 rounds: a document sees too much or too little.
 WRONG = 1e-4
+TIMM = "its tower needs the package timm"
+FIXED = "towers of fixed sizes, too large for a test"
+DEFAULTS = "its default configuration is not one of a whole model"
+PARTS = "its parts have sizes that depend on one another"
+OTHER = "no language model beside what it sees or hears"
 # Configurations that transformers makes no model of from its own defaults, or only one too large for a test.
 NOT_MADE = {
-    "blt": "its parts have sizes that depend on one another",
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), TIMM),
+    **dict.fromkeys(
+        ("granite_speech", "granite_speech_plus", "inkling_mm_model", "janus", "kosmos-2", "kosmos-2.5",
+         "phi4_multimodal", "qwen2_5_omni", "vibevoice_asr"),
+        FIXED,
+    ),
+    **dict.fromkeys(
+        ("aria", "chameleon", "cosmos3_edge", "deepseek_ocr2", "diffusion_gemma", "emu3", "evolla", "granite4_vision",
+         "kyutai_speech_to_text", "minicpmv4_6", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text", "video_llama_3",
+         "vision-encoder-decoder"),
+        DEFAULTS,
+    ),
+    **dict.fromkeys(
+        ("blt", "ernie4_5_vl_moe", "florence2", "fun_asr_nano", "glm5_next", "longcat_flash", "t5gemma2"), PARTS,
+    ),
+    **dict.fromkeys(("pi0", "shieldgemma2"), OTHER),
+    "cohere_compass": "its default rope parameters are not those of its layers",
     "cohere_compass_text": "its default rope parameters are not those of its layers",
     "dbrx": "its default configuration lacks rope_theta",
-    "gemma3n": "its tower needs the package timm",
     "gemma4_assistant": "a drafting head of another model",
     "gemma4_unified_assistant": "a drafting head of another model",
-    "longcat_flash": "its parts have sizes that depend on one another",
     "musicgen": "music, not text",
     "musicgen_melody": "music, not text",
-    "phi4_multimodal": "towers of fixed sizes",
-    "qwen4_exp": "its default configuration lacks sizes",
-    "qwen4_exp_text": "its default configuration lacks sizes",
     "zamba": "its default ties do not fit fewer layers",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,10 +101,16 @@ class Outcome:
 
 
 def architectures() -> dict[str, str]:
-    """Returns model type -> class, of all causal language models of the installed transformers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Returns model type -> class, of all models of the installed transformers that write text, those that also see or
+    hear among them."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
-    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    also = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    return {**also, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 
 
 def settings(kind: str) -> Config:

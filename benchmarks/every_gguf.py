@@ -29,7 +29,8 @@ from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import check_parity
 from qlora_sft.model.base_files import has_experts, read_config
 from qlora_sft.model.experts import check_reach, target_parameters
-from qlora_sft.model.linears import target_modules
+from qlora_sft.model.linears import peft_targets, target_modules
+from qlora_sft.model.load import load_base
 from qlora_sft.model.peft_targets import as_named, write_portable_targets
 
 ROWS = Path(__file__).parent.parent / "docs" / "families_gguf.jsonl"
@@ -49,6 +50,8 @@ FAMILIES = (
     "gpt_oss", "granite", "granitemoehybrid", "lfm2", "lfm2_moe", "llama", "llama4_text", "ministral3", "mistral",
     "mixtral", "nemotron_h", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
     "qwen3_next", "smollm3",
+    # Of these that also see, the language model.
+    "gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl",
 )  # fmt: skip
 
 
@@ -107,10 +110,10 @@ def write_run(kind: str, folder: Path) -> Path:
     tokenizer = tokenizer_of(kind)
     sizes = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "max_position_embeddings": 512}
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = tiny_model(kind, **{**sizes, **ends, **OWN.get(kind, {})})
     base, run = folder / "base", folder / "run"
-    model.save_pretrained(base)
+    tiny_model(kind, **{**sizes, **ends, **OWN.get(kind, OWN.get(f"{kind}_text", {}))}).save_pretrained(base)
     tokenizer.save_pretrained(base)
+    model = load_base(str(base), torch.float32, load_in_4bit=False)
     settings = LoraConfig()
     try:
         check_reach(model)
@@ -119,7 +122,8 @@ def write_run(kind: str, folder: Path) -> Path:
     torch.manual_seed(1)
     lora = PeftLoraConfig(
         r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM",
-        target_modules=target_modules(model, settings), target_parameters=target_parameters(model, settings) or None,
+        target_modules=peft_targets(model, target_modules(model, settings)),
+        target_parameters=target_parameters(model, settings) or None,
     )  # fmt: skip
     with as_named(model):
         peft = get_peft_model(model, lora)

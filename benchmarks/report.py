@@ -217,6 +217,20 @@ def prefixes(rows: list[Cell]) -> list[str]:
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 
 
+def generation(rows: list[Cell]) -> list[str]:
+    """Makes a table of answers in batches beside the same answers one by one, per machine and type."""
+    lines = ["## Generation on a CPU: SmolLM2-135M in NF4, GSM8K, greedy, in batches and one by one", ""]
+    lines += ["| | questions | tokens/s in batches | one by one | ratio | same answers |", "|---|---|---|---|---|---|"]
+    newest = newest_cells(rows, "device dtype rows", "one by one")
+    for (device, dtype, questions), cells in newest.items():
+        batched, alone = cells["batched"], cells["one by one"]
+        lines.append(
+            f"| {device}, {dtype} | {questions} | {batched['tokens_per_second']} | {alone['tokens_per_second']} "
+            f"| {alone['seconds'] / batched['seconds']:.2f}x | {batched['equal']} of {questions} |"
+        )
+    return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
+
+
 def machines(rows: list[Cell]) -> list[str]:
     """Names the machines of the measurements, each once."""
     return list(dict.fromkeys(f"{row['device']}; torch {row['torch']}, commit {row['commit']}" for row in rows))
@@ -298,6 +312,7 @@ def main() -> None:
     lines += train_cpu(read_rows("train_cpu.jsonl"))
     lines += masters(read_rows("masters.jsonl"))
     lines += prefixes(read_rows("prefixes.jsonl"))
+    lines += generation(read_rows("generation.jsonl"))
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 

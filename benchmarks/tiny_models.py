@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from qlora_sft.model.meta_model import auto_class
+
 # Sizes by the names that configurations give them; a configuration takes those that it has.
 SMALL: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -31,18 +33,24 @@ SMALL: dict[str, Any] = {
     "mamba_d_ssm": 128, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "state_size": 16,
     "num_heads": 8, "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "n_groups": 1, "chunk_size": 16,
     "mamba_chunk_size": 16, "expand": 2, "lru_width": 64,
+    # Towers
+    "depth": 2, "embed_dim": 64,
     # Further embeddings
     "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16, "global_head_dim": 32,
 }  # fmt: skip
 MLA = {"num_key_value_heads": 4}
+# Of the 8 pairs of a head, those that turn with time, height and width.
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
 TWO_KINDS = ["linear_attention", "full_attention"] * 2
 # What a family's configuration asks for beside small sizes, so that every kind of layer that it has is there.
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA, "axk2": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA,
-    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA,
+    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA, "mistral4": MLA,
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    # The whole model leaves out the cap of the language model, and no published one has one.
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 30.0},
     "gemma3n_text": {
         "num_hidden_layers": 6, "num_kv_shared_layers": 2, "intermediate_size": [128] * 6,
@@ -60,6 +68,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention", "moe"]},
+    "qwen2_vl": MROPE, "qwen2_5_vl": MROPE, "qwen2_5_omni_thinker": MROPE, "glm_ocr": MROPE, "paddleocr_vl": MROPE,
     "reformer": {"axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"num_hidden_layers": 5, "layer_types": [
@@ -75,10 +84,10 @@ def tiny_config(kind: str, **own: Any) -> Any:
     made = CONFIG_MAPPING[kind]
     default = made()
     names = set(default.to_dict()) | set(getattr(made, "attribute_map", {}))
-    parts = {name: getattr(default, name, None) for name in made.sub_configs}
-    sizes = {name: small(set(part.to_dict())) for name, part in parts.items() if part is not None}
+    parts = {name: getattr(default, name, None) or part() for name, part in made.sub_configs.items()}
+    sizes = {name: small(set(part.to_dict())) for name, part in parts.items()}
     if "text_config" in sizes:
-        sizes["text_config"] |= OWN.get(kind, {}) | own
+        sizes["text_config"] |= OWN.get(kind, OWN.get(f"{kind}_text", {})) | own
         config = made(**sizes)
     else:
         config = made(**{**sizes, **small(names), **OWN.get(kind, {}), **own})
@@ -93,11 +102,17 @@ def small(names: set[str]) -> dict[str, Any]:
 
 
 def tiny_model(kind: str, **own: Any) -> Any:
-    """Returns a model of that type with random weights in float32, large enough for every part to have an effect."""
-    from transformers import AutoModelForCausalLM
+    """Returns a model of that type with random weights in float32, large enough for every part to have an effect.
+
+    One that also sees has its towers, as its published checkpoints do.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **own), dtype=torch.float32)
+    config = tiny_config(kind, **own)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    made: Any = AutoModelForImageTextToText if sees else auto_class(config)
+    model = made.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)

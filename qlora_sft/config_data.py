@@ -57,8 +57,8 @@ class SourceConfig:
     assistant turn in a document of its own that holds what the model is shown before it at inference, with the history
     as the template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
     allow_share: bool = False
-    """Lets any share of its tokens be supervised. Otherwise less than 5% or more than 95% is an error in conversations,
-    and less than 20% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
+    """Lets any share of its tokens be supervised. Otherwise less than 5% is an error in conversations, less than 20% or
+    more than 95% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
@@ -79,10 +79,14 @@ class TrainSourceConfig(SourceConfig):
 
     weight: Factor | None = None
     """Share of the mixture, relative to the other sources' weights; it belongs to ``mixture: explicit``."""
-    quality: Factor | Literal["perplexity"] | None = None
+    quality: Factor | Literal["perplexity", "file"] | None = None
     """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default. ``perplexity``: the
     share of its rows whose answers are no stranger to the base than those of most rows of all sources, in a sample that
-    is scored once with the base's weights as they are loaded, and kept. The extremes are printed, to be read."""
+    is scored once with the base's weights as they are loaded, and kept. ``file``: the mean of the ratings that its rows
+    have in the file ``ratings``. The extremes are printed, to be read."""
+    ratings: str | None = None
+    """File of ``quality: file``: a rating from 0 on for every row of the source, in the same order, one per line; a
+    number, or an object with one under ``rating``. Rate all sources on one scale; 1 is that of a source without."""
     repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     """How often every row is offered to the mixture per epoch; 2 is like naming the source twice."""
 
@@ -167,6 +171,10 @@ def check_data(d: DataConfig, require: Require) -> None:
         require(source.weight is None or explicit, f"{key}.weight", "has an effect with data.mixture=explicit only")
         quality = source.quality is None or d.mixture == "quality"
         require(quality, f"{key}.quality", "has an effect with data.mixture=quality only")
+        rated = (source.ratings is not None) == (source.quality == "file")
+        require(
+            rated, f"{key}.ratings", "must name the file of ratings with quality=file, and has an effect only there"
+        )
     warm = d.mixture == "temperature"
     wanted = "is needed with data.mixture=temperature" if warm else "has an effect with data.mixture=temperature only"
     require((d.temperature is not None) == warm, "data.temperature", wanted)

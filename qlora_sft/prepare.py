@@ -6,6 +6,7 @@ patches.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,10 @@ from qlora_sft.config import Config
 from qlora_sft.data.splits import read_data
 from qlora_sft.errors import ConfigError
 from qlora_sft.faults import every_fault
+from qlora_sft.json_types import JsonObject
 from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
-from qlora_sft.model.base_files import has_experts, read_config
+from qlora_sft.model.base_files import has_experts, has_towers, read_config
 from qlora_sft.model.base_folder import resolve_base
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
@@ -24,28 +26,26 @@ if TYPE_CHECKING:
     from qlora_sft.run_data import RunData
 
 
-def is_mixture(config: Config) -> bool:
-    """Says whether the base is a mixture of experts.
-
-    A base that cannot be found counts as none; that fault is reported later, together with all others.
-    """
-    if config.model.path == "demo":  # to build it imports transformers
-        return False
-    try:
-        return has_experts(read_config(resolve_base(config.model.path, config.model.revision)))
-    except ConfigError:
-        return False
-
-
 def why_not_unsloth(config: Config) -> str:
-    """Returns why the run of ``config`` is loaded without Unsloth; "" if nothing speaks against it."""
-    if is_mixture(config):
+    """Returns why the run of ``config`` is loaded without Unsloth; "" if nothing speaks against it.
+
+    A base that cannot be found speaks against nothing; that fault is reported later, together with all others.
+    """
+    settings: JsonObject = {}
+    if config.model.path != "demo":  # to build it imports transformers
+        with suppress(ConfigError):
+            settings = read_config(resolve_base(config.model.path, config.model.revision))
+    if has_experts(settings):
         return "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    if has_towers(settings):
+        return "the base also sees or hears; what does so is kept as it is, without Unsloth"
     lora = config.lora
     if lora.dora:
         return "lora.dora trains magnitudes, which Unsloth's kernels do not know"
     if lora.init == "eva":
         return "lora.init=eva looks at what goes into each layer, which Unsloth's kernels do not show"
+    if config.training.ewc is not None:
+        return "training.ewc looks at what goes into each layer, which Unsloth's kernels do not show"
     if lora.modules or (isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"):
         return "lora.modules and regular expressions for layers are told to PEFT itself"
     return ""

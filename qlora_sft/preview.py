@@ -75,11 +75,9 @@ def preview(
         from qlora_sft.atomic import written_file
         from qlora_sft.data.histograms import histograms
 
-        said.append(histograms(data.train.documents, tokenizer))
+        title, pictures = f"{config.output}: what is trained", histograms(data.train.documents, tokenizer)
         with written_file(Path(page)) as beside:
-            beside.write_text(
-                as_page(packed, tokenizer, f"{config.output}: what is trained", "\n\n".join(said), trees), "utf-8"
-            )
+            beside.write_text(as_page(packed, tokenizer, title, ["\n\n".join(said), pictures], trees), "utf-8")
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
     findings = [asdict(finding) for finding in data.findings]

@@ -21,6 +21,7 @@ from qlora_sft.data.documents import Chain
 from qlora_sft.data.judge import Finding, judge, tell_findings
 from qlora_sft.data.plan import plan_data
 from qlora_sft.data.prepare import Prepared, render_rows, render_sources
+from qlora_sft.data.ratings import with_file_ratings
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sequences import Packed
 from qlora_sft.data.sources import Source, read_sources
@@ -100,6 +101,7 @@ def render_data(
     tokenizer = load_tokenizer(config.model, base, say)
     chat = choose_chat_format(tokenizer, stop_token_ids(config.model, base, tokenizer), config.model.chat_template, day)
     say(f"chat template: {chat.reason}")
+    config = with_file_ratings(config, sources.train, say)
     config = with_ratings(config, sources.train, tokenizer, chat, base, say)
     sharing = sharing_of(config, base, backend.name)
     train, held_out, packed = plan_data(config, sources.train, sources.held_out, tokenizer, chat, say, sharing)

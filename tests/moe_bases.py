@@ -42,6 +42,10 @@ FAMILIES: dict[str, Any] = {
     "ernie4_5_moe": _config(
         "Ernie4_5_Moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1,
     ),
+    "llama4_text": _config(
+        "Llama4Text", num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, intermediate_size_mlp=64,
+        interleave_moe_layer_step=1, head_dim=16, attention_chunk_size=16,
+    ),
     "phimoe": _config("Phimoe", num_local_experts=4, num_experts_per_tok=2, intermediate_size=32),
 }  # fmt: skip
 

@@ -238,6 +238,72 @@ def test_what_changes_training_is_taken_over_or_noted(changed: str, check: objec
     assert check(config, notes)
 
 
+WATCHED = """
+model_name_or_path: owner/Base-8B
+dataset_name: owner/chats
+load_in_4bit: true
+eval_strategy: steps
+eval_steps: 20
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "kept", "notes"),
+    [
+        ("", (20, "last", None), []),
+        ("load_best_model_at_end: true\nearly_stopping_patience: 3", (20, "best", 3), []),
+        ("load_best_model_at_end: true\nmetric_for_best_model: eval_loss", (20, "best", None), []),
+        ("metric_for_best_model: accuracy", (20, "last", None), ["metric_for_best_model: accuracy: the held-out loss"]),
+        ("eval_strategy: epoch\nearly_stopping_patience: 3", (None, "last", None),
+         ["eval_strategy: epoch: evaluation.every_steps counts", "early_stopping_patience: 3: needs evaluation.every"]),
+        ("eval_steps: 0.1", (None, "last", None), ["eval_steps: 0.1: evaluation.every_steps counts"]),
+        ("eval_steps:\nlogging_steps: 7", (7, "last", None), []),
+    ],
+)  # fmt: skip
+def test_evaluation_while_training_is_taken_over_or_noted(
+    more: str, kept: tuple[int | None, str, int | None], notes: list[str], tmp_path: Path
+) -> None:
+    """Theirs keeps the last step unless it is told otherwise; ours keeps the best of those that were measured."""
+    keys = [line.split(":")[0] for line in more.splitlines()]
+    text = "\n".join(line for line in WATCHED.splitlines() if line.split(":")[0] not in keys)
+    config, said = converted(f"{text}\n{more}\n", tmp_path)
+    every, keep = config.evaluation.every_steps, config.training.keep
+    keep = ("best" if every else "last") if keep == "auto" else keep
+    assert (every, keep, config.training.patience) == kept
+    assert isinstance(config.data.held_out, list)
+    assert [each.split for each in config.data.held_out] == ["test"]
+    for note in notes:
+        assert note in said
+
+
+def test_a_script_that_stops_early_does_so_here(tmp_path: Path) -> None:
+    code = """
+split = load_dataset("owner/a").train_test_split(0.1)
+args = SFTConfig(model_name_or_path="owner/b", eval_strategy="steps", eval_steps=10, load_best_model_at_end=True)
+trainer = SFTTrainer(args=args, callbacks=[EarlyStoppingCallback(early_stopping_patience=4)])
+"""
+    config, _ = script(code, tmp_path)
+    assert (config.data.held_out, config.evaluation.every_steps, config.training.patience) == ("10%", 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "note"),
+    [
+        ("LoraConfig(bias='all')", "bias: all: biases are not trained here"),
+        ("LoraConfig(bias='lora_only')", "bias: lora_only: biases are not trained here"),
+        ("LoraConfig(bias='none')", ""),
+        ("BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='fp4')", "quant_type: fp4: 4 bits are NF4 here"),
+        ("BitsAndBytesConfig(load_in_4bit=True)", "bnb_4bit_quant_type: fp4: 4 bits are NF4 here"),
+        ("BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')", ""),
+        ("BitsAndBytesConfig(load_in_8bit=True)", ""),
+    ],
+)
+def test_what_is_trained_or_loaded_otherwise_is_named(call: str, note: str, tmp_path: Path) -> None:
+    _, notes = script(f"SFTConfig(model_name_or_path='owner/b')\n{call}\n", tmp_path)
+    assert note in notes
+    assert bool(note) == ("bias" in notes or "fp4" in notes)
+
+
 def test_a_share_of_the_mixture_is_a_weight(tmp_path: Path) -> None:
     text = TRL.replace("dataset_name: owner/chats\ndataset_config: all\n", "")
     text += "datasets:\n  - {path: owner/a, fraction: 0.7}\n  - {path: json, data_files: b.jsonl, fraction: 0.3}\n"

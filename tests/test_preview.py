@@ -65,7 +65,7 @@ def test_the_page_stands_alone_and_escapes_everything(tokenizer: Any) -> None:
     evil = "<script>alert(1)</script> & <b>"
     row = {"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]}
     document = render_conversation(row, tokenizer, source="<i>")
-    page = as_page([[document, document]], tokenizer, "<title>", "a < b")
+    page = as_page([[document, document]], tokenizer, "<title>", ["a < b"])
     assert "<script" not in page
     assert "<i>" not in page
     assert page.count('<div class="tokens"') == 2

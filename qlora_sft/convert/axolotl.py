@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_sft.convert.evaluating import move_evaluation
 from qlora_sft.convert.pieces import Converted, given_keys, named_apart, objects, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -31,7 +32,7 @@ FINE = {
     "pad_to_sequence_len": "nothing is padded", "group_by_length": "sequences are packed",
     "logging_steps": "every step is logged", "strict": "always", "lora_mlp_kernel": "memory.tiled_mlp: auto",
     "lora_qkv_kernel": "kernels are chosen here", "lora_o_kernel": "kernels are chosen here",
-    "dataset_processes": "preparation decides", "evals_per_epoch": "measured before and after",
+    "dataset_processes": "preparation decides",
     "eval_sample_packing": "held-out rows are packed by the same rule",
 }  # fmt: skip
 FORMS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
@@ -66,6 +67,7 @@ def convert_axolotl(original: JsonObject) -> Converted:
     made.beginning(given, "peft_init_lora_weights")
     made.refuse_modules(given, "lora_modules_to_save")
     _data(given, made)
+    move_evaluation(given, made, patience="early_stopping_patience", by_steps=True, best=True)
     _targets(given, made)
     made.leave(given, FINE)
     return made

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from qlora_sft.config_lora import REFUSED_INITS
+from qlora_sft.convert.evaluating import move_evaluation
 from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -33,9 +34,8 @@ FINE = {
     "fp16": "model.dtype: auto", "flash_attn": "model.attention: auto", "overwrite_cache": "the cache knows",
     "preprocessing_num_workers": "preparation decides", "dataloader_num_workers": "preparation decides",
     "logging_steps": "every step is logged", "plot_loss": "metrics.jsonl", "overwrite_output_dir": "--overwrite",
-    "ddp_timeout": "one GPU", "quantization_method": "NF4",
+    "ddp_timeout": "one GPU", "double_quantization": "NF4, doubly quantised",
     "disable_gradient_checkpointing": "memory.policy: auto", "per_device_eval_batch_size": "measured alike",
-    "eval_strategy": "measured before and after", "eval_steps": "measured before and after",
     "save_only_model": "checkpoints are complete", "resume_from_checkpoint": "train --resume",
 }  # fmt: skip
 # Columns of dataset_info.json -> columns here.
@@ -73,6 +73,7 @@ def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
     if target != "all":
         made.put("lora.target_modules", texts("lora_target", target))
     made.split(given, "val_size")
+    move_evaluation(given, made, patience="early_stopping_steps", by_steps=False, best=False)
     made.leave(given, FINE)
     return made
 
@@ -84,6 +85,10 @@ def _precision(given: JsonObject, made: Converted) -> None:
     if bits not in (None, 4):
         made.note("quantization_bit", bits, "the base is loaded in 4 bits (NF4)")
     made.put("model.load_in_4bit", bits is not None)
+    made.quantization(given, "quantization_type")
+    method = text("quantization_method", given.pop("quantization_method", "bnb"))
+    if method not in ("bnb", "bitsandbytes"):
+        made.note("quantization_method", method, "4 bits are bitsandbytes' NF4 here")
 
 
 def _sources(given: JsonObject, made: Converted, folder: Path, stage: str) -> None:

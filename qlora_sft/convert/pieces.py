@@ -45,7 +45,7 @@ class Converted:
         """Returns the recipe in the order of the schema."""
         data = {"train": self.train, **({"held_out": self.held_out} if self.held_out else {})}
         sections: JsonObject = {**self.sections, "data": {**data, **self.sections.get("data", {})}}
-        order = ("model", "data", "lora", "training")
+        order = ("model", "data", "lora", "training", "evaluation")
         return {**{name: sections[name] for name in order if name in sections}, **self.top}
 
     def put(self, key: str, value: object) -> None:
@@ -127,6 +127,18 @@ class Converted:
         """Notes modules that would be trained whole."""
         if key in given:
             self.note(key, given.pop(key), REFUSED["modules_to_save"])
+
+    def quantization(self, given: JsonObject, key: str) -> None:
+        """Notes a form of 4 bits that is not NF4."""
+        kind = text(key, given.pop(key, "nf4"))
+        if kind != "nf4" and self.sections["model"].get("load_in_4bit"):
+            self.note(key, kind, "4 bits are NF4 here")
+
+    def biases(self, given: JsonObject, key: str) -> None:
+        """Notes biases that would be trained."""
+        value = given.pop(key, "none")
+        if value not in ("none", False):
+            self.note(key, value, REFUSED["bias"])
 
     def template(self, given: JsonObject, key: str) -> None:
         """Moves the name of a chat template if it is a shipped one."""

@@ -23,7 +23,8 @@ CALLS: dict[str, tuple[dict[str, str], JsonObject]] = {
          "modules_to_save": "lora_modules_to_save"},
         {"use_peft": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0},
     ),
-    "BitsAndBytesConfig": ({}, {}),
+    "BitsAndBytesConfig": ({}, {"bnb_4bit_quant_type": "fp4"}),
+    "EarlyStoppingCallback": ({}, {"early_stopping_patience": 1}),
     "from_pretrained": (
         {"model_name": "model_name_or_path", "pretrained_model_name_or_path": "model_name_or_path",
          "max_seq_length": "max_length", "revision": "model_revision"},
@@ -64,7 +65,8 @@ def python_arguments(code: str) -> tuple[JsonObject, list[str]]:
         if name == "load_dataset":
             data.append(_data_set(call, known))
         elif name == "train_test_split":
-            size = next((keyword.value for keyword in call.keywords if keyword.arg == "test_size"), None)
+            sizes = [keyword.value for keyword in call.keywords if keyword.arg == "test_size"]
+            size = next(iter([*call.args[:1], *sizes]), None)
             found["test_size"] = 0.25 if size is None else _value(size, known)
         elif name in CALLS and owner not in NO_MODELS and not (name == "get_peft_model" and not owner):
             # What was trained is loaded again at the end of many scripts, to try it.

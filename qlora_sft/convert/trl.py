@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_sft.convert.evaluating import move_evaluation
 from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, objects, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -29,11 +30,10 @@ FINE = {
     "gradient_checkpointing*": "memory.policy: auto", "use_gradient_checkpointing": "memory.policy: auto",
     "activation_offloading": "memory.policy: auto", "logging_steps": "every step is logged",
     "logging_strategy": "every step is logged", "logging_first_step": "every step is logged",
-    "eval_strategy": "measured before and after", "eval_steps": "measured before and after",
     "per_device_eval_batch_size": "measured alike", "do_eval": "measured before and after",
     "dataset_num_proc": "preparation decides", "dataloader_num_workers": "preparation decides",
     "dataset_text_field": "the columns are found", "dataset_test_split": "see data.held_out",
-    "bnb_4bit*": "NF4, doubly quantised", "use_bnb_nested_quant": "NF4, doubly quantised", "bias": "none",
+    "bnb_4bit*": "NF4, doubly quantised", "use_bnb_nested_quant": "NF4, doubly quantised",
     "lora_task_type": "a language model", "task_type": "a language model", "shuffle_dataset": "rows are shuffled",
     "padding_free": "nothing is padded", "overwrite_output_dir": "--overwrite", "remove_unused_columns": "by columns",
     "save_strategy": "training.save_steps", "eval_packing": "held-out rows are packed by the same rule",
@@ -55,6 +55,7 @@ def convert_trl(original: JsonObject) -> Converted:
     _template(given, made)
     _sources(given, made)
     _split(given, made)
+    move_evaluation(given, made, patience="early_stopping_patience", by_steps=False, best=False)
     _masks(given, made)
     made.schedule(given, "lr_scheduler_type")
     made.reporting(given, "report_to")
@@ -63,6 +64,7 @@ def convert_trl(original: JsonObject) -> Converted:
     made.optimizer(given, "optim")
     made.beginning(given, "init_lora_weights")
     made.refuse_modules(given, "lora_modules_to_save")
+    made.biases(given, "bias")
     _targets(given, made)
     # A switch that is off asks for nothing.
     made.leave({key: value for key, value in given.items() if value is not False}, FINE)
@@ -75,6 +77,7 @@ def _precision(given: JsonObject, made: Converted) -> None:
     if given.pop("load_in_8bit", False):
         made.note("load_in_8bit", True, "there are 4 bits (NF4) and 16 here; 16 are written")
     made.put("model.load_in_4bit", bool(given.pop("load_in_4bit", False)))
+    made.quantization(given, "bnb_4bit_quant_type")
 
 
 def _template(given: JsonObject, made: Converted) -> None:
@@ -92,6 +95,8 @@ def _sources(given: JsonObject, made: Converted) -> None:
     if "dataset_name" in given:
         named = {"path": given.pop("dataset_name"), "name": given.pop("dataset_config", None)}
         entries = [{**named, "split": given.pop("dataset_train_split", "train")}, *entries]
+        if given.get("eval_strategy", "no") != "no":
+            entries.append({**named, "split": given.pop("dataset_test_split", "test")})
     for each in (part for entry in entries for part in _by_split(given_keys(entry))):
         split = text("split", each.pop("split", "train"))
         apart = text("data_files", each.pop("named", split)).startswith(("test", "valid", "eval", "dev"))

@@ -1,8 +1,9 @@
-"""Find out why little of a source is supervised: what its rows consist of, measured in characters."""
+"""Find out why little, or nearly all, of a source is supervised: what its rows consist of, measured in characters."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ from dataclasses import dataclass, field
 from qlora_sft.data.conversation import Conversation, Message
 
 _LARGE = 0.15
+# Somebody else's turn inside an answer, as other formats write it.
+_TURN = re.compile(r"^\W*(?:human|user|question|instruction|input)\W*:", re.IGNORECASE | re.MULTILINE)
+# A shorter prompt is in many an answer by chance.
+_LEAST_REPEATED = 20
 
 
 @dataclass
@@ -23,6 +28,11 @@ class Told:
     """Hashes of the different lists of tools."""
     turns: int = 0
     masked_turns: int = 0
+    without_prompt: int = 0
+    repeating: int = 0
+    """Rows of which an answer has the prompt in it, word for word."""
+    dialogues: int = 0
+    """Rows of which an answer has other people's turns in it."""
 
     @classmethod
     def of(cls, rows: Iterable[Conversation], supervise: str) -> Told:
@@ -37,6 +47,13 @@ class Told:
                 told.characters["tools"] += len(schemas)
             turns = [message for message in row.get("messages", []) if message["role"] == "assistant"]
             masked = [turn for turn in turns if _is_masked(turn) or (supervise == "last" and turn is not turns[-1])]
+            prompts = [
+                m["content"] for m in row.get("messages", []) if m["role"] != "assistant" and m["content"].strip()
+            ]
+            long = [prompt.strip() for prompt in prompts if len(prompt.strip()) >= _LEAST_REPEATED]
+            told.without_prompt += not prompts
+            told.repeating += any(prompt in turn["content"] for turn in turns for prompt in long)
+            told.dialogues += any(_TURN.search(turn["content"]) for turn in turns)
             told.turns += len(turns)
             told.masked_turns += len(masked)
             for message in row.get("messages", []):
@@ -63,6 +80,20 @@ def why_little(told: Told) -> str:
     ]
     looked = f" (in {told.rows:,} rows)" if told.rows else ""
     return ("; ".join(large) or "short answers beside what the chat template writes around every turn") + looked
+
+
+def why_much(told: Told) -> str:
+    """Returns what the rows have that leaves next to nothing to be masked, as text with counts."""
+    causes = {
+        "have answers in which the prompt stands once more": told.repeating,
+        "have answers with other turns in them (User: ...), which should be messages": told.dialogues,
+        "have no prompt": told.without_prompt,
+    }
+    found = [f"{count:,} of {told.rows:,} rows {what}" for what, count in causes.items() if count >= _LARGE * told.rows]
+    answers = told.characters["assistant"]
+    prompts = told.characters.total() - answers - told.characters["masked"]
+    of_a_row = f"{prompts // max(1, told.rows):,} characters a row beside {answers // max(1, told.rows):,} of answers"
+    return "; ".join([*found, f"short prompts, {of_a_row}, as stories and articles have them"])
 
 
 def _is_masked(turn: Message) -> bool:

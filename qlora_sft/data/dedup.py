@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_sft.config_data import DataConfig
-from qlora_sft.data.conversation import Conversation
+from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.sources import Source, open_evaluation, place
 from qlora_sft.errors import DataError
 from qlora_sft.json_types import JsonObject
@@ -26,6 +26,7 @@ SIMILARITY = 0.8
 SHINGLE = 5
 """Words of the shingles whose sets are compared."""
 _PERMUTATIONS = 128
+_OF_A_ROW = ("tools", "chat_template_kwargs", "undesired")
 _WORD = re.compile(r"\w+")
 
 
@@ -200,12 +201,26 @@ def _drop(
 
 
 def content(row: Conversation) -> JsonObject:
-    """Returns what is learned from a row, without its place and its weight."""
+    """Returns what is learned from a row, without its place and its weight.
+
+    What is not learned from it counts, too: another row with the same text may be the one that teaches a turn.
+    """
     if "text" in row:
         return {"text": row["text"]}
-    keys = ("role", "content", "reasoning", "tool_calls", "name")
-    messages = [{key: value for key, value in message.items() if key in keys} for message in row["messages"]]
-    return {"messages": messages, **{key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}}
+    keys = ("role", "content", "parts", "reasoning", "tool_calls", "name")
+    messages: list[JsonObject] = [
+        {
+            **{key: value for key, value in message.items() if key in keys},
+            **({"masked": True} if masked(message) else {}),
+        }
+        for message in row["messages"]
+    ]
+    return {"messages": messages, **{key: value for key, value in row.items() if key in _OF_A_ROW}}
+
+
+def masked(message: Message) -> bool:
+    """Says whether a row asks for this turn not to be learned."""
+    return message.get("train") is False or message.get("weight") == 0
 
 
 def _spoken(row: Conversation) -> Iterator[str]:

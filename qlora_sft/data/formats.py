@@ -8,7 +8,7 @@ from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.forms import RowForm as RowForm
 from qlora_sft.data.forms import detect as detect
 from qlora_sft.data.messages import MESSAGE_KEYS, read_message
-from qlora_sft.data.parts import text_of_blocks
+from qlora_sft.data.parts import refuse_media_keys, text_of_blocks
 from qlora_sft.data.prerendered import ends_a_turn, refuse_rendered_prompt
 from qlora_sft.data.thinking import has_lone_close
 from qlora_sft.data.tool_turns import UNANSWERED, UNDECLARED, paired, undeclared
@@ -45,8 +45,9 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
         values["tools"] = _tools(row, form.column("tools"), used)
     # A text beside a truth value is a row of some classification.
     undesired = form.name != "text" and _undesired(row, used)
+    refuse_media_keys(row, used, "column")
     unused |= idle_keys(row, used, "column")
-    _refuse_preferences(row, used)
+    refuse_preferences(row, used)
     if form.name == "text":
         if not isinstance(values["text"], str) or not values["text"].strip():
             got = "an empty one" if isinstance(values["text"], str) else kind(values["text"])
@@ -83,7 +84,7 @@ def _undesired(row: JsonObject, used: set[str]) -> bool:
     return any(str(mark).lower() == "false" for mark in marks.values())
 
 
-def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
+def refuse_preferences(row: JsonObject, used: set[str]) -> None:
     chosen = row.get("chosen")
     if "chosen" not in used and isinstance(chosen, str | list | dict) and chosen:
         raise DataError(
@@ -178,7 +179,9 @@ def _from_sharegpt(values: JsonObject, form: RowForm, unused: set[str]) -> list[
         try:
             messages = read_message(_sharegpt_turn(turn, unused), unused, form.think_tags)
         except DataError as error:
-            raise DataError(f"turn {index}: {error}") from None
+            text = str(error)  # which is about the message that the turn has become
+            own = text.replace("'content'", "'value'", 1) if text.startswith("'content'") else text
+            raise DataError(f"turn {index}: {own}") from None
         # ShareGPT has the words before a call as a turn of their own; the model writes both in one.
         if result and _words_before_a_call(result[-1], messages[0]):
             result[-1] = {**messages[0], **result[-1]}
@@ -234,7 +237,11 @@ def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Me
     refuse_rendered_prompt(question, form.column("instruction"))
     if not question.strip():
         raise DataError(f"{form.column('instruction')!r} is empty; fill it in or remove the row")
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
+    answer = values["output"]
+    if isinstance(answer, list) and any(isinstance(each, str) for each in answer):
+        several = "a list of texts, which would be one answer; write a row for each, or join them"
+        raise DataError(f"{form.column('output')!r} must be a text, got {several}")
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _messages(messages, form.column("output"), form, unused)
 
 

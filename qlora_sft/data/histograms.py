@@ -1,4 +1,4 @@
-"""Draw how long the documents of each source are, and in which languages it answers, as text."""
+"""Draw how long the documents of each source are, and in which languages it answers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from typing import TYPE_CHECKING
 from qlora_sft.data.documents import Documents, sizes
 from qlora_sft.data.language import language_of
 from qlora_sft.data.render import Rendered
+from qlora_sft.markup.bars import Bar, bars
+from qlora_sft.markup.elements import Markup, note
+from qlora_sft.markup.text import escape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOOKED_AT = 1000
-_WIDTH = 40
-_BAR = "█"
 
 
-def histograms(documents: Mapping[str, Documents], tokenizer: PreTrainedTokenizerBase) -> str:
+def histograms(documents: Mapping[str, Documents], tokenizer: PreTrainedTokenizerBase) -> Markup:
     """Returns the histograms of all sources: tokens per document, and languages of what is supervised."""
     parts = []
     for name, rows in documents.items():
-        parts.append(f"{name}: tokens per document\n" + bars(lengths(sizes(rows).tokens)))
         looked = evenly(rows)
         found = Counter(language_of(supervised_text(row, tokenizer)) for row in looked)
         parts.append(
-            f"{name}: language of what is supervised, guessed, in {len(looked):,} documents\n"
-            + bars(found.most_common())
+            f'<div class="panel"><h3>{escape(name)}</h3>{note("tokens per document")}'
+            f"{drawn(f'{name}: tokens per document', lengths(sizes(rows).tokens))}"
+            f"{note(f'language of what is supervised, guessed, in {len(looked):,} documents')}"
+            f"{drawn(f'{name}: languages', found.most_common())}</div>"
         )
-    return "\n\n".join(parts)
+    return Markup(f"<h2>what the sources are like</h2>{''.join(parts)}" if parts else "")
+
+
+def drawn(title: str, counts: Sequence[tuple[str, int]]) -> Markup:
+    """Returns one bar per class, with its count and share beside it."""
+    total = sum(count for _, count in counts) or 1
+    return bars(title, [Bar(name, count, count, f"{count:,} ({count / total:.1%})") for name, count in counts])
 
 
 def lengths(tokens: Sequence[int]) -> list[tuple[str, int]]:
@@ -39,16 +47,6 @@ def lengths(tokens: Sequence[int]) -> list[tuple[str, int]]:
         return []
     every = range(min(classes), max(classes) + 1)
     return [(f"{(1 << (each - 1)) + 1 if each else 1:,} to {1 << each:,}", classes[each]) for each in every]
-
-
-def bars(counts: Sequence[tuple[str, int]]) -> str:
-    """Returns one line per class: its name, a bar, its count and share."""
-    total, most = sum(count for _, count in counts) or 1, max((count for _, count in counts), default=1)
-    width = max((len(name) for name, _ in counts), default=0)
-    return "\n".join(
-        f"  {name:>{width}} {_BAR * -(-_WIDTH * count // most):<{_WIDTH}} {count:,} ({count / total:.1%})"
-        for name, count in counts
-    )
 
 
 def evenly(documents: Sequence[Rendered], most: int = _LOOKED_AT) -> list[Rendered]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from qlora_sft.config import Config
 from qlora_sft.config_data import SourceConfig, source_name
-from qlora_sft.data.causes import Told, why_little
+from qlora_sft.data.causes import Told, why_little, why_much
 from qlora_sft.data.documents import sizes
 from qlora_sft.data.ledger import FEW, SourceLedger
 from qlora_sft.data.prepare import Prepared
@@ -23,7 +23,8 @@ from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 
 LEAST, LITTLE, MOST = 0.05, 0.2, 0.95
-"""Shares of supervised tokens in conversations: less than the first and more than the last are errors."""
+"""Shares of supervised tokens in conversations: less than the first is an error; less than the second or more than the
+last is a warning."""
 _MANY_SHORT = 0.2
 _SPREAD = 10
 _LOOKED_AT = 1000
@@ -80,18 +81,18 @@ def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Findin
     share = ledger.share_of_rows
     if ledger.whole or source.settings.allow_share:
         return
+    much = share > MOST and 2 * ledger.thinking < ledger.kept
+    if share >= LITTLE and not much:
+        return
     of_all = f"{ledger.supervised - ledger.plain:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
-    accept = f"If it is meant so, set {key}.allow_share=true"
-    if share < LITTLE:
-        why = why_little(Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise))
-        text = f"{source.path}: {source.name}: little is supervised, {of_all}, likely because of {why}. {accept}"
-        yield Finding("error" if share < LEAST else "warning", "supervised share", source.name, text)
-    if share > MOST and 2 * ledger.thinking < ledger.kept:
-        yield Finding(
-            "error", "supervised share", source.name,
-            f"{source.path}: {source.name}: hardly anything is masked, {of_all} are supervised: are the prompts part "
-            f"of the answers? Look at it with `qlora-sft preview`. {accept}",
-        )  # fmt: skip
+    told = Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise)
+    if much:
+        what, why, look = "hardly anything is masked", why_much(told), "Look at it with `qlora-sft preview`. "
+    else:
+        what, why, look = "little is supervised", why_little(told), ""
+    accept = f"{look}If it is meant so, set {key}.allow_share=true"
+    text = f"{source.path}: {source.name}: {what}, {of_all}, likely because of {why}. {accept}"
+    yield Finding("error" if share < LEAST else "warning", "supervised share", source.name, text)
 
 
 def _of_answers(config: Config, name: str, ledger: SourceLedger) -> Iterator[Finding]:

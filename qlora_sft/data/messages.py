@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from qlora_sft.data.calls import read_calls, read_id
 from qlora_sft.data.code_parts import without_beginning
 from qlora_sft.data.conversation import Message, ToolCall, checked_message
-from qlora_sft.data.parts import ContentParts
+from qlora_sft.data.parts import ContentParts, refuse_media_keys
 from qlora_sft.data.thinking import has_lone_close, split_thinking
 from qlora_sft.data.values import EMPTY, anything, idle_keys, joined, kind, only
 from qlora_sft.errors import DataError
@@ -45,6 +45,7 @@ def read_message(message: object, unused: set[str], think_tags: bool = True) -> 
     if _is_plain(message):
         return [{"role": message["role"], "content": message["content"]}]
     role = _role(message.get("role"))
+    refuse_media_keys(message, MESSAGE_KEYS, "message key")
     unused |= idle_keys(message, MESSAGE_KEYS, "message key") | _without_effect(message, role)
     parts = ContentParts(message.get("content"), role, unused)
     calls = [*read_calls(message.get("tool_calls"), unused), *parts.calls]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 
 from qlora_sft.data.calls import read_call, read_id
 from qlora_sft.data.code_parts import spelled
@@ -15,6 +17,8 @@ _TEXT = ("value", "text")
 _REASONING = ("value", "text", "reasoning", "thinking", "content")
 _RESULT = ("value", "content", "text")
 _CALL = ("value", "tool_call", "tool_use")
+# image, image_url, input_image, images; video; audio, input_audio.
+_MEDIA = re.compile(r"(^|_)(image|video|audio)(s|_url)?$")
 
 
 class ContentParts:
@@ -68,6 +72,7 @@ class ContentParts:
                 raise DataError(f"a tool result in a {role} message; put it into a message of its own, behind the call")
             self.results.append(_result(part, unused))
         else:
+            refuse_media(name, f"a content part of type {name!r}")
             allowed = "text, reasoning, python, python_output, tool_call and tool_result"
             raise DataError(
                 f"a content part of type {name!r} cannot be trained on, only {allowed}; remove it or the row"
@@ -76,6 +81,27 @@ class ContentParts:
     def _say(self, part: CodePart) -> None:
         self.code.append(part)
         self.text = (self.text or "") + spelled([part])
+
+
+def refuse_media(name: str, what: str) -> None:
+    """Raises `DataError` if the type of a part, or a key, is that of images, sound or video; ``what`` names it."""
+    if _MEDIA.search(name):
+        raise DataError(
+            f"{what}: only text is trained here, also of a model that sees or hears, and the answer would be learned "
+            "without it; remove the row, or say in words what the answer needs"
+        )
+
+
+def refuse_media_keys(fields: Mapping[str, object], known: set[str], what: str) -> None:
+    """Raises `DataError` for a row or a message that brings images, sound or video under a key of its own.
+
+    A text under such a key is no fault: it may be the address of something that no answer is about.
+    """
+    for key in fields.keys() - known:
+        value = fields[key]
+        listed = value[:1] in ("[", "{") and value != "[]" if isinstance(value, str) else value not in EMPTY
+        if listed and not isinstance(value, int | float):
+            refuse_media(key, f"{what} {key!r}")
 
 
 def text_of_blocks(content: object, what: str, unused: set[str]) -> str:

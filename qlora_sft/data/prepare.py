@@ -254,6 +254,12 @@ def _count(ledger: SourceLedger, documents: Documents) -> None:
 
 def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> None:
     path, name = source.path, source.name
+    if not ledger.kept and source.split:
+        reasons = "; ".join(f"{reason}: {dropped.shown}" for reason, dropped in ledger.dropped.items())
+        raise DataError(
+            f"{path}: the {len(source.rows)} rows that were held out of {name!r} cannot be measured ({reasons}); hold "
+            "out a larger share, take another seed, or set held_out: 0% for this source"
+        )
     unlabelled = ledger.dropped[NOTHING_SUPERVISED].rows if NOTHING_SUPERVISED in ledger.dropped else 0
     if not ledger.kept and unlabelled == len(source.rows):
         raise DataError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.errors import DataError
@@ -75,7 +75,7 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     spell a call. All other tags are text. Raises `DataError` if a message holds both a control token and a private-use
     character of ours.
     """
-    content = {key: conversation[key] for key in ("messages", "tools") if conversation.get(key)}
+    content = {key: conversation[key] for key in ("messages", "tools", "chat_template_kwargs") if conversation.get(key)}
     found = sorted({match for text in _texts(content) for match in any_of(control_tokens(tokenizer)).findall(text)})
     if not found:
         return conversation, {}
@@ -86,10 +86,10 @@ def shield(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     everything, own = any_of(tuple(found)), any_of(tuple(token for token in found if token in turn_tokens(tokenizer)))
     messages = [
         _replaced(message, own if message["role"] == "assistant" else everything, by_token)
-        for message in content.get("messages", [])
+        for message in conversation.get("messages") or []
     ]
-    tools = _replaced(content.get("tools"), everything, by_token)
-    return {**conversation, "messages": messages, **({"tools": tools} if tools else {})}, disguises
+    beside = {key: _replaced(value, everything, by_token) for key, value in content.items() if key != "messages"}
+    return cast(Conversation, {**conversation, "messages": messages, **beside}), disguises
 
 
 def _replaced(value: object, pattern: re.Pattern[str], by_token: dict[str, str]) -> Any:

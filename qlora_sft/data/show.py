@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -70,11 +70,15 @@ def as_page(
     sequences: Iterable[list[Rendered]],
     tokenizer: PreTrainedTokenizerBase,
     title: str,
-    tables: str,
+    above: Sequence[str],
     trees: bool = False,
 ) -> str:
-    """Returns a web page of its own, without scripts or links, that reads well on a phone."""
-    head = [Markup(f"<h1>{escape(title)}</h1>"), preformatted(tables)]
+    """Returns a web page of its own, without scripts or links, that reads well on a phone.
+
+    above: texts, or what is written as `Markup` already, that stand before the documents.
+    """
+    told = (each if isinstance(each, Markup) else preformatted(each) for each in above)
+    head = [Markup(f"<h1>{escape(title)}</h1>"), *told]
     return page(title, style(), "\n".join([*head, *_boxes(sequences, tokenizer, trees)]))
 
 

@@ -38,29 +38,36 @@ def split_off(
     shares: which part of which source is held out: at least one row, and never all.
 
     Families of near duplicates, in all sources together, are held out whole or not at all, and not if a source that has
-    no share has a part in them. Raises `DataError` if nothing of a source can be held out.
+    no share has a part in them. Rows whose answer is marked as not wanted are neither trained nor held out. Raises
+    `DataError` if nothing of a source can be held out.
     """
     rows, members = _families(sources, seed)
+    usable = Counter(row.source for row in rows)
     wanted = {
-        number: max(1, round(shares[source.name] * len(source.rows)))
+        number: max(1, round(shares[source.name] * usable[number]))
         for number, source in enumerate(sources)
         if shares.get(source.name)
     }
-    taken = _choose(rows, members, {n: min(count, len(sources[n].rows) - 1) for n, count in wanted.items()})
+    taken = _choose(rows, members, {n: min(count, usable[n] - 1) for n, count in wanted.items()})
     left, held_out, problems = [], [], []
     for number, source in enumerate(sources):
         mine = {rows[index].position for family in taken for index in family if rows[index].source == number}
         if number not in wanted:
             left.append(source)
             continue
+        if not mine and usable[number] == 0:
+            left.append(source)  # nothing to be trained either, which is said once it is rendered
+            continue
         if not mine:
+            alike = f"its {usable[number]:,} rows are near duplicates of one another or of other sources'"
             problems.append(
-                f"{source.path}: no row of {source.name!r} can be held out, because its {len(source.rows):,} rows are "
-                "near duplicates of one another or of other sources'; name held-out data, or set data.deduplicate=near"
+                f"{source.path}: no row of {source.name!r} can be held out, because "
+                f"{alike if usable[number] > 1 else 'it has only one row'}; name held-out data, set held_out: 0% for "
+                "this source, or set data.deduplicate=near"
             )
             continue
         say(
-            f"{source.name}: {len(mine):,} of {len(source.rows):,} rows are held out, chosen by seed and content, "
+            f"{source.name}: {len(mine):,} of {usable[number]:,} rows are held out, chosen by seed and content, "
             f"near duplicates (similarity from {SIMILARITY} on) on one side"
         )
         rest, part = _divided(source, mine)
@@ -72,14 +79,20 @@ def split_off(
 
 
 def _families(sources: list[Source], seed: int) -> tuple[list[_Row], list[list[int]]]:
-    """Returns all rows, and the indices of the rows of each family, the families in the order of their least key."""
+    """Returns all rows that can be held out, and the indices of the rows of each family.
+
+    The families are in the order of their least key.
+    """
     rows, sketches = [], []
     for number, source in enumerate(sources):
         for position, row in enumerate(source.rows):
+            if row.get("undesired"):
+                continue
             rows.append(_Row(number, position, _key(row, seed)))
             sketches.append(sketch(words_of(row), SHINGLE))
     found: dict[int, list[int]] = {}
-    for index, first in enumerate(families(np.stack(sketches), SIMILARITY)):
+    alike = families(np.stack(sketches), SIMILARITY) if sketches else []
+    for index, first in enumerate(alike):
         found.setdefault(first, []).append(index)
     return rows, sorted(found.values(), key=lambda family: min(rows[index].key for index in family))
 
@@ -123,7 +136,7 @@ def _divided(source: Source, positions: set[int]) -> tuple[Source, Source]:
     others = set(range(len(source.rows))) - positions
     part = source.rows.without(others)
     named = {each.name: getattr(source.settings, each.name) for each in fields(SourceConfig)}
-    held_out = replace(source, rows=part, read=len(part), settings=SourceConfig(**named), removed={})
+    held_out = replace(source, rows=part, read=len(part), settings=SourceConfig(**named), removed={}, split=True)
     places = [place(row) for row in part]
     removed = {**source.removed, HELD_OUT: places}
     return replace(source, rows=source.rows.without(positions), removed=removed), held_out

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.benign import refuses
 from qlora_sft.evaluation.choices import choose, letter_prompts
+from qlora_sft.evaluation.diversity import diversity
 from qlora_sft.evaluation.drift import Reading, readable
 from qlora_sft.evaluation.drift import read as read_document
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.evaluation.generate import Generated, generate
+from qlora_sft.evaluation.generate import Drawn, generate
 from qlora_sft.evaluation.grade import last_number, said
+from qlora_sft.evaluation.kept import Generated, KeptAnswers
 from qlora_sft.evaluation.programs import program, run_all
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.sandbox import choose_sandbox
@@ -128,25 +128,16 @@ def ask_choices(evaluated: EvaluatedModel, questions: Questions) -> Scores:
     return Scores({"accuracy": list(map(float, correct)), "said": begun}, [1.0] * len(items), records)
 
 
-def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int) -> Scores:
-    """Asks every question and grades its answers.
+def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int, kept: KeptAnswers | None) -> Scores:
+    """Asks every question, but for those whose answers are ``kept``, and grades the answers.
 
     With one sample a question the answer is greedy; with more, all are drawn, the same ones in every run with ``seed``.
     """
     task, settings = questions.task, questions.task.settings
     samples = settings.samples
     repeated = [prompt for prompt in questions.prompts for _ in range(samples)]
-    temperature = settings.temperature if samples > 1 else None
-    torch.manual_seed(seed)
-    given = generate(
-        evaluated.model,
-        evaluated.tokenizer,
-        repeated,
-        settings.max_new_tokens,
-        evaluated.dtype,
-        evaluated.chat_format.stop_token_ids,
-        temperature,
-    )
+    drawn = Drawn(settings.temperature, seed) if samples > 1 else None
+    given = generate(evaluated, repeated, settings.max_new_tokens, drawn, kept)
     texts = [decoded(evaluated.tokenizer, ids, each.ids) for ids, each in zip(repeated, given, strict=True)]
     outcomes = grade_all(task, questions.in_thought, texts)
     figures = ["refused"] if task.form == "refusal" else [f"pass@{k}" for k in powers(samples)]
@@ -154,6 +145,7 @@ def ask_answers(evaluated: EvaluatedModel, questions: Questions, seed: int) -> S
     for number in range(len(task.items)):
         here = slice(number * samples, (number + 1) * samples)
         _count(scores, given[here], texts[here], outcomes[here])
+    scores.metrics |= diversity([each.ids for each in given], samples)
     return scores
 
 
@@ -172,8 +164,9 @@ def powers(samples: int) -> list[int]:
     return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
 
-# What is measured of all answers: ended by themselves, unlike the other samples, tokens, tokens said again.
-ABOUT_ANSWERS = ("ended", "distinct", "length", "repetition")
+# What is measured of all answers: ended by themselves, unlike the other samples, tokens, tokens said again, and how
+# open the next token was.
+ABOUT_ANSWERS = ("ended", "distinct", "length", "repetition", "entropy")
 
 Outcome = tuple[bool, str, str]
 """Whether the answer is correct, the text that was graded, and what was found wrong with it."""
@@ -209,6 +202,7 @@ def _count(scores: Scores, given: Sequence[Generated], texts: Sequence[str], out
         scores.metrics["refused"].append(1 - correct / samples)
     scores.metrics["ended"].append(sum(each.ended for each in given) / samples)
     scores.metrics["length"].append(sum(len(each.ids) for each in given) / samples)
+    scores.metrics["entropy"].append(sum(each.entropy for each in given) / samples)
     scores.metrics["repetition"].append(sum(repetition(each.ids) for each in given) / samples)
     scores.metrics["distinct"].append(len({graded for _, graded, _ in outcomes}) / samples)
     found = [fault for _, _, fault in outcomes]

@@ -12,11 +12,12 @@ from qlora_sft.config import RopeScaling
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation.ask import Questions, Scores, ask_answers, ask_choices, encode_task, read_texts
-from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table
+from qlora_sft.evaluation.compare import EvaluationReport, compared, comparison_table, diversity_table
 from qlora_sft.evaluation.diagnose import diagnosed, diagnosis_text
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.results import DIAGNOSIS, write_results
 from qlora_sft.evaluation.tasks import Task
+from qlora_sft.evaluation.unfinished import FOLDER, Unfinished, digest_of
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.model.rope import context_length
@@ -60,26 +61,41 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
 
     # ------------------------------------------------------------------ ask, compare
     folder = path / "evaluation" if run else path.with_name(f"{path.name}-evaluation")
+    unfinished = Unfinished(folder / FOLDER, digest_of(path, run))
     reports = []
-    for questions in encoded:
-        of_base, of_tuned = ask_task(evaluated, questions, base, seed, say)
-        report = compared(questions.task, of_base, of_tuned, seed)
-        answers = write_results(folder, report, questions, of_base, of_tuned)
-        reports.append(replace(report, answers=str(answers)))
+    try:
+        for questions in encoded:
+            of_base, of_tuned = ask_task(evaluated, questions, base, seed, say, unfinished)
+            report = compared(questions.task, of_base, of_tuned, seed)
+            answers = write_results(folder, report, questions, of_base, of_tuned)
+            reports.append(replace(report, answers=str(answers)))
+    except KeyboardInterrupt:
+        say("the answers that were given are kept; the same command goes on with them")
+        raise
     say(comparison_table(reports))
     diagnosis = diagnosed(reports)
     if diagnosis is not None:
         say(diagnosis_text(diagnosis))
         if any(report.asks_again is not None for report in reports):
+            say(diversity_table([report for report in reports if report.asks_again is None]))
             write_json(folder / DIAGNOSIS, {**diagnosis.to_json(), "tasks": [report.name for report in reports]})
+    unfinished.remove()
     say(f"figures and answers: {folder}")
     return EvaluationReport(str(path), str(folder), reports, diagnosis)
 
 
 def ask_task(
-    evaluated: EvaluatedModel, questions: Questions, base: bool, seed: int, say: Say
+    evaluated: EvaluatedModel,
+    questions: Questions,
+    base: bool,
+    seed: int,
+    say: Say,
+    unfinished: Unfinished | None = None,
 ) -> tuple[Scores | None, Scores]:
-    """Asks one task and returns the scores of (base, tuned). The first is None without ``base``."""
+    """Asks one task and returns the scores of (base, tuned). The first is None without ``base``.
+
+    Answers that are ``unfinished`` are taken from an evaluation that was interrupted, and new ones are kept there.
+    """
     name, form = questions.task.name, questions.task.form
     if form == "loss":
         say(f"{name}: reading {len(questions.documents):,} texts")
@@ -88,9 +104,13 @@ def ask_task(
     for who in ("base", "tuned") if base else ("tuned",):
         say(f"{name}: asking the {who} model {len(questions.prompts):,} questions")
         with evaluated.model.disable_adapter() if who == "base" else nullcontext():
-            results.append(
-                ask_choices(evaluated, questions) if form == "choices" else ask_answers(evaluated, questions, seed)
-            )
+            if form == "choices":
+                results.append(ask_choices(evaluated, questions))
+                continue
+            kept = unfinished.answers(evaluated, questions, who, seed) if unfinished else None
+            if kept is not None and (count := len(kept.read())):
+                say(f"{name}: {count:,} answers are kept from an evaluation that was interrupted")
+            results.append(ask_answers(evaluated, questions, seed, kept))
     return (results[0] if base else None), results[-1]
 
 

@@ -55,12 +55,12 @@ def choose(
     """Returns for every item the likeliest letter, and whether that letter is the likeliest of all tokens."""
     letters = torch.tensor(firsts, device=model.device)
 
-    def look(ids: Tensor, mask: Tensor) -> list[tuple[list[float], int]]:
+    def look(_: list[int], ids: Tensor, mask: Tensor) -> list[tuple[list[float], int]]:
         logits = next_logits(model, ids, mask)
         return list(zip(logits[:, letters].tolist(), logits.argmax(-1).tolist(), strict=True))
 
     with plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-        seen = in_batches(prompts, 0, pad_id(tokenizer, stop_token_ids), model.device, look)
+        seen = in_batches(prompts, 0, pad_id(tokenizer, stop_token_ids), model.device, look, {})
     chosen = []
     for item, (of_letters, anything) in zip(items, seen, strict=True):
         best = max(range(item.options), key=of_letters.__getitem__)

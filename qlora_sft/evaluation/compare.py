@@ -28,6 +28,7 @@ from qlora_sft.run.report import LEFT_OUT, Report
 LOWER_IS_BETTER = ("loss", "refused")
 SHARES = ("accuracy", "said", "refused", "ended", "repetition")
 """Metrics that are shares, beside pass@k, and are shown in percent."""
+DIVERSITY = ("entropy", "self-BLEU", "distinct-2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +210,19 @@ def comparison_table(reports: Sequence[TaskReport]) -> str:
             lines.append(f"{head}  {metric:<10}{_figures(report, metric)}")
         lines += [f"{'':<29}{note}" for note in _notes(report)]
     return "\n".join(lines)
+
+
+def diversity_table(reports: Sequence[TaskReport]) -> str:
+    """Formats how much the answers to each task are alike; empty if no task has answers."""
+    lines = []
+    for report in reports:
+        shown = [name for name in DIVERSITY if name in report.tuned]
+        lines += [
+            f"{report.name[:20] if number == 0 else '':<20}{'':7}  {name:<10}{_figures(report, name)}"
+            for number, name in enumerate(shown)
+        ]
+    head = "how open the answers are: entropy of next tokens, likeness of answers, different pairs of tokens"
+    return "\n".join([head, *lines]) if lines else ""
 
 
 def _figures(report: TaskReport, metric: str) -> str:

@@ -26,16 +26,15 @@ def evaluate(
     evaluated: EvaluatedModel, config: Config, held_out: Prepared, prompts: list[Prompt], say: Say, when: str
 ) -> Evaluation:
     """Evaluates what ``config.evaluation`` asks for and prints the figures. Leaves the model in training mode."""
-    model, tokenizer, dtype = evaluated.model, evaluated.tokenizer, evaluated.dtype
-    stop_token_ids = evaluated.chat_format.stop_token_ids
     result = Evaluation()
     if config.evaluation.loss and held_out.documents:
-        result.loss = held_out_loss(model, held_out.documents, config.data.max_length, dtype)
+        result.loss = held_out_loss(evaluated.model, held_out.documents, config.data.max_length, evaluated.dtype)
         say(f"held-out loss {when}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in result.loss.items()))
     if prompts:
         ids = [prompt.input_ids for prompt in prompts]
-        answers = generate(model, tokenizer, ids, config.evaluation.max_new_tokens, dtype, stop_token_ids)
-        result.records = judge(prompts, [answer.ids for answer in answers], tokenizer, stop_token_ids)
+        answers = generate(evaluated, ids, config.evaluation.max_new_tokens)
+        stop_token_ids = evaluated.chat_format.stop_token_ids
+        result.records = judge(prompts, [answer.ids for answer in answers], evaluated.tokenizer, stop_token_ids)
         result.exact_match = exact_match(result.records)
         say(f"exact match {when}: " + ", ".join(f"{name} {share:.0%}" for name, share in result.exact_match.items()))
     return result

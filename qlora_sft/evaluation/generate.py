@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from qlora_sft.errors import RunError
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.held_out import autocast
+from qlora_sft.evaluation.kept import Generated, KeptAnswers
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of
 from qlora_sft.say import progress
@@ -26,16 +28,6 @@ PROMPTS = 64
 PADDING = 1.5
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Holds one generated answer."""
-
-    ids: list[int]
-    """The new tokens, without the stop token."""
-    ended: bool
-    """Whether there was a stop token."""
-
-
 class Sampling(TypedDict, total=False):
     """Holds the arguments of transformers' ``generate`` that choose between greedy decoding and sampling."""
 
@@ -45,26 +37,33 @@ class Sampling(TypedDict, total=False):
     top_p: float
 
 
+class Drawn(NamedTuple):
+    """Says that answers are drawn, and how. Every batch has random numbers of its own, so that it can be done alone."""
+
+    temperature: float
+    seed: int
+
+
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    evaluated: EvaluatedModel,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    dtype: torch.dtype,
-    stop_token_ids: Collection[int],
-    temperature: float | None = None,
+    drawn: Drawn | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[Generated]:
     """Generates an answer for each prompt.
 
-    Decoding is greedy. With a ``temperature`` the answer is drawn from the whole distribution, by torch's random
-    numbers. The model's own generation config is not used: many models bring a penalty or a top-k, which would then be
-    graded, too. The model is left as it was. A batch that does not fit into GPU memory is halved; raises `RunError` if
-    a single prompt does not fit.
+    Decoding is greedy, or draws from the whole distribution. The model's own generation config is not used: many models
+    bring a penalty or a top-k, which would then be graded, too. The model is left as it was. A batch that does not fit
+    into GPU memory is halved; raises `RunError` if a single prompt does not fit.
+
+    kept: the file that new answers are written to, batch by batch; batches that are in it are not generated again.
     """
-    pad = pad_id(tokenizer, stop_token_ids)
+    model, stop_token_ids = evaluated.model, evaluated.chat_format.stop_token_ids
+    pad = pad_id(evaluated.tokenizer, stop_token_ids)
     sampling: Sampling = {"do_sample": False}
-    if temperature is not None:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if drawn is not None:
+        sampling = {"do_sample": True, "temperature": drawn.temperature, "top_k": 0, "top_p": 1.0}
 
     bar = progress(len(prompts) * max_new_tokens, f"{len(prompts)} answers", "token")
 
@@ -73,22 +72,51 @@ def generate(
         bar.update(len(ids))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def answer(ids: Tensor, mask: Tensor) -> list[Generated]:
+    entropies: list[Tensor] = []
+
+    def measure(ids: Tensor, scores: Tensor) -> Tensor:
+        """Is given the logits of every next token, before a temperature changes them; it only looks at them."""
+        entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))
+        return scores
+
+    def answer(part: list[int], ids: Tensor, mask: Tensor) -> list[Generated]:
+        if drawn is not None:
+            torch.manual_seed(seed_of(drawn.seed, part[0]))
+        entropies.clear()
         output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling,
-            use_cache=True, eos_token_id=sorted(stop_token_ids), pad_token_id=pad, stopping_criteria=[count],
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling, use_cache=True,
+            eos_token_id=sorted(stop_token_ids), pad_token_id=pad, stopping_criteria=[count],
+            logits_processor=[measure],
         )  # fmt: skip
-        new = [(row, until_stop(row, stop_token_ids)) for row in output[:, ids.shape[1] :].tolist()]
-        return [Generated(kept, len(kept) < len(row)) for row, kept in new]
+        new, of_each = output[:, ids.shape[1] :].tolist(), torch.stack(entropies, 1).tolist()
+        answers = [generated(row, each, stop_token_ids) for row, each in zip(new, of_each, strict=True)]
+        if kept is not None:
+            kept.add(part, answers)
+        return answers
 
     was_training = model.training
     model.eval()
+    computed = autocast(model.device, evaluated.dtype)
     try:
-        with neutral(model), plain_attention(model), torch.no_grad(), autocast(model.device, dtype):
-            return in_batches(prompts, max_new_tokens, pad, model.device, answer)
+        # A training that goes on afterwards keeps its own random numbers.
+        with neutral(model), plain_attention(model), torch.no_grad(), computed, torch.random.fork_rng():
+            return in_batches(prompts, max_new_tokens, pad, model.device, answer, kept.read() if kept else {})
     finally:
         bar.close()
         model.train(was_training)
+
+
+def generated(row: list[int], entropies: list[float], stop_token_ids: Collection[int]) -> Generated:
+    """Returns the answer that a row of new tokens is, given the entropy before each of them."""
+    ids = until_stop(row, stop_token_ids)
+    ended = len(ids) < len(row)
+    counted = entropies[: len(ids) + ended]
+    return Generated(ids, ended, sum(counted) / len(counted))
+
+
+def seed_of(seed: int, prompt: int) -> int:
+    """Returns the seed of the batch that begins with this prompt."""
+    return int.from_bytes(hashlib.sha256(f"answers {seed} {prompt}".encode()).digest()[:8]) >> 1
 
 
 @contextmanager
@@ -113,20 +141,22 @@ def in_batches(
     new_tokens: int,
     pad: int,
     device: torch.device,
-    run: Callable[[Tensor, Tensor], list[Answer]],
+    run: Callable[[list[int], Tensor, Tensor], list[Answer]],
+    known: Mapping[int, Answer],
 ) -> list[Answer]:
     """Returns what ``run`` gives for every prompt, in the order of the prompts.
 
-    ``run`` gets batches of ids and attention masks, both [prompts, tokens] and padded on the left. A batch for which
-    GPU memory does not suffice is halved; raises `RunError` if it does not suffice for a single prompt.
+    ``run`` gets batches: the numbers of the prompts, and ids and attention masks, both [prompts, tokens] and padded on
+    the left. A batch for which GPU memory does not suffice is halved; raises `RunError` if it does not suffice for a
+    single prompt. A batch whose results are all ``known`` is not run; the others are those that they would be without.
     """
-    results: dict[int, Answer] = {}
-    pending = batches(prompts, new_tokens)
+    results = dict(known)
+    pending = [part for part in batches(prompts, new_tokens) if not results.keys() >= set(part)]
     while pending:
         part = pending.pop(0)
         ids, mask = left_padded([prompts[i] for i in part], pad, device)
         try:
-            given = run(ids, mask)
+            given = run(part, ids, mask)
         except torch.OutOfMemoryError:
             pending[:0] = halves(part, ids.shape[1] + new_tokens)
             continue

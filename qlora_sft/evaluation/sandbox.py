@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qlora_sft.evaluation.sandbox_child import DEVICES, WORK
+from qlora_sft.evaluation.sandbox_child import DEVICES, WORK, WORK_BYTES
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SECONDS_TO_TRY = 20
@@ -83,9 +83,16 @@ def command(name: Literal["bubblewrap", "namespaces"] | None, folder: str, argum
             shown += ["--dev-bind", device, device]
         return [
             "bwrap", "--unshare-all", "--die-with-parent", "--uid", "65534", "--gid", "65534", *shown,
-            "--tmpfs", WORK, "--remount-ro", "/", "--chdir", WORK, "--", *arguments,
+            *_sized(), "--tmpfs", WORK, "--remount-ro", "/", "--chdir", WORK, "--", *arguments,
         ]  # fmt: skip
     return arguments
+
+
+@cache
+def _sized() -> list[str]:
+    """Returns the option that limits the folder in memory; bubblewrap before 0.7 has none."""
+    told = subprocess.run(["bwrap", "--help"], capture_output=True, text=True, errors="replace")
+    return ["--size", str(WORK_BYTES)] if "--size" in told.stdout + told.stderr else []
 
 
 def visible_paths() -> list[Path]:

@@ -291,8 +291,13 @@ def _with_dtype(config: JsonObject, dtype: str) -> JsonObject:
 
 
 def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, say: Say) -> None:
-    """Writes config.json, the tokenizer and generation_config.json, which stops at the trained eos token, too."""
+    """Writes config.json, the tokenizer and generation_config.json, which stops at the trained eos token, too.
+
+    What a processor for images and sound is made from is copied; its chat template is that of the tokenizer.
+    """
     config.pop("quantization_config", None)
+    for settings in base.glob("*processor_config.json"):
+        shutil.copy(settings, target)
     for code in base.glob("*.py") if config.get("auto_map") else ():
         shutil.copy(code, target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

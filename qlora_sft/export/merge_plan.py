@@ -14,7 +14,7 @@ from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.adapter import TensorUpdate
 from qlora_sft.export.nf4 import FromNF4Checkpoint, RowReader, ThroughNF4, companions, described
 from qlora_sft.export.stacks import StackUpdate, UnitsThroughNF4, planned_rows
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, mapping
 from qlora_sft.model.tensors import Planned, Stored, copied, row_ranges, shards_of
 
 HEAD = "lm_head.weight"
@@ -82,11 +82,8 @@ def plan_merge(
         plan.files.append(stored.file)
         if update is not None:
             plan.modules.append(name.removesuffix(".weight"))
-        if name.endswith(EMBEDDINGS) and "vocab_size" in config and tensor.shape[0] != config["vocab_size"]:
-            plan.config["vocab_size"] = tensor.shape[0]
-            plan.notes.append(
-                f"vocabulary: {config['vocab_size']:,} -> {tensor.shape[0]:,} rows, as the adapter has them"
-            )
+        if name.endswith(EMBEDDINGS):
+            _describe_vocabulary(stored.shape[0], tensor.shape[0], config, plan)
     sizes: dict[str, int] = {}
     for tensor in plan.tensors:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -99,6 +96,19 @@ def plan_merge(
             f"(first: {first}); is it the adapter of another base model?"
         )
     return plan
+
+
+def _describe_vocabulary(rows: int, now: int, config: JsonObject, plan: MergePlan) -> None:
+    """Notes the size of an embedding, which had ``rows`` in the base, if config.json says another one.
+
+    Models that also see have it in the section of their language model, and not there either if it is the family's own.
+    """
+    own = mapping(config["text_config"]) if "text_config" in config else config
+    before = own.get("vocab_size", rows)
+    if before == now or mapping(plan.config.get("text_config", plan.config)).get("vocab_size") == now:
+        return
+    plan.config |= {"vocab_size": now} if own is config else {"text_config": {**own, "vocab_size": now}}
+    plan.notes.append(f"vocabulary: {before:,} -> {now:,} rows, as the adapter has them")
 
 
 def _ties(config: JsonObject) -> bool:

@@ -33,7 +33,7 @@ def model_card(run: Path, repo: str, what: str, ggufs: list[str]) -> str:
         "## Training data\n\n" + _data(opened),
         "## Training\n\n" + _training(opened),
         *(["## Exports against the trained model\n\n" + _parity(parity)] if parity else []),
-        "## How to run it\n\n" + _usage(repo, what, base, opened.base_commit, ggufs),
+        "## How to run it\n\n" + _usage(repo, what, base, opened, ggufs),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -134,7 +134,19 @@ def _parity(parity: dict[str, dict[str, float]]) -> str:
     return _table(["format", "same likeliest token", "mean KL (nats)", "tokens"], rows)
 
 
-def _usage(repo: str, what: str, base: str, commit: str | None, ggufs: list[str]) -> str:
+def _loader(run: Run) -> str:
+    """Returns the name of the class by which transformers loads the base and what was merged onto it."""
+    from transformers import AutoConfig
+
+    from qlora_sft.model.meta_model import auto_class
+
+    try:
+        return auto_class(AutoConfig.from_pretrained(described_base(run), trust_remote_code=False)).__name__
+    except (RunError, OSError, ValueError):  # it is gone, or has code of its own
+        return "AutoModelForCausalLM"
+
+
+def _usage(repo: str, what: str, base: str, run: Run, ggufs: list[str]) -> str:
     if what == "gguf":
         file = ggufs[0]
         name = file.removesuffix(".gguf")
@@ -142,13 +154,14 @@ def _usage(repo: str, what: str, base: str, commit: str | None, ggufs: list[str]
             f"```sh\nhf download {repo} --local-dir {name}\nllama-cli -m {name}/{file}\n"
             f"ollama create {name} -f {name}/{name}.Modelfile && ollama run {name}\n```"
         )
-    load = f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")'
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    loader, commit = _loader(run), run.base_commit
+    load = f'model = {loader}.from_pretrained("{repo}", dtype="auto", device_map="auto")'
+    imports = f"from transformers import {loader}, AutoTokenizer"
     if what == "adapter":
         imports = "from peft import PeftModel\n" + imports
         revision = f'revision="{commit}", ' if commit else ""
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", {revision}dtype="auto", device_map="auto")\n'
+            f'base = {loader}.from_pretrained("{base}", {revision}dtype="auto", device_map="auto")\n'
             f'model = PeftModel.from_pretrained(base, "{repo}")'
         )
     return (

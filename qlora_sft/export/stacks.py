@@ -171,10 +171,16 @@ def _stack_update(update: TensorUpdate, transposed: bool) -> StackUpdate:
 # ------------------------------------------------------------------ what transformers knows
 
 
+def _for_peft(module: torch.nn.Module) -> bool:
+    """Says whether PEFT takes the stacks of ``module`` for [in, out], as it decides which factor is A and which B."""
+    return bool(getattr(module, "is_transposed", False))
+
+
 @dataclass(frozen=True)
 class _Stack:
     rows: int
     transposed: bool
+    """Whether an update has A for the rows of the stack and B for its columns."""
     parts: int
 
 
@@ -214,7 +220,7 @@ class _Layout:
             raise RunError(f"{folder}: cannot read the model's configuration: {first_line(error)}") from None
         model = meta_model(settings)
         found = {
-            f"{path}.{name}": _Stack(stack_shape(module, name)[1], bool(module.is_transposed), parts_of(module, name))
+            f"{path}.{name}": _Stack(stack_shape(module, name)[1], _for_peft(module), parts_of(module, name))
             for path, module, name in stacks(model)
         }
         known = get_model_conversion_mapping(model)

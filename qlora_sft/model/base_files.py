@@ -117,6 +117,11 @@ def has_experts(config: dict[str, Any]) -> bool:
     return any(type(count) is int and count > 1 for count in counts)
 
 
+def has_towers(config: dict[str, Any]) -> bool:
+    """Says whether a config.json describes a model that also sees or hears: its language model has a section then."""
+    return bool(config.get("text_config"))
+
+
 def read_headers(base: str) -> dict[str, Header]:
     """Reads type, shape and bytes of every tensor, by name.
 

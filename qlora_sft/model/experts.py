@@ -2,8 +2,9 @@
 
 A stack is one parameter: R x C weights of each of E experts. A module of experts has two stacks, and says how they lie,
 whether they have biases and whether there is a gate. These attributes are those that transformers' own implementations
-read (`integrations/moe.py` there). A stack is in NF4 (`experts_load`) or as the files have it, with an adapter
-(`experts_lora`) or without; either way it is computed here, expert by expert.
+read (`integrations/moe.py` there); Llama 4's module has none of them and is known by its class. A stack is in NF4
+(`experts_load`) or as the files have it, with an adapter (`experts_lora`) or without; either way it is computed here,
+expert by expert.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from qlora_kernels.nf4_lora import Experts, NestedScales, NF4Stack, lora_experts
@@ -25,8 +26,6 @@ from qlora_sft.model.base import base_of, decoder_layers
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
-NAME = "qlora_experts"
-"""The name under which transformers knows `experts_forward`."""
 BLOCK = 64  # weights that share a scale in NF4
 # A quantised stack is made of its packed values and of these buffers of its module, whose names end so.
 SCALES = ("absmax", "nested_absmax", "offset", "code", "nested_code")
@@ -40,13 +39,44 @@ Factors = tuple[Tensor, Tensor, float]
 """A [E, r, in], B [E, out, r] and scale of one stack."""
 
 
+class Form(NamedTuple):
+    """Says how a module of experts keeps and uses its stacks."""
+
+    gate: bool
+    bias: bool
+    transposed: bool
+    """Whether a weight is [in, out] and not [out, in]."""
+    concatenated: bool
+    """Whether the gate's outputs stand before those of up, and not between them."""
+
+
+# Those of modules that do not say it themselves.
+OWN_FORMS = {"Llama4TextExperts": Form(gate=True, bias=False, transposed=True, concatenated=True)}
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """Returns the form of a module of experts; None for any other module."""
+    own = next((OWN_FORMS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in OWN_FORMS), None)
+    facts = [getattr(module, name, None) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")]
+    return own if own is not None or None in facts else Form(*map(bool, facts))
+
+
 def stack_names(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the two stacks of a module of experts, in the order they are used; () for another module."""
-    facts: Any = module
-    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")):
+    form = form_of(module)
+    if form is None:
         return ()
-    names = ("gate_up_proj" if facts.has_gate else "up_proj", "down_proj")
+    names = ("gate_up_proj" if form.gate else "up_proj", "down_proj")
     return names if all(isinstance(getattr(module, name, None), nn.Parameter) for name in names) else ()
+
+
+def lies_as_peft_thinks(module: nn.Module) -> bool:
+    """Says whether PEFT knows which of a weight's dimensions are inputs: it takes what the module itself says.
+
+    Else A and B of an adapter have changed places, and scale B A has the shape of the weight all the same.
+    """
+    form = form_of(module)
+    return form is not None and form.transposed == bool(getattr(module, "is_transposed", False))
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -62,13 +92,14 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return cast(tuple[int, int, int], tuple(getattr(parameter, "ds_shape", parameter.shape)))
 
 
-def parts_of(module: Any, name: str) -> int:
+def parts_of(module: nn.Module, name: str) -> int:
     """Returns how many parts of an expert's rows are quantised on their own.
 
     They are two where gate and up stand one behind the other: the files of most families have them as two tensors, and
     a merge sends the files through NF4 tensor by tensor. Else the expert is one part.
     """
-    return 2 if name == "gate_up_proj" and module.is_concatenated and not module.is_transposed else 1
+    form = form_of(module)
+    return 2 if name == "gate_up_proj" and form and form.concatenated and not form.transposed else 1
 
 
 def in_nf4(module: nn.Module, name: str) -> bool:
@@ -104,27 +135,18 @@ def experts_forward(
     index, weights: [T, K], the K experts that the router has chosen for each token, and how much each counts. factors:
     the adapters of the stacks that have one, by the names of the stacks.
     """
-    up, down = (_projection(module, name, (factors or {}).get(name)) for name in stack_names(module))
-    middle = module._apply_gate if module.has_gate else module.act_fn
+    form = form_of(module)
+    assert form is not None
+    up, down = (_projection(module, form, name, (factors or {}).get(name)) for name in stack_names(module))
+    middle = module._apply_gate if form.gate else module.act_fn
     dtype = up.weight.dtype if isinstance(up.weight, NF4Stack) else None
     return lora_experts(hidden, index, weights, up, down, middle, dtype=dtype)
 
 
-def _projection(module: Any, name: str, factors: Factors | None) -> Experts:
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+def _projection(module: Any, form: Form, name: str, factors: Factors | None) -> Experts:
+    bias = getattr(module, f"{name}_bias") if form.bias else None
     A, B, scale = factors or (None, None, 1.0)
-    return Experts(weight_of(module, name), module.is_transposed, A, B, scale, bias)
-
-
-def use_our_experts(model: CausalModel) -> None:
-    """Lets transformers compute the experts of ``model``, if it has some, by `experts_forward`."""
-    if not any(True for _ in stacks(model)):
-        return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    if NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    model.set_experts_implementation(NAME)
+    return Experts(weight_of(module, name), form.transposed, A, B, scale, bias)
 
 
 # ------------------------------------------------------------------ what is trained

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from qlora_sft.model.base import base_of
-from qlora_sft.model.experts import Factors, experts_forward, stack_names
+from qlora_sft.model.experts import Factors, experts_forward, lies_as_peft_thinks, stack_names
 from qlora_sft.model.projection import active_factors
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ class ExpertsLora(ParamWrapper):  # type: ignore[misc]
                 raise NotImplementedError(f"experts cannot be computed with {found}")
             if found is not None:
                 A, B, scale = found
-                by_expert = A.view(layer.num_experts, -1, A.shape[1])
-                factors[layer.parameter_name] = by_expert, B.view(len(B), -1, layer.num_experts).permute(2, 0, 1), scale
+                A = A.view(layer.num_experts, -1, A.shape[1])
+                B = B.view(len(B), -1, layer.num_experts).permute(2, 0, 1)
+                if not lies_as_peft_thinks(layer.get_base_layer()):
+                    A, B = B.transpose(1, 2), A.transpose(1, 2)
+                factors[layer.parameter_name] = A, B, scale
             layer = layer.base_layer
         return experts_forward(layer, x, index, weights, factors)
 

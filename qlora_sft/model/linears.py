@@ -8,6 +8,7 @@ images and sound).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 READ_DIRECTLY = {"dt_proj": "Mamba", "prediction_coefs": "AltUp", "correction_coefs": "AltUp"}
 # PEFT refuses adapters on these of its Mamba families, whose kernels for training read the weight.
 REFUSED_BY_PEFT = {name: {"out_proj"} for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
+
+# The names that PEFT takes for experts, in a mixture.
+MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 
 class Shape(NamedTuple):
@@ -71,6 +75,7 @@ def shapes(model: CausalModel, lora: LoraConfig) -> dict[str, Shape]:
                 raise ConfigError(f"lora.modules: {path} is matched by entries {' and '.join(map(str, own))}")
             used.update(own)
             found[path] = shape_of(path, lora)
+    _check_portable(model, found, lora)
     for i, each in enumerate(lora.modules):
         if i not in used:
             hint = did_you_mean(each.match, linear_names(model))
@@ -82,6 +87,22 @@ def shapes(model: CausalModel, lora: LoraConfig) -> dict[str, Shape]:
                     "lora.r and lora.alpha; name layers more closely"
                 )
     return found
+
+
+def _check_portable(model: CausalModel, adapted: Iterable[str], lora: LoraConfig) -> None:
+    """Raises `ConfigError` for DoRA on layers of a mixture that a saved adapter has to name as parameters.
+
+    PEFT knows no DoRA for parameters, so no other program could load the adapter.
+    """
+    names = sorted({path.rsplit(".", 1)[-1] for path in adapted} & MOVED)
+    if lora.dora and names and any(True for _ in stacks(layer_list(model))):
+        routers = {path.rsplit(".", 1)[-1] for path in router_names(model)}
+        others = sorted(linear_names(model) - MOVED - routers - barred_names(model).keys())
+        raise ConfigError(
+            f"lora.dora: PEFT could not load the adapter again: in a mixture of experts it takes {', '.join(names)} "
+            "for experts, which have no DoRA. Set it to false, or name the other layers: lora.target_modules="
+            f"[{','.join(others)}]"
+        )
 
 
 def shape_of(path: str, lora: LoraConfig) -> Shape:
@@ -111,8 +132,9 @@ def target_modules(model: CausalModel, lora: LoraConfig) -> list[str] | str:
         routers = {name.rsplit(".", 1)[-1] for name in router_names(model)}
         chosen = sorted(linear - barred.keys() - routers)
         if not chosen:
+            own = "; its Conv1D keeps weights the other way round" if _of_gpt2(model) else ""
             raise ConfigError(
-                f"model.path: {type(base_of(model)).__name__} has no linear layers that could get adapters"
+                f"model.path: {type(base_of(model)).__name__} has no linear layers that could get adapters{own}"
             )
         return chosen
     experts = {name for _, _, name in stacks(layer_list(model))}
@@ -191,11 +213,8 @@ def peft_targets(model: CausalModel, names: list[str] | str) -> list[str] | str:
         # Blocks and their parts may match as well, but only layers can have adapters.
         layers = "|".join(map(re.escape, _matched_names(model, names)))
         return rf"{PATTERN_BEGINS}{re.escape(prefix)})(?=.*\.({layers})$){PATTERN_GOES_ON}{names})"
-    outside = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if is_linear(module) and not name.startswith(prefix)
-    }
+    # Of whatever class: Gemma 4's towers have layers of their own kind there, which PEFT would refuse.
+    outside = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if not name.startswith(prefix)}
     if not outside & set(names):
         return names
     return rf"{re.escape(prefix)}(.*\.)?({'|'.join(map(re.escape, sorted(names)))})"
@@ -212,11 +231,11 @@ def kept_in_full(model: CausalModel) -> list[str] | None:
     which is the output head.
 
     Towers for images and sound are left as they are: nothing trains them, and a merge keeps them. So are layers whose
-    weight is read directly, or is no multiple of NF4's blocks wide.
+    weight is read directly, or is no multiple of NF4's blocks wide, and GPT-2's, which bitsandbytes would turn round.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    own = [*other_parts(model), *read_directly(model), *narrow(model)]
+    own = [*other_parts(model), *read_directly(model), *narrow(model), *_of_gpt2(model)]
     return [*get_keys_to_not_convert(model), *own] if own else None
 
 
@@ -224,6 +243,13 @@ def narrow(model: CausalModel) -> list[str]:
     """Returns the linear layers whose input is no multiple of NF4's blocks: on a CPU bitsandbytes dequantises a block
     that goes on in the next row of a weight to other values than it was made from."""
     return [name for name, module in model.named_modules() if is_linear(module) and module.in_features % BLOCK]
+
+
+def _of_gpt2(model: CausalModel) -> list[str]:
+    """Returns the layers that keep their weight as [inputs, outputs], to which a merge would add an adapter turned."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
 
 
 def not_quantized(model: CausalModel) -> list[str]:

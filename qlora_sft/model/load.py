@@ -15,15 +15,17 @@ from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.model.backend import BackendName, fast_language_model
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, hub_origin, read_config
+from qlora_sft.model.base_folder import fetch_base
 from qlora_sft.model.base_folder import resolve_base as resolve_base
-from qlora_sft.model.experts import in_nf4, stacks, target_parameters, use_our_experts
+from qlora_sft.model.experts import in_nf4, stacks, target_parameters
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_settings
-from qlora_sft.model.meta_model import meta_model
+from qlora_sft.model.meta_model import auto_class, meta_model
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import check_folder, runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
 from qlora_sft.model.run_base import described_base, run_base
+from qlora_sft.model.sixteen_bit import copy_of
 from qlora_sft.model.tokenizer import stop_token_ids
 from qlora_sft.model.vocabulary import grow, new_rows, trainable_rows, trained_rows
 from qlora_sft.run.folder import Run, is_run
@@ -57,7 +59,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendNa
     try:
         load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
         model = load(config, base, dtype, rows)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
         raise ConfigError(f"model.path: cannot load {base}: {first_line(error)}") from None
     if config.model.rope_scaling is not None:
         check_rope(model, scaled_config(base, config.model.rope_scaling, config.model.trust_remote_code))
@@ -143,7 +145,7 @@ def load_base(
 
     trust: code that the folder ``base`` brings along may be run.
     """
-    from transformers import AutoModelForCausalLM
+    from qlora_sft.model.experts_scored import use_our_experts
 
     settings = scaled_config(base, rope, trust)
     options: dict[str, Any] = {} if rope is None else {"config": settings}
@@ -151,9 +153,20 @@ def load_base(
     if load_in_4bit and not read_config(base).get("quantization_config"):
         options["quantization_config"] = _quantization(base, dtype, kept_in_full(meta_model(settings)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, device_map=device, trust_remote_code=runs_code(base, trust), **options
+    model: PreTrainedModel
+    model, told = auto_class(settings).from_pretrained(
+        base,
+        dtype=dtype,
+        device_map=device,
+        trust_remote_code=runs_code(base, trust),
+        output_loading_info=True,
+        **options,
     )
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(
+            f"model.path: the files in {base} lack {len(missing)} weights of {type(model).__name__} (first: "
+            f"{missing[0]}), which would be random numbers; they are of another kind of model, or not all here"
+        )
     compute_in(model, dtype)
     use_our_experts(model)
     return model
@@ -215,15 +228,18 @@ def load_trained_base(path: Path) -> PreTrainedModel:
 def load_for_inference(path: Path) -> CausalModel:
     """Loads the adapter of a run on the base that it was trained on, or a model folder.
 
-    The model is one of plain transformers, in evaluation mode.
+    The model is one of plain transformers, in evaluation mode. A folder in MXFP4 or FP8 is written in 16 bits first, as
+    it is for training.
 
     Raises `ConfigError` for a model folder that cannot be loaded.
     """
     if not is_run(path):
         check_folder(path)
+        folder = copy_of(str(path.absolute()))
+        fetch_base(folder)
         try:
-            return load_base(str(path), compute_dtype("auto")[0], load_in_4bit=False).eval()
-        except (OSError, ValueError) as error:
+            return load_base(folder, compute_dtype("auto")[0], load_in_4bit=False).eval()
+        except (OSError, ValueError, ImportError, NotImplementedError) as error:
             raise ConfigError(f"{path}: cannot load the model: {first_line(error)}") from None
     from transformers import AutoTokenizer
 

@@ -13,6 +13,7 @@ from qlora_sft.model.remote_code import is_foreign
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
@@ -20,16 +21,39 @@ def meta_model(settings: PretrainedConfig) -> PreTrainedModel:
 
     settings: transformers' configuration object. Raises `ConfigError` for a model that is not known.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings, trust_remote_code=is_foreign(settings))
+            return auto_class(settings).from_config(settings, trust_remote_code=is_foreign(settings))
     # Whatever a family's code raises for a configuration that it cannot make a model of.
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"model.path: {type(settings).__name__} is not understood here: {first_line(error)}"
         ) from None
+
+
+def auto_class(settings: PretrainedConfig) -> type[_BaseAutoModelClass]:
+    """Returns the class of transformers that loads a model with this configuration as one that writes text.
+
+    It is that for language models, which makes of some checkpoints with towers the language model alone. Where it has
+    none, the whole model is loaded, with its towers for images and sound.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    known = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    able = [loader for loader, kinds in known.items() if type(settings) in kinds]
+    chosen: type[_BaseAutoModelClass] = able[0] if able else AutoModelForCausalLM
+    return chosen
 
 
 def read_settings(config: Config, base: str) -> PretrainedConfig:

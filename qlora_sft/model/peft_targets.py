@@ -20,7 +20,7 @@ from torch import nn
 from qlora_sft.lora_from import with_weight
 from qlora_sft.model.base import base_of
 from qlora_sft.model.experts import decoder, stacks, within_block
-from qlora_sft.model.linears import layers_prefix
+from qlora_sft.model.linears import MOVED, layers_prefix
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 WEIGHT = ".weight"
-# The names that PEFT takes for experts.
-MOVED = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 
 @contextmanager

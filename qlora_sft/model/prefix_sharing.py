@@ -50,6 +50,8 @@ def sharing_of(config: Config, base: str, backend: BackendName) -> Sharing:
         return Sharing("data.share_prefixes=off" if config.data.packing != "none" else "data.packing=none")
     if config.training.neftune_alpha is not None:
         return Sharing("training.neftune_alpha adds noise by the length of each document")
+    if config.training.replay_kl is not None:
+        return Sharing("training.replay_kl lets the base read the rows of replay by themselves")
     # As transformers understands them: Mistral has a window that its config.json need not name.
     understood = read_settings(config, base).get_text_config()
     settings = understood.to_dict()

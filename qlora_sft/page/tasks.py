@@ -13,11 +13,13 @@ from qlora_sft.units import figure, share
 
 LOWER_IS_BETTER = ("loss", "kl", "refused")
 # Metrics that are no shares, so they are not written in percent.
-NO_SHARES = ("loss", "kl", "length")
+NO_SHARES = ("loss", "kl", "length", "entropy", "self-BLEU", "distinct-2")
 # Metrics that describe the answers and do not grade them.
 DESCRIBING = {
     "ended": "answers that came to their end", "distinct": "different answers, of those to one question",
     "length": "tokens of an answer", "repetition": "tokens of an answer that are said again in it",
+    "entropy": "entropy of the next token, in nats", "self-BLEU": "likeness of the answers (self-BLEU)",
+    "distinct-2": "different pairs of tokens in the answers to one question (distinct-2)",
 }  # fmt: skip
 BAD, GOOD = ("forgetting", "alignment tax", "worse"), ("better",)
 

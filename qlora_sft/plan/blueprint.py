@@ -112,6 +112,8 @@ class Blueprint:
     """The matrices with such rows: the embedding, and the head where it is another."""
     prefix: str = "model.layers."
     """What the names of the parameters of the decoder layers begin with."""
+    beside: dict[str, int] = field(default_factory=dict)
+    """The parameters of the towers for images and sound, and of what leads from them to the language model."""
     why_one_at_a_time: str = ""
     """Why documents are run one at a time; empty if they share packed sequences."""
     grown: int = 0
@@ -183,7 +185,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
     """Describes a model by transformers' configuration object and the ids of the tokens that are added (``rows``)."""
     from qlora_sft.model.attention import why_one_at_a_time
     from qlora_sft.model.head import check_head
-    from qlora_sft.model.linears import layers_prefix, shapes
+    from qlora_sft.model.linears import layers_prefix, other_parts, shapes
     from qlora_sft.model.norms import FORMS
 
     model = meta_model(settings)
@@ -212,6 +214,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         dora=config.lora.dora,
         stacks=_stacks(model, config),
         prefix=layers_prefix(model),
+        beside={name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in other_parts(model)},
         why_one_at_a_time=why_one_at_a_time(model),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
@@ -231,14 +234,15 @@ def _input_embedding(model: PreTrainedModel) -> int:
 
 def _stacks(model: PreTrainedModel, config: Config) -> list[Stack]:
     """Describes all stacks of experts of a model."""
-    from qlora_sft.model.experts import parts_of, stack_shape, stacks, target_parameters
+    from qlora_sft.model.experts import form_of, parts_of, stack_shape, stacks, target_parameters
     from qlora_sft.model.linears import layers_prefix
 
     prefix, targets = layers_prefix(model), tuple(f".{name}" for name in target_parameters(model, config.lora))
     found = []
     for path, module, name in stacks(model):
         count, rows, width = stack_shape(module, name)
-        outputs, inputs = (width, rows) if module.is_transposed else (rows, width)
+        form = form_of(module)
+        outputs, inputs = (width, rows) if form and form.transposed else (rows, width)
         full, block = f"{path}.{name}", int(path.removeprefix(prefix).split(".")[0])
         adapted = bool(targets) and full.endswith(targets)
         parts = parts_of(module, name)

@@ -30,18 +30,19 @@ def random_model(
     """
     from accelerate import init_empty_weights
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from qlora_sft.model.attention import use_document_attention
-    from qlora_sft.model.experts import target_parameters, use_our_experts
+    from qlora_sft.model.experts import target_parameters
     from qlora_sft.model.experts_lora import use_experts_lora
+    from qlora_sft.model.experts_scored import use_our_experts
     from qlora_sft.model.head import quantize_head
     from qlora_sft.model.linears import peft_settings
     from qlora_sft.model.load import disable_inference_repacking
+    from qlora_sft.model.meta_model import auto_class
     from qlora_sft.model.peft_targets import as_named
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
+        model = auto_class(settings).from_config(settings, dtype=dtype, trust_remote_code=is_foreign(settings))
     model.tie_weights()
     told, experts = peft_settings(model, config.lora), target_parameters(model, config.lora)
     if config.model.load_in_4bit:

@@ -20,7 +20,7 @@ class ModelPlan(Report):
     quantized_stacks: int
     """Of experts."""
     note: str
-    """What does not fit the configuration; empty if all does."""
+    """What does not fit the configuration, and the parts beside the language model; empty if there is neither."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_sft.config import Config
+from qlora_sft.config_data import source_name
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.data.sequences import segment_lengths
@@ -29,6 +30,8 @@ class Workload:
     """Lengths of the documents of a typical sequence, for the measurement."""
     lengths: list[int]
     """The tokens of every document of the run, by which the way to attend is chosen."""
+    replayed: int
+    """Tokens of replay among those that are trained on."""
     prepared_tokens: int
     """Tokens of all documents, held-out ones included: what memory and the cache hold."""
 
@@ -49,6 +52,7 @@ def workload_of(data: RunData, config: Config) -> Workload:
         attended, per_batch = [[lengths[index] for index in each] for each in trained], t.batch_size
     tokens_of_each = [sum(each) for each in attended]
     typical = sorted(range(len(attended)), key=tokens_of_each.__getitem__)[len(attended) // 2]
+    replay = source_name(config.data.replay) if config.data.replay else None
     return Workload(
         steps=steps,
         sequences=len(trained),
@@ -57,6 +61,7 @@ def workload_of(data: RunData, config: Config) -> Workload:
         longest_sequence=longest_micro_batch(tokens_of_each, per_batch),
         documents=attended[typical],
         lengths=list(lengths),
+        replayed=sum(lengths[index] for each in trained for index in each if of_each.source[index] == replay),
         prepared_tokens=sum(lengths) + sum(sizes(data.held_out.all_documents).tokens),
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_data import source_name
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
@@ -23,7 +24,7 @@ from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
 from qlora_sft.training.display import Display
-from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.evaluations import AskedTasks, Evaluations, named
 from qlora_sft.training.groups import may_decay_rows
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.model.ewc import Anchors
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class Training:
     """Their loss before training, where it was measured."""
     baseline_seconds: float = 0.0
     """Time that the evaluation before training took."""
-    ask_tasks: Callable[[], dict[str, float]] | None = None
+    ask_tasks: Callable[[], AskedTasks] | None = None
     """Asks the model the questions that are asked while training; None if there are none."""
+    anchors: Anchors | None = None
+    """What training.ewc keeps the weights near to."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,14 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
         progress = Progress(run / "metrics.jsonl", display, alarms)
         finite = FiniteSteps(describe, lambda: what_is_left(run), say)
         watch = watch_of(training, steps, begin, alarms, say)
-        collate = PackedCollator(training.documents, training.shares_prefixes)
+        leashed = source_name(config.data.replay) if config.data.replay and t.replay_kl else None
+        collate = PackedCollator(training.documents, training.shares_prefixes, leashed)
         trainer = PackedSFTTrainer(
             training.model, collate, sequences, config, keep_less, say,
             args=args, processing_class=training.tokenizer, callbacks=[*reporting, progress, finite, stop, watch],
         )  # fmt: skip
         progress.begin(trainer)
-        trainer.watch = watch
+        trainer.watch, trainer.anchors = watch, training.anchors
         alarms.data(sizes(training.documents), training.shares_prefixes, quiet=begin > 0)
         try:
             done = run_steps(trainer, checkpoint)
@@ -165,7 +170,7 @@ def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Sa
     begin: the number of steps that are done already.
     """
     config = training.config
-    evaluations = Evaluations(training.run / "evaluations.jsonl", begin)
+    evaluations = Evaluations(training.run / "evaluations.jsonl", begin, config.training.best_metric)
 
     def measure() -> dict[str, float]:
         return held_out_loss(training.model, training.held_out, config.data.max_length, training.dtype)
@@ -195,11 +200,13 @@ def keep_adapter(trainer: PackedSFTTrainer, watch: Watch, done: int) -> Kept:
     best = watch.best_step
     if best is None:
         return Kept(done, "the last one", rows[done].held_out if done in rows else None)
-    why = f"the lowest held-out loss of {sum(step > 0 for step in rows)} evaluations"
+    metric = watch.evaluations.metric
+    good = ("best " if metric.startswith("tasks/") else "lowest ") + named(metric)
+    why = f"the {good} of {sum(step > 0 for step in rows)} evaluations"
     if best != done:
         folder = folder_of(trainer.run, best)
         if not folder.is_dir():
-            lost = f"the last one; step {best} had the lowest held-out loss, but its checkpoint could not be written"
+            lost = f"the last one; step {best} had the {good}, but its checkpoint could not be written"
             return Kept(done, lost, rows[done].held_out if done in rows else None)
         trainer.load_adapter(folder)
     return Kept(best, why, rows[best].held_out)

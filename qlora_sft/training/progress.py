@@ -115,6 +115,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             **self._utilisation(totals, seconds),
             "time": round(time.time(), 3),
         }
+        if trainer.config.training.replay_kl is not None:
+            row["replay_kl"] = finite(losses.divergence)  # None in a step without a row of replay
+        if trainer.anchors:
+            row["ewc_penalty"] = finite(losses.penalty)
         scaler = trainer.accelerator.scaler
         if scaler is not None:  # in float16; a step that it left out has no gradient norm
             row["loss_scale"] = scaler.get_scale()
@@ -149,7 +153,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self.display.update(row["step"], self._described(row))
+        self.display.update(row["step"], self._described(row), row["loss"])
 
     def _described(self, row: StepRow) -> str:
         """Returns what the display says of a step: its loss, the last held-out losses, the speed and the memory."""

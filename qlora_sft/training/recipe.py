@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.config_data import source_name
 from qlora_sft.data.batch import longest_micro_batch
 from qlora_sft.data.documents import sizes
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
@@ -23,6 +24,7 @@ from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.model.attention_choice import AttentionChoice
 from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
+from qlora_sft.model.ewc import ANCHORS, Anchors, load_anchors, measure_anchors
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
@@ -49,6 +51,8 @@ from qlora_sft.training.steps import count_steps, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from qlora_sft.model.base import CausalModel
 
 
@@ -80,10 +84,11 @@ def run_recipe(
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+        anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed), anchors=anchors,
     )  # fmt: skip
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
@@ -93,7 +98,7 @@ def run_recipe(
         kept = kept_baseline(run, asked) if checkpoint else None
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
-        begin_run(run, config, beginning)
+        begin_run(run, config, beginning, anchors)
         if config.evaluation.before_training:
             keep_baseline(run, before, asked)
     say.keep_in(run)
@@ -160,6 +165,21 @@ def begin_by_data(
     """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
     if config.lora.init == "eva" and not checkpoint:
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
+
+
+def anchors_of(
+    config: Config, model: PeftModel, data: RunData, going_on: Path | None, dtype: torch.dtype, say: Say
+) -> Anchors | None:
+    """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
+    with it; None without it."""
+    if config.training.ewc is None or config.data.replay is None:
+        return None
+    if going_on:
+        return load_anchors(going_on / ANCHORS, model.device)
+    replay = data.train.documents[source_name(config.data.replay)]
+    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    say(f"held near to what they are: {told}")
+    return anchors
 
 
 def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:

@@ -35,8 +35,9 @@ def count_steps(n_sequences: int, config: Config) -> int:
 
 def keeps_best(config: Config) -> bool:
     """Says whether the adapter of the best step is kept, and not that of the last."""
-    keep = config.training.keep
-    return keep == "best" or (keep == "auto" and config.evaluation.every_steps is not None)
+    keep, e = config.training.keep, config.evaluation
+    every = e.tasks_every_steps if config.training.best_metric.startswith("tasks/") else e.every_steps
+    return keep == "best" or (keep == "auto" and every is not None)
 
 
 def most_checkpoints(config: Config) -> int:

@@ -26,11 +26,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import Batch
+from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
 from qlora_sft.evaluation.held_out import autocast
-from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.ewc import penalty
+from qlora_sft.model.leash import base_hidden_states, divergence_from
+from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.model.ewc import Anchors
     from qlora_sft.training.watch import Watch
 
 
@@ -67,6 +70,12 @@ class StepTotals:
     """Pairs of a token with one of the same document that is not behind it."""
     by_source: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
     """The weighted loss and the weight of every source."""
+    divergence: Tensor | float = 0.0
+    """The weighted divergence from the base on replay, where training.replay_kl measures it."""
+    leashed: float = 0.0
+    """The weight of the tokens at which it was measured."""
+    penalty: Tensor | float = 0.0
+    """What training.ewc adds to the loss of the step."""
 
     def add(self, output: CEOutput, batch: Batch) -> None:
         """Adds what the loss said of a micro-batch."""
@@ -88,13 +97,18 @@ class StepTotals:
     @cached_property
     def losses(self) -> StepLosses:
         """Returns what the step has come to, once all its micro-batches are done. A device is waited for only once."""
-        sums = [self.weighted_nll, self.correct, *(nll for nll, _ in self.by_source.values())]
-        nll, correct, *of_sources = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in sums]).tolist()
+        sums = [self.weighted_nll, self.correct, self.divergence, self.penalty]
+        sums += [nll for nll, _ in self.by_source.values()]
+        device = next((each.device for each in sums if isinstance(each, Tensor)), None)
+        same = [torch.as_tensor(each, dtype=torch.float32, device=device) for each in sums]
+        nll, correct, divergence, penalty, *of_sources = torch.stack(same).tolist()
         weights = [weight for _, weight in self.by_source.values()]
         return StepLosses(
             nll / self.weight if self.weight else math.nan,
             correct / self.supervised if self.supervised else math.nan,
             {name: own / weight for name, own, weight in zip(self.by_source, of_sources, weights, strict=True)},
+            divergence / self.leashed if self.leashed else math.nan,
+            penalty,
         )
 
 
@@ -107,6 +121,10 @@ class StepLosses(NamedTuple):
     """Share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
     of_sources: dict[str, float]
     """The loss of every source that has supervised tokens in the step."""
+    divergence: float
+    """Mean divergence from the base on replay, in nats; NaN where it was not measured."""
+    penalty: float
+    """What training.ewc adds to the loss."""
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -153,6 +171,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Whether rows of new tokens decay with the factors, as in a run of an earlier version that goes on."""
         self.watch: Watch | None = None
         """What evaluates while training; it is set where something does."""
+        self.factor: Callable[[int], float] | None = None
+        """The share of the highest rate at every step, where it is not that of the run's schedule."""
+        self.anchors: Anchors | None = None
+        """What training.ewc keeps the weights near to."""
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
@@ -163,8 +185,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Creates the schedule of ``training.schedule``, which every group follows from its own learning rate."""
-        schedule = schedule_of(self.config.training, num_training_steps)
-        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), partial(rate_factor, schedule))
+        factor = self.factor or partial(rate_factor, schedule_of(self.config.training, num_training_steps))
+        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
         return self.lr_scheduler
 
     def create_optimizer(self, model: CausalModel | None = None) -> Optimizer:
@@ -300,11 +322,32 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
         # accelerate puts autocast around the forward of the whole model, which is not what is called here.
         noise = self.noise.over(inputs["lengths"]) if self.noise and model.training else nullcontext()
-        with noise, autocast(self.accelerator.device, self.computes_in):
-            # A group without a single supervised token has loss 0, not 0 / 0.
-            output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
+        own, replayed, first = self.accelerator.unwrap_model(model), inputs.get("replayed"), not self.totals.tokens
+        n_items = max(num_items_in_batch, 1e-30)  # a group without a single supervised token has loss 0, not 0 / 0
+        with autocast(self.accelerator.device, self.computes_in):
+            base = base_hidden_states(own, replayed) if replayed else None
+            with noise:
+                decoded = decode_batch(own, inputs)
+            output = loss_of(own, inputs, decoded, n_items)
+            loss = output.loss
+            if replayed and base is not None:
+                loss = loss + self._leash(divergence_from(base, own, decoded.hidden[0], replayed), replayed) / n_items
+        if self.anchors and first:  # once per step, whatever it accumulates
+            loss = loss + self._hold(penalty(own, self.anchors))
         self.totals.add(output, inputs)
-        return output.loss
+        return loss
+
+    def _leash(self, divergence: Tensor, replayed: Replayed) -> Tensor:
+        """Returns what ``training.replay_kl`` makes of the divergence from the base in one micro-batch."""
+        self.totals.divergence = self.totals.divergence + divergence.detach()
+        self.totals.leashed += replayed["documents"]["weight_sum"]
+        return divergence * (self.config.training.replay_kl or 0.0)
+
+    def _hold(self, half_square: Tensor) -> Tensor:
+        """Returns what ``training.ewc`` makes of the change of the weights."""
+        held = half_square * (self.config.training.ewc or 0.0)
+        self.totals.penalty = held.detach()
+        return held
 
 
 def computed_type(args: Any) -> torch.dtype:

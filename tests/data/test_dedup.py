@@ -60,6 +60,27 @@ def test_who_says_it_and_which_mode_make_a_difference_and_weights_do_not(tmp_pat
     assert clean(file, deduplicate="exact")[0] == {"a": [1, 2, 3]}
 
 
+def test_what_is_masked_makes_a_difference(tmp_path: Path) -> None:
+    """Rows of the same text of which each teaches something else: code that is run or only shown, one turn or another,
+    an answer that is wanted or not."""
+    asked = {"role": "user", "content": "x"}
+    shown = [{"type": "text", "text": "<|python_start|>1 + 1<|python_end|>"}]
+    run = [{"type": "python", "text": "1 + 1"}]
+    turns = [asked, {"role": "assistant", "content": "y"}, asked, {"role": "assistant", "content": "z"}]
+    first, last = ([{**t, "train": False} if i == n else t for i, t in enumerate(turns)] for n in (3, 1))
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": shown}]},
+        {"messages": [asked, {"role": "assistant", "content": run}]},
+        {"messages": first},
+        {"messages": last},
+        {"messages": turns[:2], "label": False},
+        {"messages": turns[:2], "label": True},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    assert clean(file, deduplicate="exact")[0] == {"a": [1, 2, 3, 4, 5, 6]}
+
+
 def test_near_duplicates_differ_in_little_and_short_questions_do_not_count_as_such(tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     long = words(0, 100)

@@ -188,14 +188,14 @@ def test_plain_text_stays_as_it_is() -> None:
 def test_what_is_not_used_is_told() -> None:
     unused: set[str] = set()
     row = {
-        "messages": [{**USER, "images": ["x"], "name": "Bo", "audio": None}, {**ANSWER, "citations": "[1]"}],
+        "messages": [{**USER, "image": "at x", "name": "Bo", "audio": None}, {**ANSWER, "citations": "[1]"}],
         "rejected": "b",
         "score": None,
     }
     form = detect(row)
     assert form is not None
     convert(row, form, unused)
-    assert unused == {"message key 'images'", "message key 'citations'", "column 'rejected'"}
+    assert unused == {"message key 'image'", "message key 'citations'", "column 'rejected'"}
 
 
 # ------------------------------------------------------------------ properties
@@ -260,7 +260,7 @@ FAULTS = [
     ({"messages": [{**USER, "tool_calls": [call("f", {})]}, ANSWER]}, "only an assistant may have tool_calls"),
     ({"messages": [{**USER, "reasoning": "r"}, ANSWER]}, "only an assistant may have reasoning"),
     (chat(content=""), "message 1: an assistant turn with neither content nor tool_calls"),
-    (chat(content=5), "'content' must be a text or a list of typed parts, got a int"),
+    (chat(content=5), "'content' must be a text or a list of typed parts, got a number"),
     (chat(content="x", weight=-1), "must not be negative"),
     (chat(content="x", weight=float("nan")), "must not be negative or infinite"),
     (chat(content="x", train="no"), "'train' has the wrong type"),
@@ -271,8 +271,14 @@ FAULTS = [
     (chat(content="", tool_calls=[{"function": {}}]), "needs a function with a 'name'"),
     (chat(content="", tool_calls=[]), "neither content nor tool_calls"),
     (chat(content="", tool_calls="f"), "'tool_calls' is not valid JSON"),
-    (chat(content="", tool_calls=5), "'tool_calls' must be a list of calls, got a int"),
-    (chat(content=[{"type": "image", "url": "x"}]), "a content part of type 'image' cannot be trained on"),
+    (chat(content="", tool_calls=5), "'tool_calls' must be a list of calls, got a number"),
+    (chat(content=[{"type": "image", "url": "x"}]), "a content part of type 'image': only text is trained here"),
+    (chat(content=[{"type": "input_audio", "data": "x"}]), "part of type 'input_audio': only text is trained here"),
+    (chat(content=[{"type": "file", "url": "x"}]), "a content part of type 'file' cannot be trained on"),
+    ({**chat(content="x"), "images": ["a.png"]}, "column 'images': only text is trained here"),
+    ({**chat(content="x"), "image": {"bytes": b"1", "path": None}}, "column 'image': only text is trained here"),
+    ({**chat(content="x"), "videos": '["a.mp4"]'}, "column 'videos': only text is trained here"),
+    (chat(content="x", images=["a.png"]), "message key 'images': only text is trained here"),
     (chat(content=[{"type": "text"}]), "needs a text under 'value'"),
     (chat(content=[{"type": "text", "value": "x"}, {"type": "reasoning", "value": "r"}]), "a template writes it first"),
     ({**chat(content="x"), "tools": {}, "system": 5}, "system column must hold a text"),

@@ -1,15 +1,17 @@
-"""How long documents are and in which language they answer, as bars of text."""
+"""How long documents are and in which language they answer, as bars."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from page_check import checked
 
 from qlora_sft.cli import main
-from qlora_sft.data.histograms import bars, evenly, lengths, supervised_text
+from qlora_sft.data.histograms import drawn, evenly, lengths, supervised_text
 from qlora_sft.data.language import UNKNOWN, language_of
 from qlora_sft.data.render import Rendered
 
@@ -61,11 +63,11 @@ def test_every_length_is_in_its_class(tokens: list[int]) -> None:
 
 
 def test_bars_are_as_long_as_the_counts() -> None:
-    lines = bars([("a", 40), ("bb", 1), ("c", 0)]).splitlines()
-    assert [line.count("█") for line in lines] == [40, 1, 0]
-    assert lines[0].startswith("   a █")
-    assert lines[1].endswith(" 1 (2.4%)")
-    assert bars([]) == ""
+    picture = drawn("lengths", [("a<b", 40), ("bb", 1), ("c", 0)])
+    assert re.findall(r'class="part" width="(\d+)"', picture) == ["1000", "25", "0"]
+    assert re.findall(r"<small>(.*?)</small>", picture) == ["40 (97.6%)", "1 (2.4%)", "0 (0.0%)"]
+    assert '<span title="a&lt;b">a&lt;b</span>' in picture
+    assert drawn("lengths", []) == ""
 
 
 def test_documents_are_looked_at_from_end_to_end() -> None:
@@ -89,8 +91,9 @@ def test_the_page_has_them_by_source(make_config: Any, tmp_path: Path, capsys: p
     make_config(rows=rows)
     assert main(["preview", str(tmp_path / "config.yaml"), "--html", str(tmp_path / "page.html"), "--json"]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "chat: tokens per document" in page
-    assert "chat: language of what is supervised, guessed, in 3 documents" in page
-    line = next(line for line in page.splitlines() if "German" in line and "█" in line)
-    assert line.endswith(" 2 (66.7%)")
+    checked(page)
+    assert 'aria-label="chat: tokens per document"' in page
+    assert "language of what is supervised, guessed, in 3 documents" in page
+    assert re.search(r'>German</span><svg.*?class="part" width="1000".*?<small>2 \(66\.7%\)</small>', page)
+    assert re.search(r'>French</span><svg.*?class="part" width="500".*?<small>1 \(33\.3%\)</small>', page)
     assert json.loads(capsys.readouterr().out)["rows"]

@@ -70,7 +70,7 @@ def kinds(findings: list[Finding]) -> list[tuple[str, str, str | None]]:
 
 @pytest.mark.parametrize(
     ("asked", "answered", "level"),
-    [(700, 8, "error"), (120, 18, "warning"), (30, 60, None), (5, 60, None), (1, 700, "error")],
+    [(700, 8, "error"), (120, 18, "warning"), (30, 60, None), (5, 60, None), (1, 700, "warning")],
 )
 def test_the_share_that_is_supervised(tmp_path: Path, tokenizer: Any, asked: int, answered: int, level: str) -> None:
     rows = [row(n, asked, answered) for n in range(20)]
@@ -96,6 +96,26 @@ def test_the_causes_of_little_supervision_are_named_with_counts(tmp_path: Path, 
     assert "masked answers (20 of 40 assistant turns" in texts["masked"]
     assert "long prompts, 9" in texts["long"]
     assert all("(in 20 rows). If it is meant so, set data.train.0.allow_share=true" in text for text in texts.values())
+
+
+def test_the_causes_of_much_supervision_are_named_with_counts(tmp_path: Path, tokenizer: Any) -> None:
+    """A story is trained with a word of warning; a prompt that stands in the answer, or other turns, are pointed at."""
+    story = [row(n, 1, 700) for n in range(20)]
+    repeated, dialogues = [row(n, 8, 700) for n in range(20)], [row(n, 1, 700) for n in range(20)]
+    for question, answer in (each["messages"] for each in repeated[:15]):
+        answer["content"] = f"{question['content']}\n{answer['content']}"
+    for _, answer in (each["messages"] for each in dialogues[:4]):
+        answer["content"] += "\n### Human: And then?\nNothing."
+    texts = {}
+    for name, rows in (("story", story), ("repeated", repeated), ("dialogues", dialogues)):
+        (finding,) = found(config_of(tmp_path, {name: rows}), tokenizer)
+        assert finding.level == "warning"
+        texts[name] = finding.text.partition("likely because of ")[2]
+    assert texts["story"].startswith("short prompts, 5 characters a row beside 2,")
+    assert texts["repeated"].startswith(
+        "15 of 20 rows have answers in which the prompt stands once more; short prompts,"
+    )
+    assert texts["dialogues"].startswith("4 of 20 rows have answers with other turns in them (User: ...)")
 
 
 def test_what_has_no_masked_prompts_is_not_judged_by_the_share(tmp_path: Path, tokenizer: Any) -> None:

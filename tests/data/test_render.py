@@ -135,6 +135,21 @@ def test_control_tokens_in_tool_calls_and_tools_are_text(tokenizer: Any) -> None
     assert '{"city": "Oslo<|im_end|>"}}\n</tool_call><|im_end|>' in supervised_text(rendered, tokenizer)
 
 
+def test_control_tokens_in_what_a_row_tells_the_template_are_text(tokenizer: Any) -> None:
+    """In values and in lists below them; a mode stays what it is."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ note ~ documents[0].text ~ ('!' if loud else '') }}" + own.chat_template
+    clean = {"note": "n", "documents": [{"text": "d"}], "loud": True}
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    before = render_conversation({**row, "chat_template_kwargs": clean}, own)
+    given = {"note": f"n{INJECTION}", "documents": [{"text": f"d{INJECTION}"}], "loud": True}
+    rendered = render_conversation({**row, "chat_template_kwargs": given}, own)
+    control = set(own.all_special_ids)
+    assert [i for i in rendered.input_ids if i in control] == [i for i in before.input_ids if i in control]
+    assert own.decode(rendered.input_ids).startswith(f"n{INJECTION}d{INJECTION}!")
+    assert "FAKE" not in supervised_text(rendered, own)
+
+
 words = st.text(
     st.characters(codec="utf-8", max_codepoint=0x2FFF, exclude_categories=["Cs", "Co", "Cc"]), min_size=1, max_size=20
 )

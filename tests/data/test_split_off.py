@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.near import PERMUTATIONS, families, similarity, sketch
+from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.sources import Source
 from qlora_sft.data.splits import RunSources, read_data, read_held_out, read_trained
 from qlora_sft.errors import ConfigError, DataError
@@ -121,6 +122,35 @@ def test_a_source_of_one_pattern_is_an_error_with_its_cure(tmp_path: Path) -> No
     rows = {"a": [altered(1, n) for n in range(20)], "b": [row(n) for n in range(20)]}
     with pytest.raises(DataError, match=r"no row of 'a' can be held out, because its 20 rows are near duplicates"):
         split(config_of(tmp_path, rows, "data.held_out=10%"))
+
+
+def test_answers_that_are_not_wanted_are_not_held_out(tmp_path: Path) -> None:
+    """They are not measured, so that a small source would have nothing held out."""
+    rows = {"a": [row(n) if n % 10 == 0 else {**row(n), "label": False} for n in range(40)]}
+    for seed in range(4):
+        (held_out,) = split(config_of(tmp_path, rows, "data.held_out=25%", f"seed={seed}")).held_out
+        assert set(answers(held_out)) <= {text(n) for n in (0, 10, 20, 30)}
+        assert len(held_out.rows) == 1
+    one = {"a": rows["a"][1:11]}
+    with pytest.raises(DataError, match=r"no row of 'a' can be held out, because it has only one row; .*held_out: 0%"):
+        split(config_of(tmp_path, one, "data.held_out=25%"))
+    # Which is for the renderer to say: nothing of it can be trained.
+    assert split(config_of(tmp_path, {"a": rows["a"][1:9]}, "data.held_out=25%")).held_out == []
+
+
+def test_a_row_that_is_held_out_and_too_long_is_an_error_that_says_so(tmp_path: Path, tokenizer: Any) -> None:
+    long = row(2)
+    long["messages"][1]["content"] += " so" * 900
+    for seed in range(20):
+        config = config_of(tmp_path, {"a": [row(1), long]}, "data.held_out=5%", "data.max_length=1500", f"seed={seed}")
+        (held_out,) = split(config).held_out
+        if answers(held_out)[0].endswith(" so"):
+            break
+    with pytest.raises(
+        DataError, match=r"the 1 rows that were held out of 'a' cannot be measured \(too long: "
+    ) as told:
+        render_sources([held_out], config.data, tokenizer)
+    assert "hold out a larger share, take another seed, or set held_out: 0%" in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER
 from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import ConfigError, DataError
+from qlora_sft.evaluation import ask
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
 from qlora_sft.evaluation.compare import EvaluationReport, judged
@@ -119,12 +120,41 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(run: Path, file
     assert len(set(texts)) > 1
 
 
+def test_an_interrupted_evaluation_goes_on_with_its_answers(
+    run: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, calls, own = tasks(files, "numbers", samples=2), [], ask.generate
+    whole = rows_of(evaluate_run(run, asked, say=lambda _: None), "numbers")
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr(ask, "generate", interrupted)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, asked, say=said.append)
+    assert said[-1] == "the answers that were given are kept; the same command goes on with them"
+    (kept,) = (run / "evaluation" / "unfinished").iterdir()
+    other = kept.with_name("other.jsonl")
+    other.write_text("{}")
+    # Another seed is another evaluation, and this one's answers wait.
+    evaluate_run(run, asked, seed=1, say=said.append)
+    assert not any("kept from" in line for line in said)
+    assert rows_of(evaluate_run(run, asked, say=said.append), "numbers") == whole
+    assert "numbers: 12 answers are kept from an evaluation that was interrupted" in said
+    assert [*kept.parent.iterdir()] == [other]
+
+
 def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str, str]) -> None:
     said: list[str] = []
     result = evaluate_run(run, tasks(files, "numbers", samples=3), say=said.append)
     (report,) = result.tasks
     assert json.loads((run / "evaluation" / "numbers.json").read_text()).items() < report.to_json().items()
-    assert set(report.tuned) == {"pass@1", "pass@2", "pass@3", "ended", "distinct", "length", "repetition"}
+    about = {"ended", "distinct", "length", "repetition", "entropy", "self-BLEU", "distinct-2"}
+    assert set(report.tuned) == {"pass@1", "pass@2", "pass@3", *about}
     assert sum(report.for_rl.values()) == pytest.approx(1)
     row = rows_of(result, "numbers")[5]
     assert row["question"] == "How much is 5 and 5?"
@@ -138,11 +168,18 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
 def test_a_diagnosis_asks_everything_in_other_ways(run: Path, files: dict[str, str], tmp_path: Path) -> None:
     said: list[str] = []
     kept = tmp_path / "kept.jsonl"
-    result = diagnose_run(run, tasks(files, "numbers", "texts"), {"max_rows": 6}, say=said.append)
+    short = {"max_rows": 6, "max_new_tokens": 6}
+    result = diagnose_run(run, tasks(files, "numbers", "texts"), short, say=said.append)
     names = ["numbers", "texts", "benign", "numbers-4-shot", "numbers-labelled", "numbers-polite"]
     assert [report.name for report in result.tasks][:6] == names
     assert result.diagnosis is not None
     assert any(line.startswith(f"verdict: {result.diagnosis.verdict}") for line in said)
+    (table,) = (line for line in said if line.startswith("how open the answers are"))
+    shown = [line.split()[-6:-4] for line in table.splitlines() if "entropy  " in line]
+    assert shown == [
+        [f"{each[w]['entropy']:.3f}" for w in ("base", "tuned")]
+        for each in (report.to_json() for report in result.tasks if report.name in ("numbers", "benign"))
+    ]
     shown = rows_of(result, "numbers-4-shot")[0]["conversation"]["messages"]
     assert [message["role"] for message in shown] == ["user", "assistant"] * 4 + ["user"]
     assert keep_right(result, kept) == (sum(row["tuned"]["right"] > 0 for row in rows_of(result, "numbers")), 6)

@@ -11,24 +11,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation import generate as module
-from qlora_sft.evaluation.generate import Generated, batches, generate
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
+from qlora_sft.evaluation.generate import Drawn, batches, generate
+from qlora_sft.evaluation.kept import Generated, KeptAnswers
 from qlora_sft.say import progress
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> Any:
+def model(convertible_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    return AutoModelForCausalLM.from_pretrained(convertible_model).eval()
 
 
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 7, 7, 21, 12, 30)]
 
 
+def asked(model: Any, tokenizer: Any, stops: Collection[int] = (2,)) -> EvaluatedModel:
+    return EvaluatedModel(model, tokenizer, ChatFormat("", "a test", frozenset(stops)), torch.float32)
+
+
 def greedy(model: Any, tokenizer: Any, stops: Collection[int] = (2,)) -> list[Generated]:
-    return generate(model, tokenizer, PROMPTS, 5, torch.float32, stops)
+    return generate(asked(model, tokenizer, stops), PROMPTS, 5)
 
 
 @given(st.lists(st.integers(1, 9000), max_size=200), st.integers(0, 4000))
@@ -110,13 +117,28 @@ def test_what_the_model_was_published_with_has_no_say(model: Any, tokenizer: Any
     assert model.generation_config.repetition_penalty == 5.0
 
 
+def test_the_entropy_is_that_of_every_next_token(model: Any, tokenizer: Any) -> None:
+    """Of the answer as a whole, read once more without padding; drawn or not, before the temperature."""
+    for drawn in (None, Drawn(0.5, 0)):
+        for prompt, answer in zip(PROMPTS, generate(asked(model, tokenizer), PROMPTS, 5, drawn), strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
+            wanted = float(torch.distributions.Categorical(logits=logits.float()).entropy().mean())
+            assert answer.entropy == pytest.approx(wanted, rel=1e-4)
+    stop = generate(asked(model, tokenizer), PROMPTS, 5)[1].ids[3]
+    ended = generate(asked(model, tokenizer, {stop}), PROMPTS, 5)[1]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*PROMPTS[1], *ended.ids]])).logits[0, len(PROMPTS[1]) - 1 :]
+    wanted = float(torch.distributions.Categorical(logits=logits.float()).entropy().mean())
+    assert ended.entropy == pytest.approx(wanted, rel=1e-4)
+
+
 def test_sampling_draws_from_the_whole_distribution(model: Any, tokenizer: Any) -> None:
     """First tokens of 2,000 samples against the softmax at that temperature: no top-k, no top-p."""
     prompt, temperature = PROMPTS[1], 0.1
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-    torch.manual_seed(0)
-    drawn = generate(model, tokenizer, [prompt] * 2000, 1, torch.float32, {2}, temperature)
+    drawn = generate(asked(model, tokenizer), [prompt] * 2000, 1, Drawn(temperature, 0))
     counts = torch.bincount(torch.tensor([answer.ids[0] for answer in drawn if answer.ids]), minlength=len(p))
     likely = p.topk(20).indices
     expected = p[likely] * 2000
@@ -124,3 +146,33 @@ def test_sampling_draws_from_the_whole_distribution(model: Any, tokenizer: Any) 
     different = float((1 - (1 - p) ** 2000).sum())
     assert different > 60
     assert int((counts > 0).sum()) == pytest.approx(different, rel=0.1)
+
+
+@pytest.mark.parametrize("drawn", [None, Drawn(1.5, 3)])
+def test_what_is_interrupted_goes_on_to_the_same_answers(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Drawn | None
+) -> None:
+    """The second of several batches ends the process in the middle of a line; nothing that was answered is lost."""
+    monkeypatch.setattr(module, "PROMPTS", 2)
+    evaluated, kept, calls, own = asked(model, tokenizer), KeptAnswers(tmp_path / "kept.jsonl"), [], model.generate
+    whole = generate(evaluated, PROMPTS, 5, drawn)
+    before = torch.get_rng_state()
+
+    def interrupted(**options: Any) -> Any:
+        calls.append(len(options["input_ids"]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(**options)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(evaluated, PROMPTS, 5, drawn, kept)
+    assert len(kept.read()) == calls[0]
+    with kept.file.open("a") as file:
+        file.write('{"prompt": 1, "ids": [4')
+    calls.extend([0, 0])
+    assert generate(evaluated, PROMPTS, 5, drawn, kept) == whole
+    assert sum(calls[4:]) == len(PROMPTS) - calls[0]
+    assert generate(evaluated, PROMPTS, 5, drawn, kept) == whole
+    assert sum(calls[4:]) == len(PROMPTS) - calls[0]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -27,9 +27,11 @@ KINDS = ("bubblewrap", "namespaces")
 @pytest.fixture(autouse=True)
 def chosen_anew() -> Iterator[None]:
     """A process chooses its sandbox once; here others are tried."""
-    choose_sandbox.cache_clear()
+    for chosen in (choose_sandbox, sandbox._sized):
+        chosen.cache_clear()
     yield
-    choose_sandbox.cache_clear()
+    for chosen in (choose_sandbox, sandbox._sized):
+        chosen.cache_clear()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -142,7 +144,7 @@ def left_over(words: str) -> int:
 def test_memory_and_files_have_limits(shut_in: Sandbox) -> None:
     assert run("x = bytearray(10 * 2**30)", sandbox=shut_in) == "MemoryError"
     text = "for i in range(200):\n    open(f'f{i}', 'wb').write(bytes(2**20))\n"
-    if shut_in.name == "namespaces":
+    if shut_in.name == "namespaces" or sandbox._sized():
         assert "No space left" in run(text, sandbox=shut_in)
 
 

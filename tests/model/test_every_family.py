@@ -21,17 +21,20 @@ from qlora_sft.plan.weights import residents
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 # One of each way to mix tokens: gated delta nets, short convolutions, Mamba 2 beside attention and instead of it,
 # windows with shared keys, chunks, experts that are part of a model without recurrence, a family that is not told, a
-# window that only the configuration names.
-QUICK = ("qwen3_5_text", "lfm2", "falcon_h1", "granitemoehybrid", "gemma4_text", "llama4_text", "mamba", "mistral")
+# window that only the configuration names; of some, whole checkpoints with towers.
+QUICK = (
+    "qwen3_5_text", "lfm2", "falcon_h1", "granitemoehybrid", "gemma4", "llama4", "mamba", "mistral", "qwen2_5_vl",
+)  # fmt: skip
 WANTED = {
     "packed": (
         "bamba", "cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4",
         "glm4_moe", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "llama", "llama4_text", "mamba2", "ministral3",
         "mistral", "mixtral", "nemotron_h", "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe",
-        "qwen3_next", "smollm3", "zamba2",
+        "qwen3_next", "smollm3", "zamba2", "gemma3", "gemma4", "internvl", "lfm2_vl", "llama4", "mistral3",
+        "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "voxtral",
     ),
     "one at a time": ("mamba", "stablelm"),
-    "refused": ("bert",),
+    "refused": ("bert", "gpt2", "paligemma"),
 }  # fmt: skip
 PLANNED = (*QUICK, "gemma3", "gemma3n_text", "gpt_oss", "mamba2", "nemotron_h", "zamba2")
 TRIED = [kind for kind in architectures() if kind not in NOT_MADE]

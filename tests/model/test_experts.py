@@ -15,14 +15,17 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.config_lora import LoraModules
+from qlora_sft.errors import ConfigError
 from qlora_sft.export.logits import expand_4bit
 from qlora_sft.lora_from import adapter_settings, setting_of_adapter
 from qlora_sft.model import experts_load
-from qlora_sft.model.experts import out_of_reach, stack_shape, stacks, target_parameters, weight_of
+from qlora_sft.model.experts import out_of_reach, parts_of, stack_shape, stacks, target_parameters, weight_of
 from qlora_sft.model.experts_lora import ExpertsLora, use_experts_lora
+from qlora_sft.model.experts_scored import ChosenExperts
 from qlora_sft.model.linears import peft_settings
 from qlora_sft.model.load import disable_inference_repacking, load_base, quantized_modules, with_adapter
 from qlora_sft.model.peft_targets import as_named, write_portable_targets
@@ -74,7 +77,7 @@ def test_nearly_all_of_the_blocks_is_in_nf4_and_each_expert_has_the_bits_of_a_la
     for path, module, name in list(stacks(model))[:2]:
         assert f"{path}.{name}" in quantized_modules(model)
         whole = getattr(dense.get_submodule(path), name)[1].detach()
-        parts = whole.chunk(2) if name == "gate_up_proj" and not module.is_transposed else [whole]
+        parts = whole.chunk(2) if name == "gate_up_proj" and parts_of(module, name) == 2 else [whole]
         # As rows that are as long as they can be: see `NF4Stack.dequantize`.
         alone = [Params4bit(p.reshape(1, -1), requires_grad=False, quant_type="nf4").to("cpu") for p in parts]
         expected = torch.cat([dequantize_4bit(p.data, p.quant_state).flatten() for p in alone])
@@ -126,6 +129,9 @@ def expanded(folder: Path) -> Any:
     model = in_nf4(folder)
     expand_4bit(model)
     model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, ChosenExperts):
+            module.__class__, module.experts.__class__ = Llama4TextMoe, Llama4TextExperts
     return model
 
 
@@ -188,7 +194,7 @@ def experts_alone(base: Any, folder: Path, path: str, kind: str) -> dict[str, Te
     return {**found, "x": x.grad, "weights": weights.grad}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"])
 def test_the_saved_adapter_is_pefts_own(family: str, tmp_path: Path) -> None:
     """Plain PEFT loads it onto the dense base, and it gives the same model."""
     write_base(tmp_path / "base", family)
@@ -207,6 +213,19 @@ def test_the_saved_adapter_is_pefts_own(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
         with ours.disable_adapter():
             torch.testing.assert_close(ours(IDS).logits, expanded(tmp_path / "base")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_peft_loads_dora_beside_frozen_experts_and_what_it_could_not_load_is_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", "deepseek_v3")
+    with pytest.raises(ConfigError, match=r"lora\.dora: PEFT could not load.* takes down_proj, gate_proj, up_proj for"):
+        adapted(in_nf4(tmp_path / "base"), experts=False, dora=True)
+    ours = adapted(in_nf4(tmp_path / "base"), experts=False, dora=True, target_modules=["q_b_proj", "o_proj"]).eval()
+    ours.save_pretrained(tmp_path / "adapter")
+    write_portable_targets(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(expanded(tmp_path / "base"), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        assert (theirs(IDS).logits - expanded(tmp_path / "base")(IDS).logits).abs().max() > 0.1
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_peft_finds_the_rank_and_the_alpha_of_every_layer_beside_the_experts(tmp_path: Path) -> None:

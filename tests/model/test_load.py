@@ -91,7 +91,9 @@ def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tok
     """bitsandbytes repacks NF4 weights at the first inference and never undoes it."""
     from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import render_conversation
+    from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.answers import prompts_of
+    from qlora_sft.evaluation.evaluated_model import EvaluatedModel
     from qlora_sft.evaluation.generate import generate
     from qlora_sft.evaluation.held_out import held_out_loss
     from qlora_sft.model.loss import batch_loss
@@ -106,7 +108,8 @@ def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tok
 
     before = gradient()
     held_out_loss(nf4_model, {"s": [document]}, 512, torch.bfloat16)
-    generate(nf4_model, tokenizer, [prompt.input_ids for prompt in prompts_of(document)], 3, torch.bfloat16, {2})
+    evaluated = EvaluatedModel(nf4_model, tokenizer, ChatFormat("", "a test", frozenset({2})), torch.bfloat16)
+    generate(evaluated, [prompt.input_ids for prompt in prompts_of(document)], 3)
     after = gradient()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(g.abs().max() > 0 for g in before.values())

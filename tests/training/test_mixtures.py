@@ -164,6 +164,11 @@ def test_experts_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
     check_layers(configured(tmp_path, folder)("lora.experts=frozen"), str(folder))
 
 
+def test_a_model_that_also_sees_is_loaded_without_unsloth(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mistral3", "text_config": {"model_type": "mistral"}}')
+    assert why_not_unsloth(configured(tmp_path, tmp_path)()).startswith("the base also sees")
+
+
 def test_a_mixture_is_loaded_without_unsloth(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", "mixtral")
     obstacle = why_not_unsloth(configured(tmp_path, folder)())
