@@ -48,6 +48,9 @@ class RopeScaling:
     """YaRN stretches frequencies by the whole factor that turn less often than this; default: 1."""
 
 
+AttentionWay = Literal["varlen", "sdpa", "flash3", "flash4"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Names the base model and says how it is loaded."""
@@ -79,11 +82,12 @@ class ModelConfig:
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"
-    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of FlashAttention. ``sdpa``
-    makes one call per document, which is faster where documents are long. ``auto`` decides by their lengths and the
-    GPU, and says why. There is only one way on a CPU, with capped logits or attention sinks, and on GPUs without
-    FlashAttention, whatever this says."""
+    attention: Literal["auto", "varlen", "sdpa", "flash3", "flash4"] = "auto"
+    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of torch's FlashAttention,
+    ``flash3`` and ``flash4`` in one of these versions, where torch and their packages have them. ``sdpa`` makes one
+    call per document, which is often faster where documents are long. ``auto`` measures for a second before the run
+    and prints the figures; a run that goes on keeps the way. There is only one on a CPU, with capped logits or
+    attention sinks, and on GPUs without FlashAttention, whatever this says."""
     rope_scaling: RopeScaling | None = None
     """Needed if ``data.max_length`` exceeds the positions of the model. The merged model and the GGUF carry it."""
 

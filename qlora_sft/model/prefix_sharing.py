@@ -144,7 +144,10 @@ def tree_differs(size: int, dtype: torch.dtype, device: str = "cuda", flash: Fla
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"failed: {first_line(error)}"
     right = run(exact, CPU)
-    worst = max(float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
+    worst = max(
+        float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm())
+        for a, b in zip(found, right, strict=True)
+    )
     return None if worst <= TOLERANCE[dtype] else f"differs from plain products by {worst:.1e}"
 
 

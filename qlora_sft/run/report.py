@@ -156,6 +156,8 @@ class RunReport(Report):
     """Format of its files, MXFP4 or FP8, if it was trained on a 16-bit copy of them; ``base_sha256`` is the copy's."""
     data_sha256: str | None = None
     dtype: str
+    attention: Choice | None = None
+    """How a GPU attends inside documents, with what was measured. None in runs of earlier versions."""
     quantized_modules: list[str]
     """Layers of the base whose weights went through NF4."""
     loss: dict[str, Pair]

@@ -12,10 +12,10 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import disk_error
-from qlora_sft.config import Config, load_config
+from qlora_sft.config import AttentionWay, Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import KEYS, adapter_folder
@@ -37,6 +37,8 @@ ACCEPTS = ".allow_share"
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
+# The ways to attend by their names, as begun.json has them.
+WAYS: dict[str, AttentionWay] = {way: way for way in get_args(AttentionWay)}
 # What a run takes from the adapter of lora.from.
 TAKEN = tuple(f"lora.{key}" for key in (*KEYS, "init"))
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
@@ -156,12 +158,12 @@ def as_begun(config: Config, run: Path, say: Say) -> Config:
     with, where it leaves them open: the main branch of the base may have moved, and another device may choose
     otherwise."""
     begun, model = _begun(run), config.model
-    commit, way = begun.get("base_commit"), begun.get("attention")
+    commit, way = begun.get("base_commit"), str(begun.get("attention"))
     if isinstance(commit, str) and model.revision == load_config(run / "config.yaml").model.revision:
         say(f"base: {model.path} at commit {commit}, with which this run began")
         model = dataclasses.replace(model, revision=commit)
-    if way in ("varlen", "sdpa") and model.attention == "auto":
-        model = dataclasses.replace(model, attention="sdpa" if way == "sdpa" else "varlen")
+    if way in WAYS and model.attention == "auto":
+        model = dataclasses.replace(model, attention=WAYS[way])
     lora = config.lora
     if _lost_adapter(config):
         say(f"lora.from: {lora.from_} is gone; the checkpoint has all of it")

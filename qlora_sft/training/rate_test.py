@@ -34,6 +34,7 @@ from qlora_sft.model.setup import prepare_model
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say, progress
 from qlora_sft.training.rate_curve import RateReport, Tried, rate_page, smoothed, suggest
+from qlora_sft.training.recipe import how_to_attend
 from qlora_sft.training.steps import settle_accumulation
 from qlora_sft.training.trainer import PackedSFTTrainer, sft_config
 
@@ -64,9 +65,9 @@ def try_rates(config: Config, data: RunData, page: Path, say: Say) -> RateReport
     """
     config, told = settle_accumulation(config, data.packed.tokens)
     dtype, _ = compute_dtype(config.model.dtype)
-    counted = sizes(data.documents)
+    attention = how_to_attend(config, data, dtype, sizes(data.documents).tokens)
     tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
+    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
     if config.lora.init == "eva":
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
     memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)

@@ -21,7 +21,8 @@ from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.attention_choice import AttentionChoice
+from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.ewc import ANCHORS, Anchors, load_anchors, measure_anchors
 from qlora_sft.model.fingerprint import fingerprint
@@ -29,6 +30,7 @@ from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
@@ -68,7 +70,9 @@ def run_recipe(
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
-        beginning = begins_with(config, data, dtype, counted.tokens)
+        # Each measures for itself; what the first one finds is taken by all.
+        attention = ranks.gather(how_to_attend(config, data, dtype, counted.tokens))[0]
+        beginning = begins_with(config, data, dtype, attention)
         check_beginning(run, beginning, checkpoint)
         questions = questions_while_training(config, data, say)
         settled = settled_steps(config, data, say)
@@ -77,7 +81,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
@@ -123,6 +127,7 @@ def run_recipe(
         base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
+        attention=Choice(*attention),
         quantized_modules=quantized_modules(model),
         loss=pair(before.loss, after.loss),
         exact_match=pair(before.exact_match, after.exact_match),
@@ -213,9 +218,19 @@ def anchors_of(
     return anchors
 
 
-def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
-    """Returns what a run that goes on must find again. lengths: tokens of its documents."""
+def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
+    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several."""
+    if data.backend.name == "unsloth":
+        return AttentionChoice("varlen", "as Unsloth does it")
+    if data.packed.shares_prefixes and config.model.attention == "auto":
+        return AttentionChoice("varlen", "rows share prefixes, which torch's own kernels compute part by part")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    understood = read_settings(config, data.base).get_text_config()
+    return settle_attention(understood, config.model.attention, device, dtype, lengths)
+
+
+def begins_with(config: Config, data: RunData, dtype: torch.dtype, attention: AttentionChoice) -> Beginning:
+    """Returns what a run that goes on must find again."""
     return Beginning(
         data_sha256=data_digest(data.train.documents.values(), data.sequences),
         base_sha256=fingerprint(data.base),
@@ -223,7 +238,7 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         backend=data.backend.name,
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
         base_commit=data.commit,
-        attention=choose_way(config.model.attention, device, lengths).way,
+        attention=attention.way,
         shares_prefixes=data.packed.shares_prefixes,
         lora_from_sha256=adapter_digest(config.lora.from_),
         processes=join_ranks().size,

@@ -20,6 +20,7 @@ from transformers import Trainer
 from qlora_sft import run_data
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, DataError, Interrupted
+from qlora_sft.run.report import Choice
 from qlora_sft.strict import as_tree
 from qlora_sft.train import train
 from qlora_sft.training import recipe as module
@@ -199,14 +200,17 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
     other = make_config(*SHORT, *as_meant[1:], "model.dtype=float16", f"output={run}")
     with pytest.raises(ConfigError, match=r"model\.dtype was 'auto' when .* began and is 'float16' now"):
         train(other, resume=True, say=lambda _: None)
-    (run / "begun.json").write_text(json.dumps({**begun, "attention": "sdpa"}))
-    assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == "sdpa"
+    for way in ("sdpa", "flash4"):
+        (run / "begun.json").write_text(json.dumps({**begun, "attention": way}))
+        assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == way
     # A run of a version that knew no sharing packed every row alone.
     old = {key: value for key, value in begun.items() if key != "shares_prefixes"}
     (run / "begun.json").write_text(json.dumps(old))
     assert as_begun(make_config(*SHORT), run, lambda _: None).data.share_prefixes == "off"
     (run / "begun.json").write_text(json.dumps(begun))
-    assert train(named, resume=True, say=lambda _: None).resumed_at == 2
+    report = train(named, resume=True, say=lambda _: None)
+    assert report.resumed_at == 2
+    assert report.attention == Choice("varlen", "model.attention=varlen")
 
 
 def test_a_finished_run_is_not_gone_on_with(whole_config: Config) -> None:
