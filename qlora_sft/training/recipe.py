@@ -15,7 +15,7 @@ import torch
 
 from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
-from qlora_sft.data.documents import sizes
+from qlora_sft.data.documents import Sizes, sizes
 from qlora_sft.errors import RunError
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
@@ -36,7 +36,7 @@ from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.run.manifest import write_manifest
-from qlora_sft.run.report import Choice, RunReport
+from qlora_sft.run.report import Choice, OrderReport, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
@@ -70,8 +70,7 @@ def run_recipe(
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
-        # Each measures for itself; what the first one finds is taken by all.
-        attention = ranks.gather(how_to_attend(config, data, dtype, counted.tokens))[0]
+        attention = how_to_attend(config, data, dtype, counted.tokens)
         beginning = begins_with(config, data, dtype, attention)
         check_beginning(run, beginning, checkpoint)
         questions = questions_while_training(config, data, say)
@@ -105,9 +104,7 @@ def run_recipe(
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
         begin_folder(run, config, beginning, anchors, before, asked)
-    say.keep_in(run)
-    order = record_data(run, data.sequences, data.removed)
-    keep_trained_on(run, settled, data, counted)
+    order = keep_records(run, settled, data, counted, say)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
@@ -173,6 +170,13 @@ def begin_folder(
         keep_baseline(run, before, asked)
 
 
+def keep_records(run: Path, settled: Config, data: RunData, counted: Sizes, say: Said) -> OrderReport:
+    """Writes what is said and what is trained on into the folder; returns the order of the packed sequences."""
+    say.keep_in(run)
+    keep_trained_on(run, settled, data, counted)
+    return record_data(run, data.sequences, data.removed)
+
+
 def evaluate_before(
     evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
 ) -> Evaluation:
@@ -219,14 +223,17 @@ def anchors_of(
 
 
 def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
-    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several."""
+    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several.
+
+    Each process measures for itself; what the first one finds is taken by all.
+    """
     if data.backend.name == "unsloth":
         return AttentionChoice("varlen", "as Unsloth does it")
     if data.packed.shares_prefixes and config.model.attention == "auto":
         return AttentionChoice("varlen", "rows share prefixes, which torch's own kernels compute part by part")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     understood = read_settings(config, data.base).get_text_config()
-    return settle_attention(understood, config.model.attention, device, dtype, lengths)
+    return join_ranks().gather(settle_attention(understood, config.model.attention, device, dtype, lengths))[0]
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, attention: AttentionChoice) -> Beginning:

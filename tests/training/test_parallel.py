@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,7 +48,10 @@ class Launched(NamedTuple):
 
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=600)
+    path = os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")])  # where tests_support is
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = (sys.executable, "-m", *command)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
