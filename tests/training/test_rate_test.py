@@ -13,7 +13,7 @@ from conftest import MakeConfig, conversation
 
 from qlora_sft.cli import main
 from qlora_sft.training import rate_test
-from qlora_sft.training.rate_curve import Tried, smoothed, suggest, text_curve
+from qlora_sft.training.rate_curve import Tried, rate_page, smoothed, suggest, text_curve
 from qlora_sft.training.rate_test import HIGHEST, LOWEST, STEPS, rate_of
 
 
@@ -35,7 +35,8 @@ def test_it_is_a_tenth_of_where_the_loss_is_lowest(best: float) -> None:
         rate, reason = suggest(planted(best, 0.8, seed))
         assert rate is not None
         assert best / 10 / 2 <= rate <= best / 10 * 3, seed
-        assert f"{rate:.0e}" == f"{float(f'{rate:.0e}'):.0e}"
+        assert rate == float(f"{rate:.0e}")
+        assert f"{rate:.0e}"[0] in "1235"
         assert "a tenth of" in reason
 
 
@@ -64,6 +65,12 @@ def test_the_curve_is_drawn_as_text() -> None:
     assert rows[lowest].index("*") < 0.65 * len(rows[lowest]) < len(rows[0].rstrip())
     assert "1e-6" in drawn[-1]
     assert "1e0" in drawn[-1]
+
+
+def test_the_page_has_the_name_of_the_folder_as_text() -> None:
+    drawn = rate_page(planted(1e-3, 0.8, 0), None, "why", "Learning rates for runs/<b>&")
+    assert "<h1>Learning rates for runs/&lt;b&gt;&amp;</h1>" in drawn
+    assert "<b>&" not in drawn
 
 
 def test_it_suggests_a_rate_and_leaves_the_run_alone(
