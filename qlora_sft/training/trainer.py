@@ -265,8 +265,12 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
         """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
-        if self._obstacle is not None or not inputs["lengths"]:
-            return torch.zeros((), device=self.args.device)
+        zero, scaler = torch.zeros((), device=self.args.device), self.accelerator.scaler
+        if self._obstacle is not None:
+            return zero
+        if not inputs["lengths"]:
+            # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
+            return zero if scaler is None else scaler.scale(zero)
         loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
@@ -275,7 +279,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
             self._done = len(so_far) - 1
             self._obstacle = obstacle
-        return torch.zeros((), device=self.args.device) if loss is None else loss
+        return zero if loss is None else loss
 
     def _end_group(self, model: CausalModel) -> None:
         """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""
