@@ -199,3 +199,31 @@ def test_the_template_of_a_processor_is_found_and_gets_the_texts_in_parts(small_
     (base / "chat_template.json").write_text("{")
     with pytest.raises(ConfigError, match=r"chat_template\.json: damaged"):
         load_tokenizer(ModelConfig(str(base)), str(base))
+
+
+# As PARTS, but what a system says is written as it is, and so is what an assistant says before it calls a tool.
+MIXED = (
+    "{% for message in messages %}{{ '<' + message.role + '>' }}{% if message.role == 'system' or message.tool_calls %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_only_roles_whose_texts_are_written_in_parts_get_parts(small_tokenizer: Any) -> None:
+    system, user, answer, tool = (
+        {"role": role, "content": text}
+        for role, text in (("system", "be {brief}"), ("user", "why?"), ("assistant", "so"), ("tool", "4"))
+    )
+    row: Any = {"messages": [system, user, answer]}
+    assert apply(row, small_tokenizer, MIXED)[0] == "<system>be {brief}<user>why?<assistant>so"
+    assert prompt_text([system, user], MIXED, {}, None) == "<system>be {brief}<user>why?"
+    calling = {**answer, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(DataError, match="writes a text of 'assistant' as a list of parts"):
+        apply(cast(Any, {"messages": [user, calling, tool]}), small_tokenizer, MIXED)
+    empty: Any = {"messages": [user, {**calling, "content": ""}, tool]}
+    assert apply(empty, small_tokenizer, MIXED)[0] == "<user>why?<assistant><tool>4"
+    about = {"role": "assistant", "content": str({"type": "text", "text": "why?"})}
+    assert about["content"] in apply(cast(Any, {"messages": [user, about]}), small_tokenizer, MIXED)[0]
+    as_json = MIXED.replace("{{ message.content }}", "{{ message.content | tojson }}")
+    with pytest.raises(DataError, match="as a list of parts"):
+        apply(cast(Any, {"messages": [user, calling]}), small_tokenizer, as_json)
