@@ -74,9 +74,9 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     """Answers with the adapter on its NF4 base, as it was trained, or with a merged model."""
     from transformers import AutoTokenizer
 
+    from qlora_sft.model.base_tokenizer import read_tokenizer
     from qlora_sft.model.load import load_for_inference
     from qlora_sft.model.remote_code import check_folder
-    from qlora_sft.model.tokenizer import read_tokenizer
 
     tokenizer: PreTrainedTokenizerBase
     if is_run(path):

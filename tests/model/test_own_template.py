@@ -175,6 +175,18 @@ def test_new_tokens_alone_are_added_to_the_bases_own_template(make_config: Any, 
         make_config("model.new_tokens=['a b', '']")
 
 
+def test_marks_of_a_template_in_a_file_of_the_processors_stay_text(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=3)
+    (tmp_path / "own.jinja").write_text(LLAMA_2)
+    config = make_config(f"model.path={base}", f"model.chat_template={tmp_path / 'own.jinja'}")
+    assert new_rows(config.model, str(base))
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": LLAMA_2}))
+    assert new_rows(config.model, str(base)) == []
+    assert len(load_tokenizer(config.model, str(base))) == len(small_tokenizer)
+
+
 # As SmolVLM's: goes through the parts of a content, and writes those of text.
 PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% for part in message.content %}"
