@@ -1,7 +1,7 @@
 """Trains in several processes, as `torchrun` starts this file: one run after the other, with what may happen to them.
 
 Usage: torchrun --nproc-per-node 2 parallel_child.py CONFIG HELD_OUT. The runs are written beside the configuration.
-With ``killed`` or ``fails`` in place of HELD_OUT there is one run, whose second process ends so in its third step.
+With ``killed`` or ``fails`` in place of HELD_OUT there is one run, whose second process ends so in its second step.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ def all_runs(config: Path, held_out: str) -> None:
 
 
 def one_dies(config: Path, how: str) -> int:
-    """Trains a run whose second process ends in its third step."""
+    """Trains a run whose second process ends in its second step."""
     compute = PackedSFTTrainer.compute_loss
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if rank() == 1 and self.state.global_step == 2:
+        if rank() == 1 and self.state.global_step == 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("the second process has failed")
