@@ -54,42 +54,73 @@ def _done(arguments: argparse.Namespace) -> CommandResult:
     return action(arguments)
 
 
-def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: bool = False) -> int:
+def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: bool | None = None) -> int:
     """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
 
     An error is printed to stderr. One that is neither of this package nor a full disk or a faulty path is a fault of a
-    program, of which ``debug`` shows the place by raising it. Of several processes that train
-    together the first one prints the result, and the one that failed its error.
+    program, of which ``debug`` shows the place by raising it; None says that the command has no --debug. Of several
+    processes that train together the first one prints the result, and the one that failed its error.
     """
     quiet_libraries()
     try:
         result = action()
+        if as_json and not rank():
+            print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
+        sys.stdout.flush()  # here, where it can still be told that nobody reads it
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except EndedTogether as error:
         return error.exit_code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and (unread := [each for each in (1, 2) if _is_unread(each)]):
+            return _end_unread(unread)
         fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None and debug:
             raise
-        print(f"error: {fault or unexpected(error)}", file=sys.stderr)
+        print(f"error: {fault or unexpected(error, debug is not None)}", file=sys.stderr)
         return fault.exit_code if fault else 1
-    if as_json and not rank():
-        print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
 
 
-def unexpected(error: Exception) -> str:
+def _is_unread(stream: int) -> bool:
+    """Says whether the file descriptor ``stream`` is a pipe whose reader has gone."""
+    import select
+
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _end_unread(streams: list[int]) -> int:
+    """Ends without a word where the reader of the output has seen enough, as `head` has: what is left goes nowhere.
+
+    The exit code is 0 where only results were unread. Messages (2) come while there is work, which is then not done.
+    """
+    import os
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+    return 1 if 2 in streams else 0
+
+
+def unexpected(error: Exception, has_debug: bool) -> str:
     """Says of an error that nobody has foreseen what it is. Its traceback is kept in a file: hours may have gone by
-    until it came."""
+    until it came. has_debug: whether the command has the option --debug."""
     import tempfile
     import traceback
 
-    where = "--debug shows where"
-    with suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="qlora-sft-", suffix=".txt", delete=False) as file:
+    where = "--debug shows where" if has_debug else "there was no room for a file that says where"
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile(
+            "w", prefix="qlora-sft-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file,
+    ):
         file.write("".join(traceback.format_exception(error)))
-        where = f"{file.name} says where, and so does --debug"
+        where = f"{file.name} says where{', and so does --debug' if has_debug else ''}"
     return (
         f"{type(error).__name__}: {first_line(error)} (this is a fault of qlora_sft or of a library that it uses; "
         f"{where}, which is what a report of it needs)"

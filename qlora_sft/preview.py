@@ -69,8 +69,6 @@ def preview(
     documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
     packed = [[documents[index] for index in each] for each in shown]
-    if show:
-        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
     if page:
         from qlora_sft.atomic import written_file
         from qlora_sft.data.histograms import histograms
@@ -78,6 +76,8 @@ def preview(
         title, pictures = f"{config.output}: what is trained", histograms(data.train.documents, tokenizer)
         with written_file(Path(page)) as beside:
             beside.write_text(as_page(packed, tokenizer, title, ["\n\n".join(said), pictures], trees), "utf-8")
+    if show:  # last, because the reader of a pipe may have seen enough before its end
+        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
     findings = [asdict(finding) for finding in data.findings]

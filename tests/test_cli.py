@@ -1,6 +1,8 @@
+import io
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,54 @@ def test_json_goes_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert guarded(lambda: {"answer": 1}, as_json=True) == 0
     assert json.loads(capsys.readouterr().out) == {"answer": 1}
+
+
+@pytest.mark.parametrize("debug", [None, False])
+def test_an_unforeseen_error_names_the_file_of_its_traceback(
+    debug: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is in its text; and --debug where there is one, which the demo has not."""
+    from qlora_sft.cli import guarded
+
+    def fail() -> None:
+        raise ValueError("bad \udcff")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # As Python opens it.
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert guarded(fail, debug=debug) == 1
+    stderr.seek(0)
+    said = stderr.read()
+    (file,) = tmp_path.iterdir()
+    assert f"{file} says where" in said
+    assert ("--debug" in said) == (debug is False)
+    assert "ValueError: bad \\udcff" in file.read_text(encoding="utf-8")
+
+
+UNREAD = """
+import os, sys
+from qlora_sft.cli import guarded
+def act():
+    if "lost" in sys.argv:
+        raise BrokenPipeError(32, "a child has gone")
+    print("x" * 100_000)
+reader, writer = os.pipe()
+if "read" not in sys.argv:
+    os.close(reader)
+os.dup2(writer, 1)
+sys.exit(guarded(act if "json" not in sys.argv else dict, as_json="json" in sys.argv))
+"""
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    """As `head` is, of a long text and of --json. A pipe to something else that breaks is an error still."""
+    for how in ("text", "json"):
+        ended = python(UNREAD, how)
+        assert (ended.returncode, ended.stderr) == (0, "")
+    ended = python(UNREAD, "read", "lost")
+    assert ended.returncode == 1
+    assert "BrokenPipeError: [Errno 32] a child has gone" in ended.stderr
 
 
 def test_a_value_that_a_later_one_would_undo_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
