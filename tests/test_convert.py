@@ -135,6 +135,7 @@ def test_llama_factory(tmp_path: Path) -> None:
         (AXOLOTL, "evals_per_epoch: 4", lambda c: c.evaluation.every_steps is None),
         (FACTORY, "val_size: 0.1\neval_strategy: steps\neval_steps: 9\nearly_stopping_steps: 5",
          lambda c: (c.evaluation.every_steps, c.training.patience, c.training.keep) == (9, 5, "last")),
+        (FACTORY, "val_size: 0.1\neval_strategy: steps", lambda c: c.evaluation.every_steps == 500),
         (FACTORY, "train_on_prompt: true", lambda c: c.data.train[0].supervise == "all"),
         (FACTORY, "packing: true", lambda c: c.data.packing == "bfd"),
         (FACTORY, "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3",
