@@ -258,6 +258,8 @@ eval_steps: 20
          ["eval_strategy: epoch: evaluation.every_steps counts", "early_stopping_patience: 3: needs evaluation.every"]),
         ("eval_steps: 0.1", (None, "last", None), ["eval_steps: 0.1: evaluation.every_steps counts"]),
         ("eval_steps:\nlogging_steps: 7", (7, "last", None), []),
+        ("eval_steps:", (10, "last", None), []),
+        ("eval_steps: 0", (10, "last", None), []),
     ],
 )  # fmt: skip
 def test_evaluation_while_training_is_taken_over_or_noted(
@@ -274,6 +276,17 @@ def test_evaluation_while_training_is_taken_over_or_noted(
     assert [each.split for each in config.data.held_out] == ["test"]
     for note in notes:
         assert note in said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held_out"),
+    [("eval_strategy: no", False), ("eval_strategy: false", False), ("eval_strategy: 'no'", False), ("", False),
+     ("evaluation_strategy: steps", True)],
+)  # fmt: skip
+def test_a_split_for_tests_is_held_out_only_if_it_is_measured(strategy: str, held_out: bool, tmp_path: Path) -> None:
+    config, _ = converted(WATCHED.replace("eval_strategy: steps\neval_steps: 20", strategy), tmp_path)
+    assert bool(config.data.held_out) == held_out
+    assert config.evaluation.every_steps == (10 if held_out else None)
 
 
 def test_a_script_that_stops_early_does_so_here(tmp_path: Path) -> None:

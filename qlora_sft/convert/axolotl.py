@@ -61,16 +61,27 @@ def convert_axolotl(original: JsonObject) -> Converted:
     given["report_to"] = [name for key, name in loggers.items() if given.get(key)]
     given.pop("use_tensorboard", None)
     made.reporting(given, "report_to")
+    best = _keeps_best(given, made)
     made.rename(given, SAME)
     made.epochs(given, "num_epochs")
     made.optimizer(given, "optimizer")
     made.beginning(given, "peft_init_lora_weights")
     made.refuse_modules(given, "lora_modules_to_save")
     _data(given, made)
-    move_evaluation(given, made, patience="early_stopping_patience", by_steps=True, best=True)
+    move_evaluation(given, made, patience="early_stopping_patience", by_steps=True, best=best)
     _targets(given, made)
     made.leave(given, FINE)
     return made
+
+
+def _keeps_best(given: JsonObject, made: Converted) -> bool:
+    """Says whether axolotl keeps the best step: if each that is saved is measured, and nobody asks for the last."""
+    wanted, save, every = given.pop("load_best_model_at_end", None), given.get("save_steps"), given.get("eval_steps")
+    saved = isinstance(save, int) and isinstance(every, int) and save > 0 and every > 0 and save % every == 0
+    if wanted and not saved:
+        why = "axolotl keeps the last step unless save_steps is a multiple of eval_steps; training.keep: best does so"
+        made.note("load_best_model_at_end", wanted, why)
+    return saved and (wanted is not False or bool(given.get("early_stopping_patience")))
 
 
 def _precision(given: JsonObject, made: Converted) -> None:

@@ -16,13 +16,14 @@ def move_evaluation(given: JsonObject, made: Converted, *, patience: str, by_ste
     patience: their key for it. by_steps, best: whether a number of steps alone asks for evaluation, and whether the
     best step is kept, where they do not say it.
     """
-    later = text("evaluation_strategy", given.pop("evaluation_strategy", "steps" if by_steps else "no"))
-    strategy = text("eval_strategy", given.pop("eval_strategy", later))
+    strategy = eval_strategy(given, "steps" if by_steps else "no")
+    for key in ("eval_strategy", "evaluation_strategy"):
+        given.pop(key, None)
     every = given.pop("eval_steps", None)
-    if every is None and not by_steps:
+    if not every and not by_steps:
         every = given.get("logging_steps")
     measured = strategy == "steps" and _every(every, made)
-    if strategy not in ("steps", "no", "False"):
+    if strategy not in ("steps", "no"):
         made.note("eval_strategy", strategy, BY_STEPS)
     _patience(given, made, patience, measured)
     keep = given.pop("load_best_model_at_end", best)
@@ -34,6 +35,12 @@ def move_evaluation(given: JsonObject, made: Converted, *, patience: str, by_ste
     given.pop("greater_is_better", None)
     if metric not in ("loss", "eval_loss"):
         made.note("metric_for_best_model", metric, BY_LOSS)
+
+
+def eval_strategy(given: JsonObject, default: str) -> str:
+    """Returns when theirs evaluates: no, steps or epoch. YAML reads a bare ``no`` as false."""
+    value = given.get("eval_strategy", given.get("evaluation_strategy", default))
+    return "no" if value is False else text("eval_strategy", value)
 
 
 def _every(every: object, made: Converted) -> bool:

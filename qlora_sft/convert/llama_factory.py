@@ -28,6 +28,7 @@ SAME = {
 DEFAULTS = {
     "cutoff_len": 2048, "lora_rank": 8, "num_train_epochs": 3, "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "warmup_ratio": 0.0, "save_steps": 500,
+    "logging_steps": 500,
 }  # fmt: skip
 FINE = {
     "do_train": "train does it", "bf16": "model.dtype: auto",

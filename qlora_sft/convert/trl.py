@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_sft.convert.evaluating import move_evaluation
+from qlora_sft.convert.evaluating import eval_strategy, move_evaluation
 from qlora_sft.convert.pieces import Converted, given_keys, named_apart, number, objects, source, text, texts
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
@@ -22,7 +22,7 @@ SAME = {
 DEFAULTS: JsonObject = {
     "max_length": 1024, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3,
     "learning_rate": 2e-5, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "warmup_ratio": 0.0, "seed": 42,
-    "save_steps": 500,
+    "save_steps": 500, "logging_steps": 10,
 }  # fmt: skip
 FINE = {
     "bf16": "model.dtype: auto", "fp16": "model.dtype: auto", "dtype": "model.dtype: auto", "torch_dtype": "the same",
@@ -95,7 +95,7 @@ def _sources(given: JsonObject, made: Converted) -> None:
     if "dataset_name" in given:
         named = {"path": given.pop("dataset_name"), "name": given.pop("dataset_config", None)}
         entries = [{**named, "split": given.pop("dataset_train_split", "train")}, *entries]
-        if given.get("eval_strategy", "no") != "no":
+        if eval_strategy(given, "no") != "no":
             entries.append({**named, "split": given.pop("dataset_test_split", "test")})
     for each in (part for entry in entries for part in _by_split(given_keys(entry))):
         split = text("split", each.pop("split", "train"))

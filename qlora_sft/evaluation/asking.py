@@ -70,7 +70,8 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
             answers = write_results(folder, report, questions, of_base, of_tuned)
             reports.append(replace(report, answers=str(answers)))
     except KeyboardInterrupt:
-        say("the answers that were given are kept; the same command goes on with them")
+        if any(file.is_file() for file in unfinished.files):
+            say("the answers that were given are kept; the same command goes on with them")
         raise
     say(comparison_table(reports))
     diagnosis = diagnosed(reports)

@@ -22,13 +22,16 @@ Grams = list[Counter[tuple[int, ...]]]
 
 def diversity(answers: Sequence[Sequence[int]], samples: int) -> dict[str, list[float]]:
     """Returns distinct-2 and self-BLEU of every question, which has ``samples`` neighbouring answers."""
-    of_each = [grams(answer) for answer in answers]
     figures: dict[str, list[float]] = {"distinct-2": [], "self-BLEU": []}
     for start in range(0, len(answers), samples):
         own = range(start, start + samples)
+        compared = {number: others(number, own, len(answers)) for number in own}
+        # The n-grams of all answers at once would take much more memory than the answers.
+        used = {*own, *(number for each in compared.values() for number in each)}
+        of_each = {number: grams(answers[number]) for number in used}
         pairs = sum((of_each[number][1] for number in own), Counter[tuple[int, ...]]())
         figures["distinct-2"].append(len(pairs) / pairs.total() if pairs else 1.0)
-        scores = [bleu(of_each[number], [of_each[i] for i in others(number, own, len(answers))]) for number in own]
+        scores = [bleu(of_each[number], [of_each[i] for i in compared[number]]) for number in own]
         figures["self-BLEU"].append(sum(scores) / samples)
     return figures
 

@@ -22,12 +22,20 @@ FOLDER = "unfinished"
 
 
 def digest_of(path: Path, run: Run | None) -> str:
-    """Returns a text that says which weights are asked: those of a run's adapter, or of the model in a folder."""
+    """Returns a text that says which model is asked: the adapter of a run, or the model in a folder.
+
+    It covers weights and settings (positions, scale of an adapter). Where a model stops is asked beside it.
+    """
     if run is None:
         # What is not in safetensors files is told apart by its times.
-        return f"{path} {fingerprint(path) or [file.stat().st_mtime for file in sorted(path.iterdir())]}"
-    weights = sorted(run.adapter.glob("*.safetensors"))
-    return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in weights)
+        weights = fingerprint(path) or [file.stat().st_mtime for file in sorted(path.iterdir())]
+        return f"{path} {weights} {_digest(path / 'config.json')}"
+    files = [run.adapter / "adapter_config.json", *sorted(run.adapter.glob("*.safetensors"))]
+    return " ".join(map(_digest, files))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,19 @@ def test_bleu_is_that_of_the_definition() -> None:
     assert bleu(grams([]), [grams([1])]) == 0
     assert bleu(grams([]), [grams([1]), grams([])]) == 1
     assert bleu(grams([1]), []) == 0
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_memory_does_not_grow_with_the_number_of_questions(samples: int) -> None:
+    """The n-grams of one answer of 20 tokens take some 5 KB, its two figures less than 200 bytes."""
+    peaks = []
+    for questions in (40, 60):
+        answers = [[(7 * number + place) % 97 for place in range(20)] for number in range(questions * samples)]
+        tracemalloc.start()
+        diversity(answers, samples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 20 * 500
 
 
 @given(st.lists(ANSWER, min_size=2, max_size=6).filter(all))

@@ -30,10 +30,12 @@ from qlora_sft.evaluation.keep_right import keep_right
 from qlora_sft.evaluation.prompt import prompt_of
 from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
+from qlora_sft.evaluation.unfinished import digest_of
 from qlora_sft.model import load
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.page.facts import read_run
 from qlora_sft.page.run_page import run_page
+from qlora_sft.run.folder import Run
 from qlora_sft.train import train
 
 CHOICES = [
@@ -120,6 +122,20 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(run: Path, file
     assert len(set(texts)) > 1
 
 
+def test_answers_of_other_weights_or_settings_are_not_kept(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    cases = [(folder, None, folder / "config.json"), (run, Run.open(run), run / "adapter" / "adapter_config.json")]
+    for path, opened, settings in cases:
+        weights = next(settings.parent.glob("*.safetensors"))
+        seen = [digest_of(path, opened)]
+        assert digest_of(path, opened) == seen[0]
+        settings.write_text(settings.read_text() + "\n")
+        seen.append(digest_of(path, opened))
+        save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+        seen.append(digest_of(path, opened))
+        assert len(set(seen)) == 3
+
+
 def test_an_interrupted_evaluation_goes_on_with_its_answers(
     run: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,12 +144,15 @@ def test_an_interrupted_evaluation_goes_on_with_its_answers(
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) in (1, 3):
             raise KeyboardInterrupt
         return own(*args)
 
     monkeypatch.setattr(ask, "generate", interrupted)
     said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):  # in the first batch, when there is no answer
+        evaluate_run(run, asked, say=said.append)
+    assert not any("are kept" in line for line in said)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, asked, say=said.append)
     assert said[-1] == "the answers that were given are kept; the same command goes on with them"
