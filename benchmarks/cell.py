@@ -39,6 +39,8 @@ class Cell(TypedDict, total=False):
     # what was measured
     provider: str
     not_measured: str
+    chosen: str
+    reason: str
     shape: str
     dtype: str
     layers: int

@@ -144,7 +144,7 @@ def try_family(kind: str, folder: Path) -> Outcome:
 def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
     config, said = settings(kind), list[str]()
     batch = packed_documents()
-    model = prepare_model(config, str(folder), torch.float32, "transformers", sum(LENGTHS), said.append, LENGTHS)
+    model = prepare_model(config, str(folder), torch.float32, "transformers", sum(LENGTHS), said.append)
     difference = difference_from_alone(model, batch)
     memory = use_memory(model, config, sum(LENGTHS), torch.float32, said.append)
     with memory:

@@ -45,7 +45,6 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
 
     from qlora_sft.config import load_config
     from qlora_sft.data.batch import longest_micro_batch
-    from qlora_sft.data.documents import sizes
     from qlora_sft.evaluation.answers import choose_prompts
     from qlora_sft.evaluation.evaluate import evaluate
     from qlora_sft.evaluation.evaluated_model import EvaluatedModel
@@ -58,9 +57,8 @@ def trained(overrides: list[str], seed: int, masters: str, folder: Path) -> dict
     config = load_config("demo", [*overrides, f"seed={seed}", f"output={folder}"])
     data = prepare(config, quiet)
     dtype, _ = compute_dtype(config.model.dtype)
-    lengths = sizes(data.documents).tokens
     tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, quiet, lengths)
+    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, quiet)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, masters))

@@ -130,7 +130,10 @@ def attention(rows: list[Cell]) -> list[str]:
     lines += ["|---|" + "---|" * len(cases)]
     for provider in dict.fromkeys(key[3] for key in newest):
         cells = [newest.get((*case, provider), {}) for case in cases]
-        figures = [f"{cell['milliseconds']:.2f}" if "milliseconds" in cell else "not measured" for cell in cells]
+        figures = [
+            f"{cell['milliseconds']:.2f}" if "milliseconds" in cell else cell.get("chosen", "not measured")
+            for cell in cells
+        ]
         lines.append(f"| {provider} | {' | '.join(figures)} |")
     return [*lines, *(f"\n{text}" for text in machines(rows)), ""]
 

@@ -7,10 +7,13 @@ nothing heavy, so that --help and wrong arguments are answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.atomic import disk_error, path_error
 from qlora_sft.cli_recipes import add_recipe_verbs
-from qlora_sft.errors import ConfigError, QloraSftError
+from qlora_sft.errors import ConfigError, EndedTogether, QloraSftError, first_line
+from qlora_sft.parallel import rank, refuse, world_size
 from qlora_sft.ranges import whole
 from qlora_sft.run.report import Report
 from qlora_sft.say import tell
@@ -28,6 +32,7 @@ CommandResult = Report | Mapping[str, object] | None
 Action = Callable[[argparse.Namespace], CommandResult]
 
 if TYPE_CHECKING:
+    from qlora_sft.config import Config
     from qlora_sft.export.hub import PushResult
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -35,14 +40,26 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: that of the process) and returns its exit code."""
-    arguments = _arguments(argv)
-    return guarded(lambda: arguments.verb(arguments), as_json=arguments.json)
+    # Of several processes that train together the first one says what is wrong with the arguments they all have.
+    with contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext():
+        arguments = _arguments(argv)
+    return guarded(lambda: _done(arguments), as_json=arguments.json, debug=arguments.debug)
 
 
-def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
+def _done(arguments: argparse.Namespace) -> CommandResult:
+    """Runs the verb of ``arguments``. Only training is done by several processes."""
+    if world_size() > 1 and (arguments.verb is not _train or arguments.find_rate):
+        refuse("several processes only train; start this without torchrun")
+    action: Action = arguments.verb
+    return action(arguments)
+
+
+def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: bool = False) -> int:
     """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
 
-    An error of this package, a full disk or a faulty path is printed to stderr; any other exception is raised.
+    An error is printed to stderr. One that is neither of this package nor a full disk or a faulty path is a fault of a
+    program, of which ``debug`` shows the place by raising it. Of several processes that train
+    together the first one prints the result, and the one that failed its error.
     """
     quiet_libraries()
     try:
@@ -50,15 +67,33 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (QloraSftError, OSError) as error:
+    except EndedTogether as error:
+        return error.exit_code
+    except Exception as error:
         fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
-        if fault is None:
+        if fault is None and debug:
             raise
-        print(f"error: {fault}", file=sys.stderr)
-        return fault.exit_code
-    if as_json:
+        print(f"error: {fault or unexpected(error)}", file=sys.stderr)
+        return fault.exit_code if fault else 1
+    if as_json and not rank():
         print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
     return 0
+
+
+def unexpected(error: Exception) -> str:
+    """Says of an error that nobody has foreseen what it is. Its traceback is kept in a file: hours may have gone by
+    until it came."""
+    import tempfile
+    import traceback
+
+    where = "--debug shows where"
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="qlora-sft-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+        where = f"{file.name} says where, and so does --debug"
+    return (
+        f"{type(error).__name__}: {first_line(error)} (this is a fault of qlora_sft or of a library that it uses; "
+        f"{where}, which is what a report of it needs)"
+    )
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,6 +132,7 @@ def _verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.Argume
     sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     sub.set_defaults(verb=action, parser=sub)
     sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error that nobody has foreseen")
     return sub
 
 
@@ -111,6 +147,11 @@ def _add_configured_verbs(verbs: Verbs) -> None:
     train = _configured_verb(verbs, "train", _train, "fine-tune as a configuration says")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
+    train.add_argument(
+        "--find-rate",
+        action="store_true",
+        help="train nothing, but try learning rates and suggest one; draws the curve",
+    )
 
     preview = _configured_verb(verbs, "preview", _preview, "show what a configuration will train on, token by token")
     preview.add_argument("--count", type=whole(0), default=3, help="how many conversations are shown (default: 3)")
@@ -219,9 +260,26 @@ def _add_asking_verbs(verbs: Verbs) -> None:
 def _train(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
+    from qlora_sft.training.join import join_ranks
 
-    config = load_checked(arguments.config, arguments.overrides)
-    return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+    with join_ranks().ending_together():
+        config = load_checked(arguments.config, arguments.overrides)
+        if arguments.find_rate:
+            return _find_rate(config, arguments)
+        return train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+
+
+def _find_rate(config: Config, arguments: argparse.Namespace) -> CommandResult:
+    from qlora_sft.find_rate import find_rate
+
+    if arguments.overwrite or arguments.resume:
+        raise ConfigError("--find-rate keeps nothing of what it trains; leave out --overwrite and --resume")
+    report = find_rate(config)
+    if not arguments.json:
+        from qlora_sft.training.rate_curve import said_of
+
+        print(said_of(report))
+    return report
 
 
 def _preview(arguments: argparse.Namespace) -> CommandResult:

@@ -48,6 +48,9 @@ class RopeScaling:
     """YaRN stretches frequencies by the whole factor that turn less often than this; default: 1."""
 
 
+AttentionWay = Literal["varlen", "sdpa", "flash3", "flash4"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Names the base model and says how it is loaded."""
@@ -79,11 +82,12 @@ class ModelConfig:
     """Tokens that end a turn, beside the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"
-    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of FlashAttention. ``sdpa``
-    makes one call per document, which is faster where documents are long. ``auto`` decides by their lengths and the
-    GPU, and says why. There is only one way on a CPU, with capped logits or attention sinks, and on GPUs without
-    FlashAttention, whatever this says."""
+    attention: Literal["auto", "varlen", "sdpa", "flash3", "flash4"] = "auto"
+    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of torch's FlashAttention,
+    ``flash3`` and ``flash4`` in one of these versions, where torch and their packages have them. ``sdpa`` makes one
+    call per document, which is often faster where documents are long. ``auto`` measures for a second before the run
+    and prints the figures; a run that goes on keeps the way. There is only one on a CPU, with capped logits or
+    attention sinks, and on GPUs without FlashAttention, whatever this says."""
     rope_scaling: RopeScaling | None = None
     """Needed if ``data.max_length`` exceeds the positions of the model. The merged model and the GGUF carry it."""
 
@@ -133,13 +137,27 @@ class TrainingConfig:
     """How many checkpoints are kept; the oldest go first."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
+    replay_kl: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """Holds the model to its base on the rows of ``data.replay``: so many times the KL divergence of its predictions
+    from those of the base (without the adapter) is added to the loss of each of their supervised tokens. The base reads
+    these rows once more in every step. Default: none; with 1 a token's divergence counts as much as its loss, and
+    where the share of replay is small more is needed."""
+    ewc: Annotated[float, Range(0, 1e12, above=True)] | None = None
+    """Holds weights that the rows of ``data.replay`` need near to what they were (elastic weight consolidation): half
+    the square of every weight's change, times its Fisher information on these rows, is added to the loss so many
+    times. Default: none; it begins to hold at about 1000, because the weights of a layer move together, which this
+    does not see."""
     keep: Literal["auto", "best", "last"] = "auto"
-    """Which step the adapter is of that is saved and exported. ``best``: the one with the lowest held-out loss, as the
-    mean over the sources, of those that ``evaluation.every_steps`` has measured; its checkpoint is kept beside the
-    newest ones. ``auto``: best where ``evaluation.every_steps`` is set, else last."""
+    """Which step the adapter is of that is saved and exported. ``best``: the best one by ``best_metric`` of those that
+    were evaluated while training; its checkpoint is kept beside the newest ones. ``auto``: best where
+    ``evaluation.every_steps`` is set (``tasks_every_steps`` for the metric of a task), else last."""
+    best_metric: str = "held_out"
+    """What tells which evaluation is the best, for ``keep`` and ``patience``: ``held_out``, the mean of the sources'
+    held-out losses; ``held_out/NAME``, the loss of one of them; ``tasks/NAME``, a task of ``evaluation.tasks``, of
+    which more right answers are better, or a lower loss if it only measures one."""
     patience: Count | None = None
-    """Ends the run after so many evaluations without a lower held-out loss; default: never. Needs
-    ``evaluation.every_steps``."""
+    """Ends the run after so many evaluations in a row that are no better by ``best_metric``; default: never. Needs
+    ``evaluation.every_steps``, or ``tasks_every_steps`` for the metric of a task."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
     """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
     TensorBoard's files are in the run folder; the others write where their own settings say."""
@@ -333,6 +351,10 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
     if training and data:
         shares = data.share_prefixes != "on" or training.neftune_alpha is None
         require(shares, "data.share_prefixes", "on goes with no noise (training.neftune_alpha): set one of them back")
+        _check_tethers(training, data, require)
+    if training and lora:
+        magnitudes = "measures the change of a weight by its factors, and lora.dora changes magnitudes: remove one"
+        require(training.ewc is None or not lora.dora, "training.ewc", magnitudes)
     if lora:
         given = tree.get("model")
         check_lora(lora, given if isinstance(given, dict) else {}, require)
@@ -345,15 +367,32 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
     return problems
 
 
+def _check_tethers(t: TrainingConfig, d: DataConfig, require: Require) -> None:
+    """Requires the rows on which a run is held to its base."""
+    for key, value in (("training.replay_kl", t.replay_kl), ("training.ewc", t.ewc)):
+        require(value is None or d.replay is not None, key, "needs data.replay, the rows that tell what is to be kept")
+    apart = "needs the rows of data.replay by themselves, which data.share_prefixes=on mixes: remove one of them"
+    require(t.replay_kl is None or d.share_prefixes != "on", "training.replay_kl", apart)
+
+
 def _check_watch(t: TrainingConfig, data: DataConfig, e: EvaluationConfig, require: Require) -> None:
     """Requires that what is to be decided by the held-out loss while training is measured while training."""
     key = "evaluation.every_steps"
     held_out = bool(held_out_sources(data) or held_out_shares(data))
     require(not e.every_steps or held_out, key, "measures held-out rows, and data.held_out names none")
     require(not e.every_steps or e.loss, key, "has no effect with evaluation.loss=false; remove one of them")
+    of_task = t.best_metric.startswith("tasks/")
+    every = e.tasks_every_steps if of_task else e.every_steps
     needs = f"needs {key}, the steps between measurements of the held-out loss"
-    require(t.keep != "best" or bool(e.every_steps), "training.keep=best", needs)
-    require(not t.patience or bool(e.every_steps), "training.patience", needs)
+    if of_task:
+        needs = "needs evaluation.tasks_every_steps, the steps between the times at which tasks are asked"
+    require(t.keep != "best" or bool(every), "training.keep=best", needs)
+    require(not t.patience or bool(every), "training.patience", needs)
+    require(t.best_metric == "held_out" or bool(every), "training.best_metric", needs)
+    sources = [*map(source_name, held_out_sources(data)), *held_out_shares(data)]
+    metrics = ["held_out", *(f"held_out/{name}" for name in sources), *(f"tasks/{task_name(each)}" for each in e.tasks)]
+    known = f"is none of {', '.join(metrics)}{did_you_mean(t.best_metric, metrics)}, got {t.best_metric!r}"
+    require(t.best_metric in metrics, "training.best_metric", known)
     key = "evaluation.tasks_every_steps"
     require(not e.tasks_every_steps or bool(e.tasks), key, "asks the questions of evaluation.tasks, and there are none")
 

@@ -48,6 +48,14 @@ class Interrupted(QloraSftError):
     exit_code = 130
 
 
+class EndedTogether(QloraSftError):
+    """Says that this process ends because another one of the same run has failed, which says why. It has no message."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__()
+
+
 def all_at_once(checks: Iterable[Callable[[], object]]) -> None:
     """Runs every check and raises the faults of all in one error.
 

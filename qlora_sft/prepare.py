@@ -19,6 +19,7 @@ from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.model.backend import Backend, choose_backend
 from qlora_sft.model.base_files import has_experts, has_towers, read_config
 from qlora_sft.model.base_folder import resolve_base
+from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 
@@ -37,6 +38,8 @@ def why_not_unsloth(config: Config) -> str:
             settings = read_config(resolve_base(config.model.path, config.model.revision))
     if has_experts(settings):
         return "the base is a mixture of experts, whose NF4 weights and adapters are loaded without Unsloth"
+    if world_size() > 1:
+        return "several processes train together, which was not tried with Unsloth's patched trainer"
     if has_towers(settings):
         return "the base also sees or hears; what does so is kept as it is, without Unsloth"
     lora = config.lora
@@ -44,6 +47,10 @@ def why_not_unsloth(config: Config) -> str:
         return "lora.dora trains magnitudes, which Unsloth's kernels do not know"
     if lora.init == "eva":
         return "lora.init=eva looks at what goes into each layer, which Unsloth's kernels do not show"
+    if config.training.ewc is not None:
+        return "training.ewc looks at what goes into each layer, which Unsloth's kernels do not show"
+    if config.training.replay_kl is not None:
+        return "training.replay_kl asks the base in the middle of a step, which was not tried with Unsloth's forward"
     if lora.modules or (isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"):
         return "lora.modules and regular expressions for layers are told to PEFT itself"
     return ""

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qlora_sft.parallel import rank
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -20,12 +22,13 @@ def tell(text: str) -> None:
 def progress(total: int, what: str, unit: str, delay: float = 5.0) -> tqdm:
     """Returns a bar on standard error that appears if ``what`` takes longer than ``delay`` seconds; close it.
 
-    A log file gets a line every 20 seconds instead of a bar that redraws itself.
+    A log file gets a line every 20 seconds instead of a bar that redraws itself. Of several processes that train
+    together the first one has it.
     """
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 20.0
     return tqdm(
         total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=interval, delay=delay,
-        leave=False,
+        leave=False, disable=rank() > 0,
     )  # fmt: skip

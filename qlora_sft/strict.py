@@ -232,5 +232,9 @@ def _short(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    names: dict[type, str] = {dict: "a section", list: "a list", str: "a text", type(None): "nothing"}
+    if isinstance(value, bool):
+        return str(value).lower()
+    names: dict[type, str] = {
+        dict: "a section", list: "a list", str: "a text", int: "a number", float: "a number", type(None): "nothing"
+    }  # fmt: skip
     return names.get(type(value), f"a {type(value).__name__}")

@@ -19,11 +19,12 @@ from qlora_sft.data.given import GivenRows, with_rows
 from qlora_sft.faults import every_fault
 from qlora_sft.page.write import draw_report
 from qlora_sft.prepare import prepare
-from qlora_sft.run.folder import kept_day
+from qlora_sft.run.folder import Run, kept_day
 from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
+from qlora_sft.training.join import join_ranks
 from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder
 from qlora_sft.training.said import Said
@@ -36,25 +37,37 @@ def train(
 
     data: rows from Python in place of those of a source, see `with_rows`.
 
+    Where a launcher has started several processes (torchrun, accelerate launch), all of them call it and train
+    together; the first one prints and writes. The others raise `EndedTogether` when another one fails.
+
     resume: goes on from the newest checkpoint in the run folder, if there is one, to the very result of a run that was
     not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
     `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
     """
-    watch, say = Stopwatch(), Said(say)
+    ranks = join_ranks()
+    with ranks.ending_together():
+        return _train(config, data, overwrite, resume, Said(say) if ranks.first else Said(lambda _: None))
+
+
+def _train(config: Config, data: GivenRows | None, overwrite: bool, resume: bool, say: Said) -> RunReport:
+    watch, ranks = Stopwatch(), join_ranks()
     config = with_rows(config, data, say=say)
     with every_fault(config):
         check_loggers(config)
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
         config = as_begun(config, run, say) if checkpoint else config
-    # A run that goes on writes the date that it began with, if its chat template writes one.
-    prepared = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
+    with ranks.first_ahead():
+        # A run that goes on writes the date that it began with, if its chat template writes one.
+        prepared = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe
     report = run_recipe(config, run, prepared, checkpoint, watch, say)
-    draw_report(run, say)
-    return report
+    if report is not None:
+        draw_report(run, say)
+    ranks.from_first(lambda: None)
+    return report or Run.open(run).report
 
 
 if __name__ == "__main__":

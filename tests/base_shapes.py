@@ -29,6 +29,19 @@ GEMMA_3_1B: dict[str, Any] = {
     "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
     "head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32_768, "rope_theta": 1_000_000.0,
 }  # fmt: skip
+# As its 16-bit copy has it: without the quantisation of the published files.
+GPT_OSS_20B: dict[str, Any] = {
+    "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "vocab_size": 201_088, "hidden_size": 2880,
+    "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "sliding_window": 128,
+    "max_position_embeddings": 131_072, "initial_context_length": 4096, "rope_theta": 150_000, "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "attention_bias": True, "tie_word_embeddings": False, "output_router_logits": False, "router_aux_loss_coef": 0.9,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "swiglu_limit": 7.0,
+}  # fmt: skip
 
 BASES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
@@ -36,4 +49,5 @@ BASES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": QWEN3_8B,
     "HuggingFaceTB/SmolLM3-3B-Base": SMOLLM3_3B,
     "google/gemma-3-1b-it": GEMMA_3_1B,
+    "openai/gpt-oss-20b": GPT_OSS_20B,
 }

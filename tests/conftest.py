@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -15,16 +16,18 @@ from qlora_sft.config import Config, load_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A minute or more each. A process takes whole files, so begun last they would be waited for alone.
+# The longest first, of ten seconds or more. A process takes whole files: begun last, they would be waited for alone.
 LONGEST = (
-    "test_readme.py", "test_make_demo.py", "test_gguf.py", "test_ollama.py", "test_notebooks.py", "test_run.py",
-    "test_vocabulary.py", "test_equality.py", "test_resume.py", "test_evaluate_run.py", "test_names.py",
-    "test_watch.py",
+    "test_make_demo.py", "test_notebooks.py", "test_gguf.py", "test_triton_interpreted.py", "test_readme.py",
+    "test_families_export.py", "test_robustness.py", "test_names.py", "test_masters.py", "test_load.py", "test_chat.py",
+    "test_evaluate_run.py", "test_vocabulary.py", "test_memory.py", "test_watch.py", "test_resume.py",
+    "test_mixtures.py", "test_ollama.py", "test_variants.py", "test_run.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +74,29 @@ def small_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Path:
-    """Two layers of width 64 with random weights in float32: for logic, not for learning."""
+def short_tokenizer(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Any:
+    """The base model's tokenizer and template with a tenth of its tokens, for it is loaded and saved in every run."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    own_tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    model = content["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < 5000}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= model["vocab"].keys()]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def two_layers(folder: Path, tokenizer: Any) -> Path:
+    """Two layers of width 64 with random weights in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(own_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -93,8 +110,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> 
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    own_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, short_tokenizer: Any) -> Path:
+    """Two layers and few tokens: for logic, not for learning."""
+    import qlora_sft.training.recipe  # noqa: F401 - what a run imports stays
+
+    # A trainer collects garbage when it is done, and what is imported by now is most of what it would look through.
+    gc.freeze()
+    return two_layers(tmp_path_factory.mktemp("tiny"), short_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def convertible_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Path:
+    """The same with the whole tokenizer, which llama.cpp knows by the tokens that it makes of a text."""
+    return two_layers(tmp_path_factory.mktemp("convertible"), own_tokenizer)
 
 
 def conversation(number: int, turns: int = 1) -> dict[str, Any]:
@@ -138,11 +171,17 @@ def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
     return configured(tmp_path, tiny_model)
 
 
-@pytest.fixture
-def whole(make_config: Any) -> tuple[bytes, list[Any]]:
-    """The result of a run that nothing happens to."""
+@pytest.fixture(scope="session")
+def whole_config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Config:
+    """The configuration of a short run that nothing has happened to. Its folder is not to be changed."""
     from qlora_sft.train import train
 
-    config: Config = make_config(*SHORT)
+    config = configured(tmp_path_factory.mktemp("whole"), tiny_model)(*SHORT)
     train(config, say=lambda _: None)
-    return result(Path(config.output))
+    return config
+
+
+@pytest.fixture
+def whole(whole_config: Config) -> tuple[bytes, list[Any]]:
+    """The result of that run."""
+    return result(Path(whole_config.output))

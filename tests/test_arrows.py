@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -19,7 +20,7 @@ ORDER = (
     "demo_run",
     "cli",
     "cli_recipes",
-    "train preview plan chat doctor",
+    "train find_rate preview plan chat doctor",
     "install proofs",
     "export",
     "training",
@@ -41,6 +42,7 @@ ORDER = (
     "strict",
     "ranges yaml_text stopwatch download atomic",
     "text cache say json_types units",
+    "parallel",
     "errors",
     "qlora_kernels",
 )
@@ -62,6 +64,12 @@ def imports_of(tree: ast.AST, module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         else:
             yield from imports_of(node, module)
+
+
+@functools.cache
+def imports_in(source: str, module: str) -> tuple[str, ...]:
+    """The same of a source, which is read once for all tests."""
+    return tuple(imports_of(ast.parse(source), module))
 
 
 def file_of(name: str, files: dict[str, str]) -> str | None:
@@ -91,7 +99,7 @@ def graph_of(files: dict[str, str]) -> dict[str, set[str]]:
         own = node_of(module)
         if own is None or module.endswith("__main__"):
             continue
-        found = {node_of(name) for name in imports_of(ast.parse(source), module)}
+        found = {node_of(name) for name in imports_in(source, module)}
         graph.setdefault(own, set()).update(name for name in found if name not in (None, own))
     return graph
 
@@ -121,7 +129,7 @@ def test_no_module_is_in_a_circle() -> None:
     files = sources()
     graph: dict[str, set[str | None]] = {}
     for module, source in files.items():
-        graph[module] = {file_of(name, files) for name in imports_of(ast.parse(source), module)} - {None, module}
+        graph[module] = {file_of(name, files) for name in imports_in(source, module)} - {None, module}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

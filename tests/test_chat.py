@@ -132,10 +132,10 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(convertible_model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with the template for thinking, and a context of 256 tokens."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(tiny_model, folder)
+    shutil.copytree(convertible_model, folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))

@@ -82,7 +82,7 @@ def test_overrides_reach_list_items_and_optional_values(minimal: Path) -> None:
         ("data.mixture=temperature", "data.temperature is needed with data.mixture=temperature"),
         ("data.temperature=2", "data.temperature has an effect with data.mixture=temperature only"),
         ("data.curriculum=progressive", "data.curriculum needs data.replay"),
-        ("data.replay=3", "data.replay must be a section with keys or empty, got a int"),
+        ("data.replay=3", "data.replay must be a section with keys or empty, got a number"),
         ("data.replay={path: c.jsonl, share: 1}", "data.replay.share must be at most 0.95, got 1"),
         ("data.replay={path: a.jsonl}", "two sources named a"),
         ("data.replay={path: c.jsonl, weight: 2}", "unknown key 'data.replay.weight'"),

@@ -35,6 +35,8 @@ CONTEXT = {
     "held_out": ["data.held_out=[{path: held_out.jsonl}]"],
     "every_steps": ["data.held_out=[{path: held_out.jsonl}]"],
     "patience": ["data.held_out=[{path: held_out.jsonl}]", "evaluation.every_steps=3"],
+    "replay_kl": ["data.replay={path: general.txt}"],
+    "ewc": ["data.replay={path: general.txt}"],
     "tasks_every_steps": ["evaluation.tasks=[{path: task.jsonl}]"],
 }
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import support_matrix
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from qlora_sft.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,12 +74,32 @@ def test_the_tests_are_what_make_runs() -> None:
     assert "pytest" in run("make --dry-run test", ROOT).stdout
 
 
-def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> None:
+def run_here(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command in this process, where all is imported, with a line of input; returns what it printed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    code, printed = main(shlex.split(command)[1:]), capsys.readouterr()
+    assert code == 0, f"{command}\n{printed.out}\n{printed.err}"
+    return printed.out
+
+
+def base_for_readme(folder: Path, model: Path) -> None:
+    """A copy of ``model`` with more positions, which does not only say the line break again that a prompt ends in."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(model).encode("\n")] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_the_commands_for_ones_own_data(
+    tmp_path: Path, convertible_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = Path(sys.prefix) / "bin" / "qlora-sft"
     if not script.exists():
         pytest.skip("needs the installed console script")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "my-base-model").symlink_to(base_model)
+    base_for_readme(tmp_path / "my-base-model", convertible_model)
     (row,) = blocks("json")
     for name in re.findall(r"(\w+\.jsonl)", " ".join(commands())):
         (tmp_path / name).write_text(row * 2)
@@ -90,7 +117,11 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ollama").write_text("#!/bin/sh\necho $* > ../../../ollama.said\n")
     (tmp_path / "bin" / "ollama").chmod(0o755)
-    for number, command in enumerate(ours):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    # As it is written, by the script; the others would import everything anew.
+    run(ours[0], tmp_path)
+    for number, command in enumerate(ours[1:], 1):
         extra = {
             "preview": " --count 1",
             "plan": " --no-time",
@@ -100,10 +131,9 @@ def test_the_commands_for_ones_own_data(tmp_path: Path, base_model: Path) -> Non
         extra["evaluate"] = " --max-new-tokens 4 --samples 2 --max-rows 2"
         # The first export is compared, which is enough.
         extra["export"] = " --no-parity" if number > verbs.index("export") else ""
-        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        result = run(command + extra.get(command.split()[1], ""), tmp_path, PATH=path)
-        if command.split()[1] == "chat":
-            assert result.stdout.strip().removeprefix(">").strip()
+        printed = run_here(command + extra.get(verbs[number], ""), monkeypatch, capsys)
+        if verbs[number] == "chat":
+            assert printed.strip().removeprefix(">").strip()
     assert (tmp_path / "runs/support/gguf/support-q8_0.gguf").is_file()
     assert (tmp_path / "ollama.said").read_text() == "create support -f support-q8_0.Modelfile\n"
     assert "supervised" in (tmp_path / "preview.html").read_text()

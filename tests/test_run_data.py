@@ -44,10 +44,10 @@ def ids(documents: Any) -> list[list[int]]:
 
 
 @pytest.fixture
-def like_gemma(tmp_path: Path, tiny_model: Path, own_tokenizer: Any) -> Path:
+def like_gemma(tmp_path: Path, tiny_model: Path, short_tokenizer: Any) -> Path:
     """A base whose turns end in a token that only its generation config names."""
     base = tmp_path / "base"
-    tokenizer = copy.deepcopy(own_tokenizer)
+    tokenizer = copy.deepcopy(short_tokenizer)
     tokenizer.add_tokens(["<end_of_turn>"])
     tokenizer.chat_template = GEMMA
     tokenizer.save_pretrained(base)

@@ -4,7 +4,8 @@
 
 Forward and backward of one layer's causal attention over a packed sequence. Ways: varlen (FlashAttention 2), and
 one call of sdpa per document with each of its kernels. All take turns; times are medians. Outputs and gradients are
-compared with those of the first way that ran.
+compared with those of the first way that ran. The last row of a case says what a run would choose at its start, by
+which figures (FlashAttention 3 and 4 are among them where they are installed), and how many seconds that takes.
 """
 
 from __future__ import annotations
@@ -153,6 +154,19 @@ def measure(shape: str, tokens: int, documents: int, repeats: int, device: torch
     return list(cells.values())
 
 
+def choice(shape: str, tokens: int, documents: int, device: torch.device) -> Cell:
+    """Returns what a run whose documents are all of this length would choose."""
+    from qlora_sft.model.attention_measured import Shape, attend_by, candidates, measured_choice
+
+    ways = {way: attend_by(way) for way in candidates()}
+    started = clock()
+    chosen = measured_choice(Shape(*SHAPES[shape]), device, torch.bfloat16, [tokens // documents] * documents, ways)
+    return {
+        "provider": "chosen at the start", "shape": shape, "tokens": tokens, "documents": documents,
+        "chosen": chosen.way, "reason": chosen.reason, "seconds": clock() - started,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     gpu = torch.cuda.is_available()
@@ -166,10 +180,12 @@ def main() -> None:
     for shape in options.shape:
         for tokens in options.tokens:
             for documents in options.documents:
-                for cell in measure(shape, tokens, documents, options.repeats, device):
+                cells = measure(shape, tokens, documents, options.repeats, device)
+                for cell in [*cells, choice(shape, tokens, documents, device)]:
                     with options.output.open("a") as file:
                         file.write(json.dumps({**measured_on("attention"), **cell}) + "\n")
-                    took = f"{cell['milliseconds']:9.2f} ms" if "milliseconds" in cell else cell["not_measured"]
+                    took = f"{cell['milliseconds']:9.2f} ms" if "milliseconds" in cell else cell.get("not_measured")
+                    took = took or f"{cell['chosen']} in {cell['seconds']:.1f} s ({cell['reason']})"
                     print(f"{shape} {tokens:>6} x {documents:<3} {cell['provider']:<28}{took}", flush=True)
 
 

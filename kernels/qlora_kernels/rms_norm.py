@@ -13,7 +13,8 @@ Written out in torch operations, as transformers does, autograd keeps the float3
 token. Here x itself is kept, which the residual or the layer's checkpoint mostly holds anyway, and r: 4 bytes.
 The forward takes the same operations in the same order and gives the same bits (`tests/kernels/test_rms_norm.py`).
 
-Both directions work on blocks of tokens, so that what is in float32 is three buffers of a block, whatever the row.
+Both directions work on blocks of tokens, so that what is in float32 is three buffers of a block, whatever the row. On a
+GPU the backward of a frozen weight is one kernel (`rms_norm_triton`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.packed_ce.backend import choose_path
+
 NormFormula = Literal["llama", "gemma"]
 
 # Values of a block. On a CPU a float32 buffer of 1 MiB stays in the cache from one operation to the next: measured, at
@@ -32,6 +35,8 @@ NormFormula = Literal["llama", "gemma"]
 # microseconds (not measured).
 CPU_BLOCK = 2**18
 GPU_BLOCK = 2**24
+# Values of the widest row that a kernel holds in registers.
+WIDEST = 16_384
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: NormFormula = "llama") -> Tensor:
@@ -69,6 +74,10 @@ class _RMSNorm(torch.autograd.Function):
         x, root, weight = ctx.saved_tensors
         need_x, need_weight, *_ = ctx.needs_input_grad
         rows, dy, root = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, x.shape[-1]), root.reshape(-1, 1)
+        if need_x and not need_weight and in_triton(rows, dy):
+            from qlora_kernels import rms_norm_triton
+
+            return rms_norm_triton.gradient_of(rows, dy, weight, root, ctx.form == "gemma").view(x.shape), *[None] * 3
         factor = weight.float() if ctx.form == "llama" else 1.0 + weight.float()
         dx = torch.empty_like(rows) if need_x else None
         dw = torch.zeros_like(factor) if need_weight else None
@@ -81,6 +90,11 @@ class _RMSNorm(torch.autograd.Function):
                 dx[t] = g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1.0).mul_(root[t])
         of_x = None if dx is None else dx.view(x.shape)
         return of_x, None if dw is None else dw.to(weight.dtype), None, None
+
+
+def in_triton(x: Tensor, dy: Tensor) -> bool:
+    """Says whether one kernel computes the gradient of x. The forward has transformers' bits, so torch computes it."""
+    return x.shape[-1] <= WIDEST and choose_path("auto", x.device, (x.dtype, dy.dtype)).name == "triton"
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float, form: NormFormula) -> tuple[Tensor, Tensor]:

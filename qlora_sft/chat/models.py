@@ -49,10 +49,16 @@ def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    from qlora_sft.data.typed_parts import as_template_reads
+
     mode = {} if think is None else {"enable_thinking": think}
     try:
         texts, _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **tokens, **mode
+            [as_template_reads(messages, template)],
+            chat_template=template,
+            add_generation_prompt=True,
+            **tokens,
+            **mode,
         )
     except Exception as error:
         raise RunError(f"the chat template refuses this conversation: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -58,6 +58,16 @@ class Batch(TypedDict):
     repeated: Tensor
     """int64 [R], positions that predict a token of another branch as well: their hidden states stand behind the T
     others as number T to T + R - 1"""
+    replayed: NotRequired[Replayed]
+    """The documents of replay, where they are held to the base's answers"""
+
+
+class Replayed(TypedDict):
+    """Holds the documents of replay of a micro-batch by themselves: the base reads nothing else."""
+
+    documents: Batch
+    places: Tensor
+    """int64, where the supervised positions of ``documents`` are in the whole micro-batch"""
 
 
 def flatten(documents: list[Rendered]) -> Batch:
@@ -83,8 +93,8 @@ def flatten(documents: list[Rendered]) -> Batch:
     names = [document.source for document in documents]
     sources = sources_of(names, np.asarray(position_documents, dtype=np.int64), np.asarray(weights))
     return Batch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([position_ids]),
+        input_ids=torch.tensor([ids], dtype=torch.int64),
+        position_ids=torch.tensor([position_ids], dtype=torch.int64),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32),
         targets=torch.tensor([ids[position + 1] for position in positions], dtype=torch.int32),
@@ -101,6 +111,18 @@ def flatten(documents: list[Rendered]) -> Batch:
         parents=None,
         repeated=torch.zeros(0, dtype=torch.int64),
     )
+
+
+def replayed_of(documents: list[Rendered], replay: str) -> Replayed | None:
+    """Returns the documents of the source ``replay`` in a micro-batch; None if nothing in them is supervised."""
+    starts = np.cumsum([0, *(len(document.input_ids) for document in documents)])
+    own = [number for number, document in enumerate(documents) if document.source == replay]
+    alone = flatten([documents[number] for number in own])
+    if not alone["n_supervised"]:
+        return None
+    moved = torch.tensor([int(starts[number]) for number in own]) - alone["cu_seqlens"][:-1]
+    places = alone["positions"] + moved[alone["position_documents"].long()]
+    return Replayed(documents=alone, places=places.long())
 
 
 class BatchSources(NamedTuple):

@@ -47,7 +47,7 @@ def convert(row: JsonObject, form: RowForm, unused: set[str], notes: set[str] | 
     undesired = form.name != "text" and _undesired(row, used)
     refuse_media_keys(row, used, "column")
     unused |= idle_keys(row, used, "column")
-    _refuse_preferences(row, used)
+    refuse_preferences(row, used)
     if form.name == "text":
         if not isinstance(values["text"], str) or not values["text"].strip():
             got = "an empty one" if isinstance(values["text"], str) else kind(values["text"])
@@ -84,7 +84,7 @@ def _undesired(row: JsonObject, used: set[str]) -> bool:
     return any(str(mark).lower() == "false" for mark in marks.values())
 
 
-def _refuse_preferences(row: JsonObject, used: set[str]) -> None:
+def refuse_preferences(row: JsonObject, used: set[str]) -> None:
     chosen = row.get("chosen")
     if "chosen" not in used and isinstance(chosen, str | list | dict) and chosen:
         raise DataError(
@@ -179,7 +179,9 @@ def _from_sharegpt(values: JsonObject, form: RowForm, unused: set[str]) -> list[
         try:
             messages = read_message(_sharegpt_turn(turn, unused), unused, form.think_tags)
         except DataError as error:
-            raise DataError(f"turn {index}: {error}") from None
+            text = str(error)  # which is about the message that the turn has become
+            own = text.replace("'content'", "'value'", 1) if text.startswith("'content'") else text
+            raise DataError(f"turn {index}: {own}") from None
         # ShareGPT has the words before a call as a turn of their own; the model writes both in one.
         if result and _words_before_a_call(result[-1], messages[0]):
             result[-1] = {**messages[0], **result[-1]}
@@ -235,7 +237,11 @@ def _from_alpaca(values: JsonObject, form: RowForm, unused: set[str]) -> list[Me
     refuse_rendered_prompt(question, form.column("instruction"))
     if not question.strip():
         raise DataError(f"{form.column('instruction')!r} is empty; fill it in or remove the row")
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
+    answer = values["output"]
+    if isinstance(answer, list) and any(isinstance(each, str) for each in answer):
+        several = "a list of texts, which would be one answer; write a row for each, or join them"
+        raise DataError(f"{form.column('output')!r} must be a text, got {several}")
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _messages(messages, form.column("output"), form, unused)
 
 

@@ -20,8 +20,9 @@ from qlora_sft.config_data import SourceConfig, source_name
 from qlora_sft.data import files
 from qlora_sft.data.columns import wrong_columns
 from qlora_sft.data.conversation import Conversation
-from qlora_sft.data.formats import CURE, RowForm, convert, convert_noting, detect
+from qlora_sft.data.formats import CURE, RowForm, convert, convert_noting, detect, refuse_preferences
 from qlora_sft.data.misread import broken_cell, list_in_a_line
+from qlora_sft.data.values import kind
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
@@ -243,7 +244,7 @@ def _settle_form(row: object, line: int, form: RowForm | None, first: int, sourc
     if why := list_in_a_line(row):
         raise DataError(why)
     if not isinstance(row, dict):
-        raise DataError(f"expected an object with columns (e.g. 'messages'), got a {type(row).__name__}")
+        raise DataError(f"expected an object with columns (e.g. 'messages'), got {kind(row)}")
     if source.format != "auto" and form is not None:
         return form, line
     own = detect(row, source.columns)
@@ -251,6 +252,7 @@ def _settle_form(row: object, line: int, form: RowForm | None, first: int, sourc
     if own is None and (broken := broken_cell(row, source.columns)):
         raise DataError(broken)
     if own is None:
+        refuse_preferences(row, set())
         found = ", ".join(map(repr, row)) or "no columns"
         known = "messages, ShareGPT, Alpaca, prompt/completion or text"
         raise DataError(f"expected a row in one of the known forms ({known}), found {found}; {CURE}")

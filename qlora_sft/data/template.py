@@ -25,6 +25,7 @@ from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
+from qlora_sft.data.typed_parts import as_template_reads
 from qlora_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def apply(
     """
     try:
         texts, bounds = render_jinja_template(
-            [[_with_aliases(message) for message in conversation["messages"]]],
+            [as_template_reads([_with_aliases(message) for message in conversation["messages"]], template)],
             tools=conversation.get("tools") or None,
             chat_template=template,
             return_assistant_tokens_mask=marks,

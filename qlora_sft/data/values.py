@@ -76,9 +76,16 @@ def without(fields: Mapping[str, object], keys: set[str]) -> JsonObject:
     return {key: value for key, value in fields.items() if key not in keys}
 
 
+KINDS: dict[type, str] = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
 def kind(value: object) -> str:
-    """Returns what kind of value it is, for messages."""
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    """Returns what kind of value it is, for messages, in JSON's words and not in Python's."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def short(value: object) -> str:

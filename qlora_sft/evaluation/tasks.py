@@ -21,6 +21,7 @@ from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.formats import UNDESIRED, convert, detect, with_thinking
 from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
+from qlora_sft.data.values import kind
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.benign import BENIGN
 from qlora_sft.evaluation.examples import rephrased, with_examples
@@ -76,7 +77,7 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
                 if fault is not None:
                     raise DataError(fault)
                 if not isinstance(row, dict):
-                    raise DataError(f"expected an object with columns, got a {type(row).__name__}")
+                    raise DataError(f"expected an object with columns, got {kind(row)}")
                 form = form or recognise(row)
                 not_asked: set[str] = set()
                 item = _item(row, form, place, task, not_asked)

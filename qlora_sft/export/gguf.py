@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.atomic import written_file
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.gguf_check import check_gguf
-from qlora_sft.export.gguf_metadata import adds_bos, for_converter, leave_bos_to_the_template, tokenizer_adds_bos
+from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template, tokenizer_adds_bos
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
@@ -93,7 +93,7 @@ def export_run(
     say(f"read back: {checked.tensors} tensors, tokenizer, template, stop token and rope are those of {merged}")
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked.tensors}
     record(run, {"gguf": {quant: facts}})
-    made = write_modelfile(run, OllamaModel(target, merged, adds_bos(target)), trained, ollama.system, say)
+    made = write_modelfile(run, OllamaModel(target, merged, checked.adds_bos), trained, ollama.system, say)
     figures = check_parity(run, merged, target, quant, say=say) if parity else None
     if ollama.create_as:
         create(ollama.create_as, Path(made.modelfile), say)

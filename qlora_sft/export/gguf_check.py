@@ -38,6 +38,8 @@ class CheckedGguf:
     """How many tensors were compared."""
     unmatched: list[str]
     """The names of the tensors of the model that the file has under no known name."""
+    adds_bos: bool
+    """Whether llama.cpp and Ollama put bos before a prompt for this file."""
 
 
 def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
@@ -57,7 +59,7 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
     faults += list(_compare_tokenizer(fields, model)) + list(_compare_rope(fields, config))
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
-    return CheckedGguf(compared, unmatched)
+    return CheckedGguf(compared, unmatched, bos_first(fields))
 
 
 def _compare_tensors(

@@ -32,14 +32,6 @@ _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "cham
 _GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
-def adds_bos(gguf: Path) -> bool:
-    """Says whether llama.cpp and Ollama put bos before a prompt for this file."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(gguf))
-    return bos_first({name: reader.fields[name].contents() for name in _FIELDS if name in reader.fields})
-
-
 def bos_first(fields: Mapping[str, object]) -> bool:
     """Says whether a runtime puts bos before a prompt for a file with these metadata."""
     stated, kind, pre = (fields.get(name) for name in _FIELDS)

@@ -90,7 +90,9 @@ def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
 
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    from qlora_sft.model.base_files import text_config
+
+    config = text_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers")
     known = [arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture]
     if not known or not layers:
@@ -98,6 +100,8 @@ def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
     names = get_tensor_name_map(known[0], int(layers))
 
     def translate(name: str) -> str | None:
+        # Of a model that also sees, llama.cpp takes the language model, and its names are those without the towers.
+        name = name.replace("language_model.", "", 1)
         found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
         return found
 

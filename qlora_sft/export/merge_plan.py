@@ -103,12 +103,14 @@ def _describe_vocabulary(rows: int, now: int, config: JsonObject, plan: MergePla
 
     Models that also see have it in the section of their language model, and not there either if it is the family's own.
     """
-    own = config if "text_config" not in config else dict(config["text_config"])
-    before = own.get("vocab_size", rows)
-    if before == now or plan.config.get("text_config", plan.config).get("vocab_size") == now:
+    inner = config.get("text_config")
+    own: JsonObject = inner if isinstance(inner, dict) and inner else config
+    known = own.get("vocab_size")
+    # Beside a language model with a section of its own there may be other embeddings, which stay as they are.
+    if now == known or (now == rows and (own is not config or known is None)):
         return
     plan.config |= {"vocab_size": now} if own is config else {"text_config": {**own, "vocab_size": now}}
-    plan.notes.append(f"vocabulary: {before:,} -> {now:,} rows, as the adapter has them")
+    plan.notes.append(f"vocabulary: {known or rows:,} -> {now:,} rows, as the adapter has them")
 
 
 def _ties(config: JsonObject) -> bool:

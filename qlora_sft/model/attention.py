@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
+from qlora_sft.config import AttentionWay
 from qlora_sft.model.attention_capped import Scores, flex_documents, in_band, plain_documents
 from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
@@ -31,7 +32,7 @@ NAME = "qlora_documents"
 # The same attention, but with one call of sdpa per document, also where a GPU could take all documents at once. It is
 # faster where documents are long.
 NAME_ONE_BY_ONE = "qlora_documents_one_by_one"
-Way = Literal["varlen", "sdpa"]
+Way = AttentionWay
 # What layers may be: those that attend to all of a document, to a window or to chunks of it; those that mix tokens
 # without attention (`mixers.py`); and those that look at one token at a time. Others choose by themselves what they
 # attend to (sparse attention), by scores over the whole row.
@@ -128,7 +129,7 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped
             return AttentionPath(
                 "plain", "document by document in plain products, because the model caps logits or has sinks"
             )
-        return AttentionPath("sdpa", f"document by document, on a {device.type}")
+        return AttentionPath("sdpa", f"document by document, on a {device.type}, the only way there")
     if capped:
         return AttentionPath(
             "flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks"
@@ -235,13 +236,14 @@ def register() -> None:
 def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str = "") -> str:
     """Switches ``model`` to attention by document; returns in which way, with the reason, to print.
 
-    way: for a GPU that could do either. varlen takes all documents in one call; sdpa one by one, with the fastest of
-    torch's kernels, which pays where documents are long. reason: why this one, to be printed with it.
+    way: for a GPU that could do either. sdpa takes documents one by one, with the fastest of torch's kernels, which
+    pays where documents are long; the others all in one call, of the kernels that `flash_switch` has switched to.
+    reason: why this one, to be printed with it.
 
     Raises ValueError if the model does not follow the switch, or has layers that attend in a way of their own.
     """
     register()
-    name = NAME if way == "varlen" else NAME_ONE_BY_ONE
+    name = NAME_ONE_BY_ONE if way == "sdpa" else NAME
     base = base_of(model)
     base.set_attn_implementation(name)
     config = base.config.get_text_config()

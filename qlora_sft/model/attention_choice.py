@@ -1,4 +1,4 @@
-"""Chooses how a GPU attends inside documents where it can do either: all in one call, or one call per document.
+"""Foretells for a plan how a GPU will attend inside documents: all in one call, or one call per document.
 
 Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 128) on an H200, torch 2.11, in ms::
 
@@ -7,8 +7,7 @@ Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 1
     varlen, FlashAttention 2       2.08          8.61        3.20        26.46        7.59       100.42
     sdpa per document, cuDNN       2.43          7.65        2.45        16.19        4.19        53.36
 
-The rows are in benchmarks/results/attention.jsonl. A rule and not a measurement at the start, so that a run that goes
-on attends as it did before: both ways round differently.
+The rows are in benchmarks/results/attention.jsonl. A run measures its own shape (`attention_measured`).
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ FEW = 32
 MEASURED = (9, 0)
 
 
+Wanted = Literal["auto"] | Way
+
+
 class AttentionChoice(NamedTuple):
     way: Way
     reason: str
 
 
-def choose_way(
-    wanted: Literal["auto", "varlen", "sdpa"], device: torch.device, lengths: Sequence[int]
-) -> AttentionChoice:
-    """Returns the way to attend for a run of documents with ``lengths`` tokens, and why."""
+def choose_way(wanted: Wanted, device: torch.device, lengths: Sequence[int]) -> AttentionChoice:
+    """Returns the way to attend for a run of documents with ``lengths`` tokens, as far as a rule can tell, and why."""
     if wanted != "auto":
         return AttentionChoice(wanted, f"model.attention={wanted}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != MEASURED:
@@ -69,7 +69,7 @@ class PlannedAttention(NamedTuple):
 
 def plan_attention(
     config: PretrainedConfig,
-    wanted: Literal["auto", "varlen", "sdpa"],
+    wanted: Wanted,
     device: torch.device,
     dtype: torch.dtype,
     lengths: Sequence[int],

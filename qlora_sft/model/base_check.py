@@ -19,6 +19,7 @@ from qlora_sft.errors import ConfigError, DataError, all_at_once
 from qlora_sft.model.base_files import (
     Header,
     check_quantization,
+    has_experts,
     read_config,
     text_config,
 )
@@ -50,6 +51,7 @@ def check_base(config: Config, base: str) -> None:
         lambda: check_layers(config, base),
         lambda: check_tokenizer(config.model, base, settings),
         lambda: check_adapter(config, base),
+        lambda: check_ewc(config, settings),
         lambda: check_chat(config.model, base),
     ]
     all_at_once(checks)
@@ -134,6 +136,16 @@ def check_chat(model: ModelConfig, base: str) -> None:
 
     tokenizer = load_tokenizer(model, base)
     choose_chat_format(tokenizer, stop_token_ids(model, base, tokenizer))
+
+
+def check_ewc(config: Config, settings: dict[str, Any]) -> None:
+    """Raises `ConfigError` where weights cannot be held near to what they were: those of experts are stacks, and no
+    layer shows what goes into each."""
+    if config.training.ewc is not None and config.lora.experts == "train" and has_experts(settings):
+        raise ConfigError(
+            "training.ewc: what goes into each expert is not seen, so its weights cannot be held; leave the experts "
+            "without adapters (lora.experts=frozen), or take training.replay_kl instead"
+        )
 
 
 def _headers(base: str) -> dict[str, Header]:

@@ -28,7 +28,8 @@ class ScoredExperts(Llama4TextExperts):  # type: ignore[misc]
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return up * self.act_fn(gate)
+        activated: Tensor = self.act_fn(gate)
+        return up * activated
 
 
 class ChosenExperts(Llama4TextMoe):  # type: ignore[misc]

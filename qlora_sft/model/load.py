@@ -152,7 +152,8 @@ def load_base(
     # One that was saved in NF4 is loaded as it is.
     if load_in_4bit and not read_config(base).get("quantization_config"):
         options["quantization_config"] = _quantization(base, dtype, kept_in_full(meta_model(settings)))
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    # Of several processes each has a GPU of its own.
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model: PreTrainedModel
     model, told = auto_class(settings).from_pretrained(
         base,

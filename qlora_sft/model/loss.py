@@ -68,10 +68,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
     """Returns the hidden states [1, T, D] behind the last norm and before the output head."""
-    return _decoded(model, batch).hidden
+    return decode_batch(model, batch).hidden
 
 
-def _decoded(model: CausalModel, batch: Batch) -> Decoded:
+def decode_batch(model: CausalModel, batch: Batch) -> Decoded:
     """Returns the hidden states, and what a mixture's routers said."""
     if batch["parents"] is not None:
         remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
@@ -87,8 +87,12 @@ def batch_loss(model: CausalModel, batch: Batch, n_items: float | None = None) -
     config.json has one; over an accumulation group it is the mean of its batches', each with the weight of its
     supervised positions.
     """
+    return loss_of(model, batch, decode_batch(model, batch), n_items)
+
+
+def loss_of(model: CausalModel, batch: Batch, decoded: Decoded, n_items: float | None = None) -> CEOutput:
+    """Computes what `batch_loss` returns, from what the decoder has made of ``batch``."""
     base = base_of(model)
-    decoded = _decoded(model, batch)
     hidden = decoded.hidden
     if batch["repeated"].numel():
         hidden = torch.cat([hidden, hidden[:, batch["repeated"]]], dim=1)

@@ -28,6 +28,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
+from qlora_sft.model.leash import leash_bytes
 from qlora_sft.model.loss import path_of
 from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budget
@@ -153,6 +154,8 @@ def use_memory(
     between += cast_bytes(model, dtype)
     if has_unsloths_forward(base_of(model)):
         between += layer.input
+    if config.training.replay_kl is not None:
+        between += leash_bytes(settings.vocab_size, settings.hidden_size, tokens, dtype)
     choice = choose(config, len(layers), layer, between, device_budget(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)

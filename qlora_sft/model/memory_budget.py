@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.parallel import processes_here
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -45,9 +46,10 @@ def budget_on(device: torch.device, config: Config, states: int, weights: int = 
     states: the bytes of gradients and optimizer states. weights: the bytes of a model that is not loaded yet.
     """
     if device.type != "cuda":
-        available = available_ram() - weights
+        available = available_ram() // processes_here() - weights
         return MemoryBudget(
-            int(available * RAM_SHARE) - states, f"{RAM_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM"
+            int(available * RAM_SHARE) - states,
+            f"{RAM_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM{_each()}",
         )
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
@@ -69,8 +71,14 @@ def host_budget(config: Config) -> MemoryBudget:
     configured = config.memory.host_budget_gib
     if configured is not None:
         return MemoryBudget(int(configured * GIB), f"memory.host_budget_gib={configured:g}")
-    available = available_ram()
-    return MemoryBudget(int(available * HOST_SHARE), f"{HOST_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM")
+    available = available_ram() // processes_here()
+    reason = f"{HOST_SHARE:.0%} of the {available / GIB:.1f} GiB of free RAM{_each()}"
+    return MemoryBudget(int(available * HOST_SHARE), reason)
+
+
+def _each() -> str:
+    """Says that processes share the memory of this machine, where they do."""
+    return f" for each of {processes_here()} processes" if processes_here() > 1 else ""
 
 
 def training_states(model: CausalModel, config: Config) -> int:

@@ -51,7 +51,9 @@ def auto_class(settings: PretrainedConfig) -> type[_BaseAutoModelClass]:
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
     }
-    return next((loader for loader, kinds in known.items() if type(settings) in kinds), AutoModelForCausalLM)
+    able = [loader for loader, kinds in known.items() if type(settings) in kinds]
+    chosen: type[_BaseAutoModelClass] = able[0] if able else AutoModelForCausalLM
+    return chosen
 
 
 def read_settings(config: Config, base: str) -> PretrainedConfig:

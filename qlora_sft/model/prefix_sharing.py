@@ -50,6 +50,8 @@ def sharing_of(config: Config, base: str, backend: BackendName) -> Sharing:
         return Sharing("data.share_prefixes=off" if config.data.packing != "none" else "data.packing=none")
     if config.training.neftune_alpha is not None:
         return Sharing("training.neftune_alpha adds noise by the length of each document")
+    if config.training.replay_kl is not None:
+        return Sharing("training.replay_kl lets the base read the rows of replay by themselves")
     # As transformers understands them: Mistral has a window that its config.json need not name.
     understood = read_settings(config, base).get_text_config()
     settings = understood.to_dict()
@@ -142,7 +144,10 @@ def tree_differs(size: int, dtype: torch.dtype, device: str = "cuda", flash: Fla
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"failed: {first_line(error)}"
     right = run(exact, CPU)
-    worst = max(float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
+    worst = max(
+        float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm())
+        for a, b in zip(found, right, strict=True)
+    )
     return None if worst <= TOLERANCE[dtype] else f"differs from plain products by {worst:.1e}"
 
 

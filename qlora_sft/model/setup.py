@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ from qlora_sft.config import Config
 from qlora_sft.config_lora import describe_lora
 from qlora_sft.model.allocator import describe_allocator
 from qlora_sft.model.attention_check import use_checked_attention
-from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.attention_choice import AttentionChoice
 from qlora_sft.model.backend import BackendName
 from qlora_sft.model.balance import describe_balance
 from qlora_sft.model.base import base_of
@@ -43,11 +42,11 @@ def prepare_model(
     backend: BackendName,
     tokens: int,
     say: Say,
-    lengths: Sequence[int] = (),
+    attention: AttentionChoice | None = None,
 ) -> PeftModel:
     """Loads ``base`` in NF4 with LoRA for rows of up to ``tokens``, attending inside documents only.
 
-    lengths: tokens of the documents that it is trained on, by which the way to attend is chosen.
+    attention: the way to attend (`settle_attention`); default: varlen.
     """
     model = load_model(config, base, dtype, backend)
     if model.device.type == "cuda":
@@ -60,7 +59,7 @@ def prepare_model(
         say(f"adapter: {begun}")
     use_rows_beside_embedding(model)
     say(f"linear layers: {describe_linears(model)}")
-    use_checked_attention(model, dtype, say, *choose_way(config.model.attention, model.device, lengths))
+    use_checked_attention(model, dtype, say, *(attention or AttentionChoice("varlen", "")))
     if config.memory.offload_embeddings:
         on_gpu = model.device.type == "cuda"
         say(f"embeddings: {use_host_embedding(model) if on_gpu else 'where they are (the model is in host memory)'}")

@@ -9,6 +9,7 @@ from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.data.written_tokens import written_tokens
 from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.json_types import read_object
 from qlora_sft.model.base_files import check_tokenizer_files
 from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens, new_rows, wanted_tokens
 from qlora_sft.say import Say
@@ -47,7 +48,19 @@ def read_tokenizer(base: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processors_template(Path(base))
     return tokenizer
+
+
+def _processors_template(base: Path) -> str | None:
+    """Returns the chat template that some models which also see have in a file of their processor's; None without."""
+    file = base / "chat_template.json"
+    try:
+        found = read_object(file).get("chat_template") if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {file}: damaged ({first_line(error)}); copy the model again") from None
+    return found if isinstance(found, str) else None
 
 
 def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -148,6 +148,10 @@ def other_charts(run: RunFacts) -> list[Chart]:
         ),
         Chart("Model FLOPs utilisation", "", smooth_and_raw("MFU", points_of(run, of_key("mfu")), steps), write=share,
               zero=True),
+        Chart("Divergence from the base", "nats per supervised token of replay",
+              smooth_and_raw("KL", points_of(run, of_key("replay_kl")), steps), zero=True),
+        Chart("Penalty on changed weights", "nats (training.ewc)",
+              [Series("penalty", points_of(run, of_key("ewc_penalty")))], zero=True),
         Chart("Loss scale", "of float16", [Series("scale", points_of(run, of_key("loss_scale")))]),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from qlora_kernels.offload.tiers import TierChoice
+from qlora_kernels.offload.tiers import LayerBytes, TierChoice
 from qlora_kernels.offload.tiers import describe as describe_tiers
 
 from qlora_sft.config import Config
@@ -19,11 +19,12 @@ from qlora_sft.model.attention import Way
 from qlora_sft.model.attention_choice import plan_attention
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_folder import missing_bytes
+from qlora_sft.model.leash import leash_bytes
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.memory import choose
 from qlora_sft.model.memory_budget import available_ram, budget_on, host_budget
-from qlora_sft.plan.activations import sequence_bytes
+from qlora_sft.plan.activations import SequenceBytes, sequence_bytes
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.report import (
     CardPlan,
@@ -140,7 +141,8 @@ def _this_run(
     budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
         path = choose_loss(config.model.loss, device).name
-        layer, loss = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined, path)(tokens)
+        bytes_of = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined, path)
+        layer, loss = _with_leash(bytes_of, blueprint, config, dtype)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
@@ -162,6 +164,18 @@ def _this_run(
     return plan, choice
 
 
+def _with_leash(bytes_for: SequenceBytes, blueprint: Blueprint, config: Config, dtype: torch.dtype) -> SequenceBytes:
+    """Returns ``bytes_for`` with what ``training.replay_kl`` takes between forward and backward."""
+    if config.training.replay_kl is None:
+        return bytes_for
+
+    def with_leash(tokens: int) -> tuple[LayerBytes, int]:
+        layer, loss = bytes_for(tokens)
+        return layer, loss + leash_bytes(blueprint.vocabulary, blueprint.hidden, tokens, dtype)
+
+    return with_leash
+
+
 def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     """Finds the longest sequence on each card: with the host memory that is here, and with any amount of it."""
     # What an NVIDIA GPU computes in; the type of a CPU would say nothing about it.
@@ -169,7 +183,8 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
     path = None if config.model.loss == "auto" else config.model.loss
     joined = config.model.attention == "sdpa"
-    bytes_for = sequence_bytes(blueprint, config.lora, dtype, True, joined, path)
+    bytes_of = sequence_bytes(blueprint, config.lora, dtype, True, joined, path)
+    bytes_for = _with_leash(bytes_of, blueprint, config, dtype)
     host, reason = host_budget(config)
     try:
         bytes_for(1)
@@ -248,6 +263,9 @@ def _time(
     share = workload.supervised / workload.tokens if workload else 1.0
     speed = measure(blueprint, config, dtype, documents, share, way)
     seconds = speed.seconds_for(choice.tiers)
+    if workload and config.training.replay_kl is not None:  # the base reads what is replayed, and its logits are formed
+        again = workload.replayed / workload.tokens
+        seconds += again * (blueprint.n_layers * speed.forward + speed.loss)
     return TimePlan(
         measured=MeasuredPlan(**asdict(speed)),
         tokens_per_second=speed.tokens / seconds,

@@ -118,6 +118,10 @@ class DataPlan(Report):
     tokens: int
     supervised_tokens: int
     longest_row: int
+    rows_per_step: int = 1
+    """Of all cards together, where several train."""
+    micro_batches: int = 1
+    """Of a step; as many cards can share it without smaller ones."""
 
 
 @dataclass(frozen=True)

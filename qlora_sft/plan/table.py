@@ -94,6 +94,12 @@ def _run(plan: PlanReport) -> str:
             f"  {data.steps:,} steps, {data.rows:,} rows, {data.tokens:,} tokens, "
             f"{data.supervised_tokens:,} of them supervised"
         )
+        if data.rows_per_step > 1:
+            lines.append(
+                f"  of one card; N cards (torchrun --nproc-per-node N -m qlora_sft.train) do the same steps, each with "
+                f"the memory above and its share of the {data.micro_batches:,} micro-batches ({data.rows_per_step:,} "
+                "rows) of a step"
+            )
     else:
         lines.append("  steps and tokens: not read (--no-data)")
     if timed is None:

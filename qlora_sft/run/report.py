@@ -156,6 +156,8 @@ class RunReport(Report):
     """Format of its files, MXFP4 or FP8, if it was trained on a 16-bit copy of them; ``base_sha256`` is the copy's."""
     data_sha256: str | None = None
     dtype: str
+    attention: Choice | None = None
+    """How a GPU attends inside documents, with what was measured. None in runs of earlier versions."""
     quantized_modules: list[str]
     """Layers of the base whose weights went through NF4."""
     loss: dict[str, Pair]
@@ -178,6 +180,8 @@ class RunReport(Report):
     supervised_tokens: int
     tokens_per_second: float
     optimizer: str
+    processes: int = 1
+    """How many processes trained together, each on a device of its own."""
     memory: MemoryReport | None = None
     order: OrderReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)

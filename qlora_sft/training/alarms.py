@@ -22,6 +22,8 @@ DEVIATIONS = 6.0
 JUMP = 1.25
 VARIATION = 10
 LOWEST_SHARE, HIGHEST_SHARE = 0.1, 0.9
+# So large a share of answers that do not end is no chance.
+ENDLESS = 0.25
 
 
 class Alarms:
@@ -112,6 +114,7 @@ class Alarms:
 
     def evaluated(self, rows: Sequence[EvaluationRow], keeps_best: bool, quiet: bool = False) -> None:
         """Takes in all evaluations up to now."""
+        self._endless(rows, quiet)
         measured = [row for row in rows if row.mean is not None and math.isfinite(row.mean)]
         means = [row.mean for row in measured if row.mean is not None]
         last = means[-RISES - 1 :]
@@ -128,3 +131,22 @@ class Alarms:
             f"training.patience ends such a run, and {kept}",
             quiet,
         )
+
+    def _endless(self, rows: Sequence[EvaluationRow], quiet: bool) -> None:
+        """Warns of answers that do not end, at two evaluations in a row: a model that is only learning to end them has
+        fewer at the second one."""
+        asked = [row for row in rows if row.tasks]
+        if len(asked) < 2:
+            return
+        before, last = (row.endless or {} for row in asked[-2:])
+        for name, share in last.items():
+            if share >= ENDLESS and share >= before.get(name, 0.0) >= ENDLESS:
+                self._raise(
+                    "endless",
+                    asked[-1].step,
+                    f"{share:.0%} of the answers to {name} had not ended at their limit of tokens at step "
+                    f"{asked[-1].step}, and no fewer than at step {asked[-2].step}: answers that never stop. Look with "
+                    "`preview` whether the token that ends a turn is trained, name it in model.stop_tokens if the "
+                    "template has another one, or raise max_new_tokens of the task if its answers are that long",
+                    quiet,
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean
 
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
@@ -16,6 +17,7 @@ from qlora_sft.model.tokenizer import load_tokenizer
 from qlora_sft.run.report import TASK_LOSS
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
+from qlora_sft.training.evaluations import AskedTasks
 
 
 def questions_while_training(config: Config, data: RunData, say: Say) -> list[Questions]:
@@ -42,21 +44,25 @@ def questions_while_training(config: Config, data: RunData, say: Say) -> list[Qu
     return encoded
 
 
-def asking(evaluated: EvaluatedModel, questions: list[Questions], seed: int) -> Callable[[], dict[str, float]]:
+def asking(evaluated: EvaluatedModel, questions: list[Questions], seed: int) -> Callable[[], AskedTasks] | None:
     """Returns what asks the model all ``questions`` and returns the first figure of each task by its name.
 
     It is the share that was answered rightly, of harmless questions the share that was answered at all, or the loss of
-    a task that only measures it, which is named as one.
+    a task that only measures it, which is named as one. None if there are no questions.
     """
+    if not questions:
+        return None
 
-    def ask() -> dict[str, float]:
+    def ask() -> AskedTasks:
         evaluated.model.eval()  # not all ways of asking do so: the verb has a model that is never trained
-        result = {}
+        figures, endless = {}, {}
         for each in questions:
             _, scores = ask_task(evaluated, each, False, seed, lambda _: None)
             metric, figure = next(iter(compared(each.task, None, scores, seed).tuned.items()))
             name = f"{each.task.name}{TASK_LOSS}" if metric == "loss" else each.task.name
-            result[name] = 1 - figure if metric == "refused" else figure
-        return result
+            figures[name] = 1 - figure if metric == "refused" else figure
+            if ended := scores.metrics.get("ended"):
+                endless[name] = round(1 - fmean(ended), 4)
+        return AskedTasks(figures, {name: share for name, share in endless.items() if share})
 
     return ask

@@ -12,13 +12,14 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import disk_error
-from qlora_sft.config import Config, load_config
+from qlora_sft.config import AttentionWay, Config, load_config
 from qlora_sft.errors import ConfigError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.lora_from import KEYS, adapter_folder
+from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.strict import as_tree
 
@@ -36,6 +37,8 @@ ACCEPTS = ".allow_share"
 # Settings that may be named now where they were "auto", and what of the beginning they have to be. Of the revision the
 # commit is compared, which several names may mean.
 NAMED = {"model.dtype": "dtype", "model.backend": "backend", "model.attention": "attention"}
+# The ways to attend by their names, as begun.json has them.
+WAYS: dict[str, AttentionWay] = {way: way for way in get_args(AttentionWay)}
 # What a run takes from the adapter of lora.from.
 TAKEN = tuple(f"lora.{key}" for key in (*KEYS, "init"))
 # What to do if a fact of begun.json differs; these facts follow from "auto" settings and from files.
@@ -119,6 +122,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         return None
     before = load_config(run / "config.yaml")
     begun = _begun(run)
+    _check_processes(run, begun)
     found = differences(as_tree(before), as_tree(config))
     lost = _lost_adapter(config)
     changed = [
@@ -137,17 +141,29 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     return checkpoint
 
 
+def _check_processes(run: Path, begun: Mapping[str, object]) -> None:
+    """Raises `ConfigError` if another number of processes trained ``run`` up to here: each has random numbers of its
+    own, and adds its gradient to those of the others in a certain order. Runs of earlier versions had one process."""
+    before, now = begun.get("processes", 1), world_size()
+    if before != now:
+        start = f"torchrun --nproc-per-node {before} -m qlora_sft.train ..." if before != 1 else "without torchrun"
+        raise ConfigError(
+            f"--resume: processes were {before} when {run} began and are {now} now; start as many ({start}), or choose "
+            "another output=... for a new run"
+        )
+
+
 def as_begun(config: Config, run: Path, say: Say) -> Config:
     """Returns ``config`` with the commit of the base, the way to attend and the sharing of prefixes that ``run`` began
     with, where it leaves them open: the main branch of the base may have moved, and another device may choose
     otherwise."""
     begun, model = _begun(run), config.model
-    commit, way = begun.get("base_commit"), begun.get("attention")
+    commit, way = begun.get("base_commit"), str(begun.get("attention"))
     if isinstance(commit, str) and model.revision == load_config(run / "config.yaml").model.revision:
         say(f"base: {model.path} at commit {commit}, with which this run began")
         model = dataclasses.replace(model, revision=commit)
-    if way in ("varlen", "sdpa") and model.attention == "auto":
-        model = dataclasses.replace(model, attention="sdpa" if way == "sdpa" else "varlen")
+    if way in WAYS and model.attention == "auto":
+        model = dataclasses.replace(model, attention=WAYS[way])
     lora = config.lora
     if _lost_adapter(config):
         say(f"lora.from: {lora.from_} is gone; the checkpoint has all of it")

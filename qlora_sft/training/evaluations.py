@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_sft.atomic import written_file
-from qlora_sft.run.report import LEFT_OUT, Report
+from qlora_sft.run.report import LEFT_OUT, TASK_LOSS, Report
+
+
+@dataclass(frozen=True)
+class AskedTasks:
+    """Holds what the configured tasks have come to at one step."""
+
+    figures: dict[str, float]
+    """By task, the share of its questions that was answered rightly, or its loss."""
+    endless: dict[str, float] = field(default_factory=dict)
+    """By task, the share of its answers that had not ended where they were cut off."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +33,24 @@ class EvaluationRow(Report):
     mean: float | None
     """The mean over the sources; None if a loss is not finite."""
     best: bool
-    """Whether no evaluation before had a lower mean; the one before training does not count."""
+    """Whether none before was as good by ``training.best_metric``; the one before training does not count."""
     seconds: float
     tasks: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     """By task, the share of its questions that was answered rightly, or the loss of one that only measures it."""
+    endless: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
+    """By task, the share of its answers that did not end within its limit of tokens, where some did not."""
 
 
 class Evaluations:
     """Holds the evaluations of a run up to now. What is the best and how long ago it was follows from its rows alone,
     so a run that goes on finds both as they were."""
 
-    def __init__(self, file: Path, begin: int = 0):
-        """Reads what an earlier part of the run has measured; later lines than those of step ``begin`` are dropped."""
-        self.file = file
+    def __init__(self, file: Path, begin: int = 0, metric: str = "held_out"):
+        """Reads what an earlier part of the run has measured; later lines than those of step ``begin`` are dropped.
+
+        metric: what decides which was the best, as ``training.best_metric`` names it.
+        """
+        self.file, self.metric = file, metric
         self.rows: list[EvaluationRow] = []
         if begin and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -45,15 +60,18 @@ class Evaluations:
                 beside.write_text("".join(map(_line, self.rows)), encoding="utf-8")
 
     def add(
-        self, step: int, held_out: Mapping[str, float], seconds: float, tasks: dict[str, float] | None = None
+        self, step: int, held_out: Mapping[str, float], seconds: float, asked: AskedTasks | None = None
     ) -> EvaluationRow:
         """Adds an evaluation to the file and returns it."""
         losses = {source: loss if math.isfinite(loss) else None for source, loss in held_out.items()}
         finite = [loss for loss in losses.values() if loss is not None]
         mean = sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
-        best = self.best
-        lowest = step > 0 and mean is not None and (best is None or best.mean is None or mean < best.mean)
-        row = EvaluationRow(step, losses, mean, lowest, round(seconds, 3), tasks)
+        tasks, endless = (asked.figures, asked.endless or None) if asked else (None, None)
+        row = EvaluationRow(step, losses, mean, False, round(seconds, 3), tasks, endless)
+        cost, best = cost_of(row, self.metric), self.best
+        least = cost_of(best, self.metric) if best else None
+        if step > 0 and cost is not None and (least is None or cost < least):
+            row = replace(row, best=True)
         with self.file.open("a", encoding="utf-8") as opened:
             opened.write(_line(row))
         self.rows.append(row)
@@ -61,14 +79,38 @@ class Evaluations:
 
     @property
     def best(self) -> EvaluationRow | None:
-        """Returns the evaluation with the lowest mean, the first of several; None before there is one."""
+        """Returns the best evaluation, the first of several; None before there is one."""
         return next((row for row in reversed(self.rows) if row.best), None)
 
     @property
     def since_best(self) -> int:
         """Returns how many evaluations there were after the best one."""
-        measured = [row for row in self.rows if row.step > 0 and row.held_out]
+        of_tasks = self.metric.startswith("tasks/")
+        measured = [row for row in self.rows if row.step > 0 and (row.tasks if of_tasks else row.held_out)]
         return next((number for number, row in enumerate(reversed(measured)) if row.best), len(measured))
+
+
+def cost_of(row: EvaluationRow, metric: str) -> float | None:
+    """Returns what is the lower the better the model is by ``metric``; None if it was not measured.
+
+    metric: ``held_out``, the mean of the held-out losses, ``held_out/SOURCE``, or ``tasks/TASK``, of which more is
+    better, unless it only measures a loss.
+    """
+    kind, _, name = metric.partition("/")
+    if kind == "held_out":
+        return row.held_out.get(name) if name else row.mean
+    tasks = row.tasks or {}
+    if (loss := tasks.get(f"{name}{TASK_LOSS}")) is not None:
+        return loss if math.isfinite(loss) else None
+    return -tasks[name] if name in tasks else None
+
+
+def named(metric: str) -> str:
+    """Says what ``metric`` is, in the words of a message."""
+    kind, _, name = metric.partition("/")
+    if kind == "tasks":
+        return f"task {name}"
+    return f"held-out loss of {name}" if name else "held-out loss"
 
 
 def _line(row: EvaluationRow) -> str:

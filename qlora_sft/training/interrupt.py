@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,21 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds in which a launcher passes a signal on that its processes have had already, as Ctrl-C in a terminal.
+ECHO = 3.0
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     """Listens for signals while it is entered as a context, and tells the trainer to save and stop as its callback.
 
-    A second signal stops at once.
+    A second signal stops at once. Where several processes train together, all stop after the same step: the trainer
+    sets ``requested`` where one of them was ``signalled``.
     """
 
-    def __init__(self, say: Say):
-        self.say = say
-        self.requested = False
+    def __init__(self, say: Say, alone: bool = True):
+        self.say, self.alone = say, alone
+        self.signalled = self.requested = False
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopAfterStep:
@@ -40,13 +45,17 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
             signal.signal(each, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.signalled:
+            if not self.alone and time.monotonic() - self._when < ECHO:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.signalled, self._when = True, time.monotonic()
         with contextlib.suppress(RuntimeError):  # in the middle of other output
             self.say("stopping after this step, with a checkpoint (once more: at once, without one)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Asks the trainer for a checkpoint and an end if a signal has come."""
+        if self.alone:
+            self.requested = self.signalled
         if self.requested:
             control.should_save = control.should_training_stop = True

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from qlora_sft.training.alarms import Alarms
     from qlora_sft.training.evaluations import EvaluationRow
-    from qlora_sft.training.trainer import PackedSFTTrainer, StepTotals
+    from qlora_sft.training.totals import StepTotals
+    from qlora_sft.training.trainer import PackedSFTTrainer
 
 
 StepRow = dict[str, Any]
@@ -115,6 +116,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             **self._utilisation(totals, seconds),
             "time": round(time.time(), 3),
         }
+        if trainer.config.training.replay_kl is not None:
+            row["replay_kl"] = finite(losses.divergence)  # None in a step without a row of replay
+        if trainer.anchors:
+            row["ewc_penalty"] = finite(losses.penalty)
         scaler = trainer.accelerator.scaler
         if scaler is not None:  # in float16; a step that it left out has no gradient norm
             row["loss_scale"] = scaler.get_scale()
@@ -132,7 +137,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._work is None or self._peak is None:
             return {}
         work = self._work.of(totals.tokens, totals.supervised, totals.pairs)
-        return {"mfu": round(work / seconds / self._peak, 4)}
+        cards = self.trainer.ranks.size if self.trainer else 1
+        return {"mfu": round(work / seconds / (cards * self._peak), 4)}
 
     def on_log(
         self,
@@ -149,7 +155,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self.display.update(row["step"], self._described(row))
+        self.display.update(row["step"], self._described(row), row["loss"])
 
     def _described(self, row: StepRow) -> str:
         """Returns what the display says of a step: its loss, the last held-out losses, the speed and the memory."""

@@ -14,76 +14,87 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import longest_micro_batch
-from qlora_sft.data.documents import sizes
+from qlora_sft.config_data import source_name
+from qlora_sft.data.documents import Sizes, sizes
+from qlora_sft.errors import RunError
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
-from qlora_sft.model.attention_choice import choose_way
+from qlora_sft.model.attention_choice import AttentionChoice
+from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
+from qlora_sft.model.ewc import ANCHORS, Anchors, load_anchors, measure_anchors
 from qlora_sft.model.fingerprint import fingerprint
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.lora_eva import begin_from_data
 from qlora_sft.model.memory import use_memory
+from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.run.manifest import write_manifest
-from qlora_sft.run.report import Choice, RunReport
+from qlora_sft.run.report import Choice, OrderReport, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.asked import asking, questions_while_training
 from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
-from qlora_sft.training.fit import Training, fit
+from qlora_sft.training.fit import Training, fit, train_along
+from qlora_sft.training.join import join_ranks
 from qlora_sft.training.report import pair, summary
 from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
 from qlora_sft.training.said import Said
 from qlora_sft.training.schedule import schedule_of
-from qlora_sft.training.steps import count_steps, settle_accumulation
+from qlora_sft.training.steps import count_steps, deal, longest_dealt, settle_accumulation
 from qlora_sft.training.trained_on import keep_trained_on
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from qlora_sft.model.base import CausalModel
 
 
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
-) -> RunReport:
+) -> RunReport | None:
     """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
 
-    Raises the errors of `train`.
+    Of several processes the first one does so; the others train along and return None. Raises the errors of `train`.
     """
-    with watch("base model"):
-        if checkpoint:
-            check_commit(run, data.commit)
-        fetch_base(data.base, say)
+    ranks = join_ranks()
+    with watch("base model"), ranks.first_ahead():
+        fetch_same_base(run, data, checkpoint, say)
     with watch("data"):
         dtype, reason = compute_dtype(config.model.dtype)
         counted = sizes(data.documents)
-        beginning = begins_with(config, data, dtype, counted.tokens)
-        if checkpoint:
-            check_same(run, beginning)
+        attention = how_to_attend(config, data, dtype, counted.tokens)
+        beginning = begins_with(config, data, dtype, attention)
+        check_beginning(run, beginning, checkpoint)
         questions = questions_while_training(config, data, say)
         settled = settled_steps(config, data, say)
 
     # ------------------------------------------------------------------ model
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
-        tokens = longest_micro_batch(data.packed.tokens, config.training.batch_size)
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, counted.tokens)
+        tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
+        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
+        anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
     evaluated = EvaluatedModel(model, data.tokenizer, data.chat_format, dtype)
     training = Training(
         settled, run, say, model, data.tokenizer, dtype, data.documents, data.sequences, data.packed.shares_prefixes,
-        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed) if questions else None,
+        data.held_out.documents, ask_tasks=asking(evaluated, questions, config.seed), anchors=anchors,
     )  # fmt: skip
+    ranks.gather(None)  # by now none looks any more whether the run folder is free
+    if not ranks.first:
+        train_along(training, memory, checkpoint)
+        return None
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
@@ -92,12 +103,8 @@ def run_recipe(
         kept = kept_baseline(run, asked) if checkpoint else None
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
     if checkpoint is None:
-        begin_run(run, config, beginning)
-        if config.evaluation.before_training:
-            keep_baseline(run, before, asked)
-    say.keep_in(run)
-    order = record_data(run, data.sequences, data.removed)
-    keep_trained_on(run, settled, data, counted)
+        begin_folder(run, config, beginning, anchors, before, asked)
+    order = keep_records(run, settled, data, counted, say)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
@@ -117,6 +124,7 @@ def run_recipe(
         base_dequantized=packed_as(data.base),
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
+        attention=Choice(*attention),
         quantized_modules=quantized_modules(model),
         loss=pair(before.loss, after.loss),
         exact_match=pair(before.exact_match, after.exact_match),
@@ -131,6 +139,44 @@ def run_recipe(
     return report
 
 
+def fetch_same_base(run: Path, data: RunData, checkpoint: Path | None, say: Say) -> None:
+    """Fetches the weights of the base. Raises `ConfigError` if the run goes on and began with another commit of it."""
+    if checkpoint:
+        check_commit(run, data.commit)
+    fetch_base(data.base, say)
+
+
+def check_beginning(run: Path, beginning: Beginning, checkpoint: Path | None) -> None:
+    """Raises `ConfigError` if the run goes on and is not what it began with, and `RunError` if the processes that train
+    together do not see the same data and base."""
+    if checkpoint:
+        check_same(run, beginning)
+    facts = {"training data": beginning.data_sha256, "base model": beginning.base_sha256, "type": beginning.dtype}
+    seen = join_ranks().gather(facts)
+    if other := [(name, rank) for name in facts for rank, each in enumerate(seen) if each[name] != seen[0][name]]:
+        name, rank = other[0]
+        raise RunError(
+            f"process {rank} has another {name} than process 0; all must read the same files, with the same versions "
+            "of everything that is installed, on the same kind of device"
+        )
+
+
+def begin_folder(
+    run: Path, config: Config, beginning: Beginning, anchors: Anchors | None, before: Evaluation, asked: str
+) -> None:
+    """Clears the folder for a new run and writes what it begins with. asked: the digest of its questions."""
+    begin_run(run, config, beginning, anchors)
+    if config.evaluation.before_training:
+        keep_baseline(run, before, asked)
+
+
+def keep_records(run: Path, settled: Config, data: RunData, counted: Sizes, say: Said) -> OrderReport:
+    """Writes what is said and what is trained on into the folder; returns the order of the packed sequences."""
+    say.keep_in(run)
+    keep_trained_on(run, settled, data, counted)
+    return record_data(run, data.sequences, data.removed)
+
+
 def evaluate_before(
     evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
 ) -> Evaluation:
@@ -143,11 +189,12 @@ def evaluate_before(
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
     """Returns ``config`` with the accumulation that the data asks for.
 
-    Raises `ConfigError` where its schedule does not go with the number of steps.
+    Raises `ConfigError` where its schedule does not go with the number of steps, or a step with that of processes.
     """
     settled, told = settle_accumulation(config, data.packed.tokens)
     if told:
         say(told)
+    deal(settled, join_ranks().size)
     schedule_of(settled.training, count_steps(len(data.sequences), settled))
     return settled
 
@@ -160,9 +207,37 @@ def begin_by_data(
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
 
-def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> Beginning:
-    """Returns what a run that goes on must find again. lengths: tokens of its documents."""
+def anchors_of(
+    config: Config, model: PeftModel, data: RunData, going_on: Path | None, dtype: torch.dtype, say: Say
+) -> Anchors | None:
+    """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
+    with it; None without it."""
+    if config.training.ewc is None or config.data.replay is None:
+        return None
+    if going_on:
+        return load_anchors(going_on / ANCHORS, model.device)
+    replay = data.train.documents[source_name(config.data.replay)]
+    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    say(f"held near to what they are: {told}")
+    return anchors
+
+
+def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
+    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several.
+
+    Each process measures for itself; what the first one finds is taken by all.
+    """
+    if data.backend.name == "unsloth":
+        return AttentionChoice("varlen", "as Unsloth does it")
+    if data.packed.shares_prefixes and config.model.attention == "auto":
+        return AttentionChoice("varlen", "rows share prefixes, which torch's own kernels compute part by part")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    understood = read_settings(config, data.base).get_text_config()
+    return join_ranks().gather(settle_attention(understood, config.model.attention, device, dtype, lengths))[0]
+
+
+def begins_with(config: Config, data: RunData, dtype: torch.dtype, attention: AttentionChoice) -> Beginning:
+    """Returns what a run that goes on must find again."""
     return Beginning(
         data_sha256=data_digest(data.train.documents.values(), data.sequences),
         base_sha256=fingerprint(data.base),
@@ -170,7 +245,8 @@ def begins_with(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequ
         backend=data.backend.name,
         template_date=day.isoformat() if (day := data.chat_format.day) else None,
         base_commit=data.commit,
-        attention=choose_way(config.model.attention, device, lengths).way,
+        attention=attention.way,
         shares_prefixes=data.packed.shares_prefixes,
         lora_from_sha256=adapter_digest(config.lora.from_),
+        processes=join_ranks().size,
     )

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from qlora_sft.data.dedup import Removed
     from qlora_sft.evaluation.answers import HeldOutAnswer
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.model.ewc import Anchors
 
 # The files and folders of a finished or interrupted run. --overwrite removes these and nothing else.
 RUN_FILES = (
     "config.yaml begun.json before.json manifest.json order.json removed.jsonl metrics.jsonl evaluations.jsonl "
     "tensorboard samples.jsonl adapter checkpoints merged merged-evaluation gguf export.json evaluation demo.json "
-    "said.jsonl trained_on.json report.html comparison.html"
+    "said.jsonl trained_on.json report.html comparison.html ewc.safetensors"
 ).split()
 
 
@@ -91,14 +92,16 @@ class Beginning(Report):
     """Whether what rows share at their beginning is computed once, which decides what is packed together."""
     lora_from_sha256: str | None = None
     """Of the weights of the adapter that it goes on from."""
+    processes: int = 1
+    """How many processes train together."""
 
 
-def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
+def begin_run(run: Path, config: Config, beginning: Beginning, anchors: Anchors | None = None) -> None:
     """Removes the earlier run that may be overwritten and writes ``config.yaml`` and ``begun.json``.
 
     It is called when everything has been checked, so that an error before does not cost the earlier run.
 
-    beginning: the facts that must be the same when this run is resumed.
+    beginning: the facts that must be the same when this run is resumed. anchors: what training.ewc keeps.
     """
     for name in RUN_FILES:
         path = run / name
@@ -109,6 +112,10 @@ def begin_run(run: Path, config: Config, beginning: Beginning) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_json(run / "begun.json", beginning.to_json())
+    if anchors is not None:
+        from qlora_sft.model.ewc import ANCHORS, save_anchors
+
+        save_anchors(anchors, run / ANCHORS)
 
 
 def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -> OrderReport:

@@ -1,12 +1,16 @@
-"""Computes a run's steps, its checkpoints and its optimizer from the configuration alone. It imports nothing heavy."""
+"""Computes a run's steps, their deal over processes, its checkpoints and its optimizer. It imports nothing heavy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def settle_accumulation(config: Config, tokens: Sequence[int]) -> tuple[Config, str]:
@@ -33,10 +37,85 @@ def count_steps(n_sequences: int, config: Config) -> int:
     return min(steps, t.max_steps) if t.max_steps else steps
 
 
+class Deal(NamedTuple):
+    """Says how the packed sequences of an optimizer step are dealt over the processes that train together.
+
+    The step is the same whatever their number: `batch_size` x `gradient_accumulation` sequences of all processes.
+    """
+
+    per_step: int
+    """Packed sequences of a step."""
+    size: int
+    """Most packed sequences of a micro-batch: ``batch_size``, or fewer where all processes get some only so."""
+    rounds: int
+    """Micro-batches of every process in a step."""
+    processes: int
+
+
+def deal(config: Config, processes: int) -> Deal:
+    """Returns how the steps of ``config``, with its accumulation settled, are dealt over so many processes.
+
+    Raises `ConfigError` if some of them would never have anything to do.
+    """
+    t = config.training
+    per_step = t.batch_size * t.gradient_accumulation
+    if per_step < processes:
+        raise ConfigError(
+            f"training.gradient_accumulation: a step has {per_step} packed sequences (batch_size x "
+            f"gradient_accumulation, of all processes together) and there are {processes} processes; raise "
+            f"gradient_accumulation to {math.ceil(processes / t.batch_size)} or more, or start {per_step} processes"
+        )
+    rounds = math.ceil(t.gradient_accumulation / processes)
+    return Deal(per_step, math.ceil(per_step / (processes * rounds)), rounds, processes)
+
+
+def describe_deal(dealt: Deal, cards: int) -> str:
+    """Says what each process takes of a step, and of one process that leaves cards idle how more are started; "" if
+    there is nothing to say. cards: how many GPUs this process can see."""
+    if dealt.processes > 1:
+        return (
+            f"{dealt.processes}; each takes up to {dealt.rounds} micro-batches of {dealt.size} rows of a step's "
+            f"{dealt.per_step}, and their gradients are added up"
+        )
+    if cards < 2:
+        return ""
+    return f"1, on one of {cards} GPUs; torchrun --nproc-per-node {cards} -m qlora_sft.train ... trains on all of them"
+
+
+def micro_batches(sequences: Sequence[list[int]], dealt: Deal) -> list[list[int]]:
+    """Returns the documents of every micro-batch, those of one step behind those of the other.
+
+    One after the other goes to each process in turn. Of every step there are as many as come out even; the last ones
+    may be empty.
+    """
+    result = []
+    for start in range(0, len(sequences), dealt.per_step):
+        pieces = _cut(sequences[start : start + dealt.per_step], dealt)
+        result += [[index for sequence in each for index in sequence] for each in pieces]
+        result += [[] for _ in range(-len(pieces) % dealt.processes)]
+    return result
+
+
+def _cut(of_step: Sequence[T], dealt: Deal) -> list[Sequence[T]]:
+    """Cuts what belongs to the sequences of a step into micro-batches: smaller ones where so every process has one."""
+    count = len(of_step)
+    wanted = min(count, dealt.processes)
+    if math.ceil(count / dealt.size) >= wanted:
+        return [of_step[i : i + dealt.size] for i in range(0, count, dealt.size)]
+    return [of_step[i * count // wanted : (i + 1) * count // wanted] for i in range(wanted)]
+
+
+def longest_dealt(tokens: Sequence[int], dealt: Deal) -> int:
+    """Returns the tokens of the longest micro-batch. tokens: those that are computed for each packed sequence."""
+    steps = (tokens[start : start + dealt.per_step] for start in range(0, len(tokens), dealt.per_step))
+    return max((sum(piece) for each in steps for piece in _cut(each, dealt)), default=0)
+
+
 def keeps_best(config: Config) -> bool:
     """Says whether the adapter of the best step is kept, and not that of the last."""
-    keep = config.training.keep
-    return keep == "best" or (keep == "auto" and config.evaluation.every_steps is not None)
+    keep, e = config.training.keep, config.evaluation
+    every = e.tasks_every_steps if config.training.best_metric.startswith("tasks/") else e.every_steps
+    return keep == "best" or (keep == "auto" and every is not None)
 
 
 def most_checkpoints(config: Config) -> int:

@@ -5,108 +5,65 @@ Import this module only after `qlora_sft.model.backend.choose_backend`: it impor
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from qlora_kernels.offload import drop_failed_graphs
-from qlora_kernels.packed_ce import CEOutput
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from qlora_sft.config import Config
-from qlora_sft.data.batch import Batch
+from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import first_line
 from qlora_sft.evaluation.held_out import autocast
-from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.ewc import penalty
+from qlora_sft.model.leash import base_hidden_states, divergence_from
+from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
 from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
 from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
+from qlora_sft.training.join import join_ranks
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
 from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.schedule import rate_factor, schedule_of
-from qlora_sft.training.steps import choose_optimizer
+from qlora_sft.training.steps import choose_optimizer, deal, micro_batches
+from qlora_sft.training.totals import StepTotals, all_together
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import TrainerControl
 
     from qlora_sft.model.base import CausalModel
+    from qlora_sft.model.ewc import Anchors
+    from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.watch import Watch
 
 
-@dataclass
-class StepTotals:
-    """Sums up what one optimizer step has seen so far.
+class GroupEnd(NamedTuple):
+    """Holds what a process tells the others when its part of an optimizer step is done."""
 
-    Tensors stay on the device until somebody asks for a value.
-    """
-
-    weighted_nll: Tensor | float = 0.0
-    correct: Tensor | float = 0.0
-    weight: float = 0.0
-    supervised: int = 0
-    tokens: int = 0
-    pairs: float = 0.0
-    """Pairs of a token with one of the same document that is not behind it."""
-    by_source: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
-    """The weighted loss and the weight of every source."""
-
-    def add(self, output: CEOutput, batch: Batch) -> None:
-        """Adds what the loss said of a micro-batch."""
-        weighted = output.nll * batch["position_weights"]
-        total = weighted.sum()
-        self.weighted_nll = self.weighted_nll + total
-        self.correct = self.correct + (output.correct * batch["position_counts"]).sum()
-        self.weight += batch["weight_sum"]
-        self.supervised += batch["n_supervised"]
-        self.tokens += batch["input_ids"].numel()
-        self.pairs += sum(length * (length + 1) / 2 for length in batch["lengths"])
-        alone = len(batch["sources"]) == 1
-        for number, (source, weight) in enumerate(zip(batch["sources"], batch["source_weights"], strict=True)):
-            # Not weighted[...], which would wait for the device to learn how many positions these are.
-            own = total if alone else torch.where(batch["position_sources"] == number, weighted, 0.0).sum()
-            before = self.by_source.get(source, (0.0, 0.0))
-            self.by_source[source] = before[0] + own, before[1] + weight
-
-    @cached_property
-    def losses(self) -> StepLosses:
-        """Returns what the step has come to, once all its micro-batches are done. A device is waited for only once."""
-        sums = [self.weighted_nll, self.correct, *(nll for nll, _ in self.by_source.values())]
-        nll, correct, *of_sources = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in sums]).tolist()
-        weights = [weight for _, weight in self.by_source.values()]
-        return StepLosses(
-            nll / self.weight if self.weight else math.nan,
-            correct / self.supervised if self.supervised else math.nan,
-            {name: own / weight for name, own, weight in zip(self.by_source, of_sources, weights, strict=True)},
-        )
-
-
-class StepLosses(NamedTuple):
-    """Holds the means of one optimizer step."""
-
-    loss: float
-    """Weighted mean of the token losses, in nats; NaN if no token was supervised."""
-    accuracy: float
-    """Share of the supervised tokens that the model ranked first; NaN if no token was supervised."""
-    of_sources: dict[str, float]
-    """The loss of every source that has supervised tokens in the step."""
+    obstacle: str | None
+    """Why the step does not fit its GPU, if it does not."""
+    signalled: bool
+    """Whether a signal has asked it to stop."""
+    without: list[bool]
+    """Which trained parameters have no gradient."""
+    totals: StepTotals
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -114,6 +71,10 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     One micro-batch is one flat sequence of documents (`Batch`). The loss of every token is divided by the weight of the
     whole accumulation group, so accumulating gives the same gradient as one large batch.
+
+    Of several processes each does its own micro-batches of a group, and their gradients are added up before the update.
+    DistributedDataParallel does not wrap the model: it adds them up within a backward, which then could not be done
+    again where the GPU was full, and which a process without a micro-batch would not have.
     """
 
     control: TrainerControl
@@ -134,16 +95,19 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
         self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
+        self.ranks = join_ranks()
         alpha = config.training.neftune_alpha
         self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
         super().__init__(
             model=model,
             data_collator=collate,
-            train_dataset=Dataset.from_dict({"documents": sequences}),
+            train_dataset=Dataset.from_dict({"documents": micro_batches(sequences, deal(config, self.ranks.size))}),
             **kwargs,
         )
         restore(model, self._snapshot)
+        # accelerate takes it for wrapped.
+        model._is_accelerate_prepared = not self.ranks.alone  # type: ignore[assignment]
         self.computes_in = computed_type(self.args)
         scale_gradients(self.accelerator, self.computes_in)
         self.totals = StepTotals()
@@ -153,6 +117,12 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Whether rows of new tokens decay with the factors, as in a run of an earlier version that goes on."""
         self.watch: Watch | None = None
         """What evaluates while training; it is set where something does."""
+        self.stop: StopAfterStep | None = None
+        """What signals have asked for; it is set where somebody listens."""
+        self.factor: Callable[[int], float] | None = None
+        """The share of the highest rate at every step, where it is not that of the run's schedule."""
+        self.anchors: Anchors | None = None
+        """What training.ewc keeps the weights near to."""
         self.remove_callback(PrinterCallback)  # prints every log entry to stdout
         # Trainer would divide the loss by the accumulation steps once more if it believed otherwise.
         self.model_accepts_loss_kwargs = True
@@ -163,8 +133,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Creates the schedule of ``training.schedule``, which every group follows from its own learning rate."""
-        schedule = schedule_of(self.config.training, num_training_steps)
-        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), partial(rate_factor, schedule))
+        factor = self.factor or partial(rate_factor, schedule_of(self.config.training, num_training_steps))
+        self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
         return self.lr_scheduler
 
     def create_optimizer(self, model: CausalModel | None = None) -> Optimizer:
@@ -180,16 +150,29 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return created
 
     def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
-        """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete."""
+        """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete.
+
+        Every process adds the state of its random numbers; the first one writes the rest.
+        """
         folder = folder_of(self.run, self.state.global_step)
         unfinished = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        obstacle: Exception | None = None
         try:
             super()._save_checkpoint(model, trial)
-            publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
+        except Exception as error:
+            obstacle = error
+        if obstacles := [each for each in self.ranks.gather(obstacle and str(obstacle)) if each is not None]:
+            obstacle = obstacle or OSError(obstacles[0])  # another process's, which is all of it that is known here
+        try:
+            if obstacle is not None:
+                raise obstacle
+            if self.ranks.first:
+                publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
             survive_full_disk(error, folder, self.say)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if self.ranks.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Writes the adapter as it is saved at the end of the run, without the trainer's pickled arguments."""
@@ -201,6 +184,18 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Evaluates with our own measure of held-out data. Training goes on as if nothing had happened."""
+        metrics: dict[str, float] = {}
+
+        def decided() -> list[bool]:
+            metrics.update(self._evaluated())
+            return [self.control.should_save, self.control.should_training_stop]
+
+        # The first process evaluates and decides what follows from it; the others wait.
+        self.control.should_save, self.control.should_training_stop = self.ranks.from_first(decided)
+        self.control.should_evaluate = False
+        return metrics
+
+    def _evaluated(self) -> dict[str, float]:
         if self.watch is None:
             raise RuntimeError("the trainer was asked to evaluate, and nothing is to be evaluated")
         with undisturbed(self.accelerator.unwrap_model(self.model)):
@@ -209,6 +204,12 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def begin_together(self) -> None:
+        """Gives every process the adapter of the first one, and random numbers of its own."""
+        self.ranks.take_from_first([p.data for p in self.model.parameters() if p.requires_grad])
+        if not self.ranks.first:
+            set_seed(self.args.seed + self.ranks.rank)
 
     def load_adapter(self, checkpoint: Path) -> None:
         """Gives the model the adapter of ``checkpoint``, as a run that goes on from there gets it."""
@@ -220,7 +221,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], float]:
-        """Returns the micro-batches of one optimizer step and the weight of all their supervised tokens."""
+        """Returns the micro-batches of one optimizer step, those of this process, and the weight of all supervised
+        tokens of the step."""
         batches = []
         for _ in range(num_batches):
             try:
@@ -228,12 +230,13 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             except StopIteration:
                 break
         self._begin_group(batches)
-        return batches, sum(batch["weight_sum"] for batch in batches)
+        return batches, sum(self.ranks.gather(sum(batch["weight_sum"] for batch in batches)))
 
     def _begin_group(self, batches: list[Batch]) -> None:
         """Starts the totals of an accumulation group, none of whose micro-batches is done."""
         self.totals = StepTotals()
         self._group, self._done = batches, 0
+        self._obstacle: str | None = None
 
     def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its loss.
@@ -248,19 +251,51 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if self._done == 0:
             # A resumed run sets the random numbers only when it has taken its first batch, so they are read here.
             self._rng_state = RngState()
+        loss = self._loss_of(model, inputs, num_items_in_batch)
+        self._done += 1
+        if self._done == len(self._group):
+            self._end_group(model)
+        return loss
+
+    def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
+        """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
+        if self._obstacle is not None or not inputs["lengths"]:
+            return torch.zeros((), device=self.args.device)
         loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
             self._reset_group(model)
             if self.keep_less(obstacle):
                 loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
-            if obstacle is not None:
-                self._reset_group(model)
-                raise too_full(obstacle, self._save_finished_steps())
             self._done = len(so_far) - 1
-        self._done += 1
-        assert loss is not None
-        return loss
+            self._obstacle = obstacle
+        return torch.zeros((), device=self.args.device) if loss is None else loss
+
+    def _end_group(self, model: CausalModel) -> None:
+        """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        own = GroupEnd(
+            self._obstacle,
+            self.stop is not None and self.stop.signalled,
+            [p.grad is None for p in trained],
+            self.totals if self.ranks.alone else self.totals.in_numbers(),
+        )
+        ends = self.ranks.gather(own)
+        if obstacles := [end.obstacle for end in ends if end.obstacle is not None]:
+            self._reset_group(model)
+            raise too_full(obstacles[0], self._save_finished_steps())
+        if self.stop is not None:
+            self.stop.requested = any(end.signalled for end in ends)
+        if self.ranks.alone:
+            return
+        self.totals = all_together([end.totals for end in ends])
+        # What has no gradient in any process has none in one process either, and is passed over by the optimizer.
+        unused = [all(flags) for flags in zip(*(end.without for end in ends), strict=True)]
+        used = [p for p, passed_over in zip(trained, unused, strict=True) if not passed_over]
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add_up([p.grad for p in used if p.grad is not None])
 
     def _try_batches(
         self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
@@ -300,11 +335,32 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             raise RuntimeError("the trainer lost count of the accumulation group; its loss would be scaled wrongly")
         # accelerate puts autocast around the forward of the whole model, which is not what is called here.
         noise = self.noise.over(inputs["lengths"]) if self.noise and model.training else nullcontext()
-        with noise, autocast(self.accelerator.device, self.computes_in):
-            # A group without a single supervised token has loss 0, not 0 / 0.
-            output = batch_loss(self.accelerator.unwrap_model(model), inputs, n_items=max(num_items_in_batch, 1e-30))
+        own, replayed, first = self.accelerator.unwrap_model(model), inputs.get("replayed"), not self.totals.tokens
+        n_items = max(num_items_in_batch, 1e-30)  # a group without a single supervised token has loss 0, not 0 / 0
+        with autocast(self.accelerator.device, self.computes_in):
+            base = base_hidden_states(own, replayed) if replayed else None
+            with noise:
+                decoded = decode_batch(own, inputs)
+            output = loss_of(own, inputs, decoded, n_items)
+            loss = output.loss
+            if replayed and base is not None:
+                loss = loss + self._leash(divergence_from(base, own, decoded.hidden[0], replayed), replayed) / n_items
+        if self.anchors and first and self.ranks.first:  # once per step, whatever it accumulates, of all processes
+            loss = loss + self._hold(penalty(own, self.anchors))
         self.totals.add(output, inputs)
-        return output.loss
+        return loss
+
+    def _leash(self, divergence: Tensor, replayed: Replayed) -> Tensor:
+        """Returns what ``training.replay_kl`` makes of the divergence from the base in one micro-batch."""
+        self.totals.divergence = self.totals.divergence + divergence.detach()
+        self.totals.leashed += replayed["documents"]["weight_sum"]
+        return divergence * (self.config.training.replay_kl or 0.0)
+
+    def _hold(self, half_square: Tensor) -> Tensor:
+        """Returns what ``training.ewc`` makes of the change of the weights."""
+        held = half_square * (self.config.training.ewc or 0.0)
+        self.totals.penalty = held.detach()
+        return held
 
 
 def computed_type(args: Any) -> torch.dtype:
@@ -333,8 +389,9 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
     optimizer, reason = choose_optimizer(config, on_gpu)
     args = SFTConfig(
         output_dir=str(scratch),
-        per_device_train_batch_size=config.training.batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation,
+        # A row of the trainer's data set is a whole micro-batch.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=deal(config, join_ranks().size).rounds,
         max_steps=steps,
         learning_rate=config.training.learning_rate,
         weight_decay=config.training.weight_decay,
@@ -363,4 +420,6 @@ def sft_config(config: Config, scratch: Path, steps: int, dtype: torch.dtype) ->
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # transformers would give every GPU that this one process sees a copy of the model
     return args, f"{optimizer} ({reason})"

@@ -14,7 +14,7 @@ from qlora_sft.config import Config
 from qlora_sft.errors import RunError
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
-from qlora_sft.training.evaluations import EvaluationRow, Evaluations
+from qlora_sft.training.evaluations import AskedTasks, EvaluationRow, Evaluations, named
 from qlora_sft.training.steps import keeps_best
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         held_out_loss: Callable[[], dict[str, float]],
         alarms: Alarms,
         say: Say,
-        ask_tasks: Callable[[], dict[str, float]] | None = None,
+        ask_tasks: Callable[[], AskedTasks] | None = None,
     ):
         """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model.
 
-        ask_tasks: asks the model questions and returns a figure for every task.
+        ask_tasks: asks the model the questions of all tasks.
         """
         self.evaluations, self.held_out_loss, self.alarms, self.say = evaluations, held_out_loss, alarms, say
         self.steps, self.ask_tasks = steps, ask_tasks
@@ -60,8 +60,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return None
         best = self.evaluations.best
         since = f"since step {best.step}" if best else "at all"
+        worse = "not been better" if self.evaluations.metric.startswith("tasks/") else "not fallen"
         return (
-            f"the held-out loss has not fallen {since}, in {self.evaluations.since_best} evaluations "
+            f"the {named(self.evaluations.metric)} has {worse} {since}, in {self.evaluations.since_best} evaluations "
             f"(training.patience={self.patience})"
         )
 
@@ -80,18 +81,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         started = time.perf_counter()
         try:
             losses = self.held_out_loss() if self._due(self.every, step) else {}
-            tasks = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
+            asked = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
         except (torch.OutOfMemoryError, RunError) as error:
             torch.cuda.empty_cache()
             why = error if isinstance(error, RunError) else "the GPU is full"
             self.say(f"step {step}: not evaluated ({why}); training goes on")
             return {}
-        row = self.evaluations.add(step, losses, time.perf_counter() - started, tasks)
-        self.say(f"step {step}: {described(row)}")
+        row = self.evaluations.add(step, losses, time.perf_counter() - started, asked)
+        self.say(f"step {step}: {described(row, self.evaluations.metric)}")
         self.alarms.evaluated(self.evaluations.rows, self.keeps_best)
-        named = {f"eval_held_out/{name}": loss for name, loss in losses.items()}
-        named |= {f"eval_tasks/{name}": figure for name, figure in (tasks or {}).items()}
-        return {"eval_loss": math.nan if row.mean is None else row.mean, **named} if losses else named
+        figures = {f"eval_held_out/{name}": loss for name, loss in losses.items()}
+        figures |= {f"eval_tasks/{name}": figure for name, figure in (row.tasks or {}).items()}
+        return {"eval_loss": math.nan if row.mean is None else row.mean, **figures} if losses else figures
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Asks for a checkpoint of what is the best so far, and for an end when patience has run out."""
@@ -103,13 +104,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_save or self.saves
 
 
-def described(row: EvaluationRow) -> str:
-    """Returns the figures of an evaluation as text."""
+def described(row: EvaluationRow, metric: str = "held_out") -> str:
+    """Returns the figures of an evaluation as text. metric: what decides which is the best."""
     losses = [f"{name} {loss:.3f}" if loss is not None else f"{name} not finite" for name, loss in row.held_out.items()]
     mean = f", mean {row.mean:.3f}" if row.mean is not None and len(losses) > 1 else ""
-    parts = (
-        ["held-out loss " + ", ".join(losses) + mean + (" (the lowest so far)" if row.best else "")] if losses else []
-    )
+    parts = ["held-out loss " + ", ".join(losses) + mean] if losses else []
+    if row.best and metric == "held_out":
+        parts[0] += " (the lowest so far)"
     if row.tasks:
         parts.append("tasks " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.tasks.items()))
+    if row.best and metric != "held_out":
+        parts[-1] += f" (the best so far by {named(metric)})"
     return "; ".join(parts)

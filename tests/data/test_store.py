@@ -29,7 +29,7 @@ def run(config: Config) -> tuple[Any, list[str]]:
 
 
 def test_the_second_time_is_the_same_as_the_first(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config("data.train.0.loss_weight=0.3", "training.epochs=2", "data.max_length=60")
+    config = make_config("data.train.0.loss_weight=0.3", "training.epochs=2", "data.max_length=80")
     first, said = run(config)
     monkeypatch.setattr(plan, "render_sources", lambda *_: pytest.fail("rendered again"))
     second, said_again = run(config)

@@ -21,10 +21,10 @@ def item(number: int, options: int = 4) -> Item:
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> Any:
+def model(convertible_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    return AutoModelForCausalLM.from_pretrained(convertible_model).eval()
 
 
 def test_a_letter_is_what_the_answer_begins_with(tokenizer: Any) -> None:

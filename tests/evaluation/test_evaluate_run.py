@@ -168,7 +168,8 @@ def test_every_answer_is_recorded_beside_its_question(run: Path, files: dict[str
 def test_a_diagnosis_asks_everything_in_other_ways(run: Path, files: dict[str, str], tmp_path: Path) -> None:
     said: list[str] = []
     kept = tmp_path / "kept.jsonl"
-    result = diagnose_run(run, tasks(files, "numbers", "texts"), {"max_rows": 6}, say=said.append)
+    short = {"max_rows": 6, "max_new_tokens": 6}
+    result = diagnose_run(run, tasks(files, "numbers", "texts"), short, say=said.append)
     names = ["numbers", "texts", "benign", "numbers-4-shot", "numbers-labelled", "numbers-polite"]
     assert [report.name for report in result.tasks][:6] == names
     assert result.diagnosis is not None

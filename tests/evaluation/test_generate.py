@@ -21,10 +21,10 @@ from qlora_sft.say import progress
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> Any:
+def model(convertible_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    return AutoModelForCausalLM.from_pretrained(convertible_model).eval()
 
 
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 7, 7, 21, 12, 30)]

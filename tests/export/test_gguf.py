@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import configured
 from safetensors.torch import load_file, save_file
 
 from qlora_sft.errors import ConfigError, RunError
@@ -17,7 +18,7 @@ from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.gguf_check import check_gguf
 from qlora_sft.export.llama_tools import find_quantizer
 from qlora_sft.export.merge import merge_run
-from qlora_sft.export.parity import BOUNDS, bound, check_parity, compare
+from qlora_sft.export.parity import BOUNDS, Figures, bound, check_parity, compare
 from qlora_sft.export.quantize import QUANTIZED
 from qlora_sft.train import train
 
@@ -26,16 +27,17 @@ def quiet(_: str) -> None:
     pass
 
 
-@pytest.fixture
-def run(make_config: Any, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def merged(convertible_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps at a rate that changes the answers; merged in float32, so that every difference is the export's."""
-    held_out = tmp_path / "held_out.jsonl"
+    folder = tmp_path_factory.mktemp("merged")
+    held_out = folder / "held_out.jsonl"
     turns = [
         {"role": "user", "content": "Why is the sky blue?"},
         {"role": "assistant", "content": "It scatters light."},
     ]
     held_out.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
-    config = make_config(
+    config = configured(folder, convertible_model)(
         "training.max_steps=2", "training.learning_rate=3e-2", "model.chat_template=chatml-think",
         f"data.held_out=[{{path: {held_out}}}]",
     )  # fmt: skip
@@ -44,10 +46,24 @@ def run(make_config: Any, tmp_path: Path) -> Path:
     return run
 
 
-def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
+@pytest.fixture
+def run(merged: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(merged, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Figures, list[str]]:
+    """The run in f16, which is compared, and in q8_0; the figures and what was said of the first."""
+    run = shutil.copytree(merged, tmp_path_factory.mktemp("exported") / "run")
     said: list[str] = []
-    result = export_run(run, "f16", parity=True, say=said.append)
-    figures = result.parity["f16"]
+    parity = export_run(run, "f16", parity=True, say=said.append).parity
+    export_run(run, "q8_0", say=quiet)
+    assert parity is not None
+    return run, parity["f16"], said
+
+
+def test_f16_and_q8_0_are_the_merged_model(exported: tuple[Path, Figures, list[str]]) -> None:
+    run, figures, said = exported
     assert figures.top1 >= BOUNDS["f16"][0]
     assert any("held-out rows" in line for line in said)
     kept = json.loads((run / "export.json").read_text())
@@ -55,15 +71,14 @@ def test_f16_and_q8_0_are_the_merged_model(run: Path) -> None:
     assert set(figures.to_json()) == {"top1", "kl", "max_diff", "tokens"}
     assert kept["parity"]["merged"]["kl"] < 1e-6
     assert "0c1e57098" in kept["gguf"]["f16"]["llama_cpp"]
-    export_run(run, "q8_0", say=quiet)
     assert (run / "gguf" / "run-q8_0.gguf").is_file()
 
 
-def test_the_adapter_alone_is_the_adapter(make_config: Any) -> None:
+def test_the_adapter_alone_is_the_adapter(make_config: Any, convertible_model: Path) -> None:
     """With scales and ranks that llama.cpp does not know of."""
     config = make_config(
         "training.max_steps=2", "training.learning_rate=1e-2", "model.chat_template=chatml-think", "lora.rslora=true",
-        "lora.modules=[{match: down_proj, r: 4, alpha: 9}]",
+        "lora.modules=[{match: down_proj, r: 4, alpha: 9}]", f"model.path={convertible_model}",
     )  # fmt: skip
     run = Path(train(config, say=quiet).output)
     figures = export_adapter(run, parity=True, say=quiet).parity["lora"]
@@ -72,8 +87,9 @@ def test_the_adapter_alone_is_the_adapter(make_config: Any) -> None:
     assert names == ["run-adapter.Modelfile", "run-adapter.gguf"]
 
 
-def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> None:
-    gguf = Path(export_run(run, "f32", say=quiet).gguf)
+def test_a_file_that_is_another_model_is_refused(run: Path, exported: Any, tmp_path: Path) -> None:
+    gguf = exported[0] / "gguf" / "run-f16.gguf"
+    check_gguf(gguf, run / "merged")
     other = tmp_path / "other"
     shutil.copytree(run / "merged", other)
     tensors = load_file(other / "model.safetensors")
@@ -91,14 +107,17 @@ def test_a_file_that_is_another_model_is_refused(run: Path, tmp_path: Path) -> N
         assert part in str(caught.value)
     with pytest.raises(RunError, match="Suspect"):
         check_parity(run, other, say=quiet)
-    assert gguf.is_file()
     assert (run / "merged").is_dir()
 
 
-def test_a_failed_check_leaves_no_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_leaves_no_file(run: Path, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(model: Path, target: Path, *_: Any) -> None:
+        shutil.copy(exported[0] / "gguf" / "run-f16.gguf", target)
+
     def fail(*_: Any) -> None:
         raise RunError("differs")
 
+    monkeypatch.setattr("qlora_sft.export.gguf.convert", convert)
     monkeypatch.setattr("qlora_sft.export.gguf.check_gguf", fail)
     with pytest.raises(RunError, match="differs"):
         export_run(run, "f16", say=quiet)
@@ -144,12 +163,13 @@ def test_the_figures_are_what_they_say() -> None:
     assert compare(a.numpy(), a.numpy()).kl == 0
 
 
-def test_a_runtime_asks_as_was_trained(run: Path) -> None:
+def test_a_runtime_asks_as_was_trained(exported: Any) -> None:
     """llama.cpp turns thinking on unasked; where the data has none, the file must not change for it."""
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    fields = GGUFReader(export_run(run, "q8_0", say=quiet).gguf).fields
+    run = exported[0]
+    fields = GGUFReader(run / "gguf" / "run-q8_0.gguf").fields
     assert fields["general.name"].contents() == "run"
     assert "general.finetune" not in fields
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")

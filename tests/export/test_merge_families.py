@@ -72,8 +72,8 @@ def kl(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", QUICK)
-def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
-    base, run = check(kind, tmp_path, own_tokenizer)
+def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
+    base, run = check(kind, tmp_path, short_tokenizer)
     assert has_towers(base, run) == (kind != "nemotron_h")
     named = "AutoModelForImageTextToText" if kind == "mistral3" else "AutoModelForCausalLM"
     assert f'model = {named}.from_pretrained("owner/name"' in model_card(run, "owner/name", "merged", [])
@@ -81,14 +81,14 @@ def test_the_merged_model_is_the_adapter(kind: str, tmp_path: Path, own_tokenize
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
-def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
-    check(kind, tmp_path, own_tokenizer)
+def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
+    check(kind, tmp_path, short_tokenizer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SEE)
-def test_the_merged_model_still_sees(kind: str, tmp_path: Path, own_tokenizer: Any) -> None:
-    assert has_towers(*check(kind, tmp_path, own_tokenizer))
+def test_the_merged_model_still_sees(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
+    assert has_towers(*check(kind, tmp_path, short_tokenizer))
 
 
 def has_towers(base: Path, run: Path) -> bool:

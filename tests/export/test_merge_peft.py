@@ -56,7 +56,7 @@ def shaken(model: Any) -> None:
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 
-def make_run(folder: Path, base: Path, own_tokenizer: Any, resize: int = 0, **lora: Any) -> Path:
+def make_run(folder: Path, base: Path, short_tokenizer: Any, resize: int = 0, **lora: Any) -> Path:
     """A run folder as training leaves it: an adapter with a tokenizer, and a manifest."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if resize:
@@ -64,7 +64,7 @@ def make_run(folder: Path, base: Path, own_tokenizer: Any, resize: int = 0, **lo
     adapted = get_peft_model(model, LoraConfig(**{**HEAVY, "task_type": "CAUSAL_LM", **lora}))
     shaken(adapted)
     adapted.save_pretrained(folder / "adapter")
-    own_tokenizer.save_pretrained(folder / "adapter")
+    short_tokenizer.save_pretrained(folder / "adapter")
     settings = {"model": {"dtype": "float32", "load_in_4bit": False}}
     manifest = {"config": settings, "report": {"base": str(base), "quantized_modules": []}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -78,9 +78,9 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_weights_are_those_of_peft(tmp_path: Path, own_tokenizer: Any, variant: str, tied: bool) -> None:
+def test_merged_weights_are_those_of_peft(tmp_path: Path, short_tokenizer: Any, variant: str, tied: bool) -> None:
     base = tiny(tmp_path / "base", tied)
-    run = make_run(tmp_path / "run", base, own_tokenizer, **VARIANTS[variant])
+    run = make_run(tmp_path / "run", base, short_tokenizer, **VARIANTS[variant])
     result = merge_run(run, say=lambda _: None)
     assert result.modules >= 1
     adapter = PeftModel.from_pretrained(
@@ -98,9 +98,9 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, own_tokenizer: Any, va
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_resized_vocabulary_is_written_and_configured(tmp_path: Path, own_tokenizer: Any, tied: bool) -> None:
+def test_a_resized_vocabulary_is_written_and_configured(tmp_path: Path, short_tokenizer: Any, tied: bool) -> None:
     base = tiny(tmp_path / "base", tied)
-    run = make_run(tmp_path / "run", base, own_tokenizer, resize=104, target_modules=["q_proj"])
+    run = make_run(tmp_path / "run", base, short_tokenizer, resize=104, target_modules=["q_proj"])
     merge_run(run, say=lambda _: None)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.resize_token_embeddings(104)
@@ -111,12 +111,12 @@ def test_a_resized_vocabulary_is_written_and_configured(tmp_path: Path, own_toke
     torch.testing.assert_close(logits(ours), logits(adapter), rtol=1e-5, atol=2e-5)
 
 
-def test_adapters_that_cannot_be_merged_or_do_nothing_are_refused(tmp_path: Path, own_tokenizer: Any) -> None:
+def test_adapters_that_cannot_be_merged_or_do_nothing_are_refused(tmp_path: Path, short_tokenizer: Any) -> None:
     base = tiny(tmp_path / "base", True)
-    idle = make_run(tmp_path / "idle", base, own_tokenizer, target_modules=["q_proj"], init_lora_weights=True)
+    idle = make_run(tmp_path / "idle", base, short_tokenizer, target_modules=["q_proj"], init_lora_weights=True)
     with pytest.raises(RunError, match="every update is zero"):
         merge_run(idle)
-    run = make_run(tmp_path / "run", base, own_tokenizer, target_modules=["q_proj"])
+    run = make_run(tmp_path / "run", base, short_tokenizer, target_modules=["q_proj"])
     file = run / "adapter" / "adapter_config.json"
     original = json.loads(file.read_text())
     for change, message in (({"peft_type": "IA3"}, "only LoRA"), ({"use_qalora": True}, "use_qalora cannot be merged")):
@@ -150,11 +150,11 @@ def test_through_nf4_in_slices_is_bitsandbytes_at_once(
     assert torch.equal(torch.cat([ours.rows(0, 64), ours.rows(64, shape[0])]), wanted)
 
 
-def test_a_base_that_exists_in_4_bits_only(tmp_path: Path, own_tokenizer: Any) -> None:
+def test_a_base_that_exists_in_4_bits_only(tmp_path: Path, short_tokenizer: Any) -> None:
     from qlora_sft.model.load import disable_inference_repacking, load_base
 
     load_base(str(tiny(tmp_path / "base", False)), torch.float32, load_in_4bit=True).save_pretrained(tmp_path / "nf4")
-    plain = make_run(tmp_path / "run", tmp_path / "base", own_tokenizer, target_modules=["q_proj", "down_proj"])
+    plain = make_run(tmp_path / "run", tmp_path / "base", short_tokenizer, target_modules=["q_proj", "down_proj"])
     manifest = json.loads((plain / "manifest.json").read_text())
     manifest["report"]["base"] = str(tmp_path / "nf4")
     (plain / "manifest.json").write_text(json.dumps(manifest))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import configured
 from synthetic import WIDTH, write_run
 
 from qlora_sft.errors import RunError
@@ -98,28 +100,45 @@ def test_the_merge_is_the_sum_and_counts_its_modules(tmp_path: Path, base_model:
 # Runs before anything else in a process: no name is looked up and nothing is connected to, whoever asks.
 NO_NETWORK = """
 import socket
-class Refused(Exception): pass
 def refuse(*a, **k): raise OSError("no network in this test")
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 socket.socket.connect = refuse
 """
 
 
-def test_an_export_of_a_run_needs_no_network(tmp_path: Path, make_config: Any) -> None:
-    """Merge, conversion and read-back of a tiny run with the tools in the cache, in processes without a network."""
-    from qlora_sft.export.llama_cpp import llama_cpp_path
+@pytest.fixture(scope="module")
+def trained(convertible_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, with a shipped template."""
     from qlora_sft.train import train
 
+    make = configured(tmp_path_factory.mktemp("trained"), convertible_model)
+    config = make("training.max_steps=1", "training.learning_rate=1e-2", "model.chat_template=chatml-think")
+    return Path(train(config, say=lambda _: None).output)
+
+
+def test_an_export_of_a_run_needs_no_network(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge and read-back of a tiny run here, and conversion in a process of its own, with the tools in the cache."""
+    from qlora_sft.export.gguf import export_run
+    from qlora_sft.export.llama_cpp import llama_cpp_path
+
     llama_cpp_path()
-    run = train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None).output
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(NO_NETWORK)
-    path = f"{tmp_path / 'blocked'}:{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parents[2]}"
-    command = [sys.executable, "-m", "qlora_sft", "export", run, "--quant", "f16", "--no-parity", "--json"]
-    environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert Path(json.loads(result.stdout)["gguf"]).is_file()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'blocked'}:{os.environ.get('PYTHONPATH', '')}")
+    asked: list[Any] = []
+
+    def refuse(*what: Any, **_: Any) -> Any:
+        asked.append(what)
+        raise OSError("no network in this test")
+
+    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    done = subprocess.run([sys.executable, "-c", "import socket; socket.gethostbyname('x')"], capture_output=True)
+    assert b"no network in this test" in done.stderr
+    exported = export_run(shutil.copytree(trained, tmp_path / "run"), "f16", say=lambda _: None)
+    assert Path(exported.gguf).is_file()
+    assert asked == []
 
 
 def test_without_tools_and_network_the_error_says_what_is_missing(
@@ -133,12 +152,8 @@ def test_without_tools_and_network_the_error_says_what_is_missing(
         llama_cpp_path()
 
 
-def test_the_adapter_needs_nothing_of_ours(make_config: Any, tmp_path: Path) -> None:
+def test_the_adapter_needs_nothing_of_ours(trained: Path, tmp_path: Path) -> None:
     """Plain PEFT and transformers, in a process that cannot import this package."""
-    from qlora_sft.train import train
-
-    config = make_config("training.max_steps=1", "training.learning_rate=1e-2", "model.chat_template=chatml-think")
-    run = train(config, say=lambda _: None).output
     code = (
         "import sys, torch\n"
         "sys.modules['qlora_sft'] = None\n"
@@ -154,17 +169,16 @@ def test_the_adapter_needs_nothing_of_ours(make_config: Any, tmp_path: Path) -> 
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", code, str(Path(run) / "adapter")]
+    command = [sys.executable, "-c", code, str(trained / "adapter")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_named(tmp_path: Path, make_config: Any) -> None:
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_named(tmp_path: Path, trained: Path) -> None:
     from qlora_sft.export.gguf import export_run
-    from qlora_sft.train import train
 
-    run = Path(train(make_config("training.max_steps=1", "training.learning_rate=1e-2"), say=lambda _: None).output)
+    run = shutil.copytree(trained, tmp_path / "run")
     merge_run(run, say=lambda _: None)
     file = run / "merged" / "tokenizer.json"
     content = json.loads(file.read_text())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from qlora_kernels.packed_ce.backend import choose_path
@@ -19,7 +17,3 @@ def test_forward_and_backward(
     assert choose_path("auto", torch.device("cpu"), (dtype,)).name == "triton"
     if shape[0] < 100 or not strided:  # the interpreter is slow
         check(shape, dtype, error, strided)
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "addopts="]))

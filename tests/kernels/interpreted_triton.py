@@ -3,7 +3,6 @@ process of its own, because the switch has to be set before anything imports tri
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -40,9 +39,11 @@ def call(case: Case, hidden: torch.Tensor | None = None, targets: Targets | None
     return output, torch.autograd.grad(output.loss.sum(), hidden)[0]
 
 
+HALF = [(torch.float16, options) for options in (OPTIONS[0], OPTIONS[-1])]
+
+
 @pytest.mark.parametrize("tile", [None, 40], ids=["rows", "tiles"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "options"), [*((torch.float32, each) for each in OPTIONS), *HALF], ids=str)
 def test_each_option_and_all_together(dtype: torch.dtype, options: dict[str, Any], tile: int | None) -> None:
     assert_as_good_as_torch(make(LENGTHS, dtype=dtype, **options), path="triton", tile=tile)
 
@@ -192,11 +193,11 @@ def test_it_takes_the_bytes_that_it_says(kind: str, monkeypatch: pytest.MonkeyPa
     because it holds on to what it was given last."""
     monkeypatch.setattr(workspace, "TRITON_TILE", 512)
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 4 * 2000 * 120)
-    for sizes in ((120, 128, 2000), (110, 1024, 2000), (60, 64, 300)):
+    for sizes in ((48, 128, 2000), (44, 1024, 2000), (30, 64, 300)):
         check_bytes(kind, sizes, torch.float32, "triton")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     share=st.sampled_from([0.0, 0.4, 1.0]),
@@ -236,7 +237,3 @@ def test_selection_over_many_blocks() -> None:
     for known in (None, len(wanted[0])):
         for a, b in zip(select_positions(case.labels, docs, -100, known, block=16), wanted, strict=True):
             assert torch.equal(a, b)
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "addopts="]))

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from qlora_kernels import rotate_triton  # noqa: E402
+from qlora_kernels import rms_norm_triton, rotate_triton  # noqa: E402
 from qlora_kernels.nf4_lora import pointwise  # noqa: E402
 from qlora_kernels.packed_ce import gather_scatter, logit_kernels, select, triton_path  # noqa: E402
 
@@ -47,6 +47,15 @@ VARIANTS: list[tuple[str, Any, dict[str, Any], int]] = [
         for half in (64, 128)
     ),
     *(
+        (
+            f"norm backward{', gemma' if gemma else ''}, {block} wide",
+            rms_norm_triton.norm_backward_kernel,
+            {"GEMMA": gemma, "BLOCK": block},
+            rms_norm_triton.warps_for(block),
+        )
+        for gemma, block in ((False, 128), (True, 4096), (False, 16_384))
+    ),
+    *(
         (f"{name}, {activation}", kernel, {"ACTIVATION": activation, "BLOCK": pointwise.BLOCK}, pointwise.WARPS)
         for name, kernel in (("gated", pointwise.gated_kernel), ("gated backward", pointwise.gated_backward_kernel))
         for activation in ("silu", "gelu", "gelu_tanh")
@@ -65,6 +74,7 @@ TYPES = {
     "gated_backward_kernel": "D=*half G=*half U=*half DG=*half DU=*half n=i64",
     "rotate_kernel": "Q=*half K=*half OUT_Q=*half OUT_K=*half COS=*half SIN=*half q_token=i32 q_head=i32 k_token=i32 "
     "k_head=i32 H=i32 G=i32 size=i32 half=i32",
+    "norm_backward_kernel": "X=*half DY=*half W=*half ROOT=*fp32 DX=*half D=i32",
     "compact_kernel": "labels=*i64 documents=*i32 ends=*i32 positions=*i32 kept_labels=*i32 "
     "kept_documents=*i32 T=i32 ignore=i32",
 }

@@ -50,11 +50,11 @@ def cut_embedding(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "added tokens": (
         add_tokens,
-        "has 3 tokens beyond the 49,152 rows of the model's embedding: '<tag_a>' (49152), '<tag_b>' (49153), 'zzplain' "
-        "(49154). Take the tokenizer",
+        "has 3 tokens beyond the 5,000 rows of the model's embedding: '<tag_a>' (5000), '<tag_b>' (5001), 'zzplain' "
+        "(5002). Take the tokenizer",
     ),
     "awq": (quantized(quant_method="awq", bits=4, group_size=128), "are quantised with awq, which cannot be trained"),
-    "embedding of another size": (cut_embedding, "says vocab_size 49,152, and model.embed_tokens.weight has 49,052"),
+    "embedding of another size": (cut_embedding, "says vocab_size 5,000, and model.embed_tokens.weight has 4,900"),
     "layers that the files lack": (
         lambda folder: edited(folder, "config.json", num_hidden_layers=3, layer_types=None),
         "fewer than config.json asks for; is the download incomplete?",
@@ -150,7 +150,7 @@ def test_tokens_that_are_there_for_images_only_are_no_fault(copied: Path) -> Non
     check_tokenizer(ModelConfig(str(copied)), str(copied), read_config(str(copied)))
     tokenizer.add_tokens(["<other>"], special_tokens=True)
     tokenizer.save_pretrained(copied)
-    with pytest.raises(ConfigError, match=r"has 1 tokens beyond the 49,152 rows of the model's embedding: '<other>'"):
+    with pytest.raises(ConfigError, match=r"has 1 tokens beyond the 5,000 rows of the model's embedding: '<other>'"):
         check_tokenizer(ModelConfig(str(copied)), str(copied), read_config(str(copied)))
 
 
@@ -161,7 +161,7 @@ def test_a_text_that_holds_such_a_token_is_refused_with_its_source(copied: Path,
     tokenizer.save_pretrained(copied)
     rows = [{"text": "A picture: <image_soft_token> and what it shows."}]
     config = make_config(f"model.path={copied}", "data.train.0.allow_special=true", rows=rows)
-    with pytest.raises(DataError, match=r"chat holds '<image_soft_token>'.*49,152 rows does not have"):
+    with pytest.raises(DataError, match=r"chat holds '<image_soft_token>'.*5,000 rows does not have"):
         prepare(config, lambda _: None, unsloth=False)
 
 

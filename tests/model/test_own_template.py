@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tests_support import bare_base
 
+from qlora_sft.chat.models import prompt_text
+from qlora_sft.config import ModelConfig
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import SHIPPED, template_text
+from qlora_sft.data.template import apply, choose_chat_format
 from qlora_sft.data.written_tokens import written_tokens
-from qlora_sft.errors import ConfigError
+from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
@@ -125,15 +128,15 @@ def test_each_is_one_token_and_only_what_the_model_writes_is_trained(
 
 
 def test_a_base_that_has_them_gets_none_and_stops_where_it_is_told(
-    make_config: Any, tiny_model: Path, tmp_path: Path, own_tokenizer: Any
+    make_config: Any, tiny_model: Path, tmp_path: Path, short_tokenizer: Any
 ) -> None:
     chatml = template_text("chatml").replace("<|im_end|>", "<|endoftext|>")
     (tmp_path / "own.jinja").write_text(chatml)
     config = make_config(f"model.chat_template={tmp_path / 'own.jinja'}")
     assert new_rows(config.model, str(tiny_model)) == []
     tokenizer = load_tokenizer(config.model, str(tiny_model))
-    assert len(tokenizer) == len(own_tokenizer)
-    assert stop_token_ids(config.model, str(tiny_model), tokenizer) == {own_tokenizer.eos_token_id}
+    assert len(tokenizer) == len(short_tokenizer)
+    assert stop_token_ids(config.model, str(tiny_model), tokenizer) == {short_tokenizer.eos_token_id}
 
 
 LLAMA_2 = (
@@ -170,3 +173,29 @@ def test_new_tokens_alone_are_added_to_the_bases_own_template(make_config: Any, 
     )
     with pytest.raises(ConfigError, match=r"model\.new_tokens must be texts without spaces, got 'a b', ''"):
         make_config("model.new_tokens=['a b', '']")
+
+
+# As SmolVLM's: goes through the parts of a content, and writes those of text.
+PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_the_template_of_a_processor_is_found_and_gets_the_texts_in_parts(small_tokenizer: Any, tmp_path: Path) -> None:
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=0)
+    with pytest.raises(DataError, match="no chat template"):
+        choose_chat_format(load_tokenizer(ModelConfig(str(base)), str(base)))
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
+    tokenizer = load_tokenizer(ModelConfig(str(base)), str(base))
+    assert tokenizer.chat_template == PARTS
+    row = {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]}
+    written = apply(cast(Any, row), tokenizer, PARTS)[0]
+    assert written == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\nbecause<|im_end|>\n"
+    assert prompt_text(row["messages"][:1], PARTS, {}, None) == (
+        "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    (base / "chat_template.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"chat_template\.json: damaged"):
+        load_tokenizer(ModelConfig(str(base)), str(base))

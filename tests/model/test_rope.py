@@ -80,14 +80,15 @@ def test_a_model_that_was_loaded_without_the_scaling_is_refused(tiny_model: Path
         check_rope(plain, scaled_config(str(tiny_model), RopeScaling("yarn", 3.0)))
 
 
-def test_the_scaling_goes_from_training_to_merge_and_gguf(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_scaling_goes_from_training_to_merge_and_gguf(make_config: MakeConfig, convertible_model: Path) -> None:
     from gguf import GGUFReader
 
     from qlora_sft.export.gguf import export_run
     from qlora_sft.export.merge import merge_run
     from qlora_sft.train import train
 
-    config = make_config(*YARN, "training.max_steps=1", "training.learning_rate=0.01", "evaluation.loss=false")
+    short = ["training.max_steps=1", "training.learning_rate=0.01", "evaluation.loss=false"]
+    config = make_config(*YARN, *short, f"model.path={convertible_model}")
     train(config, say=lambda _: None)
     run = Path(config.output)
     model = load_for_inference(run)

@@ -23,6 +23,7 @@ from qlora_sft.export.parity import check_parity
 from qlora_sft.model.base_files import Header, read_config, read_headers
 from qlora_sft.model.base_folder import base_headers, fetch_base, own_folder, resolve_base
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.load import load_for_inference
 from qlora_sft.model.packed_layout import layout_of
 from qlora_sft.model.run_base import run_base
 from qlora_sft.model.snapshot import file_hashes, has_weights
@@ -292,3 +293,17 @@ def test_a_model_of_the_hub_is_recorded_as_it_was_typed(
     adapter = json.loads((run.adapter / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("owner/packed", commit)
     assert check_parity(run.path, Path(merge_run(run.path, say=lambda _: None).merged))["merged"].kl < 1e-3
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_that_is_no_run_is_asked_as_training_would_load_it(
+    kind: str, tmp_path: Path, own_tokenizer: Any, cache: Path
+) -> None:
+    """As chat and evaluate open one, without a GPU that could compute in its format."""
+    base = WRITERS[kind](tmp_path / "base", own_tokenizer)
+    same = write_in_16_bits(tmp_path / "same", base)
+    asked, expected = load_for_inference(base), load_for_inference(same)
+    assert len(list(cache.glob("*/*.safetensors"))) == 2
+    ids = torch.arange(20, 50)[None]
+    with torch.no_grad():
+        assert torch.equal(asked(input_ids=ids).logits, expected(input_ids=ids).logits)

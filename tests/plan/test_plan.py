@@ -115,7 +115,7 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
     monkeypatch.setattr(needs, "measure", lambda *arguments: ways.append(arguments[-1]) or speed)
     plans = [make_plan(make_config(*each), say=quiet) for each in ([], ["model.attention=sdpa", "model.loss=torch"])]
     assert ways == ["varlen", "sdpa"]
-    assert plans[0].choices["attention"].reason == "document by document, on a cpu"
+    assert plans[0].choices["attention"].reason == "document by document, on a cpu, the only way there"
     blueprint = read_blueprint(make_config(), make_config().model.path)
     lora = make_config().lora
     triton, plain = (

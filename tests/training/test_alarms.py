@@ -9,7 +9,7 @@ import pytest
 
 from qlora_sft.data.documents import Sizes
 from qlora_sft.training.alarms import Alarms
-from qlora_sft.training.evaluations import EvaluationRow, Evaluations
+from qlora_sft.training.evaluations import AskedTasks, EvaluationRow, Evaluations
 from qlora_sft.training.losses import StepLoss
 
 
@@ -122,3 +122,53 @@ def test_the_share_of_supervised_tokens(tokens: list[int], supervised: list[int]
     alarms_of(said).data(Sizes(["a"] * len(tokens), tokens, supervised, list(map(float, supervised))), False)
     assert len(said) == (expected is not None)
     assert not expected or expected in said[0]
+
+
+@pytest.mark.parametrize(
+    ("endless", "expected"),
+    [
+        ([0.5, 0.5], "50% of the answers to sums had not ended at their limit of tokens at step 20"),
+        ([0.9, 0.3, 0.4], "40% of the answers to sums"),
+        ([0.9, 0.8, 0.5], None),  # it learns to stop
+        ([0.1, 0.2, 0.2], None),
+        ([0.9], None),
+        ([0.0, 0.0, 0.9], None),  # said when it stays so
+    ],
+)
+def test_answers_that_never_stop(tmp_path: Path, endless: list[float], expected: str | None) -> None:
+    evaluations, said = Evaluations(tmp_path / "evaluations.jsonl"), list[str]()
+    alarms = alarms_of(said)
+    for number, share in enumerate(endless, start=1):
+        asked = AskedTasks({"sums": 0.5, "read loss": 1.0}, {"sums": share} if share else {})
+        evaluations.add(10 * number, {}, 0.1, asked)
+        alarms.evaluated(evaluations.rows, keeps_best=False)
+    assert len(said) == (expected is not None)
+    assert not expected or (expected in said[0] and "model.stop_tokens" in said[0])
+    # A run that goes on finds it again, and says it no more.
+    again = Evaluations(tmp_path / "evaluations.jsonl", begin=1000)
+    resumed = alarms_of(repeated := list[str]())
+    for number in range(len(again.rows)):
+        resumed.evaluated(again.rows[: number + 1], keeps_best=False, quiet=True)
+    assert (resumed.texts, repeated) == (alarms.texts, [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "since"),
+    [
+        ("held_out", [True, False, True, False], 1),
+        ("held_out/b", [True, True, False, False], 2),
+        ("tasks/sums", [True, False, False, True], 0),
+        ("tasks/read", [True, False, True, False], 1),
+    ],
+)
+def test_what_is_the_best_is_told_by_the_metric(tmp_path: Path, metric: str, best: list[bool], since: int) -> None:
+    """More right answers are better, and less loss is."""
+    file = tmp_path / "evaluations.jsonl"
+    evaluations = Evaluations(file, 0, metric)
+    losses = [(3.0, 2.0), (4.0, 1.5), (1.0, 2.0), (2.0, 2.0)]
+    asked = [(0.5, 1.0), (0.5, 1.0), (0.4, 0.5), (0.6, 0.6)]
+    for number, ((a, b), (right, loss)) in enumerate(zip(losses, asked, strict=True), start=1):
+        evaluations.add(number, {"a": a, "b": b}, 0.0, AskedTasks({"sums": right, "read loss": loss}))
+    assert [row.best for row in evaluations.rows] == best
+    again = Evaluations(file, 4, metric)
+    assert (again.best, again.since_best) == (evaluations.best, since)

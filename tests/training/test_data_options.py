@@ -21,7 +21,7 @@ def test_a_run_trains_on_what_the_mixture_says_and_records_it(
     (tmp_path / "general.txt").write_text("A plain text.\nAnother one, a little longer.\n")
     (tmp_path / "exam.csv").write_text(f"task\n{exam}\n")
     pair = {"prompt": f"Count: {exam}!", "completion": "Done."}
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "completion": "a"}, pair])
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "completion": "a, b, c and d"}, pair])
     chat, pairs = tmp_path / "chat.jsonl", tmp_path / "pairs.jsonl"
     config = make_config(
         f"data.train=[{{path: {chat}, loss_weight: 2}}, {{path: {pairs}, repeat: 5}}]",

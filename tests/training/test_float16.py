@@ -114,12 +114,12 @@ def test_gradients_that_no_scale_makes_finite_end_the_run(make_config: Any, monk
 def test_layers_compute_in_the_type_of_the_run(make_config: Any, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """As evaluation and plan have it: else LoRA's products would be float32 ones, of inputs kept in float32."""
     seen: list[Any] = []
-    own = module.batch_loss
+    own = module.loss_of
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(module, "batch_loss", noted)
+    monkeypatch.setattr(module, "loss_of", noted)
     train(make_config(f"model.dtype={dtype}", "training.max_steps=2"), say=lambda _: None)
     assert seen == [getattr(torch, dtype)] * 2

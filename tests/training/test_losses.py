@@ -13,7 +13,7 @@ import pytest
 from qlora_sft.errors import DataError
 from qlora_sft.train import train
 from qlora_sft.training.losses import ENOUGH_TOKENS, StepLoss, summarize_losses
-from qlora_sft.training.trainer import StepTotals
+from qlora_sft.training.totals import StepTotals
 
 
 def test_a_few_tokens_do_not_decide_the_first_and_the_last_loss() -> None:

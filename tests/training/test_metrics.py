@@ -21,9 +21,9 @@ from qlora_sft.data.tree_batch import flatten_tree
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.train import train
 from qlora_sft.training import progress
-from qlora_sft.training.display import Display
+from qlora_sft.training.display import SPARKS, Course, Display
 from qlora_sft.training.progress import held_out_briefly
-from qlora_sft.training.trainer import StepTotals
+from qlora_sft.training.totals import StepTotals
 from qlora_sft.training.utilisation import StepWork, peak_of_card, step_work
 
 
@@ -59,7 +59,7 @@ def work_of(row: dict[str, Any]) -> float:
     """The operations of a step of the tiny model with rank 16, but for those of attention, which are few here."""
     shapes = 2 * [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # q, k, v, o, gate, up, down
     per_token = sum(4 * rows * columns + 6 * 16 * (rows + columns) for rows, columns in shapes)
-    return float(per_token * row["tokens"] + 4 * 49152 * 64 * row["supervised_tokens"])
+    return float(per_token * row["tokens"] + 4 * 5000 * 64 * row["supervised_tokens"])
 
 
 def rows_of_sources(config: Any) -> list[Rendered]:
@@ -203,6 +203,41 @@ def test_a_terminal_gets_one_line_that_messages_do_not_tear(
     assert "\ra message" in drawn.replace(" ", "").replace("amessage", "a message")
     assert "10/10" in drawn
     assert "loss 1" in drawn
+
+
+@pytest.mark.parametrize(("terminal", "encoding"), [(True, "utf-8"), (True, "latin-1"), (False, "utf-8")])
+def test_only_a_terminal_that_can_shows_the_course_of_the_loss(
+    terminal: bool, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    import sys
+
+    err = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(err, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", err)
+    display = Display(40, 0, lambda text: print(text, file=err))
+    display.open()
+    for step in range(1, 41):
+        display.update(step, f"loss {41 - step}", None if step == 7 else float(41 - step))
+    display.close()
+    err.flush()
+    drawn = err.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "loss 1" in drawn
+    shows = terminal and encoding == "utf-8"
+    assert ("▁" in drawn) == shows
+    assert not shows or "█▇▆▅▄▃▂▁" in "".join(dict.fromkeys(drawn.rsplit("step/s, ", 1)[-1])) + drawn
+
+
+@pytest.mark.parametrize("steps", [1, 2, 15, 16, 17, 500, 100_001])
+def test_the_course_of_a_loss_keeps_few_numbers(steps: int) -> None:
+    course = Course()
+    for step in range(steps):
+        course.add(float(-step))
+    drawn = course.drawn()
+    assert len(drawn) == (0 if steps < 2 else len(drawn)) <= 2 * SPARKS
+    assert steps < SPARKS or len(drawn) >= SPARKS
+    assert list(drawn) == sorted(drawn, reverse=True)
+    assert not drawn or (drawn[0], drawn[-1]) == ("█", "▁")
 
 
 def test_held_out_losses_in_few_words() -> None:

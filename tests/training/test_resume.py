@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import Trainer
 from qlora_sft import run_data
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, DataError, Interrupted
+from qlora_sft.run.report import Choice
 from qlora_sft.strict import as_tree
 from qlora_sft.train import train
 from qlora_sft.training import recipe as module
@@ -93,14 +96,14 @@ def test_the_base_is_evaluated_once_unless_the_questions_are_others(
     monkeypatch.setattr(module, "evaluate", evaluate)
     whole = train(make_config(*SHORT, *asked), say=lambda _: None)
     assert moments == ["before", "after"]
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(make_config(*SHORT, *asked, f"output={tmp_path / 'stopped'}"), say=lambda _: None)
     for extra, again in (([], []), (["evaluation.max_new_tokens=2"], ["before"])):
-        config = make_config(*SHORT, *asked, f"output={tmp_path / f'stopped{len(again)}'}")
-        with pytest.MonkeyPatch.context() as patch:
-            at_step(patch, 3, crash)
-            with pytest.raises(Crash):
-                train(config, say=lambda _: None)
         moments.clear()
-        config = make_config(*SHORT, *asked, *extra, f"output={config.output}")
+        stopped = shutil.copytree(tmp_path / "stopped", tmp_path / f"stopped{len(again)}")
+        config = make_config(*SHORT, *asked, *extra, f"output={stopped}")
         report = train(config, resume=True, say=lambda _: None)
         assert moments == [*again, "after"]
         assert report.loss == whole.loss
@@ -130,10 +133,10 @@ def test_a_signal_in_the_last_step_loses_nothing(make_config: Any, tmp_path: Pat
     assert result(Path(config.output)) == whole
 
 
-def test_a_run_whose_steps_are_all_done_is_only_finished(make_config: Any, whole: Any) -> None:
+def test_a_run_whose_steps_are_all_done_is_only_finished(whole_config: Config, tmp_path: Path, whole: Any) -> None:
     """It was killed while it was evaluated, say."""
-    config = make_config(*SHORT)
-    run = Path(config.output)
+    run = Path(shutil.copytree(whole_config.output, tmp_path / "run"))
+    config = replace(whole_config, output=str(run))
     (run / "manifest.json").unlink()
     report = train(config, resume=True, say=lambda _: None)
     assert (report.resumed_at, report.steps) == (6, 6)
@@ -197,19 +200,22 @@ def test_what_auto_meant_may_be_named_as_the_errors_advise(make_config: Any, tmp
     other = make_config(*SHORT, *as_meant[1:], "model.dtype=float16", f"output={run}")
     with pytest.raises(ConfigError, match=r"model\.dtype was 'auto' when .* began and is 'float16' now"):
         train(other, resume=True, say=lambda _: None)
-    (run / "begun.json").write_text(json.dumps({**begun, "attention": "sdpa"}))
-    assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == "sdpa"
+    for way in ("sdpa", "flash4"):
+        (run / "begun.json").write_text(json.dumps({**begun, "attention": way}))
+        assert as_begun(make_config(*SHORT), run, lambda _: None).model.attention == way
     # A run of a version that knew no sharing packed every row alone.
     old = {key: value for key, value in begun.items() if key != "shares_prefixes"}
     (run / "begun.json").write_text(json.dumps(old))
     assert as_begun(make_config(*SHORT), run, lambda _: None).data.share_prefixes == "off"
     (run / "begun.json").write_text(json.dumps(begun))
-    assert train(named, resume=True, say=lambda _: None).resumed_at == 2
+    report = train(named, resume=True, say=lambda _: None)
+    assert report.resumed_at == 2
+    assert report.attention == Choice("varlen", "model.attention=varlen")
 
 
-def test_a_finished_run_is_not_gone_on_with(make_config: Any, whole: Any) -> None:
+def test_a_finished_run_is_not_gone_on_with(whole_config: Config) -> None:
     with pytest.raises(ConfigError, match="holds a finished run"):
-        train(make_config(*SHORT), resume=True, say=lambda _: None)
+        train(whole_config, resume=True, say=lambda _: None)
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_its_rows_of_new_tokens(make_config: Any, tmp_path: Path) -> None:

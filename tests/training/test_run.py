@@ -9,24 +9,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from qlora_sft.cli import main
+
 SHORT = [
     "evaluation.loss=false", "evaluation.answers=0", "data.train.0.max_rows=40", "data.train.1.max_rows=40",
-    "data.train.2.max_rows=40",
+    "data.train.2.max_rows=40", "training.max_steps=2",
 ]  # fmt: skip
 
 
-def command(*overrides: str, output: Path) -> list[str]:
-    return [sys.executable, "-m", "qlora_sft.train", "demo", *SHORT, *overrides, f"output={output}"]
-
-
+@pytest.mark.slow
 def test_unsloths_patched_trainer_trains_our_batches_and_writes_nowhere_else(base_model: Path, tmp_path: Path) -> None:
+    """On the 135M model; a tiny one is trained by tests/test_notebooks.py."""
     output = tmp_path / "run"
-    arguments = command("model.backend=unsloth", "training.max_steps=2", output=output)
-    result = subprocess.run([*arguments, "--json"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "qlora_sft.train", "demo", *SHORT, "model.backend=unsloth", f"output={output}"]
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["backend"]["name"] == "unsloth"
@@ -38,10 +39,10 @@ def test_unsloths_patched_trainer_trains_our_batches_and_writes_nowhere_else(bas
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_control_c_saves_the_adapter_and_ends_with_130(base_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
+def test_control_c_saves_the_adapter_and_ends_with_130(make_config: Any, tmp_path: Path) -> None:
+    output = Path(make_config().output)
     process = subprocess.Popen(
-        command("model.backend=transformers", "training.epochs=9", output=output),
+        [sys.executable, "-m", "qlora_sft.train", str(tmp_path / "config.yaml"), "training.epochs=400"],
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background jobs ignore the signal, and their children inherit that.
@@ -50,27 +51,31 @@ def test_control_c_saves_the_adapter_and_ends_with_130(base_model: Path, tmp_pat
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.2)
+        time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     (checkpoint,) = (output / "checkpoints").iterdir()
     assert str(checkpoint) in errors
-    assert len(load_file(checkpoint / "adapter_model.safetensors")) == 2 * 210
+    assert len(load_file(checkpoint / "adapter_model.safetensors")) == 2 * 14
     assert not (output / "adapter").exists()
 
 
-def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(base_model: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_with_1_and_nothing_half_written(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config()
     disk = tmp_path / "small"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        arguments = command("model.backend=transformers", "training.max_steps=1", output=disk / "run")
-        result = subprocess.run(arguments, capture_output=True, text=True)
-        assert result.returncode == 1, result.stderr
-        assert "checkpoint not written, training goes on" in result.stderr
-        assert f"{disk / 'run' / 'adapter'}: the disk is full" in result.stderr
+        # The adapter has a megabyte, and what is written before it some kilobytes.
+        settings = ["training.max_steps=1", "lora.r=128", f"output={disk / 'run'}"]
+        assert main(["train", str(tmp_path / "config.yaml"), *settings]) == 1
+        errors = capsys.readouterr().err
+        assert "checkpoint not written, training goes on" in errors
+        assert f"{disk / 'run' / 'adapter'}: the disk is full" in errors
         assert sorted(path.name for path in (disk / "run").iterdir()) == [
             "before.json",
             "begun.json",

@@ -62,26 +62,26 @@ def by_heart(number: int) -> dict[str, Any]:
     return {"messages": [user, {"role": "assistant", "content": " ".join(draw.choices(WORDS, k=6))}]}
 
 
-@pytest.fixture
-def able_model(tmp_path: Path, tiny_model: Path) -> Path:
-    """The tiny model with larger logits, so that its adapter can learn something by heart."""
+def able(base: Path, folder: Path) -> Path:
+    """``base``, a tiny model, with larger logits, so that its adapter can learn something by heart."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = LlamaForCausalLM.from_pretrained(base)
     torch.nn.init.constant_(model.model.norm.weight, 12.0)
-    model.save_pretrained(tmp_path / "able")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "able")
-    return tmp_path / "able"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def test_a_planted_overfit_is_stopped_and_its_best_step_is_kept(
-    make_config: Any, able_model: Path, tmp_path: Path
+    make_config: Any, convertible_model: Path, tmp_path: Path
 ) -> None:
     """Twenty rows, fifty epochs; what is to be learned of other rows is the words, and after that nothing."""
     files = [write_rows(tmp_path / f"{name}.jsonl", [by_heart(n + i) for i in range(6)]) for name, n in
              (("near", 100), ("far", 200))]  # fmt: skip
     held_out = f"data.held_out=[{{path: {files[0]}}}, {{path: {files[1]}}}]"
-    config = make_config(*OVERFIT, held_out, f"model.path={able_model}", rows=[by_heart(i) for i in range(20)])
+    model = able(convertible_model, tmp_path / "able")
+    config = make_config(*OVERFIT, held_out, f"model.path={model}", rows=[by_heart(i) for i in range(20)])
     said: list[str] = []
     report = train(config, say=said.append)
     run = Run.open(config.output)
@@ -223,6 +223,11 @@ def test_a_checkpoint_that_found_no_room_is_not_kept(
         (["training.keep=best"], "training.keep=best needs evaluation.every_steps"),
         (["HELD", "evaluation.every_steps=5", "evaluation.loss=false"], "has no effect with evaluation.loss=false"),
         (["data.held_out=0%", "evaluation.every_steps=5"], "and data.held_out names none"),
+        (["HELD", "evaluation.every_steps=5", "training.best_metric=held_out/nera"], "(did you mean 'held_out/near'?)"),
+        (
+            ["training.best_metric=tasks/x", "training.patience=2"],
+            "training.patience needs evaluation.tasks_every_steps",
+        ),
         (["evaluation.tasks_every_steps=5"], "asks the questions of evaluation.tasks, and there are none"),
     ],
 )
@@ -236,7 +241,7 @@ def test_what_is_not_measured_can_decide_nothing(
 
 
 def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
-    make_config: Any, tmp_path: Path, able_model: Path
+    make_config: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
     """It learns one answer, which is right three times out of four, and it is trained no differently."""
     from qlora_sft.evaluation.evaluate_run import evaluate_run
@@ -246,7 +251,7 @@ def test_tasks_are_asked_while_training_and_answered_as_evaluate_does(
     two = f"{{path: {questions}, form: exact, max_new_tokens: 12}}, {{path: {questions}, name: read, form: loss}}"
     tasks = f"evaluation.tasks=[{two}]"
     settings = ["training.epochs=40", "training.learning_rate=1e-2", "lora.alpha=32", "lora.dropout=0.1"]
-    settings += [f"model.path={able_model}"]
+    settings += [f"model.path={able(tiny_model, tmp_path / 'able')}"]
     plain = make_config(*settings, rows=rows)
     train(plain, say=silent)
     asked = [tasks, "evaluation.tasks_every_steps=15", f"output={tmp_path / 'asked'}"]
