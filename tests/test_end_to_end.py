@@ -1,4 +1,4 @@
-"""The commands of docs/end-to-end.md, as written, shortened and on a tiny model: the page must not rot."""
+"""The commands of docs/end-to-end.md, as written, shortened and on a tiny model with the tokenizer of the page's."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_commands_of_the_page(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    convertible_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path / "cache"))
     (recipe,) = blocks("yaml")
     # What the tiny model says is not graded, so its weights need not be quantised.
     named = re.sub(
-        r"path: demo\b.*", f"path: {tiny_model}\n  load_in_4bit: false\n  backend: transformers", recipe, count=1
+        r"path: demo\b.*", f"path: {convertible_model}\n  load_in_4bit: false\n  backend: transformers", recipe, count=1
     )
     Path("mixture.yaml").write_text(named)
     commands = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]

@@ -11,6 +11,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +32,18 @@ from qlora_sft.run_data import saved_text
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = "--harness needs lm-evaluation-harness: pip install 'qlora-sft[eval]'"
 # Questions of one batch on a GPU; on a CPU the harness sorts them by length as well, and more only cost padding.
 _BATCH = {"cuda": PROMPTS, "cpu": 16}
+_LISTED = (
+    "`lm-eval ls tasks` lists its tasks, which it reads from the Hub; NAME=FILE asks the questions of a local file"
+)
+Spec = str | dict[str, object]
+"""Is what the harness takes for a task: a name, the path of a YAML file, or settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +95,8 @@ def run_harness(
     if not is_run(path) and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: neither a run folder (no adapter/) nor a model folder (no config.json)")
     specs = [task_of(name) for name in tasks]
-    loaded(specs)
+    manager = manager_of(specs)
+    loaded(specs, manager)
     text = saved_text(path)
     say("loading the model")
     model = load_for_inference(path)
@@ -94,7 +104,7 @@ def run_harness(
     for who in ("base", "tuned") if base and is_run(path) else ("tuned",):
         say(f"{', '.join(tasks)}: the harness asks the {who} model")
         with model.disable_adapter() if who == "base" else nullcontext():
-            found[who] = values_of(ask(model, text.tokenizer, specs, limit, chat, seed))
+            found[who] = values_of(ask(model, text.tokenizer, loaded(specs, manager), limit, chat, seed))
     folder = (path / "evaluation" if is_run(path) else path.with_name(f"{path.name}-evaluation")) / "harness"
     report = HarnessReport(str(path), str(folder), compared(found["tuned"], found.get("base"), seed))
     for task in dict.fromkeys(figure.task for figure in report.figures):
@@ -103,7 +113,7 @@ def run_harness(
     return report
 
 
-def task_of(name: str) -> str | dict[str, object]:
+def task_of(name: str) -> Spec:
     """Returns what the harness takes for a task: its name, or its settings with the questions of a local file.
 
     In a file, which has one split, examples are other questions of the same. Raises `ConfigError` for a missing one.
@@ -126,25 +136,51 @@ def task_of(name: str) -> str | dict[str, object]:
     }  # fmt: skip
 
 
-def loaded(specs: Sequence[str | dict[str, object]]) -> list[object]:
-    """Returns the tasks with their questions, read anew. Raises `ConfigError` for what the harness does not know."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise ConfigError(INSTALL) from None
-    try:
-        return list(TaskManager().load(list(specs))["tasks"].values())
-    except (KeyError, ValueError, OSError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--harness: {first_line(error)}; `lm-eval ls tasks` lists its tasks, which it reads from the Hub; "
-            "NAME=FILE asks the questions of a local file"
-        ) from None
+def manager_of(specs: Sequence[Spec]) -> TaskManager:
+    """Returns what reads the tasks. Raises `ConfigError` if the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError(INSTALL)
+    return _manager(any(isinstance(spec, dict) or not spec.endswith((".yaml", ".yml")) for spec in specs))
+
+
+@cache
+def _manager(own: bool) -> TaskManager:
+    """Returns what reads tasks, with the harness' own if one is named: it takes ten seconds to list them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=own)
+
+
+def loaded(specs: Sequence[Spec], manager: TaskManager) -> list[Task]:
+    """Returns the tasks with their questions, read anew. Raises `ConfigError` for what the harness cannot read."""
+    from jinja2 import TemplateError
+
+    tasks: list[Task] = []
+    for spec in specs:
+        name = spec["task"] if isinstance(spec, dict) else spec
+        if isinstance(spec, dict) and name not in manager.all_subtasks:
+            raise ConfigError(f"--harness {name}=FILE: the harness has no single task of that name. {_LISTED}")
+        # Settings in a group are added to those of the task of that name; alone they would replace them.
+        named = {"group": f"{name}=FILE", "task": [spec]} if isinstance(spec, dict) else spec
+        try:
+            tasks += manager.load([named])["tasks"].values()
+        except TemplateError as error:
+            raise ConfigError(
+                f"--harness {name}: {first_line(error)} in a question: the file lacks a column that the task asks for"
+            ) from None
+        except (KeyError, ValueError, OSError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--harness {name}: {first_line(error)}. {_LISTED}") from None
+    names = [task.task_name for task in tasks]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"--harness: {', '.join(sorted(twice))}: named twice; its figures would stand in one file")
+    return tasks
 
 
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    specs: Sequence[str | dict[str, object]],
+    tasks: Sequence[Task],
     limit: int | None,
     chat: bool,
     seed: int,
@@ -161,7 +197,8 @@ def ask(
             batch_size=_BATCH.get(model.device.type, 1),
         )  # fmt: skip
         result = simple_evaluate(
-            harness, tasks=loaded(specs), limit=limit, apply_chat_template=chat, log_samples=True, bootstrap_iters=0,
+            harness, tasks=list(tasks), task_manager=_manager(own=False), limit=limit,
+            apply_chat_template=chat, log_samples=True, bootstrap_iters=0,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     samples: Samples = result["samples"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from qlora_sft.cli import main
 from qlora_sft.config import TaskConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.evaluation.evaluate_run import evaluate_run
-from qlora_sft.evaluation.harness import INSTALL, ask, compared, loaded, run_harness, task_of, values_of
+from qlora_sft.evaluation.harness import (
+    INSTALL,
+    Spec,
+    ask,
+    compared,
+    loaded,
+    manager_of,
+    run_harness,
+    task_of,
+    values_of,
+)
 from qlora_sft.model import load
 from qlora_sft.model.load import load_for_inference
 from qlora_sft.run_data import saved_text
@@ -49,6 +60,7 @@ doc_to_target: "{{{{answer}}}}<|im_end|>"
 target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+NOTHING = TEXTS.replace("task: texts", "task: nothing").replace('"{{{{answer}}}}<|im_end|>"', '""')
 SAID = """task: said
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -72,21 +84,23 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has datasets keep its copies of the files below the test's folder."""
+    """Has datasets keep its copies of the files below the test's folder, and model folders loaded in float32."""
     pytest.importorskip("lm_eval", reason=INSTALL)
+    monkeypatch.setattr(load, "bfloat16_products", lambda: (False, "a test"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 @pytest.mark.usefixtures("kept_here")
-def test_its_figures_are_ours(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_figures_are_ours(tiny_model: Path, tmp_path: Path) -> None:
     """The same letters, log-likelihoods and answers to the same prompts, question by question."""
-    monkeypatch.setattr(load, "bfloat16_products", lambda: (False, "a test"))
     letters, sums = written(tmp_path, "letters", CHOICES), written(tmp_path, "sums", SUMS)
-    specs: list[Any] = []
-    for name, text, file in (("l", LETTERS, letters), ("t", TEXTS, sums), ("s", SAID, sums)):
+    specs: list[Spec] = []
+    files = {"letters": (LETTERS, letters), "texts": (TEXTS, sums), "nothing": (NOTHING, sums), "said": (SAID, sums)}
+    for name, (text, file) in files.items():
         (tmp_path / f"{name}.yaml").write_text(text.format(file=file, asked=ASKED))
         specs.append(task_of(str(tmp_path / f"{name}.yaml")))
-    samples = ask(load_for_inference(tiny_model), saved_text(tiny_model).tokenizer, specs, None, True, 0)
+    asked = loaded(specs, manager_of(specs))
+    samples = ask(load_for_inference(tiny_model), saved_text(tiny_model).tokenizer, asked, None, True, 0)
     tasks = [
         TaskConfig(str(letters)), TaskConfig(str(sums), name="texts", form="loss"),
         TaskConfig(str(sums), form="number", max_new_tokens=8),
@@ -98,8 +112,10 @@ def test_its_figures_are_ours(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     }
     values = values_of(samples)
     assert list(values["letters", "acc"].values()) == [float(row["right"]) for row in rows["letters"]]
-    for their, row in zip(samples["texts"], rows["texts"], strict=True):
-        assert their["resps"][0][0][0] == pytest.approx(-row["loss"] * row["weight"], rel=1e-5)
+    # It counts the line break in which a prompt of the template ends to the answer; we count the answer alone.
+    for text, line_break, row in zip(samples["texts"], samples["nothing"], rows["texts"], strict=True):
+        theirs = text["resps"][0][0][0] - line_break["resps"][0][0][0]
+        assert theirs == pytest.approx(-row["loss"] * row["weight"], rel=1e-5)
     assert [their["resps"][0][0] for their in samples["said"]] == [row["answers"][0]["text"] for row in rows["sums"]]
     assert sum(values["said", "exact_match,last"].values()) == sum(row["right"] for row in rows["sums"])
 
@@ -125,15 +141,25 @@ def test_a_run_is_compared_with_its_base_on_a_local_file(
 
 
 @pytest.mark.usefixtures("kept_here")
-def test_a_task_that_it_does_not_know_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"--harness: .*arc_esay.* NAME=FILE asks the questions of a local file"):
-        loaded(["arc_esay"])
+def test_what_it_cannot_read_is_named(tmp_path: Path) -> None:
+    sums, arc = f"arc_easy={written(tmp_path, 'sums', SUMS)}", f"arc_easy={written(tmp_path, 'arc', CHOICES)}"
+    listed = "NAME=FILE asks the questions of a local file"
+    manager = manager_of(["arc_easy"])
+    for names, fault in {
+        ("arc_esay",): f"--harness arc_esay: .* {listed}",
+        (arc.replace("easy", "esay"),): f"arc_esay=FILE: the harness has no single task of that name.* {listed}",
+        (arc.replace("arc_easy", "mmlu"),): "mmlu=FILE: the harness has no single task of that name",
+        (sums,): "--harness arc_easy: 'choices' is undefined in a question: the file lacks a column",
+        (arc, arc): "arc_easy: named twice",
+    }.items():
+        with pytest.raises(ConfigError, match=fault):
+            loaded([task_of(name) for name in names], manager)
 
 
 def test_without_the_harness_the_cure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'qlora-sft\[eval\]'"):
-        loaded(["arc_easy"])
+        manager_of(["arc_easy"])
 
 
 def test_files_and_settings_that_do_not_go_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
