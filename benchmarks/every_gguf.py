@@ -44,6 +44,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"head_dim": 256},
     "qwen3_5_text": {"head_dim": 256},
     "llama4_text": {"attention_chunk_size": 8192},
+    "mistral3": {"sliding_window": None},
 }
 FAMILIES = (
     "cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4", "glm4_moe",

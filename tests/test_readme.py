@@ -106,7 +106,11 @@ def test_the_commands_for_ones_own_data(
     (tmp_path / "mmlu.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n')
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')
     # A server does not end by itself; tests/test_chat.py has one.
-    left_out = ("--serve", "doctor")  # the latter is in tests/test_doctor.py
+    left_out = (
+        "--serve",
+        "doctor",
+        "--find-rate",
+    )  # they are in tests of their own
     ours = [command for command in commands() if command.startswith(".venv/bin/qlora-sft")]
     ours = [command for command in ours if not any(word in command for word in left_out)]
     verbs = "new preview plan train chat evaluate report merge export chat".split()

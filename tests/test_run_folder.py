@@ -36,9 +36,9 @@ def test_a_report_is_its_json_and_comes_back_from_it() -> None:
     assert (
         list(content)
         == (
-            "output backend base base_sha256 base_commit base_files base_dequantized data_sha256 dtype "
+            "output backend base base_sha256 base_commit base_files base_dequantized data_sha256 dtype attention "
             "quantized_modules loss exact_match steps steps_left_out resumed_at kept stopped_early warnings train_loss "
-            "tokens supervised_tokens tokens_per_second optimizer memory order seconds"
+            "tokens supervised_tokens tokens_per_second optimizer processes memory order seconds"
         ).split()
     )
     assert content["backend"] == {"name": "transformers", "reason": "as configured"}

@@ -8,7 +8,7 @@ plain products, with their gradients. A run that goes on attends as it began, un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,7 @@ from qlora_sft.model.attention_capped import Scores, plain_documents
 from qlora_sft.model.attention_choice import FEW, AttentionChoice, Wanted
 from qlora_sft.model.block_mask import needs_flex
 from qlora_sft.model.bounds import lengths_of
-from qlora_sft.model.flash_switch import installed_flash, switch_flash
+from qlora_sft.model.flash_switch import IMPLEMENTATIONS, installed_flash, switch_flash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,16 +40,21 @@ MARGIN = 0.05
 CHECKED = (11, 1, 130)
 TOLERANCE = 3e-2
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Takes query [1, H, T, d], key and value [1, Hkv, T, d] and the bounds of documents; returns [1, T, H, d]."""
+# A window that ends inside the longest of them.
+WINDOW = 40
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
+"""Takes query [1, H, T, d], key and value [1, Hkv, T, d], the bounds of documents, and how many tokens each sees (None:
+all before it and itself); returns [1, T, H, d]."""
 
 
 class Shape(NamedTuple):
-    """Holds the query heads of a layer, its key and value heads, and their size."""
+    """Holds the query heads of a layer, its key and value heads, their size, and whether layers attend to a window."""
 
     heads: int
     groups: int
     size: int
+    windowed: bool = False
 
 
 class Figure(NamedTuple):
@@ -76,13 +81,28 @@ def settle_attention(
     path = choose_path(device, dtype, shape.size, needs_flex(config))
     if wanted != "auto":
         choice = AttentionChoice(wanted, f"model.attention={wanted}")
+        if wanted in IMPLEMENTATIONS and path.name == "varlen":
+            check_named(wanted, shape, device, dtype, attend_by(wanted))
     elif path.name != "varlen":
         choice = AttentionChoice("varlen", f"nothing was measured: {path.name}, {path.reason}")
+    elif getattr(config, "kv_lora_rank", None):
+        choice = AttentionChoice("varlen", "nothing was measured: heads of keys and values have different sizes")
     else:
         choice = measured_choice(shape, device, dtype, lengths, {way: attend_by(way) for way in candidates()})
     if path.name == "varlen":
         switch_flash(choice.way)
     return choice
+
+
+def check_named(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype, attend: Attend) -> None:
+    """Raises `ConfigError` if a FlashAttention that was asked for is not there or does not keep documents apart."""
+    with flash_of(way):
+        try:
+            obstacle = obstacle_of(attend, shape, device, dtype)
+        except Exception as error:  # as a package may raise anything
+            obstacle = first_line(error) or type(error).__name__
+    if obstacle:
+        raise ConfigError(f"model.attention={way}: {obstacle}; set it to auto, or to varlen for a run that goes on")
 
 
 def measured_choice(
@@ -101,6 +121,9 @@ def measured_choice(
     some = some_documents(lengths)
     different = len(set(lengths))
     inputs = _inputs(shape, some, device, dtype)
+    # What a process does once, such as loading kernels, is not the first way's.
+    with suppress(Exception):
+        _once(next(iter(ways.values())), inputs)
     deadline = clock() + SECONDS
     figures: dict[Way, Figure] = {}
     for way, attend in ways.items():
@@ -134,30 +157,39 @@ def _figure(
 ) -> Figure:
     try:
         with flash_of(way):
-            difference = differs(attend, shape, inputs[0].device, inputs[0].dtype)
-            # A difference that is not a number is no agreement either.
-            if not difference <= TOLERANCE:
-                return Figure(None, f"packed documents differ from the same documents alone by {difference:.0e}")
+            if obstacle := obstacle_of(attend, shape, inputs[0].device, inputs[0].dtype):
+                return Figure(None, obstacle)
             _once(attend, inputs)
             seconds: list[float] = []
             while not seconds or (len(seconds) < REPEATS and clock() < deadline):
                 started = clock()
                 _once(attend, inputs)
                 seconds.append(clock() - started)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, ConfigError) as error:
-        return Figure(None, first_line(error))
+    except Exception as error:  # a package that refuses a shape may raise anything, an AssertionError too
+        return Figure(None, first_line(error) or type(error).__name__)
     return Figure(1000 * min(seconds))
 
 
-def differs(attend: Attend, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
+def obstacle_of(attend: Attend, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns how packed documents come out otherwise than alone, with a window where the model has one, or None."""
+    for window in (None, WINDOW) if shape.windowed else (None,):
+        difference = differs(attend, shape, device, dtype, window)
+        # A difference that is not a number is no agreement either.
+        if not difference <= TOLERANCE:
+            where = f" under a window of {window} tokens" if window else ""
+            return f"packed documents differ from the same documents alone by {difference:.0e}{where}"
+    return None
+
+
+def differs(attend: Attend, shape: Shape, device: torch.device, dtype: torch.dtype, window: int | None = None) -> float:
     """Returns the largest relative difference of output and gradients of packed documents from the same documents
     alone, in plain products in float32."""
     q, k, v, gradient, bounds = _inputs(shape, CHECKED, device, dtype)
-    packed = attend(q, k, v, bounds)
+    packed = attend(q, k, v, bounds, window)
     found = [packed, *torch.autograd.grad(packed, (q, k, v), gradient)]
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     parts = [
-        plain_documents(a, b, c, torch.tensor([0, a.shape[2]], dtype=torch.int32, device=device), Scores())
+        plain_documents(a, b, c, torch.tensor([0, a.shape[2]], dtype=torch.int32, device=device), Scores(window=window))
         for a, b, c in zip(*(x.split(CHECKED, dim=2) for x in exact), strict=True)
     ]
     alone = torch.cat(parts, dim=1)
@@ -170,13 +202,13 @@ def differs(attend: Attend, shape: Shape, device: torch.device, dtype: torch.dty
 
 def _once(attend: Attend, inputs: list[Tensor]) -> None:
     q, k, v, gradient, bounds = inputs
-    torch.autograd.grad(attend(q, k, v, bounds), (q, k, v), gradient)
+    torch.autograd.grad(attend(q, k, v, bounds, None), (q, k, v), gradient)
 
 
 def _inputs(shape: Shape, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Returns query, key, value, a gradient and the bounds of documents of ``lengths``, always the same."""
     generator = torch.Generator(device).manual_seed(0)
-    tokens, (heads, groups, size) = sum(lengths), shape
+    tokens, (heads, groups, size, _) = sum(lengths), shape
     drawn = [
         torch.randn(1, tokens, count, size, generator=generator, device=device, dtype=dtype)
         for count in (heads, groups, groups, heads)
@@ -207,7 +239,14 @@ def shape_of(config: PretrainedConfig) -> Shape:
     heads = getattr(config, "num_attention_heads", None)
     heads = heads if isinstance(heads, int) and heads else 1
     groups = getattr(config, "num_key_value_heads", None)
-    return Shape(heads, groups if isinstance(groups, int) and groups else heads, head_size_of(config))
+    groups = groups if isinstance(groups, int) and groups else heads
+    return Shape(heads, groups, head_size_of(config), has_windows(config))
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Says whether any layer may attend to a window."""
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
 
 
 def candidates() -> list[Way]:
@@ -219,11 +258,12 @@ def attend_by(way: Way) -> Attend:
     """Returns attention as a model's layers will have it."""
     layer = nn.Module()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> Tensor:
         longest = max(lengths_of(bounds))
         return document_attention(
-            layer, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=longest, one_by_one=way == "sdpa"
-        )[0]
+            layer, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=longest, sliding_window=window,
+            one_by_one=way == "sdpa",
+        )[0]  # fmt: skip
 
     return attend
 

@@ -18,6 +18,7 @@ from qlora_sft.model.attention_tree import CPU, CUDA, Flash, Tree, tree_attentio
 from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts
 from qlora_sft.model.block_mask import WITH_SINKS
+from qlora_sft.model.flash_switch import switch_flash
 from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.loss import batch_loss, to_device
@@ -63,6 +64,7 @@ def sharing_of(config: Config, base: str, backend: BackendName) -> Sharing:
     reason = reason or _unproven(settings)
     if reason is not None or not torch.cuda.is_available():
         return Sharing(reason)
+    switch_flash("varlen")  # torch's own kernels, whatever an earlier run of this process took
     difference = tree_differs(head_size_of(understood), compute_dtype(config.model.dtype)[0])
     if difference is not None:
         return Sharing(f"FlashAttention over a small tree on this GPU {difference}")
@@ -141,7 +143,7 @@ def tree_differs(size: int, dtype: torch.dtype, device: str = "cuda", flash: Fla
 
     try:
         found = run([x.to(device, dtype) for x in exact], flash)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # kernels that refuse a shape may raise anything
         return f"failed: {first_line(error)}"
     right = run(exact, CPU)
     worst = max(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qlora_sft.config import Config
 from qlora_sft.model.attention import Way
 from qlora_sft.model.base import decoder_of
+from qlora_sft.model.flash_switch import switch_flash
 from qlora_sft.model.head import loss_weight, nf4_linear
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
@@ -68,6 +69,7 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = shortened(documents, LONGEST[device.type])
     tokens = sum(documents)
+    switch_flash(way if device.type == "cuda" else "varlen")
     model = one_layer(blueprint, config, dtype, device, way)
     hidden = torch.randn(1, tokens, blueprint.hidden, dtype=dtype, device=device, requires_grad=True)
     bounds = torch.tensor([0, *accumulate(documents)], dtype=torch.int32, device=device)

@@ -26,6 +26,7 @@ from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
 from qlora_sft.model.ewc import ANCHORS, Anchors, load_anchors, measure_anchors
 from qlora_sft.model.fingerprint import fingerprint
+from qlora_sft.model.flash_switch import switch_flash
 from qlora_sft.model.go_on import adapter_digest
 from qlora_sft.model.load import compute_dtype, quantized_modules
 from qlora_sft.model.lora_eva import begin_from_data
@@ -227,13 +228,23 @@ def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Se
 
     Each process measures for itself; what the first one finds is taken by all.
     """
+    own = _own_way(config, data, dtype, lengths)
+    choice = join_ranks().gather(own)[0]
+    if choice.way != own.way:
+        switch_flash(choice.way)
+    return choice
+
+
+def _own_way(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
+    """Returns the way that this process finds, to which torch is then switched."""
+    switch_flash("varlen")  # torch's own kernels, whatever an earlier run of this process took
     if data.backend.name == "unsloth":
         return AttentionChoice("varlen", "as Unsloth does it")
     if data.packed.shares_prefixes and config.model.attention == "auto":
         return AttentionChoice("varlen", "rows share prefixes, which torch's own kernels compute part by part")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     understood = read_settings(config, data.base).get_text_config()
-    return join_ranks().gather(settle_attention(understood, config.model.attention, device, dtype, lengths))[0]
+    return settle_attention(understood, config.model.attention, device, dtype, lengths)
 
 
 def begins_with(config: Config, data: RunData, dtype: torch.dtype, attention: AttentionChoice) -> Beginning:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig
 
+from qlora_sft.config import Config, DataConfig, ModelConfig
 from qlora_sft.errors import ConfigError
 from qlora_sft.model import attention_measured
 from qlora_sft.model.attention import Way
@@ -21,12 +22,14 @@ from qlora_sft.model.attention_measured import (
     Attend,
     Shape,
     attend_by,
+    check_named,
     measured_choice,
     settle_attention,
     shape_of,
     some_documents,
 )
 from qlora_sft.model.flash_switch import SWITCHES, installed_flash, switch_flash
+from qlora_sft.training import recipe
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16)
@@ -43,27 +46,35 @@ class Clock:
         return self.seconds
 
     def taking(self, seconds: float, attend: Attend = PACKED) -> Attend:
-        def timed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+        def timed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> Tensor:
             self.seconds += seconds
-            return attend(q, k, v, bounds)
+            return attend(q, k, v, bounds, window)
 
         return timed
 
 
-def chosen(clock: Clock, lengths: list[int], ways: dict[Way, Attend]) -> AttentionChoice:
-    return measured_choice(SHAPE, CPU, torch.float32, lengths, ways, clock)
+def chosen(clock: Clock, lengths: list[int], ways: dict[Way, Attend], windowed: bool = True) -> AttentionChoice:
+    return measured_choice(SHAPE._replace(windowed=windowed), CPU, torch.float32, lengths, ways, clock)
 
 
-def across_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+def across_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> Tensor:
     return plain_documents(q, k, v, bounds[[0, -1]], Scores())
 
 
-def without_a_gradient_of_keys(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+def without_a_window(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> Tensor:
+    return PACKED(q, k, v, bounds, None)
+
+
+def without_a_gradient_of_keys(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> Tensor:
     return plain_documents(q, k * 0.5 + k.detach() * 0.5, v, bounds, Scores())
 
 
-def missing(*_: Tensor) -> Tensor:
+def missing(*_: Tensor | int | None) -> Tensor:
     raise RuntimeError("no kernel for this GPU\nand many lines")
+
+
+def refusing(*_: Tensor | int | None) -> Tensor:
+    raise AssertionError("heads of up to 128")
 
 
 def test_the_fastest_is_taken_and_all_figures_are_said() -> None:
@@ -86,6 +97,8 @@ def test_varlen_stays_where_another_is_no_clear_gain() -> None:
         (across_documents, "packed documents differ from the same documents alone by"),
         (without_a_gradient_of_keys, "packed documents differ from the same documents alone by"),
         (missing, r"left out (no kernel for this GPU);"),
+        (refusing, r"left out (heads of up to 128);"),
+        (without_a_window, "under a window of 40 tokens"),
     ],
 )
 def test_what_errs_is_never_chosen_however_fast(attend: Attend, why: str) -> None:
@@ -105,7 +118,7 @@ def test_many_lengths_are_not_given_to_cudnn() -> None:
 def test_it_ends_in_time() -> None:
     clock = Clock()
     way, reason = chosen(clock, [300], {"varlen": clock.taking(0.5), "sdpa": clock.taking(0.1)})
-    assert clock.seconds <= 1.5  # check, warm-up and one measurement
+    assert clock.seconds <= 2.5  # what is done once, two checks, warm-up and one measurement
     assert way == "varlen"
     assert "sdpa left out (no time left to measure it)" in reason
 
@@ -148,7 +161,11 @@ def test_a_gpu_measures_its_ways_over_the_heads_of_the_model_unless_one_is_named
     monkeypatch.setattr(attention_measured, "switch_flash", switched.append)
 
     def measured(shape: Shape, _device: Any, _dtype: Any, lengths: Any, ways: dict[Way, Attend]) -> AttentionChoice:
-        assert shape == shape_of(LlamaConfig(num_attention_heads=8, num_key_value_heads=2, head_dim=32)) == (8, 2, 32)
+        assert (
+            shape
+            == shape_of(LlamaConfig(num_attention_heads=8, num_key_value_heads=2, head_dim=32))
+            == (8, 2, 32, False)
+        )
         assert list(ways) == ["varlen", "sdpa", "flash4"]
         return AttentionChoice("flash4", "measured")
 
@@ -158,6 +175,38 @@ def test_a_gpu_measures_its_ways_over_the_heads_of_the_model_unless_one_is_named
     named = settle_attention(config, "sdpa", CPU, torch.bfloat16, [100])
     assert named == AttentionChoice("sdpa", "model.attention=sdpa")
     assert switched == ["flash4", "sdpa"]
+
+
+def test_a_named_flash_attention_that_mixes_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_measured, "switch_flash", lambda _: None)
+    check_named("flash4", SHAPE, CPU, torch.float32, PACKED)
+    with pytest.raises(ConfigError, match=r"model.attention=flash4: packed documents differ .*; set it to auto"):
+        check_named("flash4", SHAPE, CPU, torch.float32, across_documents)
+    with pytest.raises(ConfigError, match=r"model.attention=flash4: heads of up to 128; set it to auto"):
+        check_named("flash4", SHAPE, CPU, torch.float32, refusing)
+
+
+@pytest.mark.parametrize("own", ["varlen", "flash4"])
+@pytest.mark.parametrize("first", ["varlen", "flash4"])
+def test_every_process_attends_as_the_first_one_found(own: Way, first: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Switch()
+    library.activate_flash_attention_impl("FA3")  # an earlier run's
+    ranks = SimpleNamespace(gather=lambda _: [AttentionChoice(first, "measured by the first"), None])
+    monkeypatch.setattr(recipe, "join_ranks", lambda: ranks)
+    monkeypatch.setattr(recipe, "switch_flash", lambda way: switch_flash(way, library))
+
+    def settled(*_: Any) -> AttentionChoice:
+        switch_flash(own, library)
+        return AttentionChoice(own, "measured here")
+
+    monkeypatch.setattr(recipe, "settle_attention", settled)
+    monkeypatch.setattr(recipe, "read_settings", lambda *_: LlamaConfig())
+    data: Any = SimpleNamespace(
+        backend=SimpleNamespace(name="transformers"), packed=SimpleNamespace(shares_prefixes=False), base=""
+    )
+    config = Config(ModelConfig("x"), DataConfig([]), output="x")
+    assert recipe.how_to_attend(config, data, torch.bfloat16, [1]).way == first
+    assert library.active == {"varlen": None, "flash4": "FA4"}[first]
 
 
 class Switch:

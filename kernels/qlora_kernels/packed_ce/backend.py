@@ -39,12 +39,13 @@ def choose_path(requested: Requested, device: torch.device, dtypes: tuple[torch.
 
 def _triton_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Returns why Triton cannot run on ``device``; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     # Triton's own switch: its kernels then run on the CPU, slowly, which is how they are tested without a GPU.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"{device.type} device"
+    # Last, because it may look through all of sys.path.
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if torch.float64 in dtypes:
         return "float64"
     return None
