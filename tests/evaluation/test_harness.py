@@ -124,6 +124,7 @@ def test_its_figures_are_ours(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_run_is_compared_with_its_base_on_a_local_file(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Takes ten seconds more in the first test that needs the harness' own tasks, which it lists once."""
     config = configured(tmp_path, tiny_model)("training.max_steps=3", "training.learning_rate=1e-2")
     train(config, say=lambda _: None)
     file = written(tmp_path, "arc", CHOICES)
