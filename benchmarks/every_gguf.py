@@ -38,6 +38,12 @@ ROWS = Path(__file__).parent.parent / "docs" / "families_gguf.jsonl"
 OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"head_dim": 16},
     "gemma4_text": {"num_experts": None, "num_kv_shared_layers": 3},
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 16,
+    },
     "gpt_oss": {"max_position_embeddings": 131072},
     "granitemoehybrid": {"shared_intermediate_size": 64},
     "qwen3_moe": {"norm_topk_prob": True},
@@ -45,6 +51,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"head_dim": 256},
     "llama4_text": {"attention_chunk_size": 8192},
     "mistral3": {"sliding_window": None},
+    "qwen3_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
 }
 FAMILIES = (
     "cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4", "glm4_moe",

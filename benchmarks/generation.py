@@ -22,8 +22,8 @@ from qlora_sft.demo import base_model_path
 from qlora_sft.evaluation import generate
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.kept import Generated
+from qlora_sft.model.base_tokenizer import read_tokenizer
 from qlora_sft.model.load import compute_dtype, disable_inference_repacking, load_base
-from qlora_sft.model.tokenizer import read_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "generation.jsonl"
 

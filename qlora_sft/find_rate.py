@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import Config
+from qlora_sft.errors import ConfigError
 from qlora_sft.prepare import prepare
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.text import as_path
+from qlora_sft.training.run_folder import check_writable
 
 if TYPE_CHECKING:
     from qlora_sft.training.rate_curve import RateReport
@@ -19,9 +23,20 @@ def find_rate(config: Config, say: Say = tell) -> RateReport:
 
     The folder itself is not touched, so an earlier run may be in it. Raises the errors of `train`.
     """
+    page = page_beside(config)
     watch = Stopwatch()
     prepared = prepare(config, say, watch)
     with watch("imports"):
         from qlora_sft.training.rate_test import try_rates
-    folder = as_path(config.output)
-    return try_rates(config, prepared, folder.with_name(f"{folder.name}-rates.html"), say)
+    return try_rates(config, prepared, page, say)
+
+
+def page_beside(config: Config) -> Path:
+    """Returns the file of the curve. Raises `ConfigError` if it cannot be written, before a model is loaded."""
+    # "." and ".." are names of folders too; a link is not followed, because its own name is the run's.
+    folder = Path(os.path.abspath(as_path(config.output)))
+    page = folder.parent / f"{folder.name}-rates.html"
+    check_writable(page.parent)
+    if page.is_dir():
+        raise ConfigError(f"output: {page} is a folder, and the curve would have that name; choose another output=...")
+    return page

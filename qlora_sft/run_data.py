@@ -32,13 +32,14 @@ from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
 from qlora_sft.model.base_files import hub_origin
+from qlora_sft.model.base_tokenizer import read_tokenizer
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import sharing_of
 from qlora_sft.model.rating import with_ratings
 from qlora_sft.model.remote_code import check_folder
 from qlora_sft.model.run_base import described_base
-from qlora_sft.model.tokenizer import end_turns, load_tokenizer, read_tokenizer, stop_token_ids
+from qlora_sft.model.tokenizer import end_turns, load_tokenizer, stop_token_ids
 from qlora_sft.run.folder import Run, is_run, kept_day
 from qlora_sft.say import Say
 

@@ -49,17 +49,19 @@ def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from qlora_sft.data.typed_parts import as_template_reads
+    from qlora_sft.data.typed_parts import as_template_reads, check_no_lists
 
     mode = {} if think is None else {"enable_thinking": think}
+    read = as_template_reads(messages, template)
     try:
         texts, _ = render_jinja_template(
-            [as_template_reads(messages, template)],
+            [read],
             chat_template=template,
             add_generation_prompt=True,
             **tokens,
             **mode,
         )
+        check_no_lists(read, texts[0])
     except Exception as error:
         raise RunError(f"the chat template refuses this conversation: {error}") from None
     return str(texts[0])
@@ -72,9 +74,9 @@ def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     """Answers with the adapter on its NF4 base, as it was trained, or with a merged model."""
     from transformers import AutoTokenizer
 
+    from qlora_sft.model.base_tokenizer import read_tokenizer
     from qlora_sft.model.load import load_for_inference
     from qlora_sft.model.remote_code import check_folder
-    from qlora_sft.model.tokenizer import read_tokenizer
 
     tokenizer: PreTrainedTokenizerBase
     if is_run(path):

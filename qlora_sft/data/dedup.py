@@ -105,7 +105,8 @@ def exact_finder() -> Callable[[Conversation, str], str | None]:
 def near_finder() -> Callable[[Conversation, str], str | None]:
     """Returns a function from a row and its place to the place of the first similar row, or None.
 
-    Only rows that are kept are compared with. Raises `DataError` if datasketch is not installed.
+    Only rows that are kept are compared with, and of those the ones from which the same is learned and masked: what
+    one of two similar rows teaches, the other may mask. Raises `DataError` if datasketch is not installed.
     """
     try:
         from datasketch import MinHash, MinHashLSH
@@ -113,7 +114,7 @@ def near_finder() -> Callable[[Conversation, str], str | None]:
         raise DataError(
             "data.deduplicate=near needs datasketch: pip install 'qlora-sft[dedup]', or set it to exact"
         ) from None
-    index = MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS)
+    indices: dict[str, MinHashLSH] = {}
     kept: dict[int, tuple[str, Any]] = {}
 
     def find(row: Conversation, where: str) -> str | None:
@@ -122,6 +123,7 @@ def near_finder() -> Callable[[Conversation, str], str | None]:
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         # Sorted, because a set of texts has another order in every process.
         sketch.update_batch(sorted(shingles))
+        index = indices.setdefault(_learned(row), MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS))
         # The index returns candidates; the estimate decides, the earliest first.
         for number in sorted(index.query(sketch)):
             if kept[number][1].jaccard(sketch) >= SIMILARITY:
@@ -221,6 +223,19 @@ def content(row: Conversation) -> JsonObject:
 def masked(message: Message) -> bool:
     """Says whether a row asks for this turn not to be learned."""
     return message.get("train") is False or message.get("weight") == 0
+
+
+def _learned(row: Conversation) -> str:
+    """Returns a text that says which turns of a row are learned, which are masked, and which have code of their own.
+
+    Rows without a masked turn, code or an unwanted answer are all alike here, however many turns they have.
+    """
+    turns = [
+        (number, masked(message), [part["type"] for part in message.get("parts", [])])
+        for number, message in enumerate(row.get("messages", []))
+        if masked(message) or "parts" in message
+    ]
+    return json.dumps([turns, bool(row.get("undesired"))])
 
 
 def _spoken(row: Conversation) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 The file (``ratings``) has one rating per row of the source, in the order of its rows: a number, or an object with one
 under ``rating``. The quality of a source is the mean over the rows that are in use, so its share is ``p ~ N * mean``.
+Rows of unwanted answers (``label: false``) are not trained, so their ratings do not count.
 """
 
 from __future__ import annotations
@@ -85,13 +86,16 @@ def _rating(row: object) -> float | None:
 
 def _rated(source: Source, ratings: list[float], file: str) -> tuple[float, str]:
     """Returns the mean rating of the rows in use, and what is said of it. Raises `DataError` if all are zero."""
-    given = [ratings[number] for number in source.rows.chosen]
+    given = [ratings[number] for number, row in zip(source.rows.chosen, source.rows, strict=True) if _trained(row)]
+    if not given:
+        raise DataError(f"{source.path}: every row of {source.name!r} in use has label: false; remove the source")
     mean = math.fsum(given) / len(given)
     if mean == 0:
         raise DataError(f"{file}: every row of {source.name!r} in use is rated 0; remove the source")
     order = sorted(range(len(given)), key=given.__getitem__)
     lowest, highest = order[:_SHOWN], order[_SHOWN:][-_SHOWN:][::-1]
-    texts = {number: _told(row) for number, row in enumerate(source.rows) if number in {*lowest, *highest}}
+    trained = enumerate(filter(_trained, source.rows))
+    texts = {number: _told(row) for number, row in trained if number in {*lowest, *highest}}
     lines = [
         f"quality of {source.name}: {mean:.4g} (mean of {len(given):,} ratings from {min(given):g} to {max(given):g} "
         f"in {file})"
@@ -99,6 +103,10 @@ def _rated(source: Source, ratings: list[float], file: str) -> tuple[float, str]
     for what, chosen in (("lowest", lowest), ("highest", highest)):
         lines += [f"  {what}: {given[number]:g}: {texts[number]}" for number in chosen]
     return float(f"{mean:.4g}"), "\n".join(lines)
+
+
+def _trained(row: Conversation) -> bool:
+    return not row.get("undesired")
 
 
 def _told(row: Conversation) -> str:

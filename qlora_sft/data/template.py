@@ -25,7 +25,7 @@ from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
-from qlora_sft.data.typed_parts import as_template_reads
+from qlora_sft.data.typed_parts import as_template_reads, check_no_lists
 from qlora_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -240,9 +240,10 @@ def apply(
 
     prompt: adds the generation prompt at the end. Raises `DataError` if the template refuses the conversation.
     """
+    messages = as_template_reads([_with_aliases(message) for message in conversation["messages"]], template)
     try:
         texts, bounds = render_jinja_template(
-            [as_template_reads([_with_aliases(message) for message in conversation["messages"]], template)],
+            [messages],
             tools=conversation.get("tools") or None,
             chat_template=template,
             return_assistant_tokens_mask=marks,
@@ -260,6 +261,7 @@ def apply(
             f"the chat template fails on this conversation ({type(error).__name__}: {error}); it expects something "
             "that the row has not: change the row, or use another model.chat_template"
         ) from None
+    check_no_lists(messages, texts[0])
     return texts[0], bounds[0] if marks else []
 
 

@@ -56,7 +56,7 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     compared, unmatched, faults = _compare_tensors(reader, fields["general.architecture"], config, model)
-    faults += list(_compare_tokenizer(fields, model)) + list(_compare_rope(fields, config))
+    faults += list(_compare_tokenizer(fields, model)) + list(compare_rope(fields, config))
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
     return CheckedGguf(compared, unmatched, bos_first(fields))
@@ -131,10 +131,15 @@ def _compare_tokenizer(fields: Mapping[str, Any], model: Path) -> Iterator[str]:
         yield f"merges: {len(written):,} in the file, {len(merges):,} in the tokenizer, or in another order"
 
 
-def _compare_rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the faults of the rope settings and of the context length."""
-    architecture = fields["general.architecture"]
+def compare_rope(fields: Mapping[str, Any], settings: JsonObject) -> Iterator[str]:
+    """Yields the faults of the rope settings and of the context length.
+
+    fields: the metadata of the GGUF file. settings: the model's config.json.
+    """
+    architecture, config = fields["general.architecture"], text_config(settings)
     rope = config.get("rope_parameters") or {}
+    # Where every type of layer has a set of its own, the file has that of layers without a window under this name.
+    rope = rope.get("full_attention") or rope
     theta = rope.get("rope_theta", config.get("rope_theta"))
     written = fields.get(f"{architecture}.rope.freq_base")
     if theta is not None and written is not None and abs(written - theta) > 1e-3 * theta:

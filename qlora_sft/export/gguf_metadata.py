@@ -65,8 +65,9 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
 def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     """Yields a folder with the files of ``model`` as llama.cpp's converter needs them.
 
-    If the model was never trained to think, the template lacks the thinking modes. If the vocabulary is
-    SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid have their published names.
+    If the model was never trained to think, the template lacks the thinking modes. A tokenizer that does not add bos
+    says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid have their
+    published names.
     """
     from transformers import AutoTokenizer
 
@@ -77,11 +78,14 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
         view.mkdir()
         for file in model.iterdir():
             (view / file.name).symlink_to(file.resolve())
+        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         if tokenizer.chat_template and not thinks:
-            settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
             settings.pop("chat_template", None)
-            _replace(view / "tokenizer_config.json", json.dumps(settings))
             _replace(view / "chat_template.jinja", without_thinking(tokenizer))
+        if not tokenizer_adds_bos(tokenizer):
+            # Where nothing is said, llama.cpp puts bos before every prompt for some vocabularies.
+            settings.setdefault("add_bos_token", False)
+        _replace(view / "tokenizer_config.json", json.dumps(settings))
         settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
         if settings.get("model_type") == "granitemoehybrid" and isinstance(settings.get("layer_types"), list):
             settings["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in settings["layer_types"]]

@@ -24,11 +24,12 @@ from qlora_sft.model.base_files import (
     text_config,
 )
 from qlora_sft.model.base_folder import base_headers
+from qlora_sft.model.base_tokenizer import read_tokenizer
 from qlora_sft.model.go_on import check_adapter
 from qlora_sft.model.meta_model import check_layers, meta_model, read_settings
 from qlora_sft.model.remote_code import check_code
 from qlora_sft.model.rope import check_context
-from qlora_sft.model.tokenizer import load_tokenizer, read_tokenizer, stop_token_ids
+from qlora_sft.model.tokenizer import load_tokenizer, stop_token_ids
 from qlora_sft.model.vocabulary import new_rows
 
 if TYPE_CHECKING:

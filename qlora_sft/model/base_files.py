@@ -118,8 +118,11 @@ def has_experts(config: dict[str, Any]) -> bool:
 
 
 def has_towers(config: dict[str, Any]) -> bool:
-    """Says whether a config.json describes a model that also sees or hears: its language model has a section then."""
-    return bool(config.get("text_config"))
+    """Says whether a config.json describes a model that also sees or hears.
+
+    Its language model has a section then, or (Qwen2-VL as published) what sees or hears has one beside it.
+    """
+    return any(config.get(key) for key in ("text_config", "vision_config", "audio_config", "thinker_config"))
 
 
 def read_headers(base: str) -> dict[str, Header]:

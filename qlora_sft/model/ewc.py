@@ -31,7 +31,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from qlora_kernels.packed_ce import Targets, packed_linear_cross_entropy
@@ -48,6 +48,8 @@ from qlora_sft.model.loss import last_hidden_states, path_of, to_device
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+
+    from qlora_sft.model.base import CausalModel
 
 # Tokens that are looked at, and of a document at most: of each all inputs of all layers are in memory at once.
 TOKENS, LONGEST = 16_384, 1024
@@ -88,6 +90,30 @@ def _of_layer(layer: LoraLayer, anchor: Anchor) -> Tensor:
     change = (U.T @ (anchor.rows[:, None] * U)) * ((V * anchor.columns) @ V.T)
     total: Tensor = layer.scaling["default"] ** 2 * change.sum()
     return total
+
+
+class Shape(NamedTuple):
+    """Holds the shape of an adapted linear layer."""
+
+    rank: int
+    inputs: int
+    outputs: int
+
+
+def shapes_of(model: CausalModel) -> list[Shape]:
+    """Returns the shapes of the layers that `penalty` holds."""
+    factors = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for _, layer in adapted_layers(model)]
+    return [Shape(len(A), A.shape[1], len(B)) for A, B in factors]
+
+
+def ewc_bytes(shapes: Sequence[Shape]) -> int:
+    """Returns the most bytes that the anchors and the graph of the penalty take between forward and backward.
+
+    Of a layer the graph keeps U and V, twice as large as B and A, each once more times its Fisher information, and two
+    products of the width of both; all in float32.
+    """
+    graph = sum(4 * 4 * each.rank * (each.inputs + each.outputs) + 2 * 4 * (2 * each.rank) ** 2 for each in shapes)
+    return file_bytes(shapes) + graph
 
 
 # ------------------------------------------------------------------ the Fisher information
@@ -201,6 +227,11 @@ def _drawn(hidden: Tensor, head: Head, draw: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------ a run that goes on
+
+
+def file_bytes(shapes: Sequence[Shape]) -> int:
+    """Returns the bytes of the tensors that `save_anchors` writes for layers of ``shapes``."""
+    return 4 * sum((1 + each.rank) * (each.inputs + each.outputs) for each in shapes)
 
 
 def save_anchors(anchors: Anchors, file: Path) -> None:

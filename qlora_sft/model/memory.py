@@ -26,6 +26,7 @@ from torch import nn
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
+from qlora_sft.model.ewc import ewc_bytes, shapes_of
 from qlora_sft.model.head import loss_weight
 from qlora_sft.model.layer_bytes import measure_layer
 from qlora_sft.model.leash import leash_bytes
@@ -35,6 +36,7 @@ from qlora_sft.model.memory_budget import MemoryBudget, device_budget, host_budg
 from qlora_sft.model.mlp import TiledMLP, set_recompute
 from qlora_sft.model.norms import has_lean_norms
 from qlora_sft.model.qkv import LeanAttention
+from qlora_sft.parallel import rank
 from qlora_sft.run.report import MemoryReport
 from qlora_sft.say import Say
 
@@ -156,6 +158,8 @@ def use_memory(
         between += layer.input
     if config.training.replay_kl is not None:
         between += leash_bytes(settings.vocab_size, settings.hidden_size, tokens, dtype)
+    if config.training.ewc is not None and rank() == 0:  # of several processes the first one adds the penalty
+        between += ewc_bytes(shapes_of(model))
     choice = choose(config, len(layers), layer, between, device_budget(model, config), on_gpu, say)
     memory = Memory(model, config, layer, between, tokens, say)
     memory.use(choice)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.data.written_tokens import written_tokens
-from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.json_types import read_object
-from qlora_sft.model.base_files import check_tokenizer_files
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.base_tokenizer import read_tokenizer
 from qlora_sft.model.vocabulary import add_tokens, describe_new, missing_tokens, new_rows, wanted_tokens
 from qlora_sft.say import Say
 
@@ -34,33 +32,6 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer in {base} names no eos token, so no answer could ever end")
     return tokenizer
-
-
-def read_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer in the folder ``base`` as it is. Raises `ConfigError` if there is none, or a damaged one."""
-    from transformers import AutoTokenizer
-
-    if Path(base).is_dir():
-        check_tokenizer_files(Path(base))
-    try:
-        # False, trusted or not: a tokenizer's own code is refused before, and without it transformers would ask on
-        # stdin whether to run the model's.
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: no tokenizer in {base}: {first_line(error)}") from None
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = _processors_template(Path(base))
-    return tokenizer
-
-
-def _processors_template(base: Path) -> str | None:
-    """Returns the chat template that some models which also see have in a file of their processor's; None without."""
-    file = base / "chat_template.json"
-    try:
-        found = read_object(file).get("chat_template") if file.is_file() else None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {file}: damaged ({first_line(error)}); copy the model again") from None
-    return found if isinstance(found, str) else None
 
 
 def stop_token_ids(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -111,7 +82,7 @@ def _end_of_turn(model: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBa
     end = written_tokens(text).end
     try:
         new = new_rows(model, base, text)
-    except (OSError, ValueError):  # a finished run whose base is gone; its tokenizer says where it stops
+    except ConfigError:  # a finished run whose base is gone; its tokenizer says where it stops
         return ""
     return end if end and tokenizer.convert_tokens_to_ids(end) in new else ""
 

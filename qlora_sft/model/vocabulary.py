@@ -20,6 +20,7 @@ import torch
 from qlora_sft.config import ModelConfig
 from qlora_sft.data.shipped import SHIPPED, template_text
 from qlora_sft.data.written_tokens import written_tokens
+from qlora_sft.model.base_tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,9 +93,7 @@ def _written(base: str) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=4)
 def _new_rows(wanted: WantedTokens, base: str, written: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
     """Returns the ids of the new tokens, read once per state of the base's files."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer: Any = read_tokenizer(base)
     missing = missing_tokens(wanted, tokenizer)
     if not missing:
         return ()

@@ -19,6 +19,7 @@ from qlora_sft.model.attention import Way
 from qlora_sft.model.attention_choice import plan_attention
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_folder import missing_bytes
+from qlora_sft.model.ewc import Shape, ewc_bytes, file_bytes
 from qlora_sft.model.leash import leash_bytes
 from qlora_sft.model.load import compute_dtype
 from qlora_sft.model.loss import choose_loss
@@ -142,7 +143,7 @@ def _this_run(
     try:
         path = choose_loss(config.model.loss, device).name
         bytes_of = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined, path)
-        layer, loss = _with_leash(bytes_of, blueprint, config, dtype)(tokens)
+        layer, loss = _with_held(bytes_of, blueprint, config, dtype)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
         return DevicePlan(device=name, memory=memory, tokens=tokens, split=None, reason=str(error)), None
@@ -164,16 +165,22 @@ def _this_run(
     return plan, choice
 
 
-def _with_leash(bytes_for: SequenceBytes, blueprint: Blueprint, config: Config, dtype: torch.dtype) -> SequenceBytes:
-    """Returns ``bytes_for`` with what ``training.replay_kl`` takes between forward and backward."""
-    if config.training.replay_kl is None:
-        return bytes_for
+def _with_held(bytes_for: SequenceBytes, blueprint: Blueprint, config: Config, dtype: torch.dtype) -> SequenceBytes:
+    """Returns ``bytes_for`` with what ``training.replay_kl`` and ``training.ewc`` take between forward and backward."""
+    leashed = config.training.replay_kl is not None
+    held = ewc_bytes(_held_shapes(blueprint)) if config.training.ewc is not None else 0
 
-    def with_leash(tokens: int) -> tuple[LayerBytes, int]:
+    def with_held(tokens: int) -> tuple[LayerBytes, int]:
         layer, loss = bytes_for(tokens)
-        return layer, loss + leash_bytes(blueprint.vocabulary, blueprint.hidden, tokens, dtype)
+        leash = leash_bytes(blueprint.vocabulary, blueprint.hidden, tokens, dtype) if leashed else 0
+        return layer, loss + leash + held
 
-    return with_leash
+    return with_held
+
+
+def _held_shapes(blueprint: Blueprint) -> list[Shape]:
+    """Returns the shapes of the layers that ``training.ewc`` holds."""
+    return [Shape(linear.rank, linear.inputs, linear.outputs) for linear in blueprint.linears if linear.adapted]
 
 
 def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
@@ -184,7 +191,7 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     path = None if config.model.loss == "auto" else config.model.loss
     joined = config.model.attention == "sdpa"
     bytes_of = sequence_bytes(blueprint, config.lora, dtype, True, joined, path)
-    bytes_for = _with_leash(bytes_of, blueprint, config, dtype)
+    bytes_for = _with_held(bytes_of, blueprint, config, dtype)
     host, reason = host_budget(config)
     try:
         bytes_for(1)
@@ -245,6 +252,7 @@ def _disk(blueprint: Blueprint, config: Config, held: Residents, workload: Workl
         merged=2 * blueprint.n_parameters,
         gguf_q8_0=blueprint.n_parameters * 34 // 32,
         free=shutil.disk_usage(existing).free,
+        anchors=file_bytes(_held_shapes(blueprint)) if config.training.ewc is not None else 0,
     )
 
 

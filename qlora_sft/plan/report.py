@@ -107,6 +107,8 @@ class DiskPlan(Report):
     """The merged model in 16 bits."""
     gguf_q8_0: int
     free: int
+    anchors: int = 0
+    """What training.ewc needs to go on, in the run folder."""
 
 
 @dataclass(frozen=True)

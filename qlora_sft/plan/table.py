@@ -80,6 +80,7 @@ def _disk(disk: DiskPlan) -> str:
     parts = {
         "download": disk.download, "base in 16 bits, cached": disk.copy_in_16_bits,
         "prepared data": disk.prepared_data, "adapter": disk.adapter, "checkpoints, at most": disk.checkpoints,
+        "what training.ewc keeps": disk.anchors,
         "merged, 16 bits": disk.merged, "GGUF, q8_0": disk.gguf_q8_0,
     }  # fmt: skip
     lines = [_line(text, count, "") for text, count in parts.items() if count]

@@ -103,7 +103,12 @@ def survive_full_disk(error: Exception, folder: Path, say: Say) -> None:
     full = disk_error(error, folder)
     if full is None:
         raise error
-    say(f"checkpoint not written, training goes on: {full}")
+    go_on_without(str(full), say)
+
+
+def go_on_without(why: str, say: Say) -> None:
+    """Says that training goes on although a checkpoint could not be written, and why."""
+    say(f"checkpoint not written, training goes on: {why}")
 
 
 # ------------------------------------------------------------------ going on

@@ -24,7 +24,7 @@ from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.checkpoints import clear_unfinished, folder_of, step_of, what_is_left
 from qlora_sft.training.display import Display
-from qlora_sft.training.evaluations import AskedTasks, Evaluations, named
+from qlora_sft.training.evaluations import AskedTasks, Evaluations, cost_of, named
 from qlora_sft.training.groups import may_decay_rows
 from qlora_sft.training.guards import FiniteSteps, update_too_full
 from qlora_sft.training.interrupt import StopAfterStep
@@ -252,8 +252,9 @@ def keep_adapter(trainer: PackedSFTTrainer, watch: Watch, done: int) -> Kept:
     if best is None:
         return Kept(done, "the last one", rows[done].held_out if done in rows else None)
     metric = watch.evaluations.metric
+    measured = sum(row.step > 0 and cost_of(row, metric) is not None for row in rows.values())
     good = ("best " if metric.startswith("tasks/") else "lowest ") + named(metric)
-    why = f"the {good} of {sum(step > 0 for step in rows)} evaluations"
+    why = f"the {good} of {measured} evaluations"
     if best != done:
         folder = folder_of(trainer.run, best)
         if not folder.is_dir():

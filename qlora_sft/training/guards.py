@@ -147,6 +147,11 @@ def update_too_full(error: Exception, saved: str) -> RunError:
     return _full(f"where the optimizer makes its states and updates the weights ({first_line(error)})", cure, saved)
 
 
+def measuring_too_full(error: Exception, saved: str) -> RunError:
+    """Returns the error for a loss before training, of one packed sequence at a time, that found the GPU full."""
+    return _full(f"where the loss before training is measured ({first_line(error)})", "model.head_in_4bit", saved)
+
+
 def _full(when: str, cure: str, saved: str) -> RunError:
     return RunError(
         f"the GPU is full {when}. Free some of it, or try memory.offload_embeddings, {cure} or a shorter "

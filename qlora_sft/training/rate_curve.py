@@ -11,6 +11,7 @@ from qlora_sft.markup.chart import Chart, draw
 from qlora_sft.markup.elements import note, page, preformatted
 from qlora_sft.markup.series import Series
 from qlora_sft.markup.style import style
+from qlora_sft.markup.text import escape
 from qlora_sft.run.report import Report
 from qlora_sft.units import figure, nats
 
@@ -133,5 +134,5 @@ def rate_page(tried: Sequence[Tried], suggested: float | None, reason: str, titl
         horizontal="power",
     )  # fmt: skip
     head = f"training.learning_rate: {suggested:g}" if suggested else "no learning rate is suggested"
-    body = f"<header><h1>{title}</h1></header>{preformatted(head)}{note(reason)}{draw(chart)}"
+    body = f"<header><h1>{escape(title)}</h1></header>{preformatted(head)}{note(reason)}{draw(chart)}"
     return page(title, style(), body)

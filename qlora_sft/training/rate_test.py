@@ -33,6 +33,7 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say, progress
+from qlora_sft.training.guards import measuring_too_full, update_too_full
 from qlora_sft.training.rate_curve import RateReport, Tried, rate_page, smoothed, suggest
 from qlora_sft.training.recipe import how_to_attend
 from qlora_sft.training.steps import settle_accumulation
@@ -47,7 +48,8 @@ STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0
 # The test ends when the loss is so much above that before training, as a share of it.
 SPOILED = 0.5
-
+# What to say where the test fails.
+NOTHING_KEPT = "nothing of the test is kept"
 
 Before = dict[tuple[int, ...], tuple[float, float]]
 """Maps a packed sequence to its summed loss before the test, and the weight of its tokens."""
@@ -80,7 +82,10 @@ def try_rates(config: Config, data: RunData, page: Path, say: Say) -> RateReport
     say("learning rates: " + "; ".join(filter(None, said)))
     collate = PackedCollator(data.documents, data.packed.shares_prefixes)
     with memory:
-        before = _before(model, sequences[: len(data.sequences)], collate, dtype)
+        try:
+            before = _before(model, sequences[: len(data.sequences)], collate, dtype)
+        except torch.OutOfMemoryError as error:
+            raise measuring_too_full(error, NOTHING_KEPT) from None
         tried = _trained(config, data, model, sequences, (before, dtype), memory.keep_less, say)
     if not tried:
         raise RunError("no step of the test had a finite loss; compute in another model.dtype")
@@ -127,6 +132,13 @@ class Ramp(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
+class ForgetfulTrainer(PackedSFTTrainer):
+    """Trains without saving anything, because the test ends with what it has seen."""
+
+    def _save_finished_steps(self) -> str:
+        return NOTHING_KEPT
+
+
 def _trained(
     config: Config, data: RunData, model: CausalModel, sequences: list[list[int]],
     measured: tuple[Before, torch.dtype], keep_less: Callable[[str], bool], say: Say,
@@ -140,13 +152,16 @@ def _trained(
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         tested = _as_test(config, scratch)
         args, _ = sft_config(tested, Path(scratch), STEPS, dtype)
-        trainer = PackedSFTTrainer(
+        trainer = ForgetfulTrainer(
             model, PackedCollator(data.documents, data.packed.shares_prefixes), sequences, tested, keep_less, say,
             args=args, processing_class=data.tokenizer, callbacks=[ramp],
         )  # fmt: skip
         trainer.factor = lambda step: rate_of(step) / HIGHEST
         ramp.trainer = trainer
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise update_too_full(error, NOTHING_KEPT) from None
     return ramp.tried
 
 

@@ -212,8 +212,8 @@ def anchors_of(
     config: Config, model: PeftModel, data: RunData, going_on: Path | None, dtype: torch.dtype, say: Say
 ) -> Anchors | None:
     """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
-    with it; None without it."""
-    if config.training.ewc is None or config.data.replay is None:
+    with it; None without it. Of several processes the first one adds the penalty, so the others need nothing."""
+    if config.training.ewc is None or config.data.replay is None or not join_ranks().first:
         return None
     if going_on:
         return load_anchors(going_on / ANCHORS, model.device)

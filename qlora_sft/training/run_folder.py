@@ -43,7 +43,7 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     if overwrite and resume:
         raise ConfigError("--overwrite removes what --resume would go on with; give one of them")
     run = as_path(config.output)
-    _check_writable(run)
+    check_writable(run)
     _check_apart(config, run)
     earlier = [name for name in RUN_FILES if (run / name).exists()]
     if earlier and not (overwrite or resume):
@@ -62,7 +62,7 @@ def _check_apart(config: Config, run: Path) -> None:
         raise ConfigError(f"lora.from: {folder} is in the folder of this run; choose another output=...")
 
 
-def _check_writable(run: Path) -> None:
+def check_writable(run: Path) -> None:
     """Raises `ConfigError` if ``run`` cannot be made a folder, so that this shows before a model is loaded."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not existing.is_dir():

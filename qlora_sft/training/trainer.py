@@ -22,10 +22,11 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
-from qlora_sft.errors import first_line
+from qlora_sft.errors import EndedTogether, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
 from qlora_sft.model.leash import base_hidden_states, divergence_from
@@ -33,7 +34,7 @@ from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
-from qlora_sft.training.checkpoints import folder_of, publish, survive_full_disk, what_is_left
+from qlora_sft.training.checkpoints import folder_of, go_on_without, publish, survive_full_disk, what_is_left
 from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.join import join_ranks
@@ -161,12 +162,17 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except Exception as error:
             obstacle = error
-        if obstacles := [each for each in self.ranks.gather(obstacle and str(obstacle)) if each is not None]:
-            obstacle = obstacle or OSError(obstacles[0])  # another process's, which is all of it that is known here
+        # What to say of a full disk, and nothing of another error, which ends the run.
+        own = None if obstacle is None else str(disk_error(obstacle, folder) or "")
+        found = [each for each in self.ranks.gather(own) if each is not None]
         try:
-            if obstacle is not None:
+            if obstacle is not None and not own:
                 raise obstacle
-            if self.ranks.first:
+            if "" in found:
+                raise EndedTogether(1)  # the process whose error it is says it
+            if found:
+                go_on_without(found[0], self.say)
+            elif self.ranks.first:
                 publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
             survive_full_disk(error, folder, self.say)
@@ -259,8 +265,12 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
         """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
-        if self._obstacle is not None or not inputs["lengths"]:
-            return torch.zeros((), device=self.args.device)
+        zero, scaler = torch.zeros((), device=self.args.device), self.accelerator.scaler
+        if self._obstacle is not None:
+            return zero
+        if not inputs["lengths"]:
+            # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
+            return zero if scaler is None else scaler.scale(zero)
         loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
         if obstacle is not None:
             so_far = self._group[: self._done + 1]
@@ -269,7 +279,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
             self._done = len(so_far) - 1
             self._obstacle = obstacle
-        return torch.zeros((), device=self.args.device) if loss is None else loss
+        return zero if loss is None else loss
 
     def _end_group(self, model: CausalModel) -> None:
         """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""

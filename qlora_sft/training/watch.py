@@ -109,10 +109,12 @@ def described(row: EvaluationRow, metric: str = "held_out") -> str:
     losses = [f"{name} {loss:.3f}" if loss is not None else f"{name} not finite" for name, loss in row.held_out.items()]
     mean = f", mean {row.mean:.3f}" if row.mean is not None and len(losses) > 1 else ""
     parts = ["held-out loss " + ", ".join(losses) + mean] if losses else []
-    if row.best and metric == "held_out":
-        parts[0] += " (the lowest so far)"
+    of_tasks = metric.startswith("tasks/")
+    best = " (the lowest so far)" if metric == "held_out" else f" (the best so far by {named(metric)})"
+    if row.best and not of_tasks:
+        parts[0] += best
     if row.tasks:
         parts.append("tasks " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.tasks.items()))
-    if row.best and metric != "held_out":
-        parts[-1] += f" (the best so far by {named(metric)})"
+    if row.best and of_tasks:
+        parts[-1] += best
     return "; ".join(parts)

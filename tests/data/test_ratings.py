@@ -65,6 +65,20 @@ def test_rows_that_are_not_in_use_do_not_count(tmp_path: Path) -> None:
     assert one.data.train[0].quality == 0.4062
 
 
+def test_unwanted_answers_do_not_count(tmp_path: Path) -> None:
+    config = config_of(tmp_path, [1, 1, 1, 9, 9, 1, 3, 9])
+    file, said = tmp_path / "a.jsonl", list[str]()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    unwanted = (3, 4, 7)
+    file.write_text("".join(json.dumps({**row, "label": n not in unwanted}) + "\n" for n, row in enumerate(rows)))
+    assert rated(config, said).data.train[0].quality == 1.4
+    assert "mean of 5 ratings from 1 to 3" in said[0]
+    assert f"highest: 3: {file}:7: answer 6" in said[0]
+    file.write_text("".join(json.dumps({**row, "label": False}) + "\n" for row in rows))
+    with pytest.raises(DataError, match="every row of 'a' in use has label: false"):
+        rated(config)
+
+
 @pytest.mark.parametrize(
     ("ratings", "problem"),
     [

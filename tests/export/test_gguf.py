@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.gguf import export_adapter, export_run
-from qlora_sft.export.gguf_check import check_gguf
+from qlora_sft.export.gguf_check import check_gguf, compare_rope
 from qlora_sft.export.llama_tools import find_quantizer
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import BOUNDS, Figures, bound, check_parity, compare
@@ -85,6 +85,27 @@ def test_the_adapter_alone_is_the_adapter(make_config: Any, convertible_model: P
     assert figures.top1 >= BOUNDS["lora"][0]
     names = sorted(path.name for path in (run / "gguf").iterdir())
     assert names == ["run-adapter.Modelfile", "run-adapter.gguf"]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "beside a tower"])
+@pytest.mark.parametrize("by_layer", [False, True], ids=["one set", "a set per type of layer"])
+def test_rope_is_compared_wherever_a_config_has_it(nested: bool, by_layer: bool) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    sets = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": rope}
+    text = {"max_position_embeddings": 4096, "rope_parameters": sets if by_layer else rope}
+    config: dict[str, Any] = {"text_config": text, "vision_config": {}} if nested else text
+    right = {
+        "general.architecture": "gemma3", "gemma3.rope.freq_base": 1e6, "gemma3.rope.scaling.type": "linear",
+        "gemma3.context_length": 4096,
+    }  # fmt: skip
+    assert list(compare_rope(right, config)) == []
+    for name, fault in (
+        ("rope.freq_base", "rope: base"),
+        ("context_length", "context: "),
+        ("rope.scaling.type", "rope: s"),
+    ):
+        (found,) = compare_rope({**right, f"gemma3.{name}": 7}, config)
+        assert found.startswith(fault)
 
 
 def test_a_file_that_is_another_model_is_refused(run: Path, exported: Any, tmp_path: Path) -> None:

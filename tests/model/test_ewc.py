@@ -15,7 +15,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError
 from qlora_sft.model import ewc
 from qlora_sft.model.attention import plain_attention
-from qlora_sft.model.ewc import load_anchors, measure_anchors, penalty, save_anchors
+from qlora_sft.model.ewc import ewc_bytes, file_bytes, load_anchors, measure_anchors, penalty, save_anchors, shapes_of
 from qlora_sft.model.lora_init import adapted_layers
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.setup import prepare_model
@@ -96,6 +96,29 @@ def test_the_penalty_is_the_sum_over_all_weights(model: Any, begins_at_zero: boo
     ours, theirs = torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max()))
+
+
+def test_the_bytes_of_anchors_and_graph_are_counted(model: Any, tmp_path: Path) -> None:
+    """The graph holds whatever is saved for the backward and is neither a trained value nor an anchor."""
+    anchors, _ = measure_anchors(model, DOCUMENTS, torch.float32, 0)
+    kept = [value for anchor in anchors.values() for value in vars(anchor).values()]
+    there = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *kept)}
+    saved: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if value.dim() and storage.data_ptr() not in there:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        total = penalty(model, anchors)
+    total.backward()  # type: ignore[no-untyped-call]
+    shapes = shapes_of(model)
+    assert file_bytes(shapes) == sum(value.nbytes for value in kept)
+    assert ewc_bytes(shapes) == file_bytes(shapes) + sum(saved.values())
+    save_anchors(anchors, tmp_path / "ewc.safetensors")
+    assert 0 <= (tmp_path / "ewc.safetensors").stat().st_size - file_bytes(shapes) < 4096  # its header
 
 
 def test_it_is_about_what_a_change_costs(model: Any) -> None:

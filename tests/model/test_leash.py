@@ -39,8 +39,11 @@ def model(make_config: MakeConfig, tiny_model: Any) -> Any:
 
 def test_it_is_the_divergence_of_the_replayed_rows_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed with others as by itself, a few positions and a few rows of the head at a time."""
-    monkeypatch.setattr(leash, "CHUNK_BYTES", 3 * 4 * leash.BUFFERS * 49152)
-    monkeypatch.setattr(leash, "TILE_BYTES", 4 * 64 * 10_007)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    monkeypatch.setattr(leash, "CHUNK_BYTES", 3 * 4 * leash.BUFFERS * vocabulary)
+    monkeypatch.setattr(leash, "TILE_BYTES", 4 * width * 1007)
+    assert leash.positions_at_once(vocabulary) == 3
+    assert len(list(leash._tiles(leash.head_of(model)))) > 1
     documents = [document(9, "new", 1), document(12, "old", 2), document(7, "new", 3), document(11, "old", 4)]
     replayed = replayed_of(documents, "old")
     assert replayed is not None

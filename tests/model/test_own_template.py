@@ -175,6 +175,18 @@ def test_new_tokens_alone_are_added_to_the_bases_own_template(make_config: Any, 
         make_config("model.new_tokens=['a b', '']")
 
 
+def test_marks_of_a_template_in_a_file_of_the_processors_stay_text(
+    make_config: Any, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=True, room=3)
+    (tmp_path / "own.jinja").write_text(LLAMA_2)
+    config = make_config(f"model.path={base}", f"model.chat_template={tmp_path / 'own.jinja'}")
+    assert new_rows(config.model, str(base))
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": LLAMA_2}))
+    assert new_rows(config.model, str(base)) == []
+    assert len(load_tokenizer(config.model, str(base))) == len(small_tokenizer)
+
+
 # As SmolVLM's: goes through the parts of a content, and writes those of text.
 PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% for part in message.content %}"
@@ -199,3 +211,31 @@ def test_the_template_of_a_processor_is_found_and_gets_the_texts_in_parts(small_
     (base / "chat_template.json").write_text("{")
     with pytest.raises(ConfigError, match=r"chat_template\.json: damaged"):
         load_tokenizer(ModelConfig(str(base)), str(base))
+
+
+# As PARTS, but what a system says is written as it is, and so is what an assistant says before it calls a tool.
+MIXED = (
+    "{% for message in messages %}{{ '<' + message.role + '>' }}{% if message.role == 'system' or message.tool_calls %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_only_roles_whose_texts_are_written_in_parts_get_parts(small_tokenizer: Any) -> None:
+    system, user, answer, tool = (
+        {"role": role, "content": text}
+        for role, text in (("system", "be {brief}"), ("user", "why?"), ("assistant", "so"), ("tool", "4"))
+    )
+    row: Any = {"messages": [system, user, answer]}
+    assert apply(row, small_tokenizer, MIXED)[0] == "<system>be {brief}<user>why?<assistant>so"
+    assert prompt_text([system, user], MIXED, {}, None) == "<system>be {brief}<user>why?"
+    calling = {**answer, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(DataError, match="writes a text of 'assistant' as a list of parts"):
+        apply(cast(Any, {"messages": [user, calling, tool]}), small_tokenizer, MIXED)
+    empty: Any = {"messages": [user, {**calling, "content": ""}, tool]}
+    assert apply(empty, small_tokenizer, MIXED)[0] == "<user>why?<assistant><tool>4"
+    about = {"role": "assistant", "content": str({"type": "text", "text": "why?"})}
+    assert about["content"] in apply(cast(Any, {"messages": [user, about]}), small_tokenizer, MIXED)[0]
+    as_json = MIXED.replace("{{ message.content }}", "{{ message.content | tojson }}")
+    with pytest.raises(DataError, match="as a list of parts"):
+        apply(cast(Any, {"messages": [user, calling]}), small_tokenizer, as_json)

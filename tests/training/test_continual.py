@@ -209,13 +209,19 @@ def test_weights_of_experts_cannot_be_held(make_config: MakeConfig, replay: list
         check_ewc(make_config(*replay, *others), mixture)
 
 
-def test_the_plan_counts_the_leash(
+def test_the_plan_counts_what_holds_the_model(
     make_config: MakeConfig, tmp_path: Path, replay: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The logits of the base and of the model, a few positions at a time."""
+    """Of the leash the logits of the base and of the model, a few positions at a time; of the held weights about 20
+    bytes per value of the adapter, and 4 in a file."""
     make_config()
-    loss = {}
-    for name, more in {"plain": [], "leashed": ["training.replay_kl=1"]}.items():
+    loss, disk = {}, {}
+    for name, more in {"plain": [], "leashed": ["training.replay_kl=1"], "held": ["training.ewc=1"]}.items():
         assert main(["plan", str(tmp_path / "config.yaml"), *replay, *more, "--no-time", "--json"]) == 0
-        loss[name] = json.loads(capsys.readouterr().out)["this_run"]["loss"]
+        plan = json.loads(capsys.readouterr().out)
+        loss[name], disk[name] = plan["this_run"]["loss"], plan["disk"]
     assert 2**20 < loss["leashed"] - loss["plain"] < 2**29
+    adapter = disk["plain"]["adapter"]
+    assert 5 * adapter < loss["held"] - loss["plain"] < 6 * adapter
+    assert disk["leashed"]["anchors"] == 0
+    assert adapter < disk["held"]["anchors"] < 1.5 * adapter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +124,18 @@ def test_layers_compute_in_the_type_of_the_run(make_config: Any, monkeypatch: py
     monkeypatch.setattr(module, "loss_of", noted)
     train(make_config(f"model.dtype={dtype}", "training.max_steps=2"), say=lambda _: None)
     assert seen == [getattr(torch, dtype)] * 2
+
+
+def test_a_process_without_a_micro_batch_can_undo_the_scale_of_the_others_gradients() -> None:
+    """Its scaler is given no loss of its own before gradients are shortened."""
+    trainer: Any = PackedSFTTrainer.__new__(PackedSFTTrainer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.accelerator, trainer.args = SimpleNamespace(scaler=scaler), SimpleNamespace(device=torch.device("cpu"))
+    trainer._obstacle = None
+    weight = torch.nn.Parameter(torch.zeros(2))
+    assert trainer._loss_of(None, {"lengths": []}, 1.0).item() == 0
+    weight.grad = torch.full((2,), 24.0)  # of another process, which has scaled its loss
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert weight.tolist() == [-3.0, -3.0]

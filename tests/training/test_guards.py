@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests_support import SHORT, result
 from torch import Tensor
+from trl import SFTTrainer
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import EndedTogether, RunError
 from qlora_sft.train import train
 from qlora_sft.training.run_folder import save_adapter
 from qlora_sft.training.trainer import PackedSFTTrainer
@@ -174,3 +177,57 @@ def test_a_loss_that_only_rises_is_said(make_config: Any, monkeypatch: pytest.Mo
     report = train(make_config("training.learning_rate=1e-2", "data.packing=none"), say=said.append)
     assert report.train_loss.rose
     assert any("the training loss rose" in text.splitlines()[-1] for text in said)
+
+
+class TwoRanks:
+    """Are this process and one that answers what it is told."""
+
+    def __init__(self, first: bool, other: str | None):
+        self.first, self.other = first, other
+
+    def gather(self, own: str | None) -> list[str | None]:
+        return [own, self.other]
+
+
+FULL, BROKEN = OSError(122, "Disk quota exceeded"), RunError("values that are not finite")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "ends"),
+    [
+        (None, None, None),
+        (FULL, None, None),
+        (None, "the disk is full (theirs)", None),
+        (BROKEN, None, RunError),
+        (BROKEN, "", RunError),
+        (None, "", EndedTogether),
+        (FULL, "", EndedTogether),
+    ],
+    ids="none full full_there broken both_broken broken_there full_and_broken_there".split(),
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_of_a_checkpoint_that_one_process_cannot_write_it_says_why(
+    first: bool, own: Exception | None, other: str | None, ends: type[Exception] | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A full disk costs all of them the checkpoint only. Any other error is raised by the process that has it."""
+
+    def save(self: Any, *_: object) -> None:
+        if own is not None:
+            raise own
+        (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", save)
+    said: list[str] = []
+    trainer: Any = PackedSFTTrainer.__new__(PackedSFTTrainer)
+    trainer.ranks, trainer.run, trainer.watch, trainer.say = TwoRanks(first, other), tmp_path, None, said.append
+    trainer.state = SimpleNamespace(global_step=2)
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=2)
+    with pytest.raises(ends) if ends else nullcontext():
+        trainer._save_checkpoint(None, None)
+    published = [folder.name for folder in tmp_path.glob("checkpoints/*")]
+    assert published == (["step-000002"] if first and own is None and other is None else [])
+    full = ends is None and not (own is None and other is None)
+    assert len(said) == full
+    assert all("checkpoint not written, training goes on" in text and "the disk is full" in text for text in said)

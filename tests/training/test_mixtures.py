@@ -164,8 +164,17 @@ def test_experts_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
     check_layers(configured(tmp_path, folder)("lora.experts=frozen"), str(folder))
 
 
-def test_a_model_that_also_sees_is_loaded_without_unsloth(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mistral3", "text_config": {"model_type": "mistral"}}')
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+        {"model_type": "qwen2_5_vl", "hidden_size": 64, "vision_config": {"depth": 2}},
+        {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {}}},
+    ],
+    ids=lambda settings: str(settings["model_type"]),
+)
+def test_a_model_that_also_sees_is_loaded_without_unsloth(tmp_path: Path, settings: dict[str, object]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     assert why_not_unsloth(configured(tmp_path, tmp_path)()).startswith("the base also sees")
 
 

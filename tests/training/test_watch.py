@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from qlora_sft.run.report import RunReport
 from qlora_sft.train import train
 from qlora_sft.training import watch as module
 from qlora_sft.training.checkpoints import all_checkpoints, step_of
-from qlora_sft.training.evaluations import Evaluations
+from qlora_sft.training.evaluations import AskedTasks, Evaluations
+from qlora_sft.training.fit import keep_adapter
 from qlora_sft.training.steps import most_checkpoints
 
 
@@ -278,3 +280,28 @@ def test_code_is_not_run_while_training(make_config: Any, tmp_path: Path) -> Non
     config = make_config(f"evaluation.tasks=[{{path: {file}}}]", "evaluation.tasks_every_steps=2")
     with pytest.raises(ConfigError, match="code is graded by running what the model writes"):
         train(config, say=silent)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("held_out", "held-out loss near 1.000 (the lowest so far); tasks words 0.500"),
+        ("held_out/near", "held-out loss near 1.000 (the best so far by held-out loss of near); tasks words 0.500"),
+        ("tasks/words", "held-out loss near 1.000; tasks words 0.500 (the best so far by task words)"),
+    ],
+)
+def test_the_best_is_said_where_its_measure_stands_and_of_those_that_have_it(
+    metric: str, said: str, tmp_path: Path
+) -> None:
+    """Tasks are asked at steps 2 and 4, and the loss is measured at steps 1, 2 and 3."""
+    evaluations = Evaluations(tmp_path / "evaluations.jsonl", metric=metric)
+    evaluations.add(0, {"near": 2.0}, 1.0)
+    evaluations.add(1, {"near": 1.5}, 1.0)
+    best = evaluations.add(2, {"near": 1.0}, 1.0, AskedTasks({"words": 0.5}))
+    evaluations.add(3, {"near": 1.2}, 1.0)
+    evaluations.add(4, {}, 1.0, AskedTasks({"words": 0.25}))
+    assert module.described(best, metric) == said
+    trainer: Any = None
+    watch: Any = SimpleNamespace(evaluations=evaluations, best_step=2)
+    count = 2 if metric.startswith("tasks/") else 3
+    assert keep_adapter(trainer, watch, 2).reason.endswith(f" of {count} evaluations")
