@@ -262,6 +262,12 @@ def _add_asking_verbs(verbs: Verbs) -> None:
         "--keep-right", metavar="FILE", help="write the right answers as training rows (rejection sampling)"
     )
 
+    evaluate.add_argument(
+        "--harness", metavar="TASK[=FILE],...",
+        help="tasks of lm-evaluation-harness instead, by its names or as YAML files; FILE: local questions of one",
+    )  # fmt: skip
+    evaluate.add_argument("--harness-chat", action="store_true", help="put the harness' prompts as turns of a user")
+
     compare = _verb(verbs, "compare", _compare, "compare two evaluated runs, question by question")
     compare.add_argument("runs", nargs=2, metavar="RUN", help="run folder with results of evaluate")
     compare.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the bootstrap (default: 0)")
@@ -332,6 +338,10 @@ def _evaluate(arguments: argparse.Namespace) -> CommandResult:
     from qlora_sft.evaluation.evaluate_run import TaskSettings, diagnose_run, evaluate_run
     from qlora_sft.evaluation.keep_right import check_target, keep_right
 
+    if arguments.harness:
+        return _harness(arguments)
+    if arguments.harness_chat:
+        raise ConfigError("--harness-chat has an effect with --harness only")
     if arguments.diagnose and arguments.no_base:
         raise ConfigError("--diagnose compares with the base under the adapter; leave out --no-base")
     kept = Path(arguments.keep_right) if arguments.keep_right else None
@@ -354,6 +364,29 @@ def _evaluate(arguments: argparse.Namespace) -> CommandResult:
         rows, asked = keep_right(report, kept)
         tell(f"{rows:,} right answers to {asked:,} questions: {kept} (train on them, and evaluate on other questions)")
     return report
+
+
+def _harness(arguments: argparse.Namespace) -> CommandResult:
+    ours = (
+        "task",
+        "form",
+        "samples",
+        "temperature",
+        "max_new_tokens",
+        "thinking",
+        "run_code",
+        "diagnose",
+        "keep_right",
+    )
+    given = [f"--{name.replace('_', '-')}" for name in ours if getattr(arguments, name)]
+    if given:
+        raise ConfigError(f"{', '.join(given)} have no effect on tasks of the harness; leave them out, or --harness")
+    from qlora_sft.evaluation.harness import run_harness
+
+    return run_harness(
+        arguments.run, arguments.harness.split(","), base=not arguments.no_base, limit=arguments.max_rows,
+        chat=arguments.harness_chat, seed=arguments.seed,
+    )  # fmt: skip
 
 
 def _compare(arguments: argparse.Namespace) -> CommandResult:
