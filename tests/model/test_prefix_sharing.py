@@ -15,11 +15,15 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    VaultGemmaConfig,
     set_seed,
 )
 
@@ -43,7 +47,9 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "smollm3": SmolLM3Config(**SIZES),
     "phi3": Phi3Config(**SIZES),
     "granite": GraniteConfig(**SIZES, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
 }
@@ -52,8 +58,14 @@ BOUNDED: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, sliding_window=19),
     "gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=5, attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=37),
+    "vaultgemma": VaultGemmaConfig(**SIZES, head_dim=16, sliding_window=11),
+    "granite_swa": GraniteSWAConfig(**SIZES, sliding_window=7),
     "gpt_oss": GptOssConfig(**SIZES, head_dim=16, sliding_window=9, num_local_experts=4, num_experts_per_tok=2),
 }
+
+
+def test_every_family_that_shares_by_itself_is_tried_here() -> None:
+    assert {config.model_type for config in (FAMILIES | BOUNDED).values()} - {"gpt_oss"} == prefix_sharing.TRIED
 
 
 def model_of(config: PretrainedConfig) -> Any:
