@@ -21,6 +21,7 @@ from qlora_sft.model.experts import in_nf4, stacks, target_parameters
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_settings
 from qlora_sft.model.meta_model import auto_class, meta_model
+from qlora_sft.model.missing_weights import check_missing
 from qlora_sft.model.peft_targets import as_named, read_targets
 from qlora_sft.model.remote_code import check_folder, runs_code
 from qlora_sft.model.rope import check_rope, scaled_config
@@ -163,11 +164,7 @@ def load_base(
         output_loading_info=True,
         **options,
     )
-    if missing := sorted(told["missing_keys"]):
-        raise ConfigError(
-            f"model.path: the files in {base} lack {len(missing)} weights of {type(model).__name__} (first: "
-            f"{missing[0]}), which would be random numbers; they are of another kind of model, or not all here"
-        )
+    check_missing(told["missing_keys"], model, base)
     compute_in(model, dtype)
     use_our_experts(model)
     return model

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig, configured
-from safetensors.torch import load_file
-from tiny_models import tiny_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from qlora_sft.errors import ConfigError
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.model_card import model_card
 from qlora_sft.model.load import load_base, load_for_inference
@@ -89,6 +90,23 @@ def test_the_merged_model_is_the_adapter_in_more_families(kind: str, tmp_path: P
 @pytest.mark.parametrize("kind", SEE)
 def test_the_merged_model_still_sees(kind: str, tmp_path: Path, short_tokenizer: Any) -> None:
     assert has_towers(*check(kind, tmp_path, short_tokenizer))
+
+
+def test_a_tower_may_be_missing_and_the_language_model_may_not(tmp_path: Path) -> None:
+    """As in fine-tunes of the language model alone that are saved under the configuration of the whole."""
+    file = write_tiny("mistral3", tmp_path) / "model.safetensors"
+    whole = load_file(file)
+    before = log_shares(load_base(str(tmp_path), torch.float32, load_in_4bit=False).eval())
+    text = {name: tensor for name, tensor in whole.items() if not re.search("visi|projector", name)}
+    assert len(text) < len(whole)
+    save_file(text, file, metadata={"format": "pt"})
+    assert torch.equal(log_shares(load_base(str(tmp_path), torch.float32, load_in_4bit=False).eval()), before)
+    for part in ("embed_tokens.weight", "layers.1.mlp.up_proj.weight"):
+        less = {name: tensor for name, tensor in text.items() if not name.endswith(part)}
+        assert len(less) == len(text) - 1
+        save_file(less, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"lack [12] weights of Mistral3"):  # with a tied head or without
+            load_base(str(tmp_path), torch.float32, load_in_4bit=False)
 
 
 def has_towers(base: Path, run: Path) -> bool:
