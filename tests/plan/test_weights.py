@@ -130,7 +130,7 @@ def test_files_that_do_not_fit_the_configuration_are_noticed(tiny_model: Path, t
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     some = dict(list(tensors.items())[:-1])
     save_file(some, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+    with pytest.raises(ConfigError, match="no tokenizer in"):
         read_blueprint(configured(), str(tmp_path))
     blueprint = read_blueprint(configured("model.chat_template=null"), str(tmp_path))
     assert "fewer than config.json asks for" in check_headers(blueprint, str(tmp_path)).note
