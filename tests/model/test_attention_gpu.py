@@ -87,6 +87,18 @@ def test_capped_layers_of_two_kinds_train_on_sequences_of_many_lengths() -> None
             assert (again.double() - theirs).norm() <= 2e-2 * theirs.norm()
 
 
+def assert_equal(ours: Tensor, theirs: Tensor, given: tuple[Tensor, ...], exact: list[Tensor]) -> None:
+    """Outputs in bfloat16 on the GPU, and the gradients of their inputs, are those in float64 on the CPU."""
+    gradient = torch.randn(theirs.shape, dtype=torch.float64)
+    theirs.backward(gradient)
+    ours.backward(gradient.to("cuda", torch.bfloat16))
+    assert float((ours.double().cpu() - theirs).norm()) <= 2e-2 * float(theirs.norm())
+    for own, other in zip(given, exact, strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        assert float((own.grad.double().cpu() - other.grad).norm()) <= 2e-2 * float(other.grad.norm())
+
+
 def test_a_tree_of_documents_is_each_path_alone() -> None:
     """FlashAttention level by level, joined, forward and backward, against the same sums on the CPU in float64."""
     tree = Tree((300, 40, 17, 128, 65, 1), (-1, 0, 1, 1, 0, -1))
@@ -94,14 +106,7 @@ def test_a_tree_of_documents_is_each_path_alone() -> None:
     ours = tree_attention(q, k, v, tree, None, CUDA)
     exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
     theirs = tree_attention(*exact, tree, None, CPU)
-    gradient = torch.randn(theirs.shape, dtype=torch.float64)
-    theirs.backward(gradient)
-    ours.backward(gradient.to("cuda", torch.bfloat16))
-    assert float((ours.double().cpu() - theirs).norm()) <= 2e-2 * float(theirs.norm())
-    for own, other in zip((q, k, v), exact, strict=True):
-        assert own.grad is not None
-        assert other.grad is not None
-        assert float((own.grad.double().cpu() - other.grad).norm()) <= 2e-2 * float(other.grad.norm())
+    assert_equal(ours, theirs, (q, k, v), exact)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -117,11 +122,4 @@ def test_a_window_over_a_tree_is_that_of_each_path_alone(softcap: float | None) 
     )
     exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
     theirs = plain_documents(*exact, on_cpu, Scores(None, 200, softcap))
-    gradient = torch.randn(theirs.shape, dtype=torch.float64)
-    theirs.backward(gradient)
-    ours.backward(gradient.to("cuda", torch.bfloat16))
-    assert float((ours.double().cpu() - theirs).norm()) <= 2e-2 * float(theirs.norm())
-    for own, other in zip((q, k, v), exact, strict=True):
-        assert own.grad is not None
-        assert other.grad is not None
-        assert float((own.grad.double().cpu() - other.grad).norm()) <= 2e-2 * float(other.grad.norm())
+    assert_equal(ours, theirs, (q, k, v), exact)
