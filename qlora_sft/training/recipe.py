@@ -34,6 +34,7 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
+from qlora_sft.model.shards import shards_of
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.run.manifest import write_manifest
@@ -82,6 +83,7 @@ def run_recipe(
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
         model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
+        ranks.cut = shards_of(model)
         if data.packed.shares_prefixes:
             say(f"prefixes: {check_prefixes(model, dtype)}")
         begin_by_data(config, model, data, checkpoint, dtype, say)
@@ -94,12 +96,14 @@ def run_recipe(
     )  # fmt: skip
     ranks.gather(None)  # by now none looks any more whether the run folder is free
     if not ranks.first:
+        ranks.help_first()  # with the evaluation before
         train_along(training, memory, checkpoint)
+        ranks.help_first()  # with the one after
         return None
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
-    with watch("evaluate before"):
+    with watch("evaluate before"), ranks.helped():
         asked = question_digest(config.evaluation, data.held_out.documents)
         kept = kept_baseline(run, asked) if checkpoint else None
         before = kept or evaluate_before(evaluated, config, data, prompts, say)
@@ -111,7 +115,7 @@ def run_recipe(
         fitted = fit(training, memory.keep_less, checkpoint)
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
-    with watch("evaluate after"):
+    with watch("evaluate after"), ranks.helped():
         after = evaluate(evaluated, config, data.held_out, prompts, say, "after training")
 
     # ------------------------------------------------------------------ report
@@ -213,12 +217,17 @@ def anchors_of(
 ) -> Anchors | None:
     """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
     with it; None without it. Of several processes the first one adds the penalty, so the others need nothing."""
-    if config.training.ewc is None or config.data.replay is None or not join_ranks().first:
+    if config.training.ewc is None or config.data.replay is None:
         return None
-    if going_on:
-        return load_anchors(going_on / ANCHORS, model.device)
-    replay = data.train.documents[source_name(config.data.replay)]
-    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    ranks = join_ranks()
+    if not ranks.first:
+        ranks.help_first()
+        return None
+    with ranks.helped():
+        if going_on:
+            return load_anchors(going_on / ANCHORS, model.device)
+        replay = data.train.documents[source_name(config.data.replay)]
+        anchors, told = measure_anchors(model, replay, dtype, config.seed)
     say(f"held near to what they are: {told}")
     return anchors
 
