@@ -19,8 +19,8 @@ others fetch what it names (`lead`, `follow`).
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,9 +47,14 @@ WHOLE_AT_ONCE = 2
 NONE = -1
 
 
-def shard_bytes(tensors: Sequence[int], shards: int) -> int:
-    """Returns the bytes of one of so many shards of a layer, whose tensors that are cut have these bytes."""
-    return _places(tensors, shards)[1] // shards
+def layer_bytes(tensors: Sequence[int], shards: int) -> int:
+    """Returns the bytes of a layer in all shards together, whose tensors that are cut have these bytes."""
+    return _places(tensors, shards)[1]
+
+
+def whole_bytes(layers: Sequence[int]) -> int:
+    """Returns the most bytes that layers take which are whole at a time, of layers of these bytes."""
+    return sum(sorted(layers, reverse=True)[:WHOLE_AT_ONCE])
 
 
 def _places(tensors: Sequence[int], shards: int) -> tuple[list[int], int]:
@@ -69,21 +74,22 @@ class CutTensor:
     put: Callable[[Tensor], None]
 
 
-def tensors_to_cut(layer: nn.Module) -> list[CutTensor]:
+def tensors_to_cut(layer: nn.Module, shared: Container[int] = ()) -> list[CutTensor]:
     """Returns the frozen matrices of a decoder layer, packed or not, and the scales of those in NF4.
 
-    Vectors (norms, biases) and what undoes the quantisation of scales are small and stay whole.
+    Vectors (norms, biases) and what undoes the quantisation of scales are small and stay whole. So does what several
+    layers have in common; shared: the `id` of such parameters.
     """
     found = []
     for parameter in layer.parameters():
-        if parameter.requires_grad or parameter.dim() < 2:
+        if parameter.requires_grad or parameter.dim() < 2 or id(parameter) in shared:
             continue
         found.append(CutTensor(parameter.data, partial(setattr, parameter, "data")))
         state: Any = getattr(parameter, "quant_state", None)
         if state is not None:
             found.append(CutTensor(state.absmax, partial(setattr, state, "absmax")))
     for _, module, name in stacks(layer):
-        if in_nf4(module, name):
+        if in_nf4(module, name) and id(getattr(module, name)) not in shared:
             scales = f"{name}_{SCALES[0]}"
             found.append(CutTensor(getattr(module, scales), partial(setattr, module, scales)))
     return found
@@ -92,9 +98,9 @@ def tensors_to_cut(layer: nn.Module) -> list[CutTensor]:
 class CutLayer:
     """Holds this process's shard of a decoder layer, and the room in which the layer is whole."""
 
-    def __init__(self, layer: nn.Module, device: torch.device):
+    def __init__(self, layer: nn.Module, shared: Container[int], device: torch.device):
         """Cuts ``layer``, which is whole in this process's host memory, and leaves it empty on ``device``."""
-        cut = tensors_to_cut(layer)
+        cut = tensors_to_cut(layer, shared)
         places, self.size = _places([each.tensor.nbytes for each in cut], world_size())
         flat = torch.zeros(self.size, dtype=torch.uint8)
         self.whole = torch.empty(self.size, dtype=torch.uint8, device=device)
@@ -122,8 +128,10 @@ class Shards:
     def __init__(self, model: CausalModel, device: torch.device):
         """Cuts the layers of ``model``, which is in host memory, and moves the rest of it to ``device``."""
         layers = decoder_layers(model)
-        self.layers = [CutLayer(layer, device) for layer in layers]
-        self.whole_bytes = sum(sorted((each.size for each in self.layers), reverse=True)[:WHOLE_AT_ONCE])
+        uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+        shared = {each for each, count in uses.items() if count > 1}
+        self.layers = [CutLayer(layer, shared, device) for layer in layers]
+        self.whole_bytes = whole_bytes([each.size for each in self.layers])
         self._here: dict[int, Any] = {}
         """The layers that are whole, or on their way: what to wait for, or None."""
         self._kept: int | None = None
