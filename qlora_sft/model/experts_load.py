@@ -68,7 +68,9 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
         done = self._quantized(there, full_layer_name, model, **kwargs)
         return done if device is None else {key: _to_host(value) for key, value in done.items()}
 
-    def _quantized(self, values: dict[str, Any], full_name: str, model: Any, **kwargs: Any) -> dict[str, Any]:
+    def _quantized(
+        self, values: dict[str, Tensor], full_name: str, model: nn.Module, **kwargs: object
+    ) -> dict[str, Tensor]:
         module, name = get_module_from_name(model, full_name)
         if name not in stack_names(module):
             return dict(super().convert(values, full_layer_name=full_name, model=model, **kwargs))
@@ -78,10 +80,11 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
         return {full_name: packed, **{f"{full_name}_{scale}": scales[scale] for scale in SCALES}}
 
 
-def _to_host(value: Any) -> Any:
+def _to_host(value: Tensor) -> Tensor:
     """Returns a quantised weight, or what belongs to it, in host memory."""
     if not isinstance(value, nn.Parameter) or isinstance(value, Params4bit):
-        return value.to("cpu")
+        moved: Tensor = value.to("cpu")
+        return moved
     value.data = value.data.to("cpu")  # with what else the parameter says of itself
     return value
 

@@ -124,7 +124,7 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code, to_host)
     grow(model, rows, initialise=True)
     if config.model.head_in_4bit:
-        quantize_head(model, dtype)
+        quantize_head(model, dtype, own_device())
     # What peft.prepare_model_for_kbit_training does and is wanted here. Not wanted: its cast of every 16-bit weight
     # (the embedding!) to float32.
     model.requires_grad_(False)
@@ -159,8 +159,7 @@ def load_base(
     settings = scaled_config(base, rope, trust)
     options: dict[str, Any] = {} if rope is None else {"config": settings}
     # One that was saved in NF4 is loaded as it is.
-    # Of several processes each has a GPU of its own.
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     if load_in_4bit and not read_config(base).get("quantization_config"):
         kept = kept_in_full(meta_model(settings))
         options["quantization_config"] = _quantization(base, dtype, kept, device if to_host else None)
@@ -177,6 +176,11 @@ def load_base(
     compute_in(model, dtype)
     use_our_experts(model)
     return model
+
+
+def own_device() -> str:
+    """Returns the device of this process; of several processes each has a GPU of its own."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None, quantizes_on: str | None) -> Any:

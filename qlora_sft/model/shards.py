@@ -37,6 +37,8 @@ from qlora_sft.parallel import naming_lost, processes_here, rank, world_size
 from qlora_sft.units import size
 
 if TYPE_CHECKING:
+    from torch.distributed import Work
+
     from qlora_sft.model.base import CausalModel
 
 # Where each tensor of a layer begins: kernels read several bytes at once.
@@ -132,7 +134,7 @@ class Shards:
         shared = {each for each, count in uses.items() if count > 1}
         self.layers = [CutLayer(layer, shared, device) for layer in layers]
         self.whole_bytes = whole_bytes([each.size for each in self.layers])
-        self._here: dict[int, Any] = {}
+        self._here: dict[int, Work | None] = {}
         """The layers that are whole, or on their way: what to wait for, or None."""
         self._kept: int | None = None
         self._leads = False
@@ -150,7 +152,7 @@ class Shards:
         if not _in_backward():
             self._need_next(number, number + 1, self._forward)
 
-    def _after_forward(self, number: int, _: nn.Module, __: object, output: Any) -> None:
+    def _after_forward(self, number: int, _: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         """Lets the gradient of the layer's result fetch the layer again."""
         hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad and not _in_backward():
@@ -277,7 +279,7 @@ def cut_base(model: CausalModel) -> str:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     shards = _shards[base_of(model)] = Shards(model, device)
     if device.type == "cuda":
-        base_of(model).hf_device_map = {"": device.index}  # type: ignore[assignment]
+        base_of(model).hf_device_map = {"": device.index}  # type: ignore[assignment]  # where accelerate looks
     own, every = sum(each.shard.nbytes for each in shards.layers), sum(each.size for each in shards.layers)
     return (
         f"{size(every)} of frozen weights in {len(shards.layers)} layers are cut over {world_size()} processes, "
@@ -321,13 +323,14 @@ def _meet() -> None:
         all_reduce(torch.zeros(1))
 
 
-def _gather(layer: CutLayer) -> Any:
+def _gather(layer: CutLayer) -> Work | None:
     """Starts to gather a layer from its shards, and returns what to wait for."""
     import torch.distributed as dist
 
     # Its name is another one from torch 2.13 on.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(layer.whole, layer.shard, async_op=True)
+    work: Work | None = gather(layer.whole, layer.shard, async_op=True)
+    return work
 
 
 def _say_number(number: int) -> None:

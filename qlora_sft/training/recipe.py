@@ -82,10 +82,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
-        ranks.cut = shards_of(model)
-        if data.packed.shares_prefixes:
-            say(f"prefixes: {check_prefixes(model, dtype)}")
+        model = model_of(config, data, dtype, tokens, attention, say)
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
         anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
@@ -96,9 +93,7 @@ def run_recipe(
     )  # fmt: skip
     ranks.gather(None)  # by now none looks any more whether the run folder is free
     if not ranks.first:
-        ranks.help_first()  # with the evaluation before
         train_along(training, memory, checkpoint)
-        ranks.help_first()  # with the one after
         return None
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
@@ -202,6 +197,17 @@ def settled_steps(config: Config, data: RunData, say: Say) -> Config:
     deal(settled, join_ranks().size)
     schedule_of(settled.training, count_steps(len(data.sequences), settled))
     return settled
+
+
+def model_of(
+    config: Config, data: RunData, dtype: torch.dtype, tokens: int, attention: AttentionChoice, say: Say
+) -> PeftModel:
+    """Returns the model, ready to be trained, which the processes of the run hold together if it is cut."""
+    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
+    join_ranks().cut = shards_of(model)
+    if data.packed.shares_prefixes:
+        say(f"prefixes: {check_prefixes(model, dtype)}")
+    return model
 
 
 def begin_by_data(

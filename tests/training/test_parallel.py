@@ -72,6 +72,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory, short_tokenizer: Any) -> 
         + "training: {gradient_accumulation: 4, learning_rate: 1e-2}\n"
     )
     held_out = write_rows(folder / "held_out.jsonl", [conversation(50), conversation(51)])
+    write_rows(folder / "replay.jsonl", [conversation(60), conversation(61)])
     done = launch(*TORCHRUN, str(CHILD), str(file), str(held_out))
     assert done.returncode == 0, done.stderr
     return Launched(folder, config, done.stdout, done.stderr)
