@@ -213,9 +213,9 @@ def why_one_at_a_time(model: CausalModel) -> str:
     return ""
 
 
-def chunk_of(module: Any) -> int | None:
+def chunk_of(module: nn.Module) -> int | None:
     """Returns the size of the chunks that an attention layer attends inside of; None if it is not of that kind."""
-    return int(module.config.attention_chunk_size) if kind_of(module) == CHUNKS else None
+    return int(module.config.attention_chunk_size) if kind_of(module) == CHUNKS else None  # type: ignore[union-attr, arg-type]
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ It shows only behind thousands of tokens, so the check of three short documents 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,22 @@ if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 
-def at_own_temperature(module: Any, query: Tensor, bounds: Tensor) -> Tensor:
+def at_own_temperature(module: nn.Module, query: Tensor, bounds: Tensor) -> Tensor:
     """Returns the queries [1, H, T, d] of a layer without positions of Llama 4 as they are in their documents alone.
 
     Such a layer scales them by steps of thousands of places, which transformers counts from the start of the row.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
+    floor, scale = (float(getattr(module, name)) for name in ("floor_scale", "attn_scale"))
     places = torch.arange(query.shape[2], device=query.device)
-    if len(places) < module.floor_scale:
+    if len(places) < floor:
         return query
     if tree_of(bounds) is not None:
         raise ValueError(f"{type(module).__name__} scales queries by their place, not over a tree")
     own = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
-    given, wanted = (_temperature(module, each) for each in (places, own))
+    given, wanted = (torch.log1p(torch.floor((each.float() + 1.0) / floor)) * scale + 1.0 for each in (places, own))
     return (query * (wanted / given)[:, None]).to(query.dtype)
-
-
-def _temperature(module: Any, places: Tensor) -> Tensor:
-    return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
 
 def longest_short(settings: JsonObject) -> int | None:
@@ -65,11 +62,12 @@ def turn_by_document(model: CausalModel) -> None:
         return
     run_by_document(rotary)
 
-    def hand_bounds(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hand_bounds(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
         bounds = kwargs.get("cu_seq_lens_q")
         tree = tree_of(bounds) if bounds is not None else None
         if tree is not None and tree.longest > most:
             raise ValueError(f"rows of more than {most} tokens cannot share prefixes here; set data.share_prefixes=off")
-        rotary.document_bounds = bounds if bounds is not None and max(lengths_of(bounds)) > most else None
+        long = bounds is not None and max(lengths_of(bounds)) > most
+        rotary.document_bounds = bounds if long else None  # type: ignore[assignment]
 
     decoder.register_forward_pre_hook(hand_bounds, with_kwargs=True)
