@@ -20,6 +20,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
 from qlora_sft.export.text_parity import compare_texts
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
@@ -214,6 +215,4 @@ def _suspect(form: str, figures: Figures) -> str:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return saved_tokenizer(folder)
