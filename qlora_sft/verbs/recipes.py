@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from qlora_sft.errors import ConfigError
 from qlora_sft.recipe_new import GOALS
-
-AddVerb = Callable[[str, Callable[[argparse.Namespace], Mapping[str, object]], str], argparse.ArgumentParser]
-"""Takes the name of a verb, what it does, and its help."""
+from qlora_sft.verbs.verb import AddVerb
 
 
 def add_recipe_verbs(add: AddVerb) -> None:
