@@ -16,7 +16,7 @@ import torch
 from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
 from qlora_sft.data.documents import Sizes, sizes
-from qlora_sft.errors import RunError
+from qlora_sft.errors import Interrupted, RunError, first_line
 from qlora_sft.evaluation.answers import Prompt, choose_prompts
 from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
 from qlora_sft.evaluation.evaluate import Evaluation, evaluate
@@ -36,7 +36,8 @@ from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
-from qlora_sft.run.manifest import write_manifest
+from qlora_sft.page.write import draw_report
+from qlora_sft.run.manifest import describe_data, write_manifest
 from qlora_sft.run.report import Choice, OrderReport, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
@@ -99,6 +100,12 @@ def run_recipe(
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
+    # Now and not when they are written down: by then somebody may have edited or removed these files.
+    sources, base_files, packed = (
+        describe_data(data.train.ledger),
+        file_hashes(own_folder(data.base)),
+        packed_as(data.base),
+    )
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
         kept = kept_baseline(run, asked) if checkpoint else None
@@ -112,7 +119,7 @@ def run_recipe(
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
-        after = evaluate(evaluated, config, data.held_out, prompts, say, "after training")
+        after, interrupted = evaluate_after(evaluated, config, data, prompts, say)
 
     # ------------------------------------------------------------------ report
     report = RunReport(
@@ -121,22 +128,27 @@ def run_recipe(
         base=config.model.path if data.commit else own_folder(data.base),
         base_sha256=beginning.base_sha256,
         base_commit=data.commit,
-        base_files=file_hashes(own_folder(data.base)),
-        base_dequantized=packed_as(data.base),
+        base_files=base_files,
+        base_dequantized=packed,
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         attention=Choice(*attention),
         quantized_modules=quantized_modules(model),
         loss=pair(before.loss, after.loss),
         exact_match=pair(before.exact_match, after.exact_match),
-        **vars(fitted),
+        **{**vars(fitted), "warnings": [*fitted.warnings, *before.lacking, *after.lacking]},
         memory=memory.report,
         order=order,
         seconds=watch.rounded(),
     )
-    write_manifest(run / "manifest.json", config, data.train.ledger, report)
+    write_manifest(run / "manifest.json", config, sources, report)
     write_samples(run, before.records, after.records)
     say(summary(report, before, after, config.evaluation.show))
+    if interrupted:
+        draw_report(run, say)
+        raise Interrupted(
+            f"interrupted when everything was trained; the run {run} is complete, without what is missing"
+        )
     return report
 
 
@@ -167,7 +179,7 @@ def begin_folder(
 ) -> None:
     """Clears the folder for a new run and writes what it begins with. asked: the digest of its questions."""
     begin_run(run, config, beginning, anchors)
-    if config.evaluation.before_training:
+    if config.evaluation.before_training and not before.lacking:
         keep_baseline(run, before, asked)
 
 
@@ -185,6 +197,24 @@ def evaluate_before(
     if not config.evaluation.before_training:
         return Evaluation()
     return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+
+
+def evaluate_after(
+    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
+) -> tuple[Evaluation, bool]:
+    """Measures the trained model, and returns whether Ctrl-C ended that.
+
+    Whatever goes wrong is said and costs the figures only: the run is finished without them.
+    """
+    try:
+        return evaluate(evaluated, config, data.held_out, prompts, say, "after training"), False
+    except KeyboardInterrupt:
+        why, interrupted = "interrupted", True
+    except Exception as error:
+        why, interrupted = f"{type(error).__name__}: {first_line(error)}", False
+    result = Evaluation()
+    result.lack(f"evaluation after training: not measured ({why}); `qlora-sft evaluate` can do so", say)
+    return result, interrupted
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
