@@ -27,6 +27,8 @@ class Evaluation:
     records: list[HeldOutAnswer] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     """What was asked for and could not be measured, each with the reason."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended it."""
 
     def lack(self, what: str, say: Say) -> None:
         """Notes what could not be measured, and says so."""

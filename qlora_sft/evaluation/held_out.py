@@ -45,7 +45,7 @@ def held_out_loss(
 
 
 def _summed(model: PreTrainedModel, documents: Sequence[Rendered], dtype: torch.dtype) -> list[tuple[float, float]]:
-    """Returns the summed loss of ``documents`` and its weight, once for all of them, or of each where memory is full."""
+    """Returns the summed loss of ``documents`` and its weight: of all in one, or of each alone if memory is full."""
     batch = to_device(flatten(documents), model.device)
     try:
         with torch.no_grad(), autocast(model.device, dtype):

@@ -47,7 +47,7 @@ def _sha256(files: list[str]) -> str | None:
 
 
 def write_manifest(file: Path, config: Config, data: JsonObject, report: RunReport) -> None:
-    """Writes ``manifest.json``; with it a run is finished. data: what `describe_data` returned before it was trained."""
+    """Writes ``manifest.json``; with it a run is finished. data: what `describe_data` returned before the training."""
     facts = {"data": data, "report": report.to_json()}
     manifest = {"config": as_tree(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
 from qlora_sft.data.documents import Sizes, sizes
-from qlora_sft.errors import Interrupted, RunError, first_line
-from qlora_sft.evaluation.answers import Prompt, choose_prompts
-from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
-from qlora_sft.evaluation.evaluate import Evaluation, evaluate
+from qlora_sft.errors import Interrupted, RunError
+from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.around_training import evaluate_after, evaluate_before
+from qlora_sft.evaluation.baseline import keep_baseline, question_digest
+from qlora_sft.evaluation.evaluate import Evaluation
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
+from qlora_sft.json_types import JsonObject
 from qlora_sft.model.attention_choice import AttentionChoice
 from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
@@ -100,16 +102,10 @@ def run_recipe(
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
-    # Now and not when they are written down: by then somebody may have edited or removed these files.
-    sources, base_files, packed = (
-        describe_data(data.train.ledger),
-        file_hashes(own_folder(data.base)),
-        packed_as(data.base),
-    )
+    files = describe_files(data)
     with watch("evaluate before"):
         asked = question_digest(config.evaluation, data.held_out.documents)
-        kept = kept_baseline(run, asked) if checkpoint else None
-        before = kept or evaluate_before(evaluated, config, data, prompts, say)
+        before = evaluate_before(run if checkpoint else None, asked, evaluated, config, data.held_out, prompts, say)
     if checkpoint is None:
         begin_folder(run, config, beginning, anchors, before, asked)
     order = keep_records(run, settled, data, counted, say)
@@ -119,7 +115,7 @@ def run_recipe(
     save_adapter(model, data.tokenizer, run / "adapter")
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
-        after, interrupted = evaluate_after(evaluated, config, data, prompts, say)
+        after = evaluate_after(evaluated, config, data.held_out, prompts, say)
 
     # ------------------------------------------------------------------ report
     report = RunReport(
@@ -128,8 +124,8 @@ def run_recipe(
         base=config.model.path if data.commit else own_folder(data.base),
         base_sha256=beginning.base_sha256,
         base_commit=data.commit,
-        base_files=base_files,
-        base_dequantized=packed,
+        base_files=files.base,
+        base_dequantized=files.packed_as,
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         attention=Choice(*attention),
@@ -141,14 +137,7 @@ def run_recipe(
         order=order,
         seconds=watch.rounded(),
     )
-    write_manifest(run / "manifest.json", config, sources, report)
-    write_samples(run, before.records, after.records)
-    say(summary(report, before, after, config.evaluation.show))
-    if interrupted:
-        draw_report(run, say)
-        raise Interrupted(
-            f"interrupted when everything was trained; the run {run} is complete, without what is missing"
-        )
+    finish(run, config, files.sources, report, before, after, say)
     return report
 
 
@@ -190,31 +179,35 @@ def keep_records(run: Path, settled: Config, data: RunData, counted: Sizes, say:
     return record_data(run, data.sequences, data.removed)
 
 
-def evaluate_before(
-    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
-) -> Evaluation:
-    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
-    if not config.evaluation.before_training:
-        return Evaluation()
-    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+class FilesBefore(NamedTuple):
+    """Describes the files of a run as they are before training: by its end somebody may have edited or removed them."""
+
+    sources: JsonObject
+    """What `describe_data` says of the training data."""
+    base: dict[str, str]
+    """The sha256 of the base's files."""
+    packed_as: str | None
+    """The format of the base, if it was dequantised."""
 
 
-def evaluate_after(
-    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
-) -> tuple[Evaluation, bool]:
-    """Measures the trained model, and returns whether Ctrl-C ended that.
+def describe_files(data: RunData) -> FilesBefore:
+    """Describes the files that a run is trained on."""
+    return FilesBefore(describe_data(data.train.ledger), file_hashes(own_folder(data.base)), packed_as(data.base))
 
-    Whatever goes wrong is said and costs the figures only: the run is finished without them.
+
+def finish(
+    run: Path, config: Config, sources: JsonObject, report: RunReport, before: Evaluation, after: Evaluation, say: Say
+) -> None:
+    """Writes the manifest, with which the run is finished, and the answers, and prints the report.
+
+    sources: of `FilesBefore`. Raises `Interrupted` if Ctrl-C ended the evaluation ``after`` training.
     """
-    try:
-        return evaluate(evaluated, config, data.held_out, prompts, say, "after training"), False
-    except KeyboardInterrupt:
-        why, interrupted = "interrupted", True
-    except Exception as error:
-        why, interrupted = f"{type(error).__name__}: {first_line(error)}", False
-    result = Evaluation()
-    result.lack(f"evaluation after training: not measured ({why}); `qlora-sft evaluate` can do so", say)
-    return result, interrupted
+    write_manifest(run / "manifest.json", config, sources, report)
+    write_samples(run, before.records, after.records)
+    say(summary(report, before, after, config.evaluation.show))
+    if after.interrupted:
+        draw_report(run, say)
+        raise Interrupted(f"interrupted behind the last step; the run {run} is complete, without what was not measured")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:

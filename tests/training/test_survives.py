@@ -111,7 +111,7 @@ def test_what_ends_the_evaluation_after_training_does_not_end_the_run(
     config = configure("training.save_steps=0")
     failing(monkeypatch, "held_out_loss", 2, error)
     if isinstance(error, KeyboardInterrupt):
-        with pytest.raises(Interrupted, match="is complete, without what is missing"):
+        with pytest.raises(Interrupted, match="is complete, without what was not measured"):
             train(config, say=lambda _: None)
     else:
         train(config, say=lambda _: None)
