@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from qlora_sft.recipe_new import CARDS, GOALS
-
-AddVerb = Callable[[str, Callable[[argparse.Namespace], Mapping[str, object]], str], argparse.ArgumentParser]
-"""Takes the name of a verb, what it does, and its help."""
+from qlora_sft.verbs.verb import AddVerb
 
 
 def add_recipe_verbs(add: AddVerb) -> None:
