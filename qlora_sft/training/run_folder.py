@@ -161,7 +161,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
 def write_samples(run: Path, before: list[HeldOutAnswer], after: list[HeldOutAnswer]) -> None:
     """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
-        # Nobody was asked before training where that was not wanted.
-        answers = [old["answer"] for old in before] if before else [None] * len(after)
+        # Nobody was asked before training where that was not wanted, or found no memory.
+        answers = [old["answer"] for old in before] if before and after else [None] * len(after)
         rows = [{**new, "before": old} for old, new in zip(answers, after, strict=True)]
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -29,6 +29,7 @@ from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import EndedTogether, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
+from qlora_sft.model.full_memory import is_gpu_full
 from qlora_sft.model.leash import base_hidden_states, divergence_from
 from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
@@ -318,7 +319,9 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         try:
             for batch in batches:
                 loss = super().training_step(model, batch, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_gpu_full(error):
+                raise
             return None, first_line(error)
         return loss, None
 

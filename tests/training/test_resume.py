@@ -20,10 +20,10 @@ from transformers import Trainer
 from qlora_sft import run_data
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, DataError, Interrupted
+from qlora_sft.evaluation import around_training as module
 from qlora_sft.run.report import Choice
 from qlora_sft.strict import as_tree
 from qlora_sft.train import train
-from qlora_sft.training import recipe as module
 from qlora_sft.training.checkpoints import all_checkpoints, as_begun, differences
 from qlora_sft.training.trainer import PackedSFTTrainer
 
