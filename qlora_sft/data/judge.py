@@ -6,6 +6,7 @@ that accepts it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -159,7 +160,8 @@ def _of_few_steps(config: Config, tokens: list[int], longest: int) -> Iterator[F
     tokens: of every packed sequence. longest: tokens of the longest document.
     """
     t = config.training
-    steps = -(-len(tokens) // (t.batch_size * t.accumulated(tokens)))
+    per_step = t.batch_size * t.accumulated(tokens)
+    steps = math.ceil(len(tokens) / per_step)
     if not 0 < steps < _FEW_STEPS or (t.max_steps and t.max_steps <= steps):
         return
     cures = []
@@ -170,7 +172,7 @@ def _of_few_steps(config: Config, tokens: list[int], longest: int) -> Iterator[F
     shorter = max(_SHORT, 1 << (longest - 1).bit_length())
     if config.data.packing != "none" and 2 * shorter <= config.data.max_length:
         cures.append(f"data.max_length={shorter} (the longest document has {longest:,} tokens)")
-    cures.append(f"training.epochs={-(-t.epochs * _FEW_STEPS // steps):.0f}")
+    cures.append(f"training.epochs={math.ceil(t.epochs * _FEW_STEPS * per_step / len(tokens))}")
     count = "1 optimizer step" if steps == 1 else f"{steps} optimizer steps"
     yield Finding(
         "warning", "few steps", None,
