@@ -44,7 +44,7 @@ def held_out_loss(
     return result
 
 
-def _summed(model: PreTrainedModel, documents: Sequence[Rendered], dtype: torch.dtype) -> list[tuple[float, float]]:
+def _summed(model: PreTrainedModel, documents: list[Rendered], dtype: torch.dtype) -> list[tuple[float, float]]:
     """Returns the summed loss of ``documents`` and its weight: of all in one, or of each alone if memory is full."""
     batch = to_device(flatten(documents), model.device)
     try:

@@ -114,7 +114,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     say = display.say
     with (
         # On the same disk as the run, so that what is complete there needs no copying.
-        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch,
+        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run, ignore_cleanup_errors=True) as scratch,
         # Unsloth's trainer and loggers print to stdout, which belongs to --json.
         contextlib.redirect_stdout(sys.stderr),
         StopAfterStep(say, ranks.alone) as stop,

@@ -49,7 +49,7 @@ from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit, train_along
 from qlora_sft.training.join import join_ranks
 from qlora_sft.training.report import pair, summary
-from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_trained, write_samples
 from qlora_sft.training.said import Said
 from qlora_sft.training.schedule import schedule_of
 from qlora_sft.training.steps import count_steps, deal, longest_dealt, settle_accumulation
@@ -112,7 +112,7 @@ def run_recipe(
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
-    save_adapter(model, data.tokenizer, run / "adapter")
+    save_trained(model, data.tokenizer, run)
     say(f"adapter: {run / 'adapter'}")
     with watch("evaluate after"):
         after = evaluate_after(evaluated, config, data.held_out, prompts, say)

@@ -22,7 +22,6 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
@@ -35,7 +34,14 @@ from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
-from qlora_sft.training.checkpoints import folder_of, go_on_without, publish, survive_full_disk, what_is_left
+from qlora_sft.training.checkpoints import (
+    folder_of,
+    go_on_without,
+    publish,
+    refused_by_disk,
+    survive_disk,
+    what_is_left,
+)
 from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.join import join_ranks
@@ -163,8 +169,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except Exception as error:
             obstacle = error
-        # What to say of a full disk, and nothing of another error, which ends the run.
-        own = None if obstacle is None else str(disk_error(obstacle, folder) or "")
+        # What to say of the disk, and nothing of another error, which ends the run.
+        own = None if obstacle is None else refused_by_disk(obstacle, folder)
         found = [each for each in self.ranks.gather(own) if each is not None]
         try:
             if obstacle is not None and not own:
@@ -176,7 +182,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             elif self.ranks.first:
                 publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
-            survive_full_disk(error, folder, self.say)
+            survive_disk(error, folder, self.say)
         finally:
             if self.ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)

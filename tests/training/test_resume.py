@@ -53,9 +53,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]
     [
         (5, crash, Crash, [2, 4]),
         (3, lambda: os.kill(os.getpid(), signal.SIGINT), Interrupted, [2, 4]),
+        (2, lambda: os.kill(os.getpid(), signal.SIGHUP), Interrupted, [2, 3]),
         (2, lambda: os.kill(os.getpid(), signal.SIGTERM), Interrupted, [2, 3]),
     ],
-    ids=["crash", "control-c", "terminated"],
+    ids=["crash", "control-c", "terminal-closed", "terminated"],
 )
 def test_it_ends_as_if_nothing_had_happened(
     make_config: Any, tmp_path: Path, whole: Any, step: int, what: Any, ends: Any, left: list[int]
