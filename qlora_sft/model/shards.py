@@ -30,7 +30,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from qlora_sft.errors import RunError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model.base import base_of, decoder_layers
 from qlora_sft.model.experts import SCALES, in_nf4, stacks
 from qlora_sft.parallel import naming_lost, processes_here, rank, world_size
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 ALIGNMENT = 256
 # Layers that are whole at a time: the one that computes and the one that is fetched meanwhile.
 WHOLE_AT_ONCE = 2
+# Families whose forward reads weights of layers before it calls them.
+READS_OUTSIDE = {"rwkv"}
 # What the first process says when it needs no layer any more.
 NONE = -1
 
@@ -274,8 +276,11 @@ _shards: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
 def cut_base(model: CausalModel) -> str:
     """Cuts the frozen weights of ``model``'s layers over all processes; the rest goes to this process's device.
 
-    Returns what was done, to print.
+    Returns what was done, to print. Raises `ConfigError` where the model reads weights of layers that are not whole.
     """
+    kind = str(base_of(model).config.get_text_config().model_type)
+    if kind in READS_OUTSIDE:
+        raise ConfigError(f"memory.base_shards: {kind} changes weights of its layers outside of them; set it to 1")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     shards = _shards[base_of(model)] = Shards(model, device)
     if device.type == "cuda":

@@ -6,9 +6,11 @@ Here one process has all shards; two processes are in tests/training/test_parall
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import every_family
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from torch import Tensor
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import Batch, flatten
 from qlora_sft.data.render import Rendered
-from qlora_sft.errors import RunError
+from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.model import shards as module
 from qlora_sft.model.attention import use_plain_attention
 from qlora_sft.model.base import decoder_layers
@@ -127,6 +129,31 @@ def test_experts_in_nf4_are_cut_with_their_scales(family: str, tmp_path: Path, s
     expected = loss_and_gradients(made(settings(), base))
     cut = made(settings("memory.base_shards=2"), base)
     assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(cut), expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "kind", ["falcon_h1", "gemma3n_text", "gemma4", "granitemoehybrid", "mamba", "qwen3_5_text", "zamba2"]
+)
+def test_families_of_all_kinds_train_as_they_do_uncut(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recurrent layers, documents one at a time, layers that share keys or weights, several streams."""
+    expected = every_family.try_family(kind, tmp_path / "whole")
+    given = every_family.settings(kind)
+    cut = replace(given, memory=replace(given.memory, base_shards=2))
+    monkeypatch.setattr(every_family, "settings", lambda _: cut)
+    assert every_family.try_family(kind, tmp_path / "cut") == expected
+    assert expected.how != "refused"
+
+
+def test_a_family_that_reads_its_layers_from_outside_is_refused(tmp_path: Path) -> None:
+    given = every_family.settings("rwkv")
+    every_family.tiny_model("rwkv").save_pretrained(tmp_path)
+    cut = replace(given, memory=replace(given.memory, base_shards=2))
+    with pytest.raises(ConfigError, match=r"memory\.base_shards: rwkv changes weights of its layers"):
+        prepare_model(cut, str(tmp_path), torch.float32, "transformers", 35, lambda _: None)
 
 
 def test_layers_in_common_stay_whole() -> None:
