@@ -69,7 +69,7 @@ def prepare_model(
     say(f"norms: {use_lean_norms(model)}")
     say(f"q, k, v and o by nf4_lora: {use_lean_attention(model)}")
     say(f"tiled MLP: {use_tiled_mlp(model, config.memory.tiled_mlp, tokens)}")
-    check_logits(model, dtype)
+    check_logits(model, dtype, say)
     say(f"loss: {use_loss(model, config.model.loss)}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     origin = hub_origin(config.model.path, base)
