@@ -127,8 +127,7 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
 
 def test_a_base_that_is_cut_has_its_shards_in_the_table(make_config: MakeConfig) -> None:
     whole, cut = (
-        make_plan(make_config(f"memory.base_shards={shards}"), data=False, timing=False, say=quiet)
-        for shards in (1, 4)
+        make_plan(make_config(f"memory.base_shards={shards}"), data=False, timing=False, say=quiet) for shards in (1, 4)
     )
     held = cut.resident
     assert held.total - held.fetched < whole.resident.total  # of this model both layers are whole
