@@ -7,7 +7,7 @@ is cut over them (`model/shards.py`) they also go from micro-batch to micro-batc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from qlora_kernels.offload import drop_failed_graphs
@@ -23,6 +23,8 @@ from qlora_sft.training.join import join_ranks
 from qlora_sft.training.totals import StepTotals, all_together
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from qlora_sft.model.base import CausalModel
 
 Compute = Callable[[Batch], Tensor]
@@ -51,7 +53,7 @@ class Full(NamedTuple):
 class StepGroup:
     """Holds the micro-batches of one optimizer step, and what they have come to so far."""
 
-    def __init__(self, model: CausalModel, accelerator: Any, keep_less: Callable[[str], bool]):
+    def __init__(self, model: CausalModel, accelerator: Accelerator, keep_less: Callable[[str], bool]):
         """Takes what the steps of ``model`` need.
 
         accelerator: whose gradient scaler a run in float16 has. keep_less: makes the layers keep less, for the reason
