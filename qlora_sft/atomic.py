@@ -54,6 +54,33 @@ def written_file(target: Path) -> Iterator[Path]:
         raise disk_error(error, target) or error from None
 
 
+class GrowingFile:
+    """Adds texts to a file. What could not be written, of a full disk say, waits for the next addition; never is half
+    of a text in the file with another behind it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._waiting = b""
+
+    def add(self, text: str) -> OSError | None:
+        """Writes what is waiting and ``text``. Returns the error if that was not possible, else None."""
+        self._waiting += text.encode("utf-8")
+        try:
+            with self.file.open("ab", buffering=0) as opened:
+                size, left = opened.tell(), memoryview(self._waiting)
+                try:
+                    while left:
+                        left = left[opened.write(left) :]
+                except OSError:
+                    with suppress(OSError):
+                        opened.truncate(size)
+                    raise
+        except OSError as error:
+            return error
+        self._waiting = b""
+        return None
+
+
 def write_json(file: Path, content: object) -> None:
     """Writes ``content`` as indented JSON beside ``file`` and renames it."""
     with written_file(file) as beside:

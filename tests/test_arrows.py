@@ -19,7 +19,7 @@ KERNELS = ROOT.parent / "kernels" / "qlora_kernels"
 ORDER = (
     "demo_run",
     "cli",
-    "cli_recipes",
+    "verbs",
     "train find_rate preview plan chat doctor",
     "install proofs",
     "export",

@@ -17,6 +17,7 @@ from qlora_sft.data.render import Rendered
 from qlora_sft.errors import RunError, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.attention import plain_attention
+from qlora_sft.model.full_memory import is_memory_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +53,10 @@ def read(model: PreTrainedModel, document: Rendered, dtype: torch.dtype, with_ba
             if with_base:
                 with model.disable_adapter():
                     base = model(input_ids=ids, use_cache=False).logits[0][positions]
-        except torch.OutOfMemoryError as error:
-            raise RunError(f"the GPU has no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
+        except Exception as error:
+            if not is_memory_full(error):
+                raise
+            raise RunError(f"there is no memory to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
     total = float(weights.sum())
     loss = float((_nll(tuned, labels) * weights).sum()) / total
     if not with_base:

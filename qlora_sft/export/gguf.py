@@ -22,6 +22,7 @@ from qlora_sft.export.parity import Figures, check_parity, record
 from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import LEFT_OUT, Report
@@ -155,8 +156,6 @@ def export_adapter(
 
     With ``parity``, a GGUF of the weights on which it was trained is made for the comparison and removed again.
     """
-    from transformers import AutoTokenizer
-
     if ollama.create_as:
         require_ollama()
     opened = Run.open(run)
@@ -170,7 +169,7 @@ def export_adapter(
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     record(run, {"gguf": {"lora": facts}})
-    registered = OllamaModel(target, base, adds_bos(AutoTokenizer.from_pretrained(opened.adapter)), base)
+    registered = OllamaModel(target, base, adds_bos(saved_tokenizer(opened.adapter)), base)
     made = write_modelfile(run, registered, read_trained(run), ollama.system, say)
     figures = None
     if parity:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from qlora_sft.data.pieces import adds_bos
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +47,8 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     by the ids that it gives, bos among them.
     """
     from gguf import GGUFReader
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = saved_tokenizer(model)
     if not tokenizer.chat_template or writes_bos(tokenizer):
         return
     reader = GGUFReader(str(gguf), "r+")
@@ -65,9 +65,7 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid have their
     published names.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = saved_tokenizer(model)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         # The converter also describes the model by the name of its folder, so the folder has the name of the run.
         view = Path(scratch, model.resolve().parent.name or "model")

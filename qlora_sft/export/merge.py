@@ -19,6 +19,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import read_config
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
@@ -318,9 +319,7 @@ def _write_tokenizer(adapter: Path, target: Path) -> PreTrainedTokenizerBase:
 
     Only training needs the marks, and not every runtime knows them.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = saved_tokenizer(adapter)
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     tokenizer.save_pretrained(target)

@@ -20,6 +20,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
 from qlora_sft.export.text_parity import compare_texts
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
@@ -183,14 +184,16 @@ def _judge(form: str, figures: Figures, against: str, supervised_only: bool, say
     """
     top1, kl = bound(form)
     top1 = top1 if supervised_only else 0.0
-    say(
-        f"{form} against {against}: top-1 {figures.top1:.2%} (at least {top1:.1%}), mean KL {figures.kl:.1e} "
-        f"(at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, {figures.tokens:,} tokens"
-    )
     # Few tokens prove little. So the bound is widened by three standard deviations of what a model that just meets it
     # would show on as many tokens.
-    doubt = 3 * (top1 * (1 - top1) / figures.tokens) ** 0.5
-    if figures.top1 >= top1 - doubt and figures.kl <= kl:
+    least = max(0.0, top1 - 3 * (top1 * (1 - top1) / figures.tokens) ** 0.5)
+    of_many = f", {top1:.1%} of many" if top1 else ""
+    say(
+        f"{form} against {against}: top-1 {figures.top1:.2%} (at least {least:.2%}{of_many}), mean KL "
+        f"{figures.kl:.1e} (at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, "
+        f"{figures.tokens:,} tokens"
+    )
+    if figures.top1 >= least and figures.kl <= kl:
         return []
     return [f"{form}: top-1 {figures.top1:.2%}, mean KL {figures.kl:.1e}. Suspect: {_suspect(form, figures)}"]
 
@@ -214,6 +217,4 @@ def _suspect(form: str, figures: Figures) -> str:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return saved_tokenizer(folder)

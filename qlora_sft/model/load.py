@@ -17,6 +17,7 @@ from qlora_sft.model.base import base_of
 from qlora_sft.model.base_files import has_experts, hub_origin, read_config
 from qlora_sft.model.base_folder import fetch_base
 from qlora_sft.model.base_folder import resolve_base as resolve_base
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.experts import in_nf4, stacks, target_parameters
 from qlora_sft.model.head import check_frozen_head, quantize_head
 from qlora_sft.model.linears import kept_in_full, peft_settings
@@ -239,13 +240,9 @@ def load_for_inference(path: Path) -> CausalModel:
             return load_base(folder, compute_dtype("auto")[0], load_in_4bit=False).eval()
         except (OSError, ValueError, ImportError, NotImplementedError) as error:
             raise ConfigError(f"{path}: cannot load the model: {first_line(error)}") from None
-    from transformers import AutoTokenizer
-
     base = load_trained_base(path)
     # The base's own list does not have the end of turn that a template brought.
-    base.generation_config.eos_token_id = sorted(
-        saved_stop_token_ids(path, AutoTokenizer.from_pretrained(path / "adapter"))
-    )
+    base.generation_config.eos_token_id = sorted(saved_stop_token_ids(path, saved_tokenizer(path / "adapter")))
     return with_adapter(base, path / "adapter")
 
 

@@ -19,6 +19,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.evaluation.held_out import held_out_loss
+from qlora_sft.model.full_memory import is_gpu_full
 from qlora_sft.run.report import Course, Kept
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
@@ -113,7 +114,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     say = display.say
     with (
         # On the same disk as the run, so that what is complete there needs no copying.
-        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch,
+        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run, ignore_cleanup_errors=True) as scratch,
         # Unsloth's trainer and loggers print to stdout, which belongs to --json.
         contextlib.redirect_stdout(sys.stderr),
         StopAfterStep(say, ranks.alone) as stop,
@@ -236,7 +237,9 @@ def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted at once; {what_is_left(trainer.run)}") from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_gpu_full(error):
+            raise
         raise update_too_full(error, what_is_left(trainer.run)) from None
     done: int = trainer.state.global_step
     return done

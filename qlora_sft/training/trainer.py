@@ -22,19 +22,26 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
 from qlora_sft.errors import EndedTogether, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
+from qlora_sft.model.full_memory import is_gpu_full
 from qlora_sft.model.leash import base_hidden_states, divergence_from
 from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
-from qlora_sft.training.checkpoints import folder_of, go_on_without, publish, survive_full_disk, what_is_left
+from qlora_sft.training.checkpoints import (
+    folder_of,
+    go_on_without,
+    publish,
+    refused_by_disk,
+    survive_disk,
+    what_is_left,
+)
 from qlora_sft.training.groups import describe_rates, parameter_groups
 from qlora_sft.training.guards import RngState, too_full
 from qlora_sft.training.join import join_ranks
@@ -162,8 +169,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except Exception as error:
             obstacle = error
-        # What to say of a full disk, and nothing of another error, which ends the run.
-        own = None if obstacle is None else str(disk_error(obstacle, folder) or "")
+        # What to say of the disk, and nothing of another error, which ends the run.
+        own = None if obstacle is None else refused_by_disk(obstacle, folder)
         found = [each for each in self.ranks.gather(own) if each is not None]
         try:
             if obstacle is not None and not own:
@@ -175,7 +182,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             elif self.ranks.first:
                 publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
-            survive_full_disk(error, folder, self.say)
+            survive_disk(error, folder, self.say)
         finally:
             if self.ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -318,7 +325,9 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         try:
             for batch in batches:
                 loss = super().training_step(model, batch, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_gpu_full(error):
+                raise
             return None, first_line(error)
         return loss, None
 
