@@ -90,7 +90,8 @@ def _results(report: RunReport) -> str:
         loss, match = report.loss.get(name), report.exact_match.get(name)
         rows.append([name, *_figures(loss, ".3f"), *_figures(match, ".1%")])
     if not rows:
-        return "Not measured: the run had no held-out data."
+        failed = any(": not measured (" in text for text in report.warnings)
+        return "Not measured." if failed else "Not measured: the run had no held-out data."
     return _table(["source", "loss before", "loss after", "exact match before", "exact match after"], rows)
 
 
