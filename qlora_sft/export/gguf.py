@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.atomic import remove_leftovers, written_file
+from qlora_sft.data.pieces import adds_bos
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.gguf_check import check_gguf
-from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template, tokenizer_adds_bos
+from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
@@ -172,7 +173,7 @@ def export_adapter(
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     forget(run, "lora")
     record(run, {"gguf": {"lora": facts}})
-    registered = OllamaModel(target, base, tokenizer_adds_bos(saved_tokenizer(opened.adapter)), base)
+    registered = OllamaModel(target, base, adds_bos(saved_tokenizer(opened.adapter)), base)
     made = write_modelfile(run, registered, read_trained(run), ollama.system, say)
     figures = None
     if parity:

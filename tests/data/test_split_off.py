@@ -108,6 +108,22 @@ def test_near_duplicates_are_on_one_side_in_all_sources(
     ]
 
 
+def test_near_duplicates_without_spaces_are_on_one_side(tmp_path: Path) -> None:
+    """Chinese answers of which one character is another; ten of each of six."""
+
+    def answer(family: int, times: int) -> dict[str, Any]:
+        characters = [chr(0x4E00 + c) for c in random.Random(family).choices(range(2000), k=120)]
+        characters[60] = chr(0x7000 + times)
+        clauses = "\u3002".join("".join(characters[at : at + 12]) for at in range(0, 120, 12))
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": clauses}]}
+
+    rows = [answer(family, times) for family in range(6) for times in range(10)]
+    sources = split(config_of(tmp_path, {"a": rows}, "data.held_out=20%"))
+    begins = [{each[:12] for each in answers(part)} for part in (sources.train[0], sources.held_out[0])]
+    assert not begins[0] & begins[1]
+    assert len(sources.held_out[0].rows) == 10
+
+
 def test_a_source_without_a_share_keeps_its_rows_and_what_is_like_them_is_not_held_out(tmp_path: Path) -> None:
     rows = {"a": [row(n) for n in range(20)], "b": [altered(n, 1) for n in range(18)]}
     sources = split(config_of(tmp_path, rows, "data.train.0.held_out=10%"))
