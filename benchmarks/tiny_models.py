@@ -45,7 +45,8 @@ TWO_KINDS = ["linear_attention", "full_attention"] * 2
 # What a family's configuration asks for beside small sizes, so that every kind of layer that it has is there.
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA, "axk2": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA,
-    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA, "mistral4": {**MLA, "head_dim": 32},
+    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA,
+    "mistral4": {**MLA, "head_dim": 32},
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention"] * 2},

@@ -1,4 +1,4 @@
-"""The logits of the loss are the model's own, or the run is refused; a scale that only the whole model lacks is said."""
+"""The logits of the loss are the model's own, or the run is refused; a scale that the whole model lacks is said."""
 
 from __future__ import annotations
 
