@@ -67,6 +67,8 @@ class GrowingFile:
     def add(self, text: str) -> OSError | None:
         """Writes what is waiting and ``text``. Returns the error if that was not possible, else None."""
         self._waiting += text.encode("utf-8")
+        if not self._waiting:
+            return None
         try:
             with self.file.open("ab", buffering=0) as opened:
                 size, left = opened.tell(), memoryview(self._waiting)

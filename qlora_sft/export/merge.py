@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from qlora_sft.atomic import remove_leftovers, written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.json_types import JsonObject
-from qlora_sft.model.base_files import read_config
+from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.model.run_base import run_base
@@ -40,6 +40,8 @@ MEASURED_BELOW = 2**30
 Dtype = Literal["auto", "bf16", "f16", "f32"]
 # If bfloat16 is measured to give a mean KL from the adapter above this, its rounding is worth avoiding.
 TAKE_FLOAT16 = 1e-4
+# Of config.json, what generation goes by where there is no generation_config.json.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -132,7 +134,10 @@ def _merge_better(merge: _Merge, target: Path, dtype: Dtype) -> MergeResult:
                 attempt(onto, onto, dtype)
             best = min(measured, key=lambda name: measured[name])
             if dtype == "auto" and measured[best] > TAKE_FLOAT16 and results[best].dtype == "bfloat16":
-                attempt(f"{best} in float16", results[best].onto, "f16")
+                try:
+                    attempt(f"{best} in float16", results[best].onto, "f16")
+                except RunError as error:  # a weight beyond its range, or no room for one more copy
+                    merge.say(f"not in float16: {error}")
                 best = min(measured, key=lambda name: measured[name])
         reason = "mean KL from the adapter, measured: " + ", ".join(f"{o} {kl:.1e}" for o, kl in measured.items())
         merge.say(f"merge onto {best} ({reason})")
@@ -294,11 +299,16 @@ def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, 
     generation = base / "generation_config.json"
     if generation.is_file():
         content = json.loads(generation.read_text(encoding="utf-8"))
-        given = content.get("eos_token_id")
-        listed = given if isinstance(given, list) else [] if given is None else [given]
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
-            content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
-            say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
+    else:  # where transformers looks then
+        own = text_config(config)
+        content = {key: own[key] for key in SPECIAL if own.get(key) is not None}
+    given = content.get("eos_token_id")
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    added = tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed
+    if added:
+        content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
+        say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
+    if added or generation.is_file():
         (target / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -77,6 +77,10 @@ class Evaluations:
         self.rows.append(row)
         return row
 
+    def close(self) -> None:
+        """Writes the lines for which there was no room, if there is now."""
+        self._growing.add("")
+
     @property
     def best(self) -> EvaluationRow | None:
         """Returns the best evaluation, the first of several; None before there is one."""

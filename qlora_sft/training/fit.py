@@ -137,6 +137,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
             done = run_steps(trainer, checkpoint)
         finally:
             progress.close()
+            watch.evaluations.close()
         stopped_early = ranks.from_first(lambda: watch.out_of_patience if done < steps else None)
         end_if_stopped(trainer, done, steps, stopped_early)
     if not progress.losses or progress.left_out == progress.steps_done:

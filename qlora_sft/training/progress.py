@@ -189,7 +189,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Closes display and file. It may be called at any time, also after an error in the middle of a step."""
         self.display.close()
-        self._file.add("")
+        if error := self._file.add(""):
+            self.display.say(f"warning: {self.metrics_file}: {error.strerror}; its last lines are lost")
 
 
 def finite(value: float) -> float | None:

@@ -12,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +26,9 @@ from synthetic import WIDTH, write_run
 
 from qlora_sft.atomic import remove_leftovers
 from qlora_sft.errors import RunError
-from qlora_sft.export import imatrix
+from qlora_sft.export import imatrix, parity
 from qlora_sft.export.logits_file import logits_file
-from qlora_sft.export.merge import merge_run
+from qlora_sft.export.merge import MergeResult, _merge_better, merge_run
 from qlora_sft.export.parity import _judge, compare, forget, record
 from qlora_sft.model.tensors import read_model
 from qlora_sft.run.folder import Run
@@ -133,6 +135,37 @@ def test_an_importance_matrix_of_a_model_that_overflows_is_none(
     with pytest.raises(RunError, match="overflows in the type that it computes in"):
         imatrix.write_imatrix(tmp_path, tmp_path, "llama", tmp_path / "matrix", say=lambda _: None)
     assert not (tmp_path / "matrix").exists()
+
+
+def test_a_base_without_a_generation_config_stops_at_the_trained_token(tmp_path: Path, base_model: Path) -> None:
+    """transformers would go by config.json, which only knows the token that ends a text."""
+    run = write_run(tmp_path, matrices=2, rows=64, tokenizer_from=base_model)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 0, "bos_token_id": 1}))
+    assert not (tmp_path / "base" / "generation_config.json").exists()
+    merge_run(run, onto="bf16", say=lambda _: None)
+    generation = json.loads((run / "merged" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0]}
+
+
+def test_that_float16_cannot_be_tried_costs_no_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def quick_difference(_: Path) -> Iterator[Any]:
+        yield lambda folder: 0.02 if folder.name == "bf16" else 0.01
+
+    def write(folder: Path, onto: Any, dtype: str, reason: str) -> MergeResult:
+        if dtype == "f16":
+            raise RunError("a weight is beyond float16's range")
+        folder.mkdir(parents=True)
+        return MergeResult(str(folder), onto, "bfloat16", 1, 1, reason)
+
+    said: list[str] = []
+    monkeypatch.setattr(parity, "quick_difference", quick_difference)
+    merge: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path), say=said.append, write=write)
+    result = _merge_better(merge, tmp_path / "merged", "auto")
+    assert (result.onto, result.dtype) == ("nf4-dequantized", "bfloat16")
+    assert said[0] == "not in float16: a weight is beyond float16's range"
+    assert (tmp_path / "merged").is_dir()
 
 
 def test_figures_are_forgotten_when_their_file_is_made_anew(tmp_path: Path, base_model: Path) -> None:

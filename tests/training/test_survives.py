@@ -293,6 +293,8 @@ def test_half_of_a_text_does_not_stay_where_the_disk_fills_up(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert growing.add("four\n") is None
     assert growing.file.read_text() == "one\ntwo\nthree\nfour\n"
+    assert GrowingFile(tmp_path / "other").add("") is None
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_adapter_that_its_folder_does_not_take_is_saved_elsewhere(
