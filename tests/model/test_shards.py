@@ -152,7 +152,8 @@ def test_families_of_all_kinds_train_as_they_do_uncut(
     given = every_family.settings(kind)
     cut = replace(given, memory=replace(given.memory, base_shards=2))
     monkeypatch.setattr(every_family, "settings", lambda _: cut)
-    assert every_family.try_family(kind, tmp_path / "cut") == expected
+    found = every_family.try_family(kind, tmp_path / "cut")
+    assert (found.how, found.losses) == (expected.how, expected.losses)
     assert expected.how != "refused"
 
 
