@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,6 +87,28 @@ def write_json(file: Path, content: object) -> None:
     """Writes ``content`` as indented JSON beside ``file`` and renames it."""
     with written_file(file) as beside:
         beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what killed processes left beside ``target``. That of processes that still run stays."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        found = re.match(r"\.[a-z]+-(\d+)(\.|$)", path.name.removeprefix(f".{target.name}"))
+        if found and int(found[1]) != os.getpid() and not _alive(int(found[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    """Says whether there is a process with this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove_empty(folders: list[Path]) -> None:

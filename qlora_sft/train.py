@@ -26,7 +26,7 @@ from qlora_sft.run.report import RunReport
 from qlora_sft.say import Say, tell, unfailing_messages
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
-from qlora_sft.training.join import join_ranks
+from qlora_sft.training.join import check_shards, join_ranks
 from qlora_sft.training.loggers import check_loggers
 from qlora_sft.training.run_folder import claim_run_folder, held
 from qlora_sft.training.said import Said
@@ -56,6 +56,7 @@ def _train(config: Config, data: GivenRows | None, overwrite: bool, resume: bool
     config = with_rows(config, data, say=say)
     with every_fault(config):
         check_loggers(config)
+        check_shards(config)
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
         config = as_begun(config, run, say) if checkpoint else config

@@ -259,10 +259,10 @@ def _render_as_prompted(
     """
     chat_format = options["chat_format"]
     if chat_format is not None and chat_format.original is not None and "text" not in conversation:
-        prompted = replace(chat_format, template=chat_format.original, original=None)
-        as_prompted: RenderOptions = {**options, "chat_format": prompted}
+        original = replace(chat_format, template=chat_format.original, original=None)
+        as_prompted: RenderOptions = {**options, "chat_format": original}
         with suppress(DataError):
-            return render_conversation(conversation, tokenizer, **as_prompted)
+            return _render_one(tokenizer, as_prompted, conversation)
     return _render_one(tokenizer, options, conversation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
@@ -14,6 +15,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.evaluation.kept import Generated, KeptAnswers
+from qlora_sft.evaluation.no_numbers import no_numbers
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of
 from qlora_sft.model.full_memory import free_memory, is_memory_full
@@ -91,6 +93,8 @@ def generate(
         )  # fmt: skip
         new, of_each = output[:, ids.shape[1] :].tolist(), torch.stack(entropies, 1).tolist()
         answers = [generated(row, each, stop_token_ids) for row, each in zip(new, of_each, strict=True)]
+        if any(math.isnan(each.entropy) for each in answers):
+            raise no_numbers()
         if kept is not None:
             kept.add(part, answers)
         return answers
@@ -185,7 +189,7 @@ def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]
 def halves(part: list[int], tokens: int) -> list[list[int]]:
     """Cuts a batch in two. Raises `RunError` for a batch of one prompt, which has ``tokens``."""
     if len(part) == 1:
-        raise RunError(f"there is no memory for {tokens:,} tokens of one question and its answer; lower max_new_tokens")
+        raise RunError(f"there is no room for {tokens:,} tokens of one question and its answer; lower max_new_tokens")
     free_memory()
     return [part[: len(part) // 2], part[len(part) // 2 :]]
 

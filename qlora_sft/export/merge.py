@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from qlora_sft.atomic import written_folder
+from qlora_sft.atomic import remove_leftovers, written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import read_config
@@ -74,6 +74,8 @@ def merge_run(
     finished run or ``onto`` is impossible for it, and `RunError` if adapter and base do not fit together or the disk is
     too small. Then nothing is written under the final name.
     """
+    from qlora_sft.export.parity import forget
+
     opened = Run.open(run)
     base = run_base(opened)
     if dtype not in get_args(Dtype):
@@ -86,9 +88,13 @@ def merge_run(
     else:
         onto, reason = _only_onto(opened, base)
     if onto is None:
-        return _merge_better(merge, target, dtype)
-    say(f"merge onto {onto} ({reason})")
-    return merge.write(target, onto, dtype, reason)
+        result = _merge_better(merge, target, dtype)
+    else:
+        say(f"merge onto {onto} ({reason})")
+        result = merge.write(target, onto, dtype, reason)
+    if target == opened.merged:
+        forget(opened.path, "merged")
+    return result
 
 
 # ------------------------------------------------------------------ onto what
@@ -204,7 +210,7 @@ class _Merge:
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         with written_folder(target) as beside:
             shards = plan.shards()
             for file, tensors in shards.items():
@@ -253,25 +259,6 @@ def _check_disk(target: Path, needed: int) -> None:
         )
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes the folders that killed merges left beside ``target``. Those of merges that still run stay."""
-    for folder in target.parent.glob(f".{target.name}.*-*"):
-        pid = folder.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    """Says whether there is a process with this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _verify(folder: Path, tensors: list[Planned]) -> None:
     """Reads the written folder back. Raises `RunError` unless every tensor is there with its shape."""
     from qlora_sft.model.tensors import read_model
@@ -297,6 +284,7 @@ def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, 
     What a processor for images and sound is made from is copied; its chat template is that of the tokenizer.
     """
     config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)  # the folder of somebody's machine
     for settings in base.glob("*processor_config.json"):
         shutil.copy(settings, target)
     for code in base.glob("*.py") if config.get("auto_map") else ():

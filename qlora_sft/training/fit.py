@@ -164,8 +164,9 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
 def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> None:
     """Does the steps of a process that is not the first: micro-batches of its own, and nothing printed or written but
-    the state of its random numbers in the checkpoints."""
+    the state of its random numbers in the checkpoints. It helps with the evaluations before and after, too."""
     config, ranks = training.config, join_ranks()
+    ranks.help_first()
     steps = count_steps(len(training.sequences), config)
     with memory, contextlib.redirect_stdout(sys.stderr), StopAfterStep(unheard, ranks.alone) as stop:
         args, _ = sft_config(config, Path(ranks.from_first(str)), steps, training.dtype)
@@ -178,6 +179,7 @@ def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> 
         done = run_steps(trainer, checkpoint)
         stopped_early: str | None = ranks.from_first(lambda: None)
         end_if_stopped(trainer, done, steps, stopped_early)
+        ranks.help_first()
 
 
 def unheard(text: str) -> None:

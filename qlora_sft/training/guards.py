@@ -108,7 +108,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             raise RunError(
                 f"the gradients of steps {step - MOST_SKIPPED + 1} to {step} are not finite, so nothing is learned any "
                 "more; look at these rows with `preview`, lower training.learning_rate, or compute in another "
-                "model.dtype"
+                f"model.dtype; {self.saved()}"
             )
 
 

@@ -36,6 +36,7 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
+from qlora_sft.model.shards import shards_of
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
 from qlora_sft.page.write import draw_report
@@ -84,9 +85,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
-        if data.packed.shares_prefixes:
-            say(f"prefixes: {check_prefixes(model, dtype)}")
+        model = model_of(config, data, dtype, tokens, attention, say)
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
         anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
@@ -103,7 +102,7 @@ def run_recipe(
 
     # ------------------------------------------------------------------ before, fit, after
     files = describe_files(data)
-    with watch("evaluate before"):
+    with watch("evaluate before"), ranks.helped():
         asked = question_digest(config.evaluation, data.held_out.documents)
         before = evaluate_before(run if checkpoint else None, asked, evaluated, config, data.held_out, prompts, say)
     if checkpoint is None:
@@ -114,7 +113,7 @@ def run_recipe(
         fitted = fit(training, memory.keep_less, checkpoint)
     save_trained(model, data.tokenizer, run)
     say(f"adapter: {run / 'adapter'}")
-    with watch("evaluate after"):
+    with watch("evaluate after"), ranks.helped():
         after = evaluate_after(evaluated, config, data.held_out, prompts, say)
 
     # ------------------------------------------------------------------ report
@@ -223,6 +222,17 @@ def settled_steps(config: Config, data: RunData, say: Say) -> Config:
     return settled
 
 
+def model_of(
+    config: Config, data: RunData, dtype: torch.dtype, tokens: int, attention: AttentionChoice, say: Say
+) -> PeftModel:
+    """Returns the model, ready to be trained, which the processes of the run hold together if it is cut."""
+    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
+    join_ranks().cut = shards_of(model)
+    if data.packed.shares_prefixes:
+        say(f"prefixes: {check_prefixes(model, dtype)}")
+    return model
+
+
 def begin_by_data(
     config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
 ) -> None:
@@ -236,12 +246,17 @@ def anchors_of(
 ) -> Anchors | None:
     """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
     with it; None without it. Of several processes the first one adds the penalty, so the others need nothing."""
-    if config.training.ewc is None or config.data.replay is None or not join_ranks().first:
+    if config.training.ewc is None or config.data.replay is None:
         return None
-    if going_on:
-        return load_anchors(going_on / ANCHORS, model.device)
-    replay = data.train.documents[source_name(config.data.replay)]
-    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    ranks = join_ranks()
+    if not ranks.first:
+        ranks.help_first()
+        return None
+    with ranks.helped():
+        if going_on:
+            return load_anchors(going_on / ANCHORS, model.device)
+        replay = data.train.documents[source_name(config.data.replay)]
+        anchors, told = measure_anchors(model, replay, dtype, config.seed)
     say(f"held near to what they are: {told}")
     return anchors
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_sft.atomic import write_json, written_file, written_folder
+from qlora_sft.atomic import remove_leftovers, write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.lora_from import adapter_folder
@@ -174,6 +174,7 @@ def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -
 
 def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves a PEFT adapter that plain peft loads, with the tokenizer and the chat template that it was trained with."""
+    remove_leftovers(folder)
     with written_folder(folder) as beside:
         write_adapter(model, tokenizer, beside)
 

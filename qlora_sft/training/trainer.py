@@ -29,9 +29,11 @@ from qlora_sft.errors import EndedTogether, first_line
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
 from qlora_sft.model.full_memory import is_gpu_full
+from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.leash import base_hidden_states, divergence_from
 from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
+from qlora_sft.model.shards import shards_of
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
 from qlora_sft.training.checkpoints import (
@@ -74,6 +76,13 @@ class GroupEnd(NamedTuple):
     totals: StepTotals
 
 
+class Full(NamedTuple):
+    """Says why a GPU was full, and whether it was the one of this process."""
+
+    why: str
+    own: bool = True
+
+
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """Replaces SFTTrainer's data preparation, packing and loss by ours.
 
@@ -103,7 +112,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
         self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
-        self.ranks = join_ranks()
+        self.ranks, self.shards = join_ranks(), shards_of(model)
         alpha = config.training.neftune_alpha
         self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
@@ -272,21 +281,27 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
         """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
-        zero, scaler = torch.zeros((), device=self.args.device), self.accelerator.scaler
+        zero = torch.zeros((), device=self.args.device)
         if self._obstacle is not None:
             return zero
-        if not inputs["lengths"]:
-            # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
-            return zero if scaler is None else scaler.scale(zero)
-        loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
-        if obstacle is not None:
+        loss, full = self._try_batches(model, [inputs], num_items_in_batch)
+        if full is not None:
             so_far = self._group[: self._done + 1]
             self._reset_group(model)
-            if self.keep_less(obstacle):
-                loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
+            if self._keep_less(full):
+                loss, full = self._try_batches(model, so_far, num_items_in_batch)
             self._done = len(so_far) - 1
-            self._obstacle = obstacle
-        return zero if loss is None else loss
+            self._obstacle = None if full is None else full.why
+        if loss is not None:
+            return loss
+        scaler = None if full is not None else self.accelerator.scaler
+        # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
+        return zero if scaler is None else scaler.scale(zero)
+
+    def _keep_less(self, full: Full) -> bool:
+        """Returns whether a group that found a GPU full can be tried again, with less kept by who has found it so."""
+        less = self.keep_less(full.why) if full.own else True
+        return less if self.shards is None else all(self.ranks.gather(less))
 
     def _end_group(self, model: CausalModel) -> None:
         """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""
@@ -316,20 +331,50 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _try_batches(
         self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
-    ) -> tuple[Tensor | None, str | None]:
-        """Returns the loss of the last of ``batches`` and None, or None and the reason if the GPU was full.
+    ) -> tuple[Tensor | None, Full | None]:
+        """Returns the loss of the last of ``batches`` that is not empty and None, or None and the reason if the GPU was
+        full.
 
         When it returns, the memory that the failed graph held is free.
         """
         loss = None
-        try:
-            for batch in batches:
-                loss = super().training_step(model, batch, num_items_in_batch)
-        except RuntimeError as error:
-            if not is_gpu_full(error):
-                raise
-            return None, first_line(error)
+        for batch in batches:
+            why = None
+            self._begin_round(batch)
+            try:
+                if batch["lengths"]:
+                    loss = super().training_step(model, batch, num_items_in_batch)
+            except RuntimeError as error:
+                if not is_gpu_full(error):
+                    raise
+                why = first_line(error)
+            # Only here, where the error has gone with all that its traceback held.
+            if (full := self._end_round(why)) is not None:
+                return None, full
         return loss, None
+
+    def _begin_round(self, batch: Batch) -> None:
+        """Agrees with the others, where the base is cut, on how often all layers run for this micro-batch."""
+        if self.shards is None:
+            return
+        parts = [batch["lengths"]] if batch["lengths"] else []
+        parts += [batch["replayed"]["documents"]["lengths"]] if batch.get("replayed") else []
+        apart = one_at_a_time(self.accelerator.unwrap_model(self.model))
+        runs = [len(lengths) if apart else 1 for lengths in parts]
+        every = self.ranks.gather((sum(runs), runs[0] if runs else 0))
+        self.shards.expect(max(forwards for forwards, _ in every), max(backwards for _, backwards in every))
+
+    def _end_round(self, why: str | None) -> Full | None:
+        """Ends a micro-batch; returns why a GPU was full. Where the base is cut that stops all processes."""
+        if self.shards is None:
+            return None if why is None else Full(why)
+        if why is not None:
+            drop_failed_graphs()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.shards.end()
+        found = [each for each in self.ranks.gather(why) if each is not None]
+        return Full(found[0], own=why is not None) if found else None
 
     def _reset_group(self, model: CausalModel) -> None:
         """Drops all gradients of the group and sets the random numbers back to its first micro-batch."""
@@ -360,6 +405,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             base = base_hidden_states(own, replayed) if replayed else None
             with noise:
                 decoded = decode_batch(own, inputs)
+            if self.shards is not None:
+                self.shards.end_forward()
             output = loss_of(own, inputs, decoded, n_items)
             loss = output.loss
             if replayed and base is not None:

@@ -131,7 +131,7 @@ def test_a_process_without_a_micro_batch_can_undo_the_scale_of_the_others_gradie
     trainer: Any = PackedSFTTrainer.__new__(PackedSFTTrainer)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     trainer.accelerator, trainer.args = SimpleNamespace(scaler=scaler), SimpleNamespace(device=torch.device("cpu"))
-    trainer._obstacle = None
+    trainer._obstacle = trainer.shards = None
     weight = torch.nn.Parameter(torch.zeros(2))
     assert trainer._loss_of(None, {"lengths": []}, 1.0).item() == 0
     weight.grad = torch.full((2,), 24.0)  # of another process, which has scaled its loss

@@ -27,6 +27,7 @@ from qlora_sft.atomic import GrowingFile
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, Interrupted, RunError
 from qlora_sft.evaluation import evaluate, held_out
+from qlora_sft.page.comparison import result_rows
 from qlora_sft.page.facts import read_run
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import RunReport
@@ -135,7 +136,10 @@ def test_what_ends_the_evaluation_after_training_does_not_end_the_run(
     assert (report.steps, report.loss) == (6, {})
     assert report.warnings[-1].startswith("evaluation after training: not measured (")
     assert (Path(config.output) / "adapter" / "adapter_model.safetensors").is_file()
-    assert (Path(config.output) / "report.html").is_file()
+    assert "of other, before training only" in (Path(config.output) / "report.html").read_text()
+    compared = {what: values for what, values, _ in result_rows([read_run(config.output)])}
+    assert "held-out loss, other, before" in compared
+    assert "held-out loss, other, last" not in compared
 
 
 def test_a_held_out_loss_that_is_no_number_is_said_and_the_rest_is_reported(
