@@ -171,6 +171,13 @@ def _checked(
     return text, spans
 
 
+def _of_calls_alone(turns: list[Message]) -> str:
+    """Says what to do where turns that are tool calls and nothing else may be why a template writes too few of them."""
+    if not any(turn.get("tool_calls") and not turn.get("content") for turn in turns):
+        return ""
+    return "; it may write no turn of tool calls alone: use one that knows them, e.g. model.chat_template=chatml-think"
+
+
 def render_text(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[str, list[Span]]:
@@ -188,7 +195,10 @@ def render_text(
             only_control = any_of(special_tokens(tokenizer))
             bounds = [(start, end) for start, end in bounds if only_control.sub("", text[start:end]).strip()]
         if len(bounds) != len(turns):
-            raise DataError(f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns")
+            raise DataError(
+                f"the chat template marks {len(bounds)} generated parts for {len(turns)} assistant turns"
+                f"{_of_calls_alone([messages[turn] for turn in turns])}"
+            )
     else:
         text, _ = apply(conversation, tokenizer, chat_format.template)
         turns = [turn for turn in turns if not messages[turn].get("past")]

@@ -99,6 +99,8 @@ def gguf_names(architecture: str, model: Path) -> Callable[[str], str | None]:
 
     config = text_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers")
+    # Nemotron-H as transformers saves it names its layers one by one.
+    layers = layers or len(config.get("layer_types") or config.get("layers_block_type") or ())
     known = [arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture]
     if not known or not layers:
         return lambda _: None

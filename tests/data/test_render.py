@@ -241,6 +241,19 @@ def test_marks_around_a_part_of_the_header_train_none_of_it(tokenizer: Any, answ
     assert supervised_text(render_conversation(row, loose), loose) == answer + "<|im_end|>"
 
 
+def test_a_turn_of_calls_that_a_template_does_not_write_is_named_as_the_reason(own_tokenizer: Any) -> None:
+    """Phi-3.5's writes an assistant's turn only where it has content."""
+    deaf = copy.deepcopy(own_tokenizer)
+    deaf.chat_template = marking("<|im_end|>\n").replace("'assistant' %}", "'assistant' and m.content %}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [
+        {"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"}, {"role": "assistant", "content": "A"},
+    ]}  # fmt: skip
+    with pytest.raises(DataError, match="1 generated parts for 2 assistant turns; it may write no turn of tool calls"):
+        render_conversation(row, deaf)
+
+
 def marking(behind: str) -> str:
     """A template that marks the content alone, and writes ``behind`` it what ends the turn."""
     return (

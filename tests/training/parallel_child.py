@@ -25,6 +25,7 @@ from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.shards import shards_of, tensors_to_cut
 from qlora_sft.parallel import rank
 from qlora_sft.train import train
+from qlora_sft.training.step_group import StepGroup
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB"
@@ -88,7 +89,7 @@ def note_bytes(model: Any, file: Path) -> None:
 def run(config: Path, overrides: list[str], happening: Happening = nothing, resume: bool = False) -> None:
     """Trains while ``happening`` happens in the last process, and writes down what was said and how it ended."""
     settings = load_config(config, overrides)
-    compute, begin = PackedSFTTrainer.compute_loss, PackedSFTTrainer._begin_group
+    compute, begin = PackedSFTTrainer.compute_loss, StepGroup.begin
     said: list[str] = []
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +100,7 @@ def run(config: Path, overrides: list[str], happening: Happening = nothing, resu
         begin(self, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedSFTTrainer, "_begin_group", begun)
+        patch.setattr(StepGroup, "begin", begun)
         if rank() == 1:
             patch.setattr(PackedSFTTrainer, "compute_loss", changed)
         try:
