@@ -72,7 +72,7 @@ class StepGroup:
 
     @property
     def is_done(self) -> bool:
-        """Whether all micro-batches of the step are done."""
+        """Says whether all micro-batches of the step are done."""
         return self._done == len(self.batches)
 
     def next_loss(self, batch: Batch, compute: Compute) -> Tensor:
