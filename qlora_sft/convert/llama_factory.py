@@ -106,7 +106,8 @@ def _sources(given: JsonObject, made: Converted, folder: Path, stage: str) -> No
     for key, sources in (("dataset", made.train), ("eval_dataset", made.held_out)):
         sources += named_apart([_source(name, known, made, form) for name in texts(key, given.pop(key, []))])
         for each in sources if rows else ():
-            each["max_rows"] = min(rows, each.get("max_rows", rows)) if isinstance(rows, int) else rows
+            own = each.get("max_rows")
+            each["max_rows"] = min(rows, own) if isinstance(rows, int) and isinstance(own, int) else rows
     _mixture(given, made)
     if given.get("enable_thinking") is False:
         for each in (*made.train, *made.held_out):
