@@ -138,7 +138,8 @@ def try_family(kind: str, folder: Path) -> Outcome:
     try:
         return _trained(kind, architecture, folder)
     except ConfigError as refusal:
-        return Outcome(kind, "refused", first_line(refusal).removeprefix("model.path: "), architecture)
+        reason = first_line(refusal).removeprefix("model.path: ").replace(str(folder), "it")
+        return Outcome(kind, "refused", reason, architecture)
 
 
 def _trained(kind: str, architecture: str, folder: Path) -> Outcome:

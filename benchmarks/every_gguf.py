@@ -36,7 +36,10 @@ from qlora_sft.model.peft_targets import as_named, write_portable_targets
 ROWS = Path(__file__).parent.parent / "docs" / "families_gguf.jsonl"
 # Sizes that llama.cpp has in its code or needs in a file, and what published models of the family set.
 OWN: dict[str, dict[str, Any]] = {
+    "cohere2": {"rotary_pct": 1.0},
     "falcon_h1": {"head_dim": 16},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3n_text": {"hidden_size_per_layer_input": 256},
     "gemma4_text": {"num_experts": None, "num_kv_shared_layers": 3},
     "gemma3_text": {
         "num_hidden_layers": 6,
@@ -50,8 +53,17 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"head_dim": 256},
     "qwen3_5_text": {"head_dim": 256},
     "llama4_text": {"attention_chunk_size": 8192},
+    "ministral3": {"sliding_window": None},
+    "mistral": {"sliding_window": None},
     "mistral3": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "phi3": {"sliding_window": None},
     "qwen3_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+}
+# Control tokens that the converter looks up by name.
+CONTROL = {
+    kind: ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    for kind in ("glm4", "glm4_moe")
 }
 FAMILIES = (
     "cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4", "glm4_moe",
@@ -82,6 +94,7 @@ def tokenizer_of(kind: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = sentencepiece_like() if kind.startswith("gemma") else AutoTokenizer.from_pretrained(base_model_path())
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL.get(kind, [])})
     tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
     return tokenizer
 

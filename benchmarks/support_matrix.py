@@ -43,7 +43,8 @@ NAMES = {
 
 def families() -> dict[str, list[str]]:
     """Returns the cells of every row of `docs/families.md`: documents, recurrent, experts, MLP, norms, GGUF."""
-    rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", FAMILIES.read_text(encoding="utf-8"), flags=re.M)
+    table = FAMILIES.read_text(encoding="utf-8").split("\n## ")[0]  # reasons follow, under the same names
+    rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", table, flags=re.M)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
 
 

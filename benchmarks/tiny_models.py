@@ -45,7 +45,8 @@ TWO_KINDS = ["linear_attention", "full_attention"] * 2
 # What a family's configuration asks for beside small sizes, so that every kind of layer that it has is there.
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA, "axk2": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA,
-    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA, "mistral4": MLA,
+    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA,
+    "mistral4": {**MLA, "head_dim": 32},
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -64,11 +65,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": TWO_KINDS},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "kimi_linear": {"layer_types": TWO_KINDS},
+    "kimi_linear": {"layer_types": TWO_KINDS, **MLA},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention", "moe"]},
     "qwen2_vl": MROPE, "qwen2_5_vl": MROPE, "qwen2_5_omni_thinker": MROPE, "glm_ocr": MROPE, "paddleocr_vl": MROPE,
+    "glm4v": MROPE, "glm46v": MROPE, "glmga": MROPE, "hunyuan_vl": MROPE,
+    "glm4v_moe": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     "reformer": {"axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"num_hidden_layers": 5, "layer_types": [

@@ -32,7 +32,7 @@ from qlora_sft.faults import every_fault
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_check import check_base, check_ids
 from qlora_sft.model.base_files import hub_origin
-from qlora_sft.model.base_tokenizer import read_tokenizer
+from qlora_sft.model.base_tokenizer import read_tokenizer, saved_tokenizer
 from qlora_sft.model.load import resolve_base, saved_stop_token_ids
 from qlora_sft.model.loss import choose_loss
 from qlora_sft.model.prefix_sharing import sharing_of
@@ -159,24 +159,20 @@ class SavedText:
 
 def saved_text(path: Path) -> SavedText:
     """Returns how the run or the model in the folder ``path`` writes text."""
-    from transformers import AutoTokenizer
-
     if not is_run(path):
         check_folder(path)
         tokenizer = read_tokenizer(str(path))
         return SavedText(tokenizer, tokenizer, frozenset(saved_stop_token_ids(path, tokenizer)))
     run = Run.open(path)
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    tokenizer = saved_tokenizer(run.adapter)
     own, stop_token_ids = _before_end_turns(tokenizer, run), frozenset(saved_stop_token_ids(path, tokenizer))
     return SavedText(tokenizer, own, stop_token_ids, run.model.chat_template, kept_day(path))
 
 
 def _before_end_turns(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedTokenizerBase:
     """Returns a copy of ``tokenizer`` with the eos token of the base, which `end_turns` may have replaced."""
-    from transformers import AutoTokenizer
-
     try:
-        eos_token = AutoTokenizer.from_pretrained(described_base(run), trust_remote_code=False).eos_token
+        eos_token = saved_tokenizer(described_base(run)).eos_token
     except (OSError, ValueError, RunError):  # the base is gone; what was saved is the best there is
         return tokenizer
     own: Any = copy.deepcopy(tokenizer)

@@ -72,15 +72,13 @@ def prompt_text(messages: Messages, template: str, tokens: dict[str, str], think
 
 def _in_transformers(path: Path, max_new_tokens: int) -> Speaker:
     """Answers with the adapter on its NF4 base, as it was trained, or with a merged model."""
-    from transformers import AutoTokenizer
-
-    from qlora_sft.model.base_tokenizer import read_tokenizer
+    from qlora_sft.model.base_tokenizer import read_tokenizer, saved_tokenizer
     from qlora_sft.model.load import load_for_inference
     from qlora_sft.model.remote_code import check_folder
 
     tokenizer: PreTrainedTokenizerBase
     if is_run(path):
-        tokenizer = AutoTokenizer.from_pretrained(path / "adapter")
+        tokenizer = saved_tokenizer(path / "adapter")
     else:
         check_folder(path)
         tokenizer = read_tokenizer(str(path))

@@ -167,7 +167,7 @@ class Converted:
 
     def stop_tokens(self, tokens: list[str]) -> None:
         """Adds tokens that end a turn."""
-        known = texts("stop_tokens", self.sections.get("model", {}).get("stop_tokens", []))
+        known = texts("model.stop_tokens", self.sections.get("model", {}).get("stop_tokens", []))
         if new := [token for token in tokens if token not in known]:
             self.put("model.stop_tokens", [*known, *new])
 

@@ -91,7 +91,7 @@ def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Findin
     much = share > MOST and 2 * ledger.thinking < ledger.kept
     if share >= LITTLE and not much:
         return
-    of_all = f"{ledger.supervised - ledger.plain:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
+    of_all = f"{ledger.supervised_of_rows:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
     told = Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise)
     if much:
         what, why, look = "hardly anything is masked", why_much(told), "Look at it with `qlora-sft preview`. "

@@ -24,10 +24,12 @@ def _elementwise(name: str, weight: np.ndarray, config: JsonObject) -> Iterator[
     """Yields the weight as it is; 1 + norm (Gemma); the decay of a state that is stored as its logarithm (Mamba); the
     weight with the constants of Falcon-H1 in it."""
     yield weight
-    if weight.ndim == 1:
-        yield weight + 1
+    made = [weight + 1] if weight.ndim == 1 else []
     if name.endswith("A_log"):
-        yield -np.exp(weight)
+        made.append(-np.exp(weight))
+    yield from made
+    # Of a model in float16 the converter computes in that type, and writes the result in float32.
+    yield from (each.astype(np.float16).astype(np.float32) for each in made)
     if config.get("model_type") == "falcon_h1":
         yield weight * _falcon_factors(name, len(weight), config).reshape(-1, *[1] * (weight.ndim - 1))
 

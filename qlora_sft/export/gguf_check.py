@@ -17,6 +17,7 @@ from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import text_config
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.tensors import Stored, read_model
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def _error(tensor: ReaderTensor, name: str, stored: Stored, config: JsonObject) 
 
 def _compare_tokenizer(fields: Mapping[str, Any], model: Path) -> Iterator[str]:
     """Yields the faults of tokens, stop token, chat template, bos token and merges."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = saved_tokenizer(model)
     tokens = fields.get("tokenizer.ggml.tokens") or []
     ours = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     wrong = [i for i, token in enumerate(ours) if i >= len(tokens) or tokens[i] != token]

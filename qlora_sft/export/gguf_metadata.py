@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_sft.data.pieces import adds_bos
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,11 +40,6 @@ def bos_first(fields: Mapping[str, object]) -> bool:
     return bool(stated) if stated is not None else kind == "llama" or pre in _BOS_BY_DEFAULT
 
 
-def tokenizer_adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Says whether the tokenizer puts bos before plain text, which is what a GGUF of its base will say."""
-    return tokenizer.bos_token_id is not None and bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
-
-
 def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     """Changes one byte of a file that puts bos before every prompt although the template writes none.
 
@@ -50,9 +47,8 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     by the ids that it gives, bos among them.
     """
     from gguf import GGUFReader
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = saved_tokenizer(model)
     if not tokenizer.chat_template or writes_bos(tokenizer):
         return
     reader = GGUFReader(str(gguf), "r+")
@@ -66,35 +62,37 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     """Yields a folder with the files of ``model`` as llama.cpp's converter needs them.
 
     If the model was never trained to think, the template lacks the thinking modes. A tokenizer that does not add bos
-    says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid have their
-    published names.
+    says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid and the
+    tokenizer of a Phi-4 have their published names, which transformers changes.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = saved_tokenizer(model)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         # The converter also describes the model by the name of its folder, so the folder has the name of the run.
         view = Path(scratch, model.resolve().parent.name or "model")
         view.mkdir()
         for file in model.iterdir():
             (view / file.name).symlink_to(file.resolve())
-        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+        described = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         if tokenizer.chat_template and not thinks:
-            settings.pop("chat_template", None)
+            described.pop("chat_template", None)
             _replace(view / "chat_template.jinja", without_thinking(tokenizer))
-        if not tokenizer_adds_bos(tokenizer):
+        if not adds_bos(tokenizer):
             # Where nothing is said, llama.cpp puts bos before every prompt for some vocabularies.
-            settings.setdefault("add_bos_token", False)
-        _replace(view / "tokenizer_config.json", json.dumps(settings))
-        settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        if settings.get("model_type") == "granitemoehybrid" and isinstance(settings.get("layer_types"), list):
-            settings["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in settings["layer_types"]]
-            _replace(view / "config.json", json.dumps(settings))
+            described.setdefault("add_bos_token", False)
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        family = config.get("model_type")
+        if family == "granitemoehybrid" and isinstance(config.get("layer_types"), list):
+            config["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]
+            _replace(view / "config.json", json.dumps(config))
         vocabulary = view / "tokenizer.json"
         content = json.loads(vocabulary.read_text(encoding="utf-8")) if vocabulary.is_file() else None
         if content and is_sentencepiece(content):
             (view / "tokenizer.model").unlink(missing_ok=True)
             write_spm(view, content)
+        elif family == "phi3":
+            # By this name the converter knows a Phi-4, which has no tokenizer.model, as a Phi-3 has.
+            described["tokenizer_class"] = "GPT2Tokenizer"
+        _replace(view / "tokenizer_config.json", json.dumps(described))
         yield view
 
 

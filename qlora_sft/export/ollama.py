@@ -14,6 +14,7 @@ from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.go_template import go_template, writes_bos
 from qlora_sft.export.trained import Trained, as_ollama_has_it, function_of
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
@@ -59,9 +60,7 @@ def write_modelfile(
 
     Raises `ConfigError` for a text that a Modelfile cannot hold.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer = saved_tokenizer(run / "adapter")
     say(f"Ollama: {trained.unknown or _about(trained)}")
     form = go_template(tokenizer, registered.adds_bos, trained.can_think)
     if form:

@@ -6,6 +6,7 @@ The merged model is compared with the adapter, and the GGUF with the merged mode
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from qlora_sft.errors import RunError
 from qlora_sft.export.probe import FIXED_TEXT, Probe, read_probe
 from qlora_sft.export.text_parity import compare_texts
 from qlora_sft.json_types import JsonObject
+from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.run.folder import Run
 from qlora_sft.run.report import Report
 from qlora_sft.say import Say, tell
@@ -73,7 +75,10 @@ def bound(form: str) -> tuple[float, float]:
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
-    """Compares two [tokens, vocabulary] logits. One may have more columns, which are padding and are left out."""
+    """Compares two [tokens, vocabulary] logits. One may have more columns, which are padding and are left out.
+
+    The KL divergence from logits that are not numbers, or of such, is infinite: nothing is farther from a model.
+    """
     import torch
 
     if len(reference) != len(other):
@@ -86,9 +91,11 @@ def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
         same += int((a.argmax(1) == b.argmax(1)).sum())
         largest = max(largest, float((a - b).abs().max()))
         p, q = a.log_softmax(1), b.log_softmax(1)
-        divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        # A token that both rule out has a logit of minus infinity in both.
+        divergence += float((p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(dtype=torch.float64))
     count = len(reference)
-    return Figures(same / count, max(0.0, divergence / count), largest, count)
+    kl = max(0.0, divergence / count) if math.isfinite(divergence) else math.inf
+    return Figures(same / count, kl, largest, count)
 
 
 @contextmanager
@@ -145,7 +152,8 @@ def check_parity(
                 form, found[form], "merged" if merged is not None else "adapter", probe.supervised_only, say
             )
             faults += compare_texts(texts, ids, tokenizer)
-    record(run, {"parity": {name: figures.to_json() for name, figures in found.items()}})
+    finite = {name: figures.to_json() for name, figures in found.items() if math.isfinite(figures.kl)}
+    record(run, {"parity": finite})
     if merged == run / "merged" and "merged" in found:
         record(run, {"merged_written": (merged / "config.json").stat().st_mtime})
     if faults:
@@ -168,6 +176,15 @@ def record(run: Path, facts: JsonObject) -> None:
     for key, value in facts.items():
         content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
     write_json(run / "export.json", content)
+
+
+def forget(run: Path, form: str) -> None:
+    """Removes the figures of ``form`` from export.json: its file is another one now, of which nothing is known yet."""
+    content = Run.open(run).exports
+    known = content.get("parity", {})
+    if form in known:
+        del known[form]
+        write_json(run / "export.json", content)
 
 
 def _texts(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -199,6 +216,8 @@ def _judge(form: str, figures: Figures, against: str, supervised_only: bool, say
 
 def _suspect(form: str, figures: Figures) -> str:
     """Names the likeliest cause of the difference, and the cure."""
+    if math.isinf(figures.kl):
+        return "an overflow, for its logits are not numbers; merge with --dtype f32, and export bf16 or f32"
     if form == "merged":
         if figures.top1 > 0.9:
             return "the rounding of the merged weights; merge with --dtype f16 or f32"
@@ -216,6 +235,4 @@ def _suspect(form: str, figures: Figures) -> str:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return saved_tokenizer(folder)

@@ -22,6 +22,7 @@ from qlora_sft.model.attention_capped import Scores, flex_documents, in_band, pl
 from qlora_sft.model.attention_tree import CPU, CUDA, tree_attention, tree_of
 from qlora_sft.model.base import base_of
 from qlora_sft.model.bounds import chunked, parts_of
+from qlora_sft.model.long_documents import at_own_temperature
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,8 +37,8 @@ Way = AttentionWay
 # What layers may be: those that attend to all of a document, to a window or to chunks of it; those that mix tokens
 # without attention (`mixers.py`); and those that look at one token at a time. Others choose by themselves what they
 # attend to (sparse attention), by scores over the whole row.
-CHUNKS = "chunked_attention"
-LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKS, "linear_attention", "conv", "hybrid", "mlp", "moe"}
+CHUNKS, WINDOWS = "chunked_attention", "sliding_attention"
+LAYER_TYPES = {"full_attention", WINDOWS, CHUNKS, "linear_attention", "conv", "hybrid", "mlp", "moe"}
 # Families whose layers transformers does not tell where documents begin, or that reckon with the whole row in another
 # way. The check before training finds them, too, but a plan has no weights to check. A test holds this to what is so.
 RECURRENT = "its recurrent layers are not told where documents begin"
@@ -84,6 +85,10 @@ def document_attention(
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} is causal; {type(module).__name__} attends in both directions")
+    if sliding_window is None and kind_of(module) == WINDOWS:
+        # Qwen2-MoE knows its window and does not hand it on: transformers has it in the mask alone.
+        sliding_window = getattr(module, "sliding_window", None)
+    query = at_own_temperature(module, query, cu_seq_lens_q)
     tree, chunk = tree_of(cu_seq_lens_q), chunk_of(module)
     if tree is not None and (chunk is not None or dropout):
         raise ValueError(f"{type(module).__name__} attends in chunks or with dropout, not over a tree")
@@ -210,12 +215,14 @@ def why_one_at_a_time(model: CausalModel) -> str:
 
 def chunk_of(module: nn.Module) -> int | None:
     """Returns the size of the chunks that an attention layer attends inside of; None if it is not of that kind."""
-    config = getattr(module, "config", None)
-    types = getattr(config, "layer_types", None) or ()
+    return int(module.config.attention_chunk_size) if kind_of(module) == CHUNKS else None  # type: ignore[union-attr, arg-type]
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Returns of which type an attention layer is, by its number in the configuration; None where it has none."""
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
     number = getattr(module, "layer_idx", None)
-    if number is None or number >= len(types) or types[number] != CHUNKS:
-        return None
-    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+    return None if number is None or number >= len(types) else str(types[number])
 
 
 def _no_mask(*_: object, **__: object) -> None:

@@ -20,6 +20,7 @@ from qlora_sft.model.attention import Way, plain_attention, use_document_attenti
 from qlora_sft.model.base import base_of, decoder_layers, has_unsloths_forward
 from qlora_sft.model.hidden import alone, hidden_states, number_documents, run_one_at_a_time
 from qlora_sft.model.leaks import leak
+from qlora_sft.model.long_documents import turn_by_document
 from qlora_sft.model.mixers import mix_by_document, mixers_of, use_adapted_projections
 from qlora_sft.say import Say
 
@@ -74,6 +75,8 @@ def _use_shared_rows(model: CausalModel, dtype: torch.dtype, say: Say, mixers: i
         return str(error)
     if has_unsloths_forward(base_of(model)):
         choice = "as Unsloth does it (documents begin where positions do)"
+    else:
+        turn_by_document(model)
     obstacle = obstacle_in(model, dtype, LENGTHS)
     how = "their kernels take the bounds of documents"
     if obstacle and mixers:

@@ -44,6 +44,7 @@ def layer_list(model: CausalModel) -> nn.ModuleList:
     decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
+        _check_reached(model, layers)
         return layers
     lists = [
         module
@@ -58,6 +59,21 @@ def layer_list(model: CausalModel) -> nn.ModuleList:
             "is needed; models of this kind cannot be trained here"
         )
     return lists[0]
+
+
+def _check_reached(model: CausalModel, layers: nn.ModuleList) -> None:
+    """Raises `ConfigError` for a model with layers that attend to images only, as Llama 3.2 Vision has.
+
+    Texts pass them by, so they could not learn anything, and what they keep could not be measured.
+    """
+    kinds = {type(each).__name__ for each in layers}
+    by = sorted(kind for kind in kinds if "CrossAttention" in kind)
+    if by and len(kinds) > 1:
+        raise ConfigError(
+            f"model.path: {type(base_of(model)).__name__} has layers for images that texts pass by ({', '.join(by)}), "
+            "which cannot be trained here; name the language model that it was made from (of Llama 3.2 Vision: Llama "
+            "3.1 in the same size)"
+        )
 
 
 def decoder_layers(model: CausalModel) -> list[nn.Module]:

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 _chosen: WeakKeyDictionary[nn.Module, PathName] = WeakKeyDictionary()
 # Gemma 2 and later; RecurrentGemma; xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# By what logits are multiplied (1) or divided (-1): Cohere, Falcon-H1, Muse Glimmer; Granite, Inkling.
+SCALES = {
+    "logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1,
+    "logits_scaling": -1, "logits_mup_width_multiplier": -1,
+}  # fmt: skip
 
 
 def use_loss(model: CausalModel, requested: Literal["auto", "triton", "torch"]) -> str:
@@ -134,13 +139,8 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
         softcap = getattr(text, name, None)
         if softcap:
             options["softcap"] = float(softcap)
-    scale = getattr(text, "logit_scale", None)  # Cohere multiplies
-    if scale is not None:
-        options["logit_scale"] = float(scale)
-    scaling = getattr(text, "logits_scaling", None)  # Granite divides
-    if scaling is not None:
-        options["logit_scale"] = 1.0 / float(scaling)
-    multiplier = getattr(text, "lm_head_multiplier", None)  # Falcon-H1 multiplies
-    if multiplier is not None:
-        options["logit_scale"] = float(multiplier)
+    for name, sign in SCALES.items():
+        scale = getattr(text, name, None)
+        if scale is not None:
+            options["logit_scale"] = float(scale) ** sign
     return options

@@ -57,20 +57,28 @@ def _is_mixer(module: nn.Module) -> bool:
 def mix_by_document(model: CausalModel) -> int:
     """Makes every mixer of ``model`` run one document after the other; returns how many there are.
 
-    Each keeps its parameters and their names; its class becomes one that is derived from it. The bounds are those
-    that its decoder layer is called with, so a layer that is computed again has those of its own forward.
+    The bounds are those that its decoder layer is called with, so a layer that is computed again has those of its own
+    forward.
     """
     count = 0
     for layer in decoder_layers(model):
         mixers = [module for module in mixers_of(layer) if not isinstance(module, ByDocument)]
         for mixer in mixers:
-            kind = type(mixer)
-            mixer.__class__ = type(kind.__name__, (ByDocument, kind), {})
-            mixer.document_bounds = None  # type: ignore[assignment]
+            run_by_document(mixer)
         if mixers:
             layer.register_forward_pre_hook(_hand_bounds, with_kwargs=True)
         count += len(mixers)
     return count
+
+
+def run_by_document(module: nn.Module) -> None:
+    """Makes ``module`` run once per document, as its ``document_bounds`` say; at first they say nothing.
+
+    It keeps its parameters and their names; its class becomes one that is derived from it.
+    """
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (ByDocument, kind), {})
+    module.document_bounds = None  # type: ignore[assignment]
 
 
 def _hand_bounds(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

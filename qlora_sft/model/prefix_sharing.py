@@ -21,6 +21,7 @@ from qlora_sft.model.block_mask import WITH_SINKS
 from qlora_sft.model.flash_switch import switch_flash
 from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.load import compute_dtype
+from qlora_sft.model.long_documents import longest_short
 from qlora_sft.model.loss import batch_loss, to_device
 from qlora_sft.model.meta_model import read_settings
 
@@ -83,6 +84,9 @@ def _obstacle(config: Config, settings: JsonObject, backend: BackendName) -> str
         return f"the model has layers of type {', '.join(others)}"
     if has_experts(settings) and settings.get("output_router_logits"):
         return "the balance of a mixture's experts counts every token of every row"
+    short = longest_short(settings)
+    if short is not None and config.data.max_length > short:
+        return f"rows of more than {short:,} tokens turn all of their positions in another way (LongRoPE)"
     if settings.get("kv_lora_rank"):
         return "keys and values of the model have heads of different sizes"
     if torch.cuda.is_available() and not _capped(settings):

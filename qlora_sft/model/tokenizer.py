@@ -22,7 +22,7 @@ def load_tokenizer(model: ModelConfig, base: str, say: Say = lambda _: None) -> 
     Control tokens that this template writes and the base lacks, and ``model.new_tokens``, are added, with a message.
     Raises `ConfigError` if there is no tokenizer, or one without an eos token.
     """
-    tokenizer = read_tokenizer(base)
+    tokenizer = read_tokenizer(base, say)
     missing = missing_tokens(wanted_tokens(model), tokenizer)
     if model.chat_template:
         tokenizer.chat_template = template_text(model.chat_template)

@@ -54,3 +54,12 @@ def test_the_value_heads_of_a_delta_net_go_around_its_key_heads() -> None:
     logarithm = np.log(np.arange(1.0, 7.0))
     found = list(arrangements("model.layers.0.linear_attn.A_log", logarithm, config))
     assert any(np.allclose(form, [-1, -4, -2, -5, -3, -6]) for form in found)
+
+
+def test_what_the_converter_computes_in_float16_is_known() -> None:
+    """It makes 1 + w of a norm, and the decay of a state of its logarithm, in the type of the merged model."""
+    half = np.random.default_rng(0).normal(size=64).astype(np.float16)
+    for name, made in (("input_layernorm.weight", half + np.float16(1)), ("mamba.A_log", -np.exp(half))):
+        found = list(arrangements(f"model.layers.0.{name}", half.astype(np.float32), {}))
+        assert any(np.array_equal(form, made.astype(np.float32)) for form in found), name
+        assert not np.array_equal(found[1], made.astype(np.float32))

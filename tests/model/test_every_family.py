@@ -31,10 +31,11 @@ WANTED = {
         "glm4_moe", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "llama", "llama4_text", "mamba2", "ministral3",
         "mistral", "mixtral", "nemotron_h", "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe",
         "qwen3_next", "smollm3", "zamba2", "gemma3", "gemma4", "internvl", "lfm2_vl", "llama4", "mistral3",
-        "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "voxtral",
+        "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "voxtral", "aya_vision", "cohere2_vision", "glm4v",
+        "glm4v_moe", "idefics3", "kimi_linear", "llava", "mistral4", "muse_glimmer", "qwen2_vl", "smolvlm",
     ),
     "one at a time": ("mamba", "stablelm"),
-    "refused": ("bert", "gpt2", "paligemma"),
+    "refused": ("bert", "gpt2", "mllama", "paligemma"),
 }  # fmt: skip
 PLANNED = (*QUICK, "gemma3", "gemma3n_text", "gpt_oss", "mamba2", "nemotron_h", "zamba2")
 TRIED = [kind for kind in architectures() if kind not in NOT_MADE]
