@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,10 +56,61 @@ def written_file(target: Path) -> Iterator[Path]:
         raise disk_error(error, target) or error from None
 
 
+class GrowingFile:
+    """Adds texts to a file. What could not be written, of a full disk say, waits for the next addition; never is half
+    of a text in the file with another behind it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._waiting = b""
+
+    def add(self, text: str) -> OSError | None:
+        """Writes what is waiting and ``text``. Returns the error if that was not possible, else None."""
+        self._waiting += text.encode("utf-8")
+        if not self._waiting:
+            return None
+        try:
+            with self.file.open("ab", buffering=0) as opened:
+                size, left = opened.tell(), memoryview(self._waiting)
+                try:
+                    while left:
+                        left = left[opened.write(left) :]
+                except OSError:
+                    with suppress(OSError):
+                        opened.truncate(size)
+                    raise
+        except OSError as error:
+            return error
+        self._waiting = b""
+        return None
+
+
 def write_json(file: Path, content: object) -> None:
     """Writes ``content`` as indented JSON beside ``file`` and renames it."""
     with written_file(file) as beside:
         beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what killed processes left beside ``target``. That of processes that still run stays."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        found = re.match(r"\.[a-z]+-(\d+)(\.|$)", path.name.removeprefix(f".{target.name}"))
+        if found and int(found[1]) != os.getpid() and not _alive(int(found[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    """Says whether there is a process with this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove_empty(folders: list[Path]) -> None:

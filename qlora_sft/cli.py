@@ -60,7 +60,7 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
             print(json.dumps(result.to_json() if isinstance(result, Report) else result, ensure_ascii=False))
         sys.stdout.flush()  # here, where it can still be told that nobody reads it
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell_last("interrupted")
         return 130
     except EndedTogether as error:
         return error.exit_code
@@ -70,9 +70,19 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
         fault = error if isinstance(error, QloraSftError) else disk_error(error) or path_error(error)
         if fault is None and debug:
             raise
-        print(f"error: {fault or unexpected(error, debug is not None)}", file=sys.stderr)
+        _tell_last(f"error: {fault or unexpected(error, debug is not None)}")
         return fault.exit_code if fault else 1
+    _tell_last("")
     return 0
+
+
+def _tell_last(text: str) -> None:
+    """Prints ``text``, behind which nothing comes, if somebody can be told: the terminal may be gone by now, which must
+    not change the exit code."""
+    try:
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+    except OSError:
+        _end_unread([2])
 
 
 def _is_unread(stream: int) -> bool:

@@ -116,6 +116,10 @@ class MemoryConfig:
     offload_embeddings: bool = False
     """Keeps the input embedding in host memory when training on a GPU. This saves a GiB on the card for a vocabulary of
     128k and costs one more wait per step. It works only for a model whose output head is not tied to the embedding."""
+    base_shards: Annotated[int, Range(1, 1024)] = 1
+    """Cuts the frozen weights of the decoder layers over so many cards, as FSDP does: each keeps its share, and has a
+    layer whole while it computes. For a model that is too large for one card; where it fits, 1 is faster. As many
+    processes must train (torchrun --nproc-per-node)."""
 
 
 @dataclass(frozen=True)

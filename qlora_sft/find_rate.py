@@ -12,6 +12,7 @@ from qlora_sft.prepare import prepare
 from qlora_sft.say import Say, tell
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.text import as_path
+from qlora_sft.training.join import check_shards
 from qlora_sft.training.run_folder import check_writable
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def find_rate(config: Config, say: Say = tell) -> RateReport:
 
     The folder itself is not touched, so an earlier run may be in it. Raises the errors of `train`.
     """
+    check_shards(config)
     page = page_beside(config)
     watch = Stopwatch()
     prepared = prepare(config, say, watch)

@@ -23,6 +23,19 @@ def read_object(file: Path) -> JsonObject:
     return content
 
 
+def whole_lines(file: Path) -> list[JsonObject]:
+    """Reads a file of JSON objects, one a line, without lines that are damaged; none where there is no such file."""
+    rows: list[JsonObject] = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
 def number(value: object) -> float | None:
     """Returns ``value`` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -10,8 +10,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from qlora_sft.errors import ConfigError, EndedTogether, QloraSftError, RunError
 
@@ -44,6 +44,18 @@ def refuse(problem: str) -> None:
     raise ConfigError(problem) if rank() == 0 else EndedTogether(ConfigError.exit_code)
 
 
+class Cut(Protocol):
+    """Describes a model that no process has whole (`model/shards.py`)."""
+
+    def lead(self) -> AbstractContextManager[None]:
+        """Lets the first process use the model alone in the body, while the others `follow`."""
+        ...
+
+    def follow(self) -> None:
+        """Gives the first process what it asks for, until its `lead` is over."""
+        ...
+
+
 class Ranks:
     """Connects this process with the others of the run. A process without others has rank 0 of 1.
 
@@ -56,6 +68,8 @@ class Ranks:
         self.first = rank == 0
         self.alone = size == 1
         self._runs = self._turns = self._depth = 0
+        self.cut: Cut | None = None
+        """The model of the run, where it is cut over the processes."""
 
     # -------------------------------------------------------------- the first process and the others
 
@@ -78,7 +92,7 @@ class Ranks:
                 raise EndedTogether(_exit_code(error)) from None
             raise
         finally:
-            self._depth = 0
+            self._depth, self.cut = 0, None
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
@@ -94,17 +108,36 @@ class Ranks:
             self._kept.set(turn, "null")
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Returns in every process what ``work`` returns in the first, which must be something that JSON can hold."""
+        """Returns in every process what ``work`` returns in the first, which must be something that JSON can hold.
+
+        ``work`` may use the model.
+        """
         if self.alone:
             return work()
         turn = self._next_turn()
         if self.first:
-            result = work()
+            with self.helped():
+                result = work()
             self._kept.set(turn, json.dumps(result))
             return result
+        self.help_first()
         self._wait_for(turn)
         received: T = json.loads(self._kept.get(turn))
         return received
+
+    @contextmanager
+    def helped(self) -> Iterator[None]:
+        """Lets the first process use the model alone in the body. The others call `help_first` meanwhile."""
+        if self.cut is None:
+            yield
+            return
+        with self.cut.lead():
+            yield
+
+    def help_first(self) -> None:
+        """Helps the first process in what it does `helped`. Returns at once where every process has the whole model."""
+        if self.cut is not None:
+            self.cut.follow()
 
     @property
     def _kept(self) -> Store:
@@ -140,7 +173,7 @@ class Ranks:
         from torch.distributed import all_gather_object
 
         result: list[T | None] = [None] * self.size
-        with _lost():
+        with naming_lost():
             all_gather_object(result, own)
         return cast(list[T], result)
 
@@ -148,7 +181,7 @@ class Ranks:
         """Replaces each of ``tensors`` by its sum over all processes, which comes to the same bits in each."""
         from torch.distributed import all_reduce
 
-        with _lost():
+        with naming_lost():
             for work in [all_reduce(each, async_op=True) for each in tensors]:
                 if work is not None:
                     work.wait()
@@ -159,13 +192,13 @@ class Ranks:
             return
         from torch.distributed import broadcast
 
-        with _lost():
+        with naming_lost():
             for each in tensors:
                 broadcast(each, src=0)
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def naming_lost() -> Iterator[None]:
     """Raises a `RunError` with the likely cause where another process has gone."""
     from torch import OutOfMemoryError
 

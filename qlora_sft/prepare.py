@@ -16,7 +16,7 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.faults import every_fault
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.allocator import use_expandable_segments
-from qlora_sft.model.backend import Backend, choose_backend
+from qlora_sft.model.backend import choose_backend, expected_backend
 from qlora_sft.model.base_files import has_experts, has_towers, read_config
 from qlora_sft.model.base_folder import resolve_base
 from qlora_sft.parallel import world_size
@@ -61,8 +61,8 @@ def prepare(
 ) -> RunData:
     """Reads, renders and packs what ``config`` trains on, and finds all faults that can be found without weights.
 
-    unsloth: whether the backend is chosen as for training, which imports Unsloth. Without it the backend is chosen only
-    if the configuration names Unsloth.
+    unsloth: whether the backend is chosen as for training, which imports Unsloth. Without it Unsloth is imported only
+    if the configuration names it, and the rows are packed for the backend that training is expected to take.
 
     day: the date that a chat template writes; default: today.
 
@@ -72,11 +72,13 @@ def prepare(
     with watch("data"), every_fault(config):
         sources = read_data(config, say)
     with watch("imports"):
-        backend = Backend("transformers", "nothing is trained in this process")
+        obstacle = why_not_unsloth(config)
         if unsloth or config.model.backend == "unsloth":
             use_expandable_segments()
-            backend = choose_backend(config.model.backend, why_not_unsloth(config))
+            backend = choose_backend(config.model.backend, obstacle)
             say(f"backend: {backend.name} ({backend.reason})")
+        else:
+            backend = expected_backend(config.model.backend, obstacle)
         from qlora_sft.run_data import checked_base, render_data
     with watch("base model"):
         base = checked_base(config)

@@ -69,6 +69,12 @@ def preview(
     documents, tokenizer, trees = data.documents, data.tokenizer, data.packed.shares_prefixes
     shown = first_documents(data.sequences, count)
     packed = [[documents[index] for index in each] for each in shown]
+    among = sum(len(each) for each in data.sequences[: len(shown)])
+    if count < among:
+        say(
+            f"shown: {count} of the {among:,} documents of the first {len(shown):,} of {len(data.sequences):,} packed "
+            "sequences; --count shows more"
+        )
     if page:
         from qlora_sft.atomic import written_file
         from qlora_sft.data.histograms import histograms

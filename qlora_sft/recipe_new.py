@@ -15,8 +15,9 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.text import as_path
 from qlora_sft.yaml_text import write_yaml
 
-# GiB of a card -> a max_length that an 8B trains there without host memory, by the plan, with room to spare.
-CARDS = {8: 4096, 12: 8192, 16: 16_384, 24: 32_768, 48: 65_536, 80: 131_072}
+# GiB of a card, from which on -> a max_length that an 8B trains there without host memory, by the plan, with room to
+# spare. Smaller cards and a CPU take smaller models.
+CARDS = {0: 2048, 8: 4096, 12: 8192, 16: 16_384, 24: 32_768, 48: 65_536, 80: 131_072}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def new_recipe(
 ) -> Path:  # fmt: skip
     """Writes the recipe ``file`` and returns its path. Raises `ConfigError` if it exists or would not load.
 
-    ``card`` is the GPU memory in GB, ``goal`` one of `GOALS`.
+    ``card`` is the GPU memory in GB, 0 without a GPU; ``goal`` is one of `GOALS`.
     """
     target = as_path(file)
     if target.exists():
@@ -105,10 +106,12 @@ def check_given(answer: str) -> None:
         raise ValueError("name a file, a folder or a Hub id")
 
 
-def check_card(answer: str) -> None:
-    """Raises ValueError for a card that no length is known for."""
-    if answer not in map(str, CARDS):
-        raise ValueError(f"one of {', '.join(map(str, CARDS))}")
+def card_size(answer: str) -> int:
+    """Returns the GB of a card. Raises ValueError for anything but a whole number from 0 on."""
+    size = answer.strip().lower().removesuffix("gb").strip()
+    if not (size.isascii() and size.isdigit() and len(size) < 5):
+        raise ValueError("a whole number, as 24; 0 without a GPU")
+    return int(size)
 
 
 def check_goal(answer: str) -> None:
@@ -121,14 +124,14 @@ def check_goal(answer: str) -> None:
 
 
 def _text(file: Path, model: str, data: Sequence[str], held_out: Sequence[str], card: int, goal: Goal) -> str:
-    length = min(goal.longest, CARDS[card])
+    length = min(goal.longest, CARDS[max(size for size in CARDS if size <= card)])
     rank = 16 if card <= 8 else goal.rank
-    accumulation = max(1, min(16, 65_536 // length))
+    accumulation = max(1, min(16, (65_536 if card else 8192) // length))
     small = _small_card(model, card)
     named = _one_line(str(file))
     lines = [
         f"# yaml-language-server: $schema={RECIPES / 'schema.json'}",
-        f"# {_one_line(Path(model).name)}: {goal.purpose}, on a card of {card} GB.",
+        f"# {_one_line(Path(model).name)}: {goal.purpose}, {f'on a card of {card} GB' if card else 'without a GPU'}.",
         f"#   qlora-sft preview {named}    what is trained, token by token",
         f"#   qlora-sft plan {named}       whether it fits this machine, and how long it takes",
         f"#   qlora-sft train {named}",
@@ -174,13 +177,13 @@ def _held_out(paths: Sequence[str], goal: Goal) -> list[str]:
     if paths:
         return ["  held_out:", *_sources(paths, goal)]
     return [
-        "  # held_out: 5%                  # of every source: never trained on, they show what was learned; or a list",
+        "  held_out: 5%                     # of every source: never trained on, they show what was learned; or a list"
     ]
 
 
 def _small_card(model: str, card: int) -> dict[str, list[str]]:
     """Returns what frees 1.7 GiB of an 8B on a small card, as comments unless the head is known not to be tied."""
-    if card > 8:
+    if card > 8 or not card:
         return {}
     off = "" if _untied(model) else "# "
     why = "" if _untied(model) else ", if its head is not tied to the embedding (tie_word_embeddings: false)"

@@ -13,6 +13,8 @@ or from Python::
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 from qlora_sft.config import Config
 from qlora_sft.data.given import GivenRows, with_rows
@@ -21,12 +23,12 @@ from qlora_sft.page.write import draw_report
 from qlora_sft.prepare import prepare
 from qlora_sft.run.folder import Run, kept_day
 from qlora_sft.run.report import RunReport
-from qlora_sft.say import Say, tell
+from qlora_sft.say import Say, tell, unfailing_messages
 from qlora_sft.stopwatch import Stopwatch
 from qlora_sft.training.checkpoints import as_begun, find_checkpoint
-from qlora_sft.training.join import join_ranks
+from qlora_sft.training.join import check_shards, join_ranks
 from qlora_sft.training.loggers import check_loggers
-from qlora_sft.training.run_folder import claim_run_folder
+from qlora_sft.training.run_folder import claim_run_folder, held
 from qlora_sft.training.said import Said
 
 
@@ -54,18 +56,27 @@ def _train(config: Config, data: GivenRows | None, overwrite: bool, resume: bool
     config = with_rows(config, data, say=say)
     with every_fault(config):
         check_loggers(config)
+        check_shards(config)
         run = claim_run_folder(config, overwrite, resume)
         checkpoint = find_checkpoint(run, config, say) if resume else None
         config = as_begun(config, run, say) if checkpoint else config
+    with held(run) if ranks.first else nullcontext():
+        return _trained(config, run, checkpoint, watch, say)
+
+
+def _trained(config: Config, run: Path, checkpoint: Path | None, watch: Stopwatch, say: Said) -> RunReport:
+    """Trains in the folder ``run``, from ``checkpoint`` on if there is one."""
+    ranks = join_ranks()
     with ranks.first_ahead():
         # A run that goes on writes the date that it began with, if its chat template writes one.
         prepared = prepare(config, say, watch, day=kept_day(run) if checkpoint else None)
     with watch("imports"):
         # Only now: Unsloth, if it was chosen, has patched trl, transformers and peft.
         from qlora_sft.training.recipe import run_recipe
-    report = run_recipe(config, run, prepared, checkpoint, watch, say)
-    if report is not None:
-        draw_report(run, say)
+    with unfailing_messages():
+        report = run_recipe(config, run, prepared, checkpoint, watch, say)
+        if report is not None:
+            draw_report(run, say)
     ranks.from_first(lambda: None)
     return report or Run.open(run).report
 

@@ -89,8 +89,8 @@ def short_tokenizer(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any
     return AutoTokenizer.from_pretrained(folder)
 
 
-def two_layers(folder: Path, tokenizer: Any) -> Path:
-    """Two layers of width 64 with random weights in float32."""
+def layers_of_width_64(folder: Path, tokenizer: Any, count: int = 2) -> Path:
+    """A few layers of width 64 with random weights in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +99,7 @@ def two_layers(folder: Path, tokenizer: Any) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=count,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -121,13 +121,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, short_tokenizer: Any) -
 
     # A trainer collects garbage when it is done, and what is imported by now is most of what it would look through.
     gc.freeze()
-    return two_layers(tmp_path_factory.mktemp("tiny"), short_tokenizer)
+    return layers_of_width_64(tmp_path_factory.mktemp("tiny"), short_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def convertible_model(tmp_path_factory: pytest.TempPathFactory, own_tokenizer: Any) -> Path:
     """The same with the whole tokenizer, which llama.cpp knows by the tokens that it makes of a text."""
-    return two_layers(tmp_path_factory.mktemp("convertible"), own_tokenizer)
+    return layers_of_width_64(tmp_path_factory.mktemp("convertible"), own_tokenizer)
 
 
 def conversation(number: int, turns: int = 1) -> dict[str, Any]:

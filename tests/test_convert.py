@@ -121,6 +121,17 @@ def test_llama_factory(tmp_path: Path) -> None:
         (AXOLOTL.replace("output_dir: ./outputs/out", ""), "", lambda c: c.output == "runs/theirs"),
         (FACTORY.replace("output_dir: saves/out", ""), "", lambda c: c.output == "runs/theirs"),
         (AXOLOTL, "train_on_inputs: true", lambda c: c.data.train[0].supervise == "all"),
+        (AXOLOTL.replace("warmup_steps: 10\n", ""), "", lambda c: c.training.warmup_ratio == 0.03),
+        (AXOLOTL, "warmup_ratio: 0.2", lambda c: (c.training.warmup_steps, c.training.warmup_ratio) == (10, 0.1)),
+        (AXOLOTL.replace("warmup_steps: 10", "warmup_steps: 0"), "", lambda c: c.training.warmup_ratio == 0.0),
+        (AXOLOTL, "eot_tokens: ['<end>']\nspecial_tokens: {eos_token: <stop>, pad_token: <pad>}\ntokens: [<|a|>]",
+         lambda c: (c.model.stop_tokens, c.model.new_tokens) == (["<end>", "<stop>"], ["<|a|>"])),
+        (AXOLOTL.replace("field_messages: turns", "field_messages: turns, revision: abc"), "",
+         lambda c: [each.revision for each in c.data.train] == ["abc", None, None]),
+        (AXOLOTL.replace("adamw_bnb_8bit", "adamw_torch_8bit"), "", lambda c: c.training.optimizer == "adamw_8bit"),
+        (AXOLOTL.replace("adamw_bnb_8bit", "paged_adamw_32bit"), "", lambda c: c.training.optimizer == "adamw_torch"),
+        (FACTORY, "enable_thinking: false", lambda c: {each.thinking for each in c.data.train} == {"off"}),
+        (FACTORY.replace("linear", "cosine_with_min_lr"), "", lambda c: c.training.schedule == "cosine"),
         (AXOLOTL, "dataset_exact_deduplication: true", lambda c: c.data.deduplicate == "exact"),
         (AXOLOTL.replace("sample_packing: true", ""), "seed: 3", lambda c: (c.data.packing, c.seed) == ("none", 3)),
         (AXOLOTL.replace("lora_target_linear: true", ""), "lora_target_modules: [q_proj]",
@@ -151,6 +162,44 @@ def test_what_changes_training_is_taken_over(text: str, changed: str, check: Any
         text = text.replace("lora_target_modules:\n", "")
     config, _ = converted(f"{text}\n{changed}\n", tmp_path)
     assert check(config)
+
+
+def test_what_is_so_here_too_is_not_noted_and_what_is_elsewhere_is_named(tmp_path: Path) -> None:
+    alike = "field_messages: turns, roles_to_train: [assistant], train_on_eos: turn, message_field_training: train"
+    more = (
+        "plugins: [axolotl.integrations.liger.LigerPlugin, a.cut_cross_entropy.CutCrossEntropyPlugin]\n"
+        "liger_rope: true\nactivation_offloading: true\nspecial_tokens: {pad_token: a}\nsave_safetensors: false\n"
+    )
+    theirs = AXOLOTL.replace("field_messages: turns", alike)
+    assert converted(theirs + more, tmp_path)[1] == converted(AXOLOTL, tmp_path)[1]
+    other = AXOLOTL.replace(
+        "field_messages: turns", "field_messages: turns, roles_to_train: [user], train_on_eos: last"
+    )
+    _, notes = converted(
+        f"{other}plugins: [spectrum]\nevals_per_epoch: 4\nshuffle_merged_datasets: false\n"
+        "special_tokens: {bos_token: a}\nhub_model_id: me/mine\n",
+        tmp_path,
+    )
+    assert "roles_to_train: ['user']: has no counterpart" in notes
+    assert "train_on_eos: last: has no counterpart" in notes
+    assert "plugins: ['spectrum']: has no counterpart" in notes
+    assert "evals_per_epoch: 4: evaluation.every_steps counts optimizer steps" in notes
+    assert "shuffle_merged_datasets: False: has no counterpart" in notes
+    assert "special_tokens.bos_token: a: has no counterpart" in notes
+    assert "hub_model_id: me/mine: qlora-sft push uploads a finished run" in notes
+
+
+def test_what_dataset_info_says_of_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    ours: dict[str, Any] = {"hf_hub_url": "owner/ours", "revision": "abc", "num_samples": 30, "split": "extra"}
+    ours |= {"formatting": "sharegpt", "tags": {"role_tag": "role", "content_tag": "said", "user_tag": "user"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"ours": ours}))
+    config, notes = converted(FACTORY, tmp_path)
+    (first, absent) = config.data.train
+    assert (first.path, first.revision, first.split, first.max_rows) == ("owner/ours", "abc", "extra", 30)
+    assert "ours.tags.content_tag: said: is not known here; rename it in the rows" in notes
+    assert "dataset: absent: a name of dataset_info.json, which does not have it" in notes
+    assert ("role_tag" in notes, "user_tag" in notes, absent.max_rows) == (False, False, 100)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_trl(tmp_path: Path) -> None:
     assert (t.batch_size, t.gradient_accumulation, t.epochs, t.learning_rate) == (2, 8, 2, 2e-4)
     assert (t.warmup_ratio, t.save_steps, config.seed, config.output) == (0.03, 500, 42, "out/base")
     assert (t.schedule, t.report_to) == ("cosine", ["wandb"])
-    assert named(notes) == ["eos_token"]
+    assert (named(notes), config.model.stop_tokens) == ([], ["<|im_end|>"])
 
 
 def test_unsloth_in_python(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,31 @@ def test_json_says_token_by_token_what_is_supervised(recipe: Path, capsys: pytes
         assert "<|im_start|>" not in trained
     assert "supervised" in err
     assert "mixture" in err
+
+
+def test_it_says_how_much_of_the_first_sequences_is_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(recipe), "--count", "2"]) == 0
+    (shown,) = re.findall(
+        r"shown: 2 of the (\d+) documents of the first 1 of \d+ packed sequences", capsys.readouterr().err
+    )
+    assert int(shown) > 2
+    assert main(["preview", str(recipe), "--count", shown]) == 0
+    assert "shown:" not in capsys.readouterr().err
+
+
+def test_it_packs_for_the_backend_that_training_will_take(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth shares no prefixes; that it is here is enough to know, and it is not imported for it."""
+    from qlora_sft.prepare import prepare
+
+    if find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    monkeypatch.setattr("qlora_sft.model.backend._import_unsloth", lambda: pytest.fail("imported"))
+    for backend, dora, shares in (("auto", "false", False), ("auto", "true", True), ("transformers", "false", True)):
+        said: list[str] = []
+        config = make_config(f"model.backend={backend}", f"lora.dora={dora}")
+        data = prepare(config, said.append, unsloth=False)
+        assert (data.backend.name == "transformers") == shares
+        assert any("Unsloth's forward knows no tree" in line for line in said) != shares
 
 
 def test_it_shows_what_train_trains(recipe: Path, make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,8 +58,31 @@ def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def test_every_command_is_covered_below() -> None:
-    known = ("make demo", "make test", "make install", ".venv/bin/qlora-sft ", *WITHOUT_MAKE)
+    known = (
+        "git clone https://",
+        "cd ",
+        "make demo",
+        "make test",
+        "make install",
+        ".venv/bin/qlora-sft ",
+        *WITHOUT_MAKE,
+    )
     assert [command for command in commands() if not command.startswith(known)] == []
+
+
+def test_what_is_cloned_is_what_the_notebooks_fetch() -> None:
+    (cloned,) = re.findall(r"^git clone (\S+)$", README, flags=re.M)
+    cells = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert f'"{cloned}", home' in "".join(cells[2]["source"])
+    assert f"cd {cloned.rpartition('/')[2]}" in commands()
+
+
+@pytest.mark.parametrize("picture", re.findall(r"!\[.+?\]\((docs/images/\S+\.png)\)", README))
+def test_pictures_fit_a_readme(picture: str) -> None:
+    content = (ROOT / picture).read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(content[16:20]), int.from_bytes(content[20:24])) == (1000, 700)
+    assert len(content) < 100_000
 
 
 def test_the_installation_is_what_make_does() -> None:

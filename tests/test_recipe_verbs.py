@@ -34,6 +34,7 @@ def test_what_is_written_loads_and_says_what_was_asked(card: int, goal: str, tmp
     assert [source.path for source in config.data.held_out] == ["apart.jsonl"]
     assert (config.model.path, config.output) == ("owner/Model-8B", "runs/mine")
     assert config.data.max_length <= CARDS[card]
+    assert ("GB" in file.read_text(), "without a GPU" in file.read_text()) == (card > 0, card == 0)
     thinking = {"think": "on", "no-think": "off"}.get(goal, "auto")
     assert {source.thinking for source in [*config.data.train, *config.data.held_out]} == {thinking}
     assert (config.data.train[0].format == "text") == (goal == "read")
@@ -75,16 +76,29 @@ def test_what_is_not_given_is_asked_until_it_is_right(
         from qlora_sft.recipe_new import ask
 
         ask("--model (a folder)", lambda _: None)
-    answers = iter(["", "demo", "a.jsonl", "9", "16", "sing", "tools"])
+    answers = iter(["", "demo", "a.jsonl", "large", "20 GB", "sing", "tools"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert main(["new", str(file)]) == 0
     said = capsys.readouterr().err
     assert "name a file, a folder or a Hub id" in said
-    assert "one of 8, 12" in said
+    assert "a whole number, as 24; 0 without a GPU" in said
     assert "tools (calls tools" in said
     config = load_config(file)
     assert (config.model.path, config.data.train[0].path, config.data.max_length) == ("demo", "a.jsonl", 8192)
+
+
+def test_any_card_is_one_and_rows_are_held_out_unless_some_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "demo", "--data", "a.jsonl", "--goal", "long"]
+    for card, length in (("0", 2048), ("6", 2048), ("10", 4096), ("32", 32_768), ("141gb", 131_072)):
+        assert main(["new", str(tmp_path / f"{card}.yaml"), *flags, "--card", card]) == 0
+        config = load_config(tmp_path / f"{card}.yaml")
+        assert (config.data.max_length, config.data.held_out) == (length, "5%")
+    for card in ("-8", "8.5", "many", "99999"):
+        assert main(["new", str(tmp_path / "no.yaml"), *flags, "--card", card]) == 2
+        assert f"--card: expected a whole number, as 24; 0 without a GPU, got '{card}'" in capsys.readouterr().err
 
 
 def test_long_names_line_breaks_and_equal_names_load(tmp_path: Path) -> None:

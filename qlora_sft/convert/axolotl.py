@@ -21,7 +21,7 @@ SAME = {
 # What axolotl takes where nothing is given, and which is something else here.
 DEFAULTS = {
     "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
-    "lr_scheduler": "cosine",
+    "lr_scheduler": "cosine", "warmup_ratio": 0.03,
 }  # fmt: skip
 FINE = {
     "model_type": "config.json says it", "tokenizer_type": "the tokenizer's files say it",
@@ -33,13 +33,25 @@ FINE = {
     "logging_steps": "every step is logged", "strict": "always", "lora_mlp_kernel": "memory.tiled_mlp: auto",
     "lora_qkv_kernel": "kernels are chosen here", "lora_o_kernel": "kernels are chosen here",
     "dataset_processes": "preparation decides",
-    "eval_sample_packing": "held-out rows are packed by the same rule",
+    "eval_sample_packing": "held-out rows are packed by the same rule", "liger_*": "kernels are chosen here",
+    "activation_offloading": "memory.policy: auto", "gemma4_hybrid_attn_impl": "model.attention: auto",
+    "split_thinking": "reasoning at the beginning of an answer is found", "eval_table_size": "samples.jsonl",
+    "cut_cross_entropy": "the loss is chosen here",
 }  # fmt: skip
 FORMS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
 # Found by the file's name and the rows themselves.
 FOUND = {
     "ds_type", "message_field_role", "message_field_content", "roles", "message_property_mappings", "split",
 }  # fmt: skip
+# Plugins that bring kernels and losses alone.
+KERNELS = ("cut_cross_entropy", "liger")
+# What is so here as well.
+ALIKE = {
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "train_on_eot": "turn",
+    "message_field_training": "train",
+}
 # What the datasets library calls its readers of files; any other path beside data_files is where the files are.
 READERS = ("", "json", "csv", "parquet", "text", "arrow")
 
@@ -47,6 +59,10 @@ READERS = ("", "json", "csv", "parquet", "text", "arrow")
 def convert_axolotl(original: JsonObject) -> Converted:
     """Returns the recipe. Raises `ConfigError` for a kind of training that there is not here."""
     given = {**DEFAULTS, **given_keys(original)}
+    if given.get("warmup_steps") == 0:
+        given["warmup_ratio"] = 0.0
+    elif "warmup_steps" in given:
+        del given["warmup_ratio"]
     if "rl" in given:
         raise ConfigError(f"rl: {given['rl']}: there is no preference training or reinforcement learning here")
     made = Converted()
@@ -70,8 +86,28 @@ def convert_axolotl(original: JsonObject) -> Converted:
     _data(given, made)
     move_evaluation(given, made, patience="early_stopping_patience", by_steps=True, best=best)
     _targets(given, made)
-    made.leave(given, FINE)
+    _tokens(given, made)
+    plugins = texts("plugins", given.pop("plugins", []))
+    if others := [name for name in plugins if not any(kernel in name for kernel in KERNELS)]:
+        given["plugins"] = others
+    made.leave(given, FINE, default_on=("shuffle_merged_datasets",))
     return made
+
+
+def _tokens(given: JsonObject, made: Converted) -> None:
+    """Moves tokens that end a turn, and those that are added; what pads is left out, because nothing is padded."""
+    special = given.pop("special_tokens", {})
+    if not isinstance(special, dict):
+        raise ConfigError(f"special_tokens: expected keys and values, got {special!r}")
+    ends = texts("eot_tokens", given.pop("eot_tokens", []))
+    if special.get("eos_token"):
+        ends.append(text("special_tokens.eos_token", special["eos_token"]))
+    made.stop_tokens(ends)
+    if tokens := texts("tokens", given.pop("tokens", [])):
+        made.put("model.new_tokens", tokens)
+    for key, value in given_keys(special).items():
+        if key not in ("eos_token", "pad_token"):
+            made.note(f"special_tokens.{key}", value, "has no counterpart")
 
 
 def _keeps_best(given: JsonObject, made: Converted) -> bool:
@@ -107,7 +143,14 @@ def _of_one(each: JsonObject, made: Converted) -> list[JsonObject]:
     if "split" in each and "data_files" not in each:
         for made_source in sources:
             made_source["split"] = each["split"]
-    made.leave(each, dict.fromkeys([*FOUND, "data_files"], ""))
+    if "revision" in each and "data_files" not in each:
+        for made_source in sources:
+            made_source["revision"] = each["revision"]
+        del each["revision"]
+    alike = {key for key, value in ALIKE.items() if each.get(key) == value}
+    made.leave(
+        {key: value for key, value in each.items() if key not in alike}, dict.fromkeys([*FOUND, "data_files"], "")
+    )
     return sources
 
 

@@ -43,6 +43,13 @@ FINE = {
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
            "tools": "tools", "messages": "conversations"}  # fmt: skip
 
+# Names of roles, and of what holds role and text, that rows here may have, too.
+TAGS = {
+    "role_tag": ("from", "role"), "content_tag": ("value", "content"), "system_tag": ("system",),
+    "user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+}  # fmt: skip
+
 
 def convert_llama_factory(original: JsonObject, folder: Path) -> Converted:
     """Returns the recipe; names of data sets are looked up in dataset_info.json, beside ``folder`` or where one is.
@@ -99,8 +106,12 @@ def _sources(given: JsonObject, made: Converted, folder: Path, stage: str) -> No
     for key, sources in (("dataset", made.train), ("eval_dataset", made.held_out)):
         sources += named_apart([_source(name, known, made, form) for name in texts(key, given.pop(key, []))])
         for each in sources if rows else ():
-            each["max_rows"] = rows
+            own = each.get("max_rows")
+            each["max_rows"] = min(rows, own) if isinstance(rows, int) and isinstance(own, int) else rows
     _mixture(given, made)
+    if given.get("enable_thinking") is False:
+        for each in (*made.train, *made.held_out):
+            each["thinking"] = "off"
     if given.pop("train_on_prompt", False):
         made.supervise("all")
     elif given.pop("mask_history", False):
@@ -156,10 +167,12 @@ def _entries(file: Path) -> dict[str, JsonObject]:
 def _source(name: str, known: dict[str, JsonObject], made: Converted, form: str | None) -> JsonObject:
     entry = known.get(name)
     if entry is None:
-        made.note("dataset", name, "a name of dataset_info.json, which is not here; put its file or Hub id instead")
+        why = "which does not have it" if known else "which is not here"
+        made.note("dataset", name, f"a name of dataset_info.json, {why}; put its file or Hub id instead")
         return source(name, {}, form)
     if entry.get("ranking"):
         made.note("dataset", name, "preference data, which is not trained here")
+    _note_tags(name, entry.get("tags"), made)
     if "file_name" in entry:
         path = str(Path(str(entry["folder"])) / text(f"{name}.file_name", entry["file_name"]))
     else:
@@ -173,6 +186,15 @@ def _source(name: str, known: dict[str, JsonObject], made: Converted, form: str 
     if columns.get("conversations") == "messages":
         del columns["conversations"]  # known under this name
     made_source = source(path, columns, form)
-    if entry.get("split") and "file_name" not in entry:
-        made_source["split"] = entry["split"]
+    if "file_name" not in entry:
+        made_source |= {key: entry[key] for key in ("split", "revision") if entry.get(key)}
+    if entry.get("num_samples"):
+        made_source["max_rows"] = entry["num_samples"]
     return made_source
+
+
+def _note_tags(name: str, tags: object, made: Converted) -> None:
+    """Notes names of roles and of their columns that are not found here by themselves."""
+    for key, value in tags.items() if isinstance(tags, dict) else ():
+        if value not in TAGS.get(key, ()):
+            made.note(f"{name}.tags.{key}", value, "is not known here; rename it in the rows")

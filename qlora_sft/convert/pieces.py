@@ -17,7 +17,8 @@ TEMPLATES = {
 }  # fmt: skip
 OPTIMIZERS = {
     "adamw_torch": "adamw_torch", "adamw_torch_fused": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
+    "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
+    "adamw_hf": "adamw_torch", "paged_adamw_32bit": "adamw_torch",
 }  # fmt: skip
 SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
@@ -26,6 +27,19 @@ SCHEDULES = {
 LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
 # Beginnings of adapters that other toolkits call alike. Their LoftQ has a base of its own.
 INITS = ("gaussian", "orthogonal")
+# Where something of the kind is found here that no key of theirs can be turned into.
+ELSEWHERE = {
+    "evals_per_epoch": "evaluation.every_steps counts optimizer steps; held-out rows are measured before and after",
+    "bnb_config_kwargs": "4 bits are NF4 here, doubly quantised",
+    "saves_per_epoch": "training.save_steps counts optimizer steps",
+    "hub_model_id": "qlora-sft push uploads a finished run",
+    "push_to_hub": "qlora-sft push uploads a finished run",
+    "merge_lora": "qlora-sft merge merges a finished run",
+    "resume_from_checkpoint": "qlora-sft train --resume goes on with a run that was interrupted",
+    "enable_thinking": "rows say it themselves, or thinking of their source does; the empty think block of an answer "
+    "without reasoning belongs to the prompt",
+    "message_field_training": "a message with train: false is left out here",
+}
 # No number of a configuration is larger; infinities and what no float holds are.
 LARGEST = 1e18
 
@@ -96,6 +110,9 @@ class Converted:
         name = text(key, given.pop(key, ""))
         if name in SCHEDULES:
             self.put("training.schedule", SCHEDULES[name])
+        elif name.startswith("cosine"):
+            self.put("training.schedule", "cosine")
+            self.note(key, name, "training.schedule has no such kind; one cosine to zero is written")
         elif name:
             self.note(key, name, "training.schedule has no such kind; the learning rate falls linearly to zero")
         if name == "constant":  # without a warm-up there, whatever else is given
@@ -148,16 +165,27 @@ class Converted:
         elif name and name not in ("tokenizer_default", "default", "empty"):
             self.note(key, name, "the tokenizer's own template is used; model.chat_template takes a .jinja file, too")
 
+    def stop_tokens(self, tokens: list[str]) -> None:
+        """Adds tokens that end a turn."""
+        known = texts("model.stop_tokens", self.sections.get("model", {}).get("stop_tokens", []))
+        if new := [token for token in tokens if token not in known]:
+            self.put("model.stop_tokens", [*known, *new])
+
     def supervise(self, value: str) -> None:
         """Says for every source which tokens are trained."""
         for source in self.train:
             source["supervise"] = value
 
-    def leave(self, given: JsonObject, fine: dict[str, str]) -> None:
-        """Notes every key that is left, but for those of which ``fine`` says why nothing has to be said here."""
+    def leave(self, given: JsonObject, fine: dict[str, str], default_on: tuple[str, ...] = ()) -> None:
+        """Notes every key that is left, but for those of which ``fine`` says why nothing has to be said here.
+
+        A switch that is off asks for nothing, unless it is among ``default_on``.
+        """
         for key, value in given.items():
+            if value is False and key not in default_on:
+                continue
             if not any(key == known or (known.endswith("*") and key.startswith(known[:-1])) for known in fine):
-                self.note(key, value, "has no counterpart")
+                self.note(key, value, ELSEWHERE.get(key, "has no counterpart"))
 
 
 def source(path: str, columns: dict[str, str], form: str | None) -> JsonObject:

@@ -66,8 +66,7 @@ def convert_trl(original: JsonObject) -> Converted:
     made.refuse_modules(given, "lora_modules_to_save")
     made.biases(given, "bias")
     _targets(given, made)
-    # A switch that is off asks for nothing.
-    made.leave({key: value for key, value in given.items() if value is not False}, FINE)
+    made.leave(given, FINE)
     return made
 
 
@@ -87,6 +86,8 @@ def _template(given: JsonObject, made: Converted) -> None:
     elif path:
         made.note("chat_template_path", path, "a template of another model; model.chat_template takes its .jinja file")
     made.template(given, "chat_template")
+    if "eos_token" in given:
+        made.stop_tokens([text("eos_token", given.pop("eos_token"))])
 
 
 def _sources(given: JsonObject, made: Converted) -> None:

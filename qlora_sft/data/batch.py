@@ -70,7 +70,7 @@ class Replayed(TypedDict):
     """int64, where the supervised positions of ``documents`` are in the whole micro-batch"""
 
 
-def flatten(documents: list[Rendered]) -> Batch:
+def flatten(documents: Sequence[Rendered]) -> Batch:
     """Returns the documents of one or more packed sequences as one micro-batch. Nothing is padded."""
     ids: list[int] = []
     position_ids: list[int] = []

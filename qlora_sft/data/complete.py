@@ -30,12 +30,11 @@ def check_nothing_lost(conversation: Conversation, text: str, spans: list[Span])
     """
     # A reasoning inside the content may begin in the prompt.
     of_message = {span.message: _opener(text, span.start) + text[span.start : span.end] for span in spans}
-    silent = is_silent(conversation)
     for index, message in enumerate(conversation["messages"]):
         where = of_message.get(index, text)
         wanted = [("content", message.get("content") or "")]
         # A template leaves the reasoning of past turns out, at inference too.
-        if message.get("reasoning") and not silent and not message.get("past"):
+        if message.get("reasoning") and not message.get("past"):
             wanted.append(("reasoning", message["reasoning"]))
         lost = next((key for key, value in wanted if not _holds(where, value)), None)
         if lost is None and not _holds_calls(where, message.get("tool_calls") or []):
@@ -49,11 +48,6 @@ def check_nothing_lost(conversation: Conversation, text: str, spans: list[Span])
 def _opener(text: str, start: int) -> str:
     opened = _OPENED.search(text[max(0, start - 16) : start])
     return opened.group() if opened else ""
-
-
-def is_silent(conversation: Conversation) -> bool:
-    """Says whether the conversation asks for answers without reasoning, so that the template leaves it out."""
-    return (conversation.get("chat_template_kwargs") or {}).get("enable_thinking") is False
 
 
 def _holds(text: str, value: str) -> bool:

@@ -67,6 +67,8 @@ class Conversation(TypedDict, total=False):
     """Line of the row, or its number in files without lines."""
     undesired: bool
     """True for an answer that its row marks as not wanted (KTO's ``label: false``); it is not trained on."""
+    whole: bool
+    """True where duplicates are looked for and its source trains all of its tokens (``supervise: all``)."""
     notes: list[str]
     """Remarkable facts about the row that are not faults."""
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_sft.config_data import DataConfig
+from qlora_sft.config_data import DataConfig, SourceConfig
 from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.formats import with_thinking
 from qlora_sft.data.sources import Source, open_evaluation, place
 from qlora_sft.errors import DataError
 from qlora_sft.json_types import JsonObject
@@ -26,8 +27,11 @@ SIMILARITY = 0.8
 SHINGLE = 5
 """Words of the shingles whose sets are compared."""
 _PERMUTATIONS = 128
-_OF_A_ROW = ("tools", "chat_template_kwargs", "undesired")
-_WORD = re.compile(r"\w+")
+_OF_A_ROW = ("tools", "chat_template_kwargs", "undesired", "whole")
+# Kana and Chinese characters: no spaces part the words of what is written in them, so each counts as a word. A word of
+# a whole clause would hide that two texts differ in one character.
+_NO_SPACES = "\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,10 @@ def exact_finder() -> Callable[[Conversation, str], str | None]:
 
     def find(row: Conversation, where: str) -> str | None:
         key = hashlib.sha256(json.dumps(normalised(content(row)), sort_keys=True).encode()).digest()
-        first = seen.setdefault(key, where)
-        return None if first == where else first
+        if key in seen:  # perhaps with the same place, in a file that two sources have
+            return seen[key]
+        seen[key] = where
+        return None
 
     return find
 
@@ -187,7 +193,7 @@ def _drop(
         positions, found = set(), []
         for position, row in enumerate(source.rows):
             where = place(row)
-            matched = find(row, where)
+            matched = find(_as_trained(row, source.settings), where)
             if matched is not None:
                 positions.add(position)
                 found.append(Removed(source.name, where, reason, matched))
@@ -220,6 +226,22 @@ def content(row: Conversation) -> JsonObject:
     return {"messages": messages, **{key: value for key, value in row.items() if key in _OF_A_ROW}}
 
 
+def _as_trained(row: Conversation, settings: SourceConfig) -> Conversation:
+    """Returns the row with what its source says of it: in which mode it answers, and which of its turns are learned."""
+    row = with_thinking(row, settings.thinking)
+    if "text" in row or settings.supervise in ("assistant", "turns"):
+        return row
+    if settings.supervise == "all":
+        return {**row, "whole": True}
+    messages = row["messages"]
+    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    silent: list[Message] = [
+        {**message, "train": False} if message["role"] == "assistant" and number != last else message
+        for number, message in enumerate(messages)
+    ]
+    return {**row, "messages": silent}
+
+
 def masked(message: Message) -> bool:
     """Says whether a row asks for this turn not to be learned."""
     return message.get("train") is False or message.get("weight") == 0
@@ -235,7 +257,7 @@ def _learned(row: Conversation) -> str:
         for number, message in enumerate(row.get("messages", []))
         if masked(message) or "parts" in message
     ]
-    return json.dumps([turns, bool(row.get("undesired"))])
+    return json.dumps([turns, bool(row.get("undesired")), bool(row.get("whole"))])
 
 
 def _spoken(row: Conversation) -> Iterator[str]:

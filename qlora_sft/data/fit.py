@@ -66,13 +66,13 @@ def longest_answer(weights: list[float]) -> int:
 def _pieces(document: Rendered, max_length: int) -> list[Rendered]:
     """Splits a plain text into pieces of at most ``max_length`` tokens.
 
-    A last piece of one token is left out, because nothing predicts the first token of a piece.
+    Nothing predicts the first token of a piece, so it has no weight, and a last piece of one token is left out.
     """
     pieces = [
         replace(
             document,
             input_ids=document.input_ids[start : start + max_length],
-            weights=document.weights[start : start + max_length],
+            weights=[0.0, *document.weights[start + 1 : start + max_length]],
         )
         for start in range(0, len(document.input_ids), max_length)
     ]

@@ -6,6 +6,7 @@ that accepts it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +28,11 @@ LEAST, LITTLE, MOST = 0.05, 0.2, 0.95
 last is a warning."""
 _MANY_SHORT = 0.2
 _SPREAD = 10
+_FEW_STEPS = 10
+"""A run with fewer optimizer steps has hardly left the warm-up when it ends."""
 _LOOKED_AT = 1000
+_SHORT = 256
+"""No shorter ``data.max_length`` is proposed."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Finding:
     """Holds one thing that the data is judged by."""
 
     level: Literal["error", "warning"]
-    kind: Literal["supervised share", "short answers", "answers without end", "duplicates", "steps"]
+    kind: Literal["supervised share", "short answers", "answers without end", "duplicates", "steps", "few steps"]
     source: str | None
     """None if it is said of the whole run."""
     text: str
@@ -50,8 +55,10 @@ def judge(config: Config, sources: Sequence[Source], train: Prepared, packed: Pa
         found += _of_answers(config, source.name, ledger)
         if ledger.also_in:
             found.append(_duplicates(source.name, ledger, len(train.documents[source.name])))
-    supervised = sizes(train.all_documents).supervised
-    found += _of_steps(config, [sum(supervised[index] for index in each) for each in packed.sequences], packed.tokens)
+    of_each = sizes(train.all_documents)
+    supervised = [sum(of_each.supervised[index] for index in each) for each in packed.sequences]
+    found += _of_steps(config, supervised, packed.tokens)
+    found += _of_few_steps(config, packed.tokens, max(of_each.tokens, default=0))
     return sorted(found, key=lambda finding: finding.level != "error")
 
 
@@ -84,7 +91,7 @@ def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Findin
     much = share > MOST and 2 * ledger.thinking < ledger.kept
     if share >= LITTLE and not much:
         return
-    of_all = f"{ledger.supervised - ledger.plain:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
+    of_all = f"{ledger.supervised_of_rows:,} of {ledger.tokens_of_rows:,} tokens ({share:.1%})"
     told = Told.of(islice(source.rows, _LOOKED_AT), source.settings.supervise)
     if much:
         what, why, look = "hardly anything is masked", why_much(told), "Look at it with `qlora-sft preview`. "
@@ -144,4 +151,31 @@ def _of_steps(config: Config, supervised: list[int], tokens: list[int]) -> Itera
         "warning", "steps", None,
         f"the optimizer steps have from {steps[0]:,} to {steps[-1]:,} supervised tokens (a tenth of them at either end "
         f"left out), and all weigh the same. Steps are more even with {' or '.join(cures)}",
+    )  # fmt: skip
+
+
+def _of_few_steps(config: Config, tokens: list[int], longest: int) -> Iterator[Finding]:
+    """Judges whether all epochs together have enough optimizer steps to learn anything, unless ``max_steps`` ends them.
+
+    tokens: of every packed sequence. longest: tokens of the longest document.
+    """
+    t = config.training
+    per_step = t.batch_size * t.accumulated(tokens)
+    steps = math.ceil(len(tokens) / per_step)
+    if not 0 < steps < _FEW_STEPS or (t.max_steps and t.max_steps <= steps):
+        return
+    cures = []
+    if t.tokens_per_step is not None:
+        cures.append(f"training.tokens_per_step={max(1, t.tokens_per_step * steps // _FEW_STEPS)}")
+    elif t.gradient_accumulation > 1:
+        cures.append("training.gradient_accumulation=1")
+    shorter = max(_SHORT, 1 << (longest - 1).bit_length())
+    if config.data.packing != "none" and 2 * shorter <= config.data.max_length:
+        cures.append(f"data.max_length={shorter} (the longest document has {longest:,} tokens)")
+    cures.append(f"training.epochs={math.ceil(t.epochs * _FEW_STEPS * per_step / len(tokens))}")
+    count = "1 optimizer step" if steps == 1 else f"{steps} optimizer steps"
+    yield Finding(
+        "warning", "few steps", None,
+        f"the whole run has {count}, in which hardly anything is learned. There are more with {' or '.join(cures)}; "
+        "training.max_steps accepts them",
     )  # fmt: skip

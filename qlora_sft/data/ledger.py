@@ -64,7 +64,9 @@ class SourceLedger:
     repeated: int = 0
     """Tokens that rows of one document per turn have again and again: what a document begins with as the one before."""
     plain: int = 0
-    """Tokens of plain texts, which are all supervised, beside conversations."""
+    """Tokens of plain texts, beside conversations."""
+    plain_supervised: int = 0
+    """Those of them that are supervised: all but the first of every document, which nothing predicts."""
     whole: bool = False
     """Whether all of it is supervised on purpose: plain text, or ``supervise: all``."""
     thinking: int = 0
@@ -87,7 +89,12 @@ class SourceLedger:
     def share_of_rows(self) -> float:
         """Returns the share in conversations, with the earlier turns of every row counted once."""
         tokens = self.tokens_of_rows
-        return (self.supervised - self.plain) / tokens if tokens else 0.0
+        return self.supervised_of_rows / tokens if tokens else 0.0
+
+    @property
+    def supervised_of_rows(self) -> int:
+        """Returns the supervised tokens of conversations."""
+        return self.supervised - self.plain_supervised
 
     @property
     def tokens_of_rows(self) -> int:

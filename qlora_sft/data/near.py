@@ -6,7 +6,7 @@ It needs nothing but numpy. The Jaccard similarity of two texts is the share of 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +43,12 @@ def similarity(a: Sketch, b: Sketch) -> float:
     return float((a == b).mean())
 
 
-def families(sketches: NDArray[np.uint32], least: float) -> list[int]:
+def families(sketches: NDArray[np.uint32], least: float, joined: Iterable[tuple[int, int]] = ()) -> list[int]:
     """Returns for each text the number of the first text of its family.
 
     Texts whose similarity is ``least`` or more are of one family, and so are those that a chain of such texts connects.
 
-    sketches: uint32 [N, PERMUTATIONS].
+    sketches: uint32 [N, PERMUTATIONS]. joined: pairs of texts that are of one family however much they differ.
     """
     parents = list(range(len(sketches)))
     for start in range(0, PERMUTATIONS - _KEY + 1, _KEY):
@@ -58,6 +58,9 @@ def families(sketches: NDArray[np.uint32], least: float) -> list[int]:
         for members in buckets.values():
             if len(members) > 1:
                 _join(members, sketches, least, parents)
+    for one, other in joined:
+        a, b = _root(parents, one), _root(parents, other)
+        parents[max(a, b)] = min(a, b)
     return [_root(parents, number) for number in range(len(parents))]
 
 

@@ -16,6 +16,8 @@ PromptBefore = Callable[[bool], str]
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 # The think block that a generation prompt may open behind its header.
 _OPENER = re.compile(r"<think>\s*(</think>\s*)?$")
+_OPENED = re.compile(r"<think>\s*$")
+_CLOSED = re.compile(r"<think>\s*</think>\s*$")
 
 
 def turn_start(text: str, start: int, end: int, message: Message, before: PromptBefore) -> int:
@@ -41,9 +43,15 @@ def turn_start(text: str, start: int, end: int, message: Message, before: Prompt
 
 def prompt_gap(text: str, start: int, before: PromptBefore) -> str:
     """Returns the end of the generation prompt that the text before the turn
-    (``text[:start]``) lacks; usually nothing."""
+    (``text[:start]``) lacks; usually nothing.
+
+    It lacks an opened think block, too, if the block is empty there and closed.
+    """
     prompt = before(True)
-    return prompt[start:] if prompt.startswith(text[:start]) else ""
+    if prompt.startswith(text[:start]):
+        return prompt[start:]
+    opened = _OPENED.search(prompt)
+    return opened.group() if opened and _CLOSED.search(text[:start]) else ""
 
 
 def _behind_header(text: str, start: int, end: int, prompt: str, without: str) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from qlora_sft.data.code_parts import MARKS, check_placed, outputs_apart, placed
-from qlora_sft.data.complete import is_silent, unwritten_keys
+from qlora_sft.data.complete import unwritten_keys
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.prerendered import refuse_rendered_chat
+from qlora_sft.data.reasoning import without_silenced
 from qlora_sft.data.shield import Disguises, any_of, control_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
@@ -62,10 +65,20 @@ def cut_row(
 def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, supervise: Supervise) -> RowPieces:
     if supervise != "all":
         refuse_rendered_chat(text)
-    begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
+    begins = adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token)
+    begin = tokenizer.bos_token if begins else ""
     control = len(any_of(control_tokens(tokenizer)).findall(text))
     notes = {"control tokens in plain texts, which act as such": control} if control else {}
     return RowPieces([Piece(begin + text + tokenizer.eos_token, 1.0)], notes)
+
+
+@lru_cache(maxsize=8)
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether the tokenizer puts bos before a plain text, as that of its model's training did.
+
+    What it does counts: transformers 5 loads ``add_bos_token`` as false where a post-processor adds the token.
+    """
+    return tokenizer.bos_token_id is not None and bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _of_conversation(
@@ -79,10 +92,11 @@ def _of_conversation(
 
     Disguised control tokens are still in the text; `shield.parts` cuts them.
     """
-    marked = placed(conversation)
+    spoken = without_silenced(conversation)
+    marked = placed(spoken)
     shielded, disguises = (marked, {}) if allow_special else shield(marked, tokenizer)
     shielded, text, spans = render_whole(shielded, tokenizer, chat_format)
-    if marked is not conversation:
+    if marked is not spoken:
         check_placed(shielded, text, {span.message: (span.start, span.end) for span in spans})
     weights = {span.message: _weight(conversation["messages"][span.message]) for span in spans}
     if supervise == "last":
@@ -93,23 +107,22 @@ def _of_conversation(
     pieces = []
     for start, end, span in _segments(text, spans):
         weight = outside if span is None else weights[span.message]
-        written = list(outputs_apart(text[start:end])) if marked is not conversation else [(text[start:end], False)]
+        written = list(outputs_apart(text[start:end])) if marked is not spoken else [(text[start:end], False)]
         # What runs the code writes its output, and a model that was trained on it would make it up.
         stretches = [(each, 0.0 if is_output and supervise != "all" else weight) for each, is_output in written]
         ends_turn = span.message if span is not None and weight > 0 else None
         if ends_turn is not None and not stretches[-1][1]:
             raise DataError(f"message {ends_turn}: the turn ends in an output, and nothing ends the turn")
         pieces += _pieces_of(stretches, disguises, ends_turn)
-    notes = _unread(shielded, text, tokenizer, chat_format)
-    if marked is not conversation and MARKS["python"][0] not in control_tokens(tokenizer):
+    silenced = [] if spoken is conversation else [each for each in conversation["messages"] if each.get("reasoning")]
+    notes = _unread(shielded, text, tokenizer, chat_format, len(silenced))
+    if marked is not spoken and MARKS["python"][0] not in control_tokens(tokenizer):
         notes["rows with code parts whose marks are text, because the vocabulary has no <|python_start|>"] = 1
     kept_as_text = sum(text.count(character) for character in disguises)
     if kept_as_text:
         notes["control tokens in messages kept as text (allow_special: true lets them act)"] = kept_as_text
-    for span in spans:
-        if weights[span.message] > 0 and (gap := gap_before(span, text, shielded, tokenizer, chat_format)):
-            what = f"turns trained without {gap!r}, in which the generation prompt ends"
-            notes[what] = notes.get(what, 0) + 1
+    trained = [span for span in spans if weights[span.message] > 0]
+    notes |= _of_turns(trained, text, shielded, tokenizer, chat_format)
     return RowPieces(pieces, notes)
 
 
@@ -127,9 +140,13 @@ def _pieces_of(stretches: list[tuple[str, float]], disguises: Disguises, ends_tu
 
 
 def _unread(
-    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+    conversation: Conversation,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
+    silenced: int,
 ) -> dict[str, int]:
-    """Returns notes on what the row says to the template and the template does not use."""
+    """Returns notes on what the row says and the template does not use. silenced: turns that lost their reasoning."""
     notes = {}
     for key in conversation.get("chat_template_kwargs") or {}:
         if key not in variables(chat_format.template):
@@ -137,7 +154,6 @@ def _unread(
     for key in sorted(unwritten_keys(conversation.get("tools") or [], text)):
         notes[f"rows with the key {key!r} in tools, which the chat template does not write"] = 1
     messages = conversation["messages"]
-    silenced = sum(bool(message.get("reasoning")) for message in messages) if is_silent(conversation) else 0
     if silenced:
         notes["turns without their reasoning, because enable_thinking is false"] = silenced
     forgotten = sum(1 for m in messages if m.get("past") and m.get("reasoning") and m["reasoning"].strip() not in text)
@@ -149,6 +165,25 @@ def _unread(
         if apply({**conversation, "messages": nameless}, tokenizer, chat_format.template)[0] == text:
             notes["rows with the key 'name' in messages, which the chat template does not write"] = 1
     return notes
+
+
+def _of_turns(
+    spans: list[Span],
+    text: str,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_format: ChatFormat,
+) -> dict[str, int]:
+    """Returns notes on turns that a runtime would begin or end elsewhere than the template writes them."""
+    notes = Counter[str]()
+    stops = any_of(tuple(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids))))
+    for span in spans:
+        if gap := gap_before(span, text, conversation, tokenizer, chat_format):
+            notes[f"turns trained without {gap!r}, in which the generation prompt ends"] += 1
+        inner = next((found for found in stops.finditer(text, span.start, span.end) if found.end() < span.end), None)
+        if inner:
+            notes[f"turns that go on behind {inner.group()!r}, at which generation stops"] += 1
+    return dict(notes)
 
 
 def _without_name(message: Message) -> Message:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, repeat, tee
@@ -58,7 +59,7 @@ def render_sources(
         try:
             documents = _render_source(source, config, tokenizer, chat_format, ledger)
             _count(ledger, documents)
-            _check_mask(source, ledger, config)
+            _check_mask(source, ledger, config, len(documents))
         except DataError as error:
             problems.append(str(error))
             continue
@@ -131,31 +132,33 @@ def fitted_rows(
         "supervise": "assistant" if settings.supervise == "turns" else settings.supervise,
         "allow_special": settings.allow_special,
     }
-    render = partial(_render_one, tokenizer, options)
+    turns = settings.supervise == "turns"
+    render = partial(_render_as_prompted if turns else _render_one, tokenizer, options)
     # Held-out rows teach nothing, so they are all measured.
     least = config.min_answer_tokens if isinstance(settings, TrainSourceConfig | ReplayConfig) else None
     rows: Iterable[Conversation] = (with_thinking(row, settings.thinking) for row in source.rows)
-    whole: Iterable[Rendered | DataError | None] = repeat(None)
-    if settings.supervise != "turns":
+    whole: Iterator[Rendered | DataError | None] = repeat(None)
+    if not turns:
         # Rows are read once: the renderer takes the second half of the tee, some hundreds ahead of the first.
         rows, ahead = tee(rows)
         whole = render_many(ahead, tokenizer, **options)
-    for conversation, result in zip(rows, whole, strict=False):
-        documents: list[Rendered] = []
-        try:
-            rendered = (
-                [(conversation, result)]
-                if isinstance(result, Rendered)
-                else _per_turn(conversation, result, render, options["supervise"])
-            )
-            documents = [document for _, document in rendered]
-            fitted: Fitting = [
-                fit(document, part, config.max_length, config.overlong, render) for part, document in rendered
-            ]
-            fitting: Fitting | DataError = _without_short(fitted, least) if "text" not in conversation else fitted
-        except DataError as error:
-            fitting = error
-        yield conversation, documents, fitting
+    try:
+        # The renderer first, so that it comes to its end, and its thread with it.
+        for result, conversation in zip(whole, rows, strict=False):
+            documents: list[Rendered] = []
+            try:
+                parts = _parts(conversation, result, render, options["supervise"])
+                documents = [document for _, document in parts]
+                fitted: Fitting = [
+                    fit(document, part, config.max_length, config.overlong, render) for part, document in parts
+                ]
+                fitting: Fitting | DataError = _without_short(fitted, least) if "text" not in conversation else fitted
+            except DataError as error:
+                fitting = error.with_traceback(None)  # which would hold this frame
+            yield conversation, documents, fitting
+    finally:
+        if isinstance(whole, Generator):  # of which some rows may not have been taken
+            whole.close()
 
 
 def _without_short(fitting: Fitting, least: int | None) -> Fitting:
@@ -165,6 +168,16 @@ def _without_short(fitting: Fitting, least: int | None) -> Fitting:
     kept = [document for part in fitting if not isinstance(part, str) for document in part]
     short = kept and max(longest_answer(document.weights) for document in kept) < least
     return [TOO_SHORT] if short else fitting
+
+
+def _parts(
+    conversation: Conversation,
+    whole: Rendered | DataError | None,
+    render: Callable[[Conversation], Rendered],
+    supervise: str,
+) -> list[tuple[Conversation, Rendered]]:
+    """Returns what a row is rendered to: itself, or one document per turn where that is asked for or needed."""
+    return [(conversation, whole)] if isinstance(whole, Rendered) else _per_turn(conversation, whole, render, supervise)
 
 
 def _per_turn(
@@ -205,9 +218,11 @@ def _account(
     ledger: SourceLedger, conversation: Conversation, rendered: list[Rendered], fitting: Fitting, overlong: Overlong
 ) -> None:
     """Counts what the share of supervised tokens and the ends of answers are judged by (see `judge`)."""
-    kept = [document.input_ids for part in fitting if not isinstance(part, str) for document in part]
+    documents = [document for part in fitting if not isinstance(part, str) for document in part]
+    kept = [document.input_ids for document in documents]
     if "text" in conversation:
         ledger.plain += sum(map(len, kept))
+        ledger.plain_supervised += sum(document.n_supervised for document in documents)
         return
     ledger.repeated += sum(_common(before, after) for before, after in pairwise(kept))
     ledger.thinking += any(message.get("reasoning") for message in conversation["messages"])
@@ -235,6 +250,22 @@ def _render_one(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, conv
     return render_conversation(conversation, tokenizer, **options)
 
 
+def _render_as_prompted(
+    tokenizer: PreTrainedTokenizerBase, options: RenderOptions, conversation: Conversation
+) -> Rendered:
+    """Renders a row with the template by which a runtime prompts, which may rewrite earlier turns.
+
+    Where that one does not tell which text is the turn's, its training version does.
+    """
+    chat_format = options["chat_format"]
+    if chat_format is not None and chat_format.original is not None and "text" not in conversation:
+        original = replace(chat_format, template=chat_format.original, original=None)
+        as_prompted: RenderOptions = {**options, "chat_format": original}
+        with suppress(DataError):
+            return _render_one(tokenizer, as_prompted, conversation)
+    return _render_one(tokenizer, options, conversation)
+
+
 def _weighted(document: Rendered, factor: float) -> Rendered:
     return document if factor == 1 else replace(document, weights=[weight * factor for weight in document.weights])
 
@@ -252,7 +283,7 @@ def _count(ledger: SourceLedger, documents: Documents) -> None:
         ledger.longest = lengths[-1]
 
 
-def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> None:
+def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, documents: int) -> None:
     path, name = source.path, source.name
     if not ledger.kept and source.split:
         reasons = "; ".join(f"{reason}: {dropped.shown}" for reason, dropped in ledger.dropped.items())
@@ -281,7 +312,8 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig) -> Non
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
         rest = f", but for {unlabelled} in which nothing is supervised" if unlabelled else ""
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long{rest}; {cure}")
-    if ledger.supervised == ledger.tokens and not ledger.whole:
+    # But the first token of every document, which nothing predicts.
+    if ledger.supervised >= ledger.tokens - documents and not ledger.whole:
         raise DataError(
             f"{path}: every token of {name!r} is supervised, the prompts too; use another model.chat_template"
         )

@@ -16,6 +16,7 @@ from qlora_sft.data.code_parts import outputs_apart, placed
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.coverage import Lost, lost_characters
 from qlora_sft.data.pieces import Piece, RowPieces, Supervise, cut_row
+from qlora_sft.data.reasoning import without_silenced
 from qlora_sft.data.shield import forget_tokens, parts, shield
 from qlora_sft.data.template import ChatFormat, apply, choose_chat_format
 from qlora_sft.data.tool_turns import paired
@@ -89,14 +90,11 @@ def render_conversation(
     Raises `DataError` (without file and line, which the caller knows) if the template does not say which text belongs
     to which turn, or leaves out something that the conversation contains.
     """
-    (result,) = render_many(
-        [conversation],
-        tokenizer,
-        source=source,
-        chat_format=chat_format,
-        supervise=supervise,
-        allow_special=allow_special,
-    )
+    # Without the thread of `render_many`: a row that is rendered once per turn comes here for every turn.
+    forget_tokens()
+    chat_format = chat_format or _own_format(conversation, tokenizer)
+    plan = cut_row(conversation, tokenizer, chat_format, supervise, allow_special)
+    (result,) = _encoded([plan], tokenizer, _stops(chat_format), source)
     if isinstance(result, DataError):
         raise result
     return result
@@ -123,17 +121,26 @@ def render_many(
             planned: list[RowPieces | DataError] = []
             for row in batch:
                 try:
-                    chat_format = chat_format or (None if "text" in row else choose_chat_format(tokenizer))
+                    chat_format = chat_format or _own_format(row, tokenizer)
                     planned.append(cut_row(row, tokenizer, chat_format, supervise, allow_special))
                 except DataError as error:
-                    planned.append(error)
-            stop_token_ids = chat_format.stop_token_ids if chat_format else frozenset[int]()
-            encoding = worker.submit(_encoded, planned, tokenizer, stop_token_ids, source)
+                    # With its traceback it would hold this frame, and so the thread, until Python looks for circles:
+                    # in any thread, also in one whose locks ending this one takes.
+                    planned.append(error.with_traceback(None))
+            encoding = worker.submit(_encoded, planned, tokenizer, _stops(chat_format), source)
             if ahead:
                 yield from ahead.result()
             ahead = encoding
         if ahead:
             yield from ahead.result()
+
+
+def _own_format(row: Conversation, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+    return None if "text" in row else choose_chat_format(tokenizer)
+
+
+def _stops(chat_format: ChatFormat | None) -> frozenset[int]:
+    return chat_format.stop_token_ids if chat_format else frozenset[int]()
 
 
 def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
@@ -142,6 +149,7 @@ def render_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     forget_tokens()
     if not conversation.get("paired"):
         conversation = {**conversation, "messages": paired(conversation["messages"], set())}
+    conversation = without_silenced(conversation)
     marked = placed(conversation)
     shielded, disguises = shield(marked, tokenizer)
     text, _ = apply(shielded, tokenizer, chat_format.template, prompt=True)
@@ -179,7 +187,7 @@ def _encoded(
                 f"the conversation begins with {tokenizer.bos_token!r} twice; remove one from the template"
             )
         lost = lost_characters([piece.text for piece in plan.pieces], tokenizer)
-        results.append(fault or Rendered(ids, weights, source, lost, plan.notes))
+        results.append(fault or Rendered(ids, [0.0, *weights[1:]][: len(ids)], source, lost, plan.notes))
     return results
 
 

@@ -1,11 +1,14 @@
-"""Hold out a share of the training rows: by seed and content, source by source, near duplicates on one side."""
+"""Hold out a share of the training rows: by seed and content, source by source, near duplicates on one side.
+
+So are the rows of one conversation, where each goes on where another ends.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
@@ -37,9 +40,9 @@ def split_off(
 
     shares: which part of which source is held out: at least one row, and never all.
 
-    Families of near duplicates, in all sources together, are held out whole or not at all, and not if a source that has
-    no share has a part in them. Rows whose answer is marked as not wanted are neither trained nor held out. Raises
-    `DataError` if nothing of a source can be held out.
+    Families of near duplicates and of rows that continue one another, in all sources together, are held out whole or
+    not at all, and not if a source that has no share has a part in them. Rows whose answer is marked as not wanted are
+    neither trained nor held out. Raises `DataError` if nothing of a source can be held out.
     """
     rows, members = _families(sources, seed)
     usable = Counter(row.source for row in rows)
@@ -59,7 +62,10 @@ def split_off(
             left.append(source)  # nothing to be trained either, which is said once it is rendered
             continue
         if not mine:
-            alike = f"its {usable[number]:,} rows are near duplicates of one another or of other sources'"
+            alike = (
+                f"its {usable[number]:,} rows are near duplicates or parts of one conversation, among themselves or "
+                "with other sources'"
+            )
             problems.append(
                 f"{source.path}: no row of {source.name!r} can be held out, because "
                 f"{alike if usable[number] > 1 else 'it has only one row'}; name held-out data, set held_out: 0% for "
@@ -83,18 +89,49 @@ def _families(sources: list[Source], seed: int) -> tuple[list[_Row], list[list[i
 
     The families are in the order of their least key.
     """
-    rows, sketches = [], []
+    rows, sketches, answered = [], [], []
     for number, source in enumerate(sources):
         for position, row in enumerate(source.rows):
             if row.get("undesired"):
                 continue
             rows.append(_Row(number, position, _key(row, seed)))
             sketches.append(sketch(words_of(row), SHINGLE))
+            answered.append(_answered(row))
     found: dict[int, list[int]] = {}
-    alike = families(np.stack(sketches), SIMILARITY) if sketches else []
+    alike = families(np.stack(sketches), SIMILARITY, _continued(answered)) if sketches else []
     for index, first in enumerate(alike):
         found.setdefault(first, []).append(index)
     return rows, sorted(found.values(), key=lambda family: min(rows[index].key for index in family))
+
+
+def _answered(row: Conversation) -> list[bytes]:
+    """Returns a hash of what has been said at the end of every answer of a row; none for a plain text.
+
+    System prompts and reasoning are left out: logs may have them in the last row of a conversation alone.
+    """
+    said, found = hashlib.sha256(), []
+    for message in row.get("messages", []):
+        if message["role"] == "system":
+            continue
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        each = json.dumps(normalised([message["role"], message["content"], calls]), sort_keys=True)
+        said.update(each.encode("utf-8", "surrogatepass"))
+        if message["role"] == "assistant":
+            found.append(said.digest()[:16])
+    return found
+
+
+def _continued(answered: list[list[bytes]]) -> Iterator[tuple[int, int]]:
+    """Yields pairs of rows of which the second goes on where the first ends, as logs of a chat have a row per answer.
+
+    answered: of every row, as `_answered` returns it. What the first one is asked, the second one learns.
+    """
+    ends: dict[bytes, int] = {}
+    for number, digests in enumerate(answered):
+        if digests:
+            ends.setdefault(digests[-1], number)
+    for number, digests in enumerate(answered):
+        yield from ((ends[digest], number) for digest in digests[:-1] if digest in ends)
 
 
 def _key(row: Conversation, seed: int) -> bytes:

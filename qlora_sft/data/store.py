@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IntArray = NDArray[np.int64]
+# What renders and encodes beside this code.
+_RENDERERS = ("transformers", "tokenizers", "jinja2")
 
 
 class SplitFacts(TypedDict):
@@ -42,8 +45,8 @@ def fingerprint(
     chat_format: ChatFormat,
     sharing: Sharing = CAN_SHARE,
 ) -> str | None:
-    """Returns a hash of the files' contents, the data settings, the tokenizer, the template and this code, and of
-    whether prefixes are shared.
+    """Returns a hash of the files' contents, the data settings, the tokenizer, the template, this code and the versions
+    of what it renders with, and of whether prefixes are shared.
 
     None if a source is not made of local files.
     """
@@ -53,8 +56,10 @@ def fingerprint(
         config.training.epochs,
         config.seed,
         chat_format.template,
+        chat_format.original,
         sorted(chat_format.stop_token_ids),
         sharing,
+        [version(each) for each in _RENDERERS],
     )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())

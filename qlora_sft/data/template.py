@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qlora_sft.data.complete import check_nothing_lost
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
+from qlora_sft.data.reasoning import KEYS, with_inline_reasoning
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
 from qlora_sft.data.template_date import today, with_date, writes_date
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 # Expressions of a template fail as Python's do: a split without the part that is taken, a field that is None.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-_THINK = re.compile(r"</?think>")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -55,6 +55,8 @@ class ChatFormat:
     stop_token_ids: frozenset[int]
     day: date | None = None
     """The date that the template writes into every conversation, if it writes today's."""
+    original: str | None = None
+    """The template by which a runtime prompts, if ``template`` is a training version of it."""
 
 
 def has_marks(template: str) -> bool:
@@ -93,7 +95,8 @@ def choose_chat_format(
     trained = _trl_training_template(tokenizer)
     if trained:
         reason = f"TRL's training version of {called}, with {{% generation %}} marks"
-        return _dated(trained, reason, all_stops, day)
+        chosen = _dated(trained, reason, all_stops, day)
+        return replace(chosen, original=_dated(own, reason, all_stops, chosen.day or day).template)
     return _dated(own, f"{called}; what is supervised follows from its generation prompt", all_stops, day)
 
 
@@ -152,7 +155,7 @@ def render_whole(
     try:
         return conversation, *_checked(conversation, tokenizer, chat_format)
     except DataError:
-        inline = _with_inline_reasoning(conversation) if _THINK.search(chat_format.template) else conversation
+        inline = with_inline_reasoning(conversation, chat_format.template)
         if inline is conversation:
             raise
         try:
@@ -168,20 +171,6 @@ def _checked(
     text, spans = render_text(conversation, tokenizer, chat_format)
     check_nothing_lost(conversation, text, spans)
     return text, spans
-
-
-def _with_inline_reasoning(conversation: Conversation) -> Conversation:
-    """Returns the conversation with every reasoning in its turn's content; itself if it has none."""
-    if not any(message.get("reasoning") for message in conversation["messages"]):
-        return conversation
-    messages = []
-    for message in conversation["messages"]:
-        thought = message.get("reasoning")
-        text = f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}"
-        changed: Message = {**message, "content": text}
-        changed.pop("reasoning", None)
-        messages.append(changed if thought else message)
-    return {**conversation, "messages": messages}
 
 
 def _of_calls_alone(turns: list[Message]) -> str:
@@ -280,7 +269,7 @@ def _with_aliases(message: Message) -> Mapping[str, object]:
     """Returns the message with its reasoning under all names that families use; a template reads the one it knows."""
     if not message.get("reasoning"):
         return message
-    return {**message, "reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
+    return {**message, **dict.fromkeys(KEYS, message["reasoning"])}
 
 
 def _by_prefix(

@@ -7,11 +7,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qlora_sft.atomic import write_json
 from qlora_sft.config import EvaluationConfig
 from qlora_sft.data.render import Rendered
 from qlora_sft.evaluation.evaluate import Evaluation
+from qlora_sft.json_types import read_object
 
 FILE = "before.json"
 
@@ -22,12 +24,12 @@ def keep_baseline(run: Path, evaluation: Evaluation, question: str) -> None:
 
 
 def kept_baseline(run: Path, question: str) -> Evaluation | None:
-    """Returns the baseline of the run, or None if there is none or if something else was asked then."""
-    file = run / FILE
-    if not file.is_file():
+    """Returns the baseline of the run, or None if there is none, it is damaged, or something else was asked then."""
+    try:
+        content: dict[str, Any] = read_object(run / FILE)
+        return Evaluation(**content) if content.pop("question") == question else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return Evaluation(**content) if content.pop("question") == question else None
 
 
 def question_digest(config: EvaluationConfig, held_out: Mapping[str, Sequence[Rendered]]) -> str:

@@ -16,6 +16,7 @@ from qlora_sft.data.template import ChatFormat
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.generate import in_batches, pad_id
 from qlora_sft.evaluation.held_out import autocast
+from qlora_sft.evaluation.no_numbers import no_numbers
 from qlora_sft.evaluation.prompt import answered
 from qlora_sft.evaluation.tasks import LETTERS, Item
 from qlora_sft.model.attention import plain_attention
@@ -69,7 +70,13 @@ def choose(
 
 
 def next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Returns the float32 logits [rows, vocabulary] of the token that follows each of the left-padded rows."""
+    """Returns the float32 logits [rows, vocabulary] of the token that follows each of the left-padded rows.
+
+    Raises `RunError` for a model that overflows.
+    """
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False)
-    return output.logits[:, -1].float()  # type: ignore[no-any-return]
+    logits: Tensor = output.logits[:, -1].float()
+    if logits.isnan().any():
+        raise no_numbers()
+    return logits

@@ -38,6 +38,13 @@ class MetricChange(Report):
     difference: float
     interval: list[float]
     """The edges of its 95% interval."""
+    more_than_chance: bool | None = field(default=None, metadata=LEFT_OUT)
+    """Whether the interval leaves out zero and enough items have changed; None in results of earlier versions."""
+
+    @classmethod
+    def of(cls, c: PairedChange) -> MetricChange:
+        """Returns what is reported of a change."""
+        return cls(difference=c.difference, interval=[c.low, c.high], more_than_chance=c.risen or c.fallen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +128,7 @@ def compared(task: Task, base: Scores | None, tuned: Scores, seed: int) -> TaskR
     return replace(
         report,
         base={name: _mean(base, name) for name in base.metrics},
-        change={name: MetricChange(difference=c.difference, interval=[c.low, c.high]) for name, c in changes.items()},
+        change={name: MetricChange.of(c) for name, c in changes.items()},
         differing=sum(one != other for one, other in zip(base.records, tuned.records, strict=True)),
         verdict=verdict,
         reason=reason,

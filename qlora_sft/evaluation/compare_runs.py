@@ -93,7 +93,7 @@ def _compared(one: TaskReport, of_one: Path, two: TaskReport, of_two: Path, seed
         items=len(first),
         first=moved.base,
         second=moved.tuned,
-        change=MetricChange(difference=moved.difference, interval=[moved.low, moved.high]),
+        change=MetricChange.of(moved),
         verdict="better" if risen else "worse" if fallen else "no difference shown",
     )
 

@@ -7,6 +7,7 @@ does not show, because it looks at all tokens of the vocabulary and not only at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import RunError, first_line
 from qlora_sft.evaluation.held_out import autocast
+from qlora_sft.evaluation.no_numbers import no_numbers
 from qlora_sft.model.attention import plain_attention
+from qlora_sft.model.full_memory import is_memory_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,13 +55,19 @@ def read(model: PreTrainedModel, document: Rendered, dtype: torch.dtype, with_ba
             if with_base:
                 with model.disable_adapter():
                     base = model(input_ids=ids, use_cache=False).logits[0][positions]
-        except torch.OutOfMemoryError as error:
-            raise RunError(f"the GPU has no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
+        except Exception as error:
+            if not is_memory_full(error):
+                raise
+            raise RunError(f"there is no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
     total = float(weights.sum())
     loss = float((_nll(tuned, labels) * weights).sum()) / total
+    if math.isnan(loss):
+        raise no_numbers()
     if not with_base:
         return Reading(total, loss)
     base_loss = float((_nll(base, labels) * weights).sum()) / total
+    if math.isnan(base_loss):
+        raise no_numbers()
     return Reading(total, loss, base_loss, float((divergence(base, tuned) * weights).sum()) / total)
 
 

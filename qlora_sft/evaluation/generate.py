@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
@@ -14,8 +15,10 @@ from qlora_sft.errors import RunError
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.evaluation.kept import Generated, KeptAnswers
+from qlora_sft.evaluation.no_numbers import no_numbers
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of
+from qlora_sft.model.full_memory import free_memory, is_memory_full
 from qlora_sft.say import progress
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ def generate(
 
     Decoding is greedy, or draws from the whole distribution. The model's own generation config is not used: many models
     bring a penalty or a top-k, which would then be graded, too. The model is left as it was. A batch that does not fit
-    into GPU memory is halved; raises `RunError` if a single prompt does not fit.
+    into memory is halved; raises `RunError` if a single prompt does not fit.
 
     kept: the file that new answers are written to, batch by batch; batches that are in it are not generated again.
     """
@@ -90,6 +93,8 @@ def generate(
         )  # fmt: skip
         new, of_each = output[:, ids.shape[1] :].tolist(), torch.stack(entropies, 1).tolist()
         answers = [generated(row, each, stop_token_ids) for row, each in zip(new, of_each, strict=True)]
+        if any(math.isnan(each.entropy) for each in answers):
+            raise no_numbers()
         if kept is not None:
             kept.add(part, answers)
         return answers
@@ -147,7 +152,7 @@ def in_batches(
     """Returns what ``run`` gives for every prompt, in the order of the prompts.
 
     ``run`` gets batches: the numbers of the prompts, and ids and attention masks, both [prompts, tokens] and padded on
-    the left. A batch for which GPU memory does not suffice is halved; raises `RunError` if it does not suffice for a
+    the left. A batch for which memory does not suffice is halved; raises `RunError` if it does not suffice for a
     single prompt. A batch whose results are all ``known`` is not run; the others are those that they would be without.
     """
     results = dict(known)
@@ -157,7 +162,9 @@ def in_batches(
         ids, mask = left_padded([prompts[i] for i in part], pad, device)
         try:
             given = run(part, ids, mask)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_memory_full(error):
+                raise
             pending[:0] = halves(part, ids.shape[1] + new_tokens)
             continue
         results.update(zip(part, given, strict=True))
@@ -182,10 +189,8 @@ def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]
 def halves(part: list[int], tokens: int) -> list[list[int]]:
     """Cuts a batch in two. Raises `RunError` for a batch of one prompt, which has ``tokens``."""
     if len(part) == 1:
-        raise RunError(
-            f"the GPU has no room for {tokens:,} tokens of one question and its answer; lower max_new_tokens"
-        )
-    torch.cuda.empty_cache()
+        raise RunError(f"there is no room for {tokens:,} tokens of one question and its answer; lower max_new_tokens")
+    free_memory()
     return [part[: len(part) // 2], part[len(part) // 2 :]]
 
 

@@ -227,7 +227,7 @@ def compared(tuned: Values, base: Values | None, seed: int) -> list[HarnessFigur
         if base is not None:
             before = [base[task, metric][number] for number in sorted(of_each)]
             moved = paired_change(before, values, [1.0] * len(values), seed)
-            change = MetricChange(difference=moved.difference, interval=[moved.low, moved.high])
+            change = MetricChange.of(moved)
             figure = replace(figure, base=moved.base, change=change)
         figures.append(figure)
     return figures

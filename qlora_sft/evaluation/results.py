@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_sft.atomic import write_json, written_file
 from qlora_sft.evaluation.ask import Questions, Scores
 from qlora_sft.evaluation.compare import TaskReport
-from qlora_sft.json_types import JsonObject
+from qlora_sft.json_types import JsonObject, read_object
 
 # What all tasks together say; no task has this name for itself.
 DIAGNOSIS = "diagnosis.json"
@@ -55,8 +55,16 @@ def _free_name(folder: Path, report: TaskReport) -> str:
         if f"{name}.json" == DIAGNOSIS:
             continue
         file = folder / f"{name}.json"
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
+        earlier = _read(file) if file.is_file() else own
         same = all(earlier.get(key) == own.get(key) for key in asked)
         if same and ("base" in own or "base" not in earlier):
             return name
     raise AssertionError("count does not end")
+
+
+def _read(file: Path) -> JsonObject:
+    """Reads earlier results; damaged ones are empty, and so they are never those that are written now."""
+    try:
+        return read_object(file)
+    except (OSError, ValueError):
+        return {}

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_sft.atomic import written_file
+from qlora_sft.atomic import remove_leftovers, written_file
+from qlora_sft.data.pieces import adds_bos
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.gguf_check import check_gguf
-from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template, tokenizer_adds_bos
+from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
 from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_modelfile
-from qlora_sft.export.parity import Figures, check_parity, record
+from qlora_sft.export.parity import Figures, check_parity, forget, record
 from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.trained import Trained, read_trained
@@ -88,11 +89,13 @@ def export_run(
         merge_run(run, say=say)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
     trained = read_trained(run)
+    remove_leftovers(target)
     with written_file(target) as beside:
         version = _write(run, merged, beside, quant, imatrix, trained, say)
         checked = check_gguf(beside, merged)
     say(f"read back: {checked.tensors} tensors, tokenizer, template, stop token and rope are those of {merged}")
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked.tensors}
+    forget(run, quant)
     record(run, {"gguf": {quant: facts}})
     made = write_modelfile(run, OllamaModel(target, merged, checked.adds_bos), trained, ollama.system, say)
     figures = check_parity(run, merged, target, quant, say=say) if parity else None
@@ -163,12 +166,14 @@ def export_adapter(
     if opened.lora_init == "loftq":
         say("the adapter holds what NF4 lost of its base (lora.init=loftq): put it on a base with NF4's values")
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
+    remove_leftovers(target)
     with written_file(target) as beside, tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         convert_lora(write_plain_lora(opened.adapter, Path(scratch, "adapter")), base, beside)
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
+    forget(run, "lora")
     record(run, {"gguf": {"lora": facts}})
-    registered = OllamaModel(target, base, tokenizer_adds_bos(saved_tokenizer(opened.adapter)), base)
+    registered = OllamaModel(target, base, adds_bos(saved_tokenizer(opened.adapter)), base)
     made = write_modelfile(run, registered, read_trained(run), ollama.system, say)
     figures = None
     if parity:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_sft.data.pieces import adds_bos
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
 from qlora_sft.model.base_tokenizer import saved_tokenizer
@@ -37,11 +38,6 @@ def bos_first(fields: Mapping[str, object]) -> bool:
     """Says whether a runtime puts bos before a prompt for a file with these metadata."""
     stated, kind, pre = (fields.get(name) for name in _FIELDS)
     return bool(stated) if stated is not None else kind == "llama" or pre in _BOS_BY_DEFAULT
-
-
-def tokenizer_adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Says whether the tokenizer puts bos before plain text, which is what a GGUF of its base will say."""
-    return tokenizer.bos_token_id is not None and bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
 
 
 def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
@@ -80,7 +76,7 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
         if tokenizer.chat_template and not thinks:
             described.pop("chat_template", None)
             _replace(view / "chat_template.jinja", without_thinking(tokenizer))
-        if not tokenizer_adds_bos(tokenizer):
+        if not adds_bos(tokenizer):
             # Where nothing is said, llama.cpp puts bos before every prompt for some vocabularies.
             described.setdefault("add_bos_token", False)
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))

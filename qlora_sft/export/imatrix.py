@@ -27,11 +27,16 @@ TOKENS = 16384
 def write_imatrix(run: Path, merged: Path, architecture: str, target: Path, say: Say = tell) -> int:
     """Writes the importance matrix to ``target`` and returns the number of tokens that it was computed from.
 
-    Raises `RunError` if the training data cannot be read.
+    Raises `RunError` if the training data cannot be read, or if the model overflows on it.
     """
     documents = _training_documents(run)
     say(f"importance matrix from {sum(map(len, documents)):,} tokens of the training data")
     sums, tokens = _collect(merged, documents, Run.open(run).model.trust_remote_code)
+    if not all(np.isfinite(values).all() for values in sums.values()):
+        raise RunError(
+            "no importance matrix: the merged model overflows in the type that it computes in here (float16 on a GPU "
+            "without bfloat16); name a file made by llama-imatrix with --imatrix FILE, or take --imatrix none"
+        )
     names = gguf_names(architecture, merged)
     entries = {names(f"{module}.weight"): values for module, values in sums.items()}
     _write(target, {name: values for name, values in entries.items() if name}, tokens)

@@ -22,6 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_sft.errors import RunError
+from qlora_sft.export.logits_file import logits_file
+
 BATCH = 512
 _log_callback: object = None
 
@@ -173,7 +176,7 @@ def main(library_path: str, gguf: str, request_file: str, out_file: str) -> None
     if request["lora"]:
         model.use_lora(request["lora"])
     total = sum(map(len, request["positions"]))
-    out = np.lib.format.open_memmap(out_file, mode="w+", dtype=np.float32, shape=(total, model.n_vocab))
+    out = logits_file(Path(out_file), (total, model.n_vocab))
     start = 0
     for ids, positions in zip(documents, request["positions"], strict=True):
         model.logits(ids, positions, out[start : start + len(positions)])
@@ -185,5 +188,5 @@ def main(library_path: str, gguf: str, request_file: str, out_file: str) -> None
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:5])
-    except (RuntimeError, AttributeError, OSError) as error:
+    except (RunError, RuntimeError, AttributeError, OSError) as error:
         sys.exit(f"{error}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import llama_libraries, threads
+from qlora_sft.export.logits_file import logits_file
 from qlora_sft.export.probe import Probe
 from qlora_sft.say import progress
 
@@ -92,7 +93,7 @@ def _run_model(model: PreTrainedModel, probe: Probe, out: Path, what: str) -> np
         logits = output.logits[0].float().cpu()
         if rows is None:
             shape = (probe.tokens, logits.shape[1])
-            rows = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+            rows = logits_file(out, shape)
         rows[start : start + len(positions)] = logits.numpy()
         start += len(positions)
         bar.update(len(positions))

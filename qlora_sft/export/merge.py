@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from qlora_sft.atomic import written_folder
+from qlora_sft.atomic import remove_leftovers, written_folder
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.json_types import JsonObject
-from qlora_sft.model.base_files import read_config
+from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.rope import with_rope_scaling
 from qlora_sft.model.run_base import run_base
@@ -40,6 +40,8 @@ MEASURED_BELOW = 2**30
 Dtype = Literal["auto", "bf16", "f16", "f32"]
 # If bfloat16 is measured to give a mean KL from the adapter above this, its rounding is worth avoiding.
 TAKE_FLOAT16 = 1e-4
+# Of config.json, what generation goes by where there is no generation_config.json.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -74,6 +76,8 @@ def merge_run(
     finished run or ``onto`` is impossible for it, and `RunError` if adapter and base do not fit together or the disk is
     too small. Then nothing is written under the final name.
     """
+    from qlora_sft.export.parity import forget
+
     opened = Run.open(run)
     base = run_base(opened)
     if dtype not in get_args(Dtype):
@@ -86,9 +90,13 @@ def merge_run(
     else:
         onto, reason = _only_onto(opened, base)
     if onto is None:
-        return _merge_better(merge, target, dtype)
-    say(f"merge onto {onto} ({reason})")
-    return merge.write(target, onto, dtype, reason)
+        result = _merge_better(merge, target, dtype)
+    else:
+        say(f"merge onto {onto} ({reason})")
+        result = merge.write(target, onto, dtype, reason)
+    if target == opened.merged:
+        forget(opened.path, "merged")
+    return result
 
 
 # ------------------------------------------------------------------ onto what
@@ -126,7 +134,10 @@ def _merge_better(merge: _Merge, target: Path, dtype: Dtype) -> MergeResult:
                 attempt(onto, onto, dtype)
             best = min(measured, key=lambda name: measured[name])
             if dtype == "auto" and measured[best] > TAKE_FLOAT16 and results[best].dtype == "bfloat16":
-                attempt(f"{best} in float16", results[best].onto, "f16")
+                try:
+                    attempt(f"{best} in float16", results[best].onto, "f16")
+                except RunError as error:  # a weight beyond its range, or no room for one more copy
+                    merge.say(f"not in float16: {error}")
                 best = min(measured, key=lambda name: measured[name])
         reason = "mean KL from the adapter, measured: " + ", ".join(f"{o} {kl:.1e}" for o, kl in measured.items())
         merge.say(f"merge onto {best} ({reason})")
@@ -204,7 +215,7 @@ class _Merge:
         for note in plan.notes:
             say(note)
         _check_disk(target, plan.nbytes)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         with written_folder(target) as beside:
             shards = plan.shards()
             for file, tensors in shards.items():
@@ -253,25 +264,6 @@ def _check_disk(target: Path, needed: int) -> None:
         )
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes the folders that killed merges left beside ``target``. Those of merges that still run stay."""
-    for folder in target.parent.glob(f".{target.name}.*-*"):
-        pid = folder.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    """Says whether there is a process with this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _verify(folder: Path, tensors: list[Planned]) -> None:
     """Reads the written folder back. Raises `RunError` unless every tensor is there with its shape."""
     from qlora_sft.model.tensors import read_model
@@ -297,6 +289,7 @@ def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, 
     What a processor for images and sound is made from is copied; its chat template is that of the tokenizer.
     """
     config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)  # the folder of somebody's machine
     for settings in base.glob("*processor_config.json"):
         shutil.copy(settings, target)
     for code in base.glob("*.py") if config.get("auto_map") else ():
@@ -306,11 +299,16 @@ def _write_configs(base: Path, target: Path, config: JsonObject, adapter: Path, 
     generation = base / "generation_config.json"
     if generation.is_file():
         content = json.loads(generation.read_text(encoding="utf-8"))
-        given = content.get("eos_token_id")
-        listed = given if isinstance(given, list) else [] if given is None else [given]
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
-            content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
-            say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
+    else:  # where transformers looks then
+        own = text_config(config)
+        content = {key: own[key] for key in SPECIAL if own.get(key) is not None}
+    given = content.get("eos_token_id")
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    added = tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed
+    if added:
+        content["eos_token_id"] = [tokenizer.eos_token_id, *listed]
+        say(f"generation stops at {tokenizer.eos_token!r} too: turns were trained to end with it")
+    if added or generation.is_file():
         (target / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -90,7 +90,8 @@ def _results(report: RunReport) -> str:
         loss, match = report.loss.get(name), report.exact_match.get(name)
         rows.append([name, *_figures(loss, ".3f"), *_figures(match, ".1%")])
     if not rows:
-        return "Not measured: the run had no held-out data."
+        failed = any(": not measured (" in text for text in report.warnings)
+        return "Not measured." if failed else "Not measured: the run had no held-out data."
     return _table(["source", "loss before", "loss after", "exact match before", "exact match after"], rows)
 
 
@@ -155,10 +156,12 @@ def _usage(repo: str, what: str, base: str, run: Run, ggufs: list[str]) -> str:
             f"ollama create {name} -f {name}/{name}.Modelfile && ollama run {name}\n```"
         )
     loader, commit = _loader(run), run.base_commit
+    stop = ""
     load = f'model = {loader}.from_pretrained("{repo}", dtype="auto", device_map="auto")'
     imports = f"from transformers import {loader}, AutoTokenizer"
     if what == "adapter":
         imports = "from peft import PeftModel\n" + imports
+        stop = ", eos_token_id=tokenizer.eos_token_id"  # the base may only know a token that ends no turn
         revision = f'revision="{commit}", ' if commit else ""
         load = (
             f'base = {loader}.from_pretrained("{base}", {revision}dtype="auto", device_map="auto")\n'
@@ -169,7 +172,7 @@ def _usage(repo: str, what: str, base: str, run: Run, ggufs: list[str]) -> str:
         'messages = [{"role": "user", "content": "Hello"}]\n'
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
-        "output = model.generate(**inputs.to(model.device), max_new_tokens=256)\n"
+        f"output = model.generate(**inputs.to(model.device), max_new_tokens=256{stop})\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
     )
 

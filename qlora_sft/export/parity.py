@@ -6,6 +6,7 @@ The merged model is compared with the adapter, and the GGUF with the merged mode
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,10 @@ def bound(form: str) -> tuple[float, float]:
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
-    """Compares two [tokens, vocabulary] logits. One may have more columns, which are padding and are left out."""
+    """Compares two [tokens, vocabulary] logits. One may have more columns, which are padding and are left out.
+
+    The KL divergence from logits that are not numbers, or of such, is infinite: nothing is farther from a model.
+    """
     import torch
 
     if len(reference) != len(other):
@@ -87,9 +91,11 @@ def compare(reference: np.ndarray, other: np.ndarray) -> Figures:
         same += int((a.argmax(1) == b.argmax(1)).sum())
         largest = max(largest, float((a - b).abs().max()))
         p, q = a.log_softmax(1), b.log_softmax(1)
-        divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        # A token that both rule out has a logit of minus infinity in both.
+        divergence += float((p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(dtype=torch.float64))
     count = len(reference)
-    return Figures(same / count, max(0.0, divergence / count), largest, count)
+    kl = max(0.0, divergence / count) if math.isfinite(divergence) else math.inf
+    return Figures(same / count, kl, largest, count)
 
 
 @contextmanager
@@ -146,7 +152,8 @@ def check_parity(
                 form, found[form], "merged" if merged is not None else "adapter", probe.supervised_only, say
             )
             faults += compare_texts(texts, ids, tokenizer)
-    record(run, {"parity": {name: figures.to_json() for name, figures in found.items()}})
+    finite = {name: figures.to_json() for name, figures in found.items() if math.isfinite(figures.kl)}
+    record(run, {"parity": finite})
     if merged == run / "merged" and "merged" in found:
         record(run, {"merged_written": (merged / "config.json").stat().st_mtime})
     if faults:
@@ -171,6 +178,15 @@ def record(run: Path, facts: JsonObject) -> None:
     write_json(run / "export.json", content)
 
 
+def forget(run: Path, form: str) -> None:
+    """Removes the figures of ``form`` from export.json: its file is another one now, of which nothing is known yet."""
+    content = Run.open(run).exports
+    known = content.get("parity", {})
+    if form in known:
+        del known[form]
+        write_json(run / "export.json", content)
+
+
 def _texts(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns texts to tokenize: some of the probe's documents, and texts about which tokenizers usually disagree."""
     chosen = probe.documents[:: max(1, len(probe.documents) // 8)]
@@ -184,20 +200,24 @@ def _judge(form: str, figures: Figures, against: str, supervised_only: bool, say
     """
     top1, kl = bound(form)
     top1 = top1 if supervised_only else 0.0
-    say(
-        f"{form} against {against}: top-1 {figures.top1:.2%} (at least {top1:.1%}), mean KL {figures.kl:.1e} "
-        f"(at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, {figures.tokens:,} tokens"
-    )
     # Few tokens prove little. So the bound is widened by three standard deviations of what a model that just meets it
     # would show on as many tokens.
-    doubt = 3 * (top1 * (1 - top1) / figures.tokens) ** 0.5
-    if figures.top1 >= top1 - doubt and figures.kl <= kl:
+    least = max(0.0, top1 - 3 * (top1 * (1 - top1) / figures.tokens) ** 0.5)
+    of_many = f", {top1:.1%} of many" if top1 else ""
+    say(
+        f"{form} against {against}: top-1 {figures.top1:.2%} (at least {least:.2%}{of_many}), mean KL "
+        f"{figures.kl:.1e} (at most {kl:.0e}), largest logit difference {figures.max_diff:.3g}, "
+        f"{figures.tokens:,} tokens"
+    )
+    if figures.top1 >= least and figures.kl <= kl:
         return []
     return [f"{form}: top-1 {figures.top1:.2%}, mean KL {figures.kl:.1e}. Suspect: {_suspect(form, figures)}"]
 
 
 def _suspect(form: str, figures: Figures) -> str:
     """Names the likeliest cause of the difference, and the cure."""
+    if math.isinf(figures.kl):
+        return "an overflow, for its logits are not numbers; merge with --dtype f32, and export bf16 or f32"
     if form == "merged":
         if figures.top1 > 0.9:
             return "the rounding of the merged weights; merge with --dtype f16 or f32"

@@ -47,6 +47,15 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], obstacle:
     return Backend("transformers", f"Unsloth is not available: {fault}")
 
 
+def expected_backend(wanted: Literal["auto", "unsloth", "transformers"], obstacle: str = "") -> Backend:
+    """Returns what `choose_backend` will choose, without importing Unsloth: if it is there, it is taken to work."""
+    if wanted == "transformers" or obstacle:
+        return choose_backend(wanted, obstacle)
+    if importlib.util.find_spec("unsloth") is None:
+        return Backend("transformers", "Unsloth is not available: not installed")
+    return Backend("unsloth", "it is installed")
+
+
 def _import_unsloth() -> str | None:
     """Imports Unsloth. Returns None, or in one line why it cannot be used."""
     if importlib.util.find_spec("unsloth") is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -25,9 +26,11 @@ METHOD = "nf4_with_experts"
 class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
     """Holds bitsandbytes' settings under the name of our own method, by which transformers finds `ExpertsQuantizer`."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, quantizes_on: str | None = None, **settings: Any):
+        """Takes bitsandbytes' settings. quantizes_on: the device that quantises what is loaded into host memory."""
         settings.pop("quant_method", None)
         super().__init__(**settings)
+        self.quantizes_on = quantizes_on
         self.quant_method = METHOD
 
 
@@ -59,13 +62,31 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        module, name = get_module_from_name(model, full_layer_name)
+        device = self.hf_quantizer.quantization_config.quantizes_on
+        values = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        there = values if device is None else {key: value.to(device) for key, value in values.items()}
+        done = self._quantized(there, full_layer_name, model, **kwargs)
+        return done if device is None else {key: _to_host(value) for key, value in done.items()}
+
+    def _quantized(
+        self, values: dict[str, Tensor], full_name: str, model: nn.Module, **kwargs: object
+    ) -> dict[str, Tensor]:
+        module, name = get_module_from_name(model, full_name)
         if name not in stack_names(module):
-            return dict(super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs))
-        (value,) = input_dict.values()
-        packed, scales = quantized_stack(value[0] if isinstance(value, list) else value, parts_of(module, name))
+            return dict(super().convert(values, full_layer_name=full_name, model=model, **kwargs))
+        (value,) = values.values()
+        packed, scales = quantized_stack(value, parts_of(module, name))
         module.nf4_dtype = getattr(module, name).dtype
-        return {full_layer_name: packed, **{f"{full_layer_name}_{scale}": scales[scale] for scale in SCALES}}
+        return {full_name: packed, **{f"{full_name}_{scale}": scales[scale] for scale in SCALES}}
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """Returns a quantised weight, or what belongs to it, in host memory."""
+    if not isinstance(value, nn.Parameter) or isinstance(value, Params4bit):
+        moved: Tensor = value.to("cpu")
+        return moved
+    value.data = value.data.to("cpu")  # with what else the parameter says of itself
+    return value
 
 
 def quantize_experts(module: Any) -> None:
@@ -108,9 +129,9 @@ def quantized_stack(weight: Tensor, parts: int) -> tuple[nn.Parameter, dict[str,
     return parameter, scales
 
 
-def experts_config(**settings: Any) -> ExpertsConfig:
+def experts_config(quantizes_on: str | None, **settings: Any) -> ExpertsConfig:
     """Returns the settings that quantise a base with experts, to be given to ``from_pretrained``."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(ExpertsConfig)
         register_quantizer(METHOD)(ExpertsQuantizer)
-    return ExpertsConfig(**settings)
+    return ExpertsConfig(quantizes_on, **settings)

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 BLOCK = 64  # weights that share a scale in NF4
 
 
-def quantize_head(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replaces the head of a base model that has no adapters yet. Raises `ConfigError` as `check_head` does."""
+def quantize_head(model: PreTrainedModel, dtype: torch.dtype, device: str | None = None) -> None:
+    """Replaces the head of a base model that has no adapters yet. Raises `ConfigError` as `check_head` does.
+
+    device: what quantises it and has it from then on; default: where it is.
+    """
     check_head(model)
     head = model.get_output_embeddings()
-    model.set_output_embeddings(nf4_linear(head, head.weight.detach(), dtype))
+    model.set_output_embeddings(nf4_linear(head, head.weight.detach().to(device), dtype))
 
 
 def check_frozen_head(settings: ModelConfig, new_rows: Sequence[int]) -> None:

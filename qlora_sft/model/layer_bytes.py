@@ -22,6 +22,7 @@ from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.loss import last_hidden_states
 from qlora_sft.model.mlp import TiledMLP, set_recompute
+from qlora_sft.model.shards import whole
 from qlora_sft.say import Say, tell
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def measure_layer(
     short = mlp.tile if isinstance(mlp, TiledMLP) else SHORT
     while True:
         try:
-            return _measure(layer, model, tokens, dtype, short, tree)
+            with whole(model, layer):
+                return _measure(layer, model, tokens, dtype, short, tree)
         except torch.OutOfMemoryError as error:
             obstacle = first_line(error)
         # Only here, where the error has gone with all that its traceback held.

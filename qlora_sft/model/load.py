@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +121,11 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
     from qlora_sft.model.experts_lora import use_experts_lora
 
     settings = config.model
-    model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code)
+    to_host = config.memory.base_shards > 1  # from where each process takes its share
+    model = load_base(base, dtype, settings.load_in_4bit, settings.rope_scaling, settings.trust_remote_code, to_host)
     grow(model, rows, initialise=True)
     if config.model.head_in_4bit:
-        quantize_head(model, dtype)
+        quantize_head(model, dtype, own_device())
     # What peft.prepare_model_for_kbit_training does and is wanted here. Not wanted: its cast of every 16-bit weight
     # (the embedding!) to float32.
     model.requires_grad_(False)
@@ -141,26 +143,32 @@ def _load_with_transformers(config: Config, base: str, dtype: torch.dtype, rows:
 
 
 def load_base(
-    base: str, dtype: torch.dtype, load_in_4bit: bool, rope: RopeScaling | None = None, trust: bool = False
+    base: str,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    rope: RopeScaling | None = None,
+    trust: bool = False,
+    to_host: bool = False,
 ) -> PreTrainedModel:
     """Loads the base in plain transformers, in NF4 with double quantisation or in ``dtype``, on a GPU if there is one.
 
-    trust: code that the folder ``base`` brings along may be run.
+    trust: code that the folder ``base`` brings along may be run. to_host: it is loaded into host memory; the GPU only
+    quantises, one weight after the other, so the bits are those of a base that is loaded on it.
     """
     from qlora_sft.model.experts_scored import use_our_experts
 
     settings = scaled_config(base, rope, trust)
     options: dict[str, Any] = {} if rope is None else {"config": settings}
     # One that was saved in NF4 is loaded as it is.
+    device = own_device()
     if load_in_4bit and not read_config(base).get("quantization_config"):
-        options["quantization_config"] = _quantization(base, dtype, kept_in_full(meta_model(settings)))
-    # Of several processes each has a GPU of its own.
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        kept = kept_in_full(meta_model(settings))
+        options["quantization_config"] = _quantization(base, dtype, kept, device if to_host else None)
     model: PreTrainedModel
     model, told = auto_class(settings).from_pretrained(
         base,
         dtype=dtype,
-        device_map=device,
+        device_map="cpu" if to_host else device,
         trust_remote_code=runs_code(base, trust),
         output_loading_info=True,
         **options,
@@ -171,18 +179,24 @@ def load_base(
     return model
 
 
-def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None) -> Any:
+def own_device() -> str:
+    """Returns the device of this process; of several processes each has a GPU of its own."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization(base: str, dtype: torch.dtype, kept: list[str] | None, quantizes_on: str | None) -> Any:
     """Returns the settings for NF4 with double quantisation of all linear layers but those ``kept`` in full.
 
-    If the base has experts, their stacks are quantised as well.
+    If the base has experts, their stacks are quantised as well. quantizes_on: the device that quantises what is loaded
+    into host memory; None if weights are quantised where they are.
     """
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig
-    if has_experts(read_config(base)):
+    config: Any = BitsAndBytesConfig
+    if quantizes_on or has_experts(read_config(base)):
         from qlora_sft.model.experts_load import experts_config
 
-        config = experts_config
+        config = partial(experts_config, quantizes_on)
     return config(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from qlora_sft.config import Config
+from qlora_sft.model.shards import shards_of
 from qlora_sft.parallel import processes_here
 
 if TYPE_CHECKING:
@@ -35,15 +36,17 @@ class MemoryBudget(NamedTuple):
 def device_budget(model: CausalModel, config: Config) -> MemoryBudget:
     """Returns the memory for activations on the device that the model is on.
 
-    Gradients and optimizer states are taken off.
+    Gradients and optimizer states are taken off, and the room for layers that are fetched whole where the base is cut.
     """
-    return budget_on(model.device, config, training_states(model, config))
+    shards = shards_of(model)
+    fetched = 0 if shards is None else shards.missing_bytes
+    return budget_on(model.device, config, training_states(model, config), fetched)
 
 
 def budget_on(device: torch.device, config: Config, states: int, weights: int = 0) -> MemoryBudget:
     """Returns the memory for activations on ``device``.
 
-    states: the bytes of gradients and optimizer states. weights: the bytes of a model that is not loaded yet.
+    states: the bytes of gradients and optimizer states. weights: the bytes of weights that are not loaded yet.
     """
     if device.type != "cuda":
         available = available_ram() // processes_here() - weights

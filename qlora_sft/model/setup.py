@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from qlora_sft.model.loss_check import check_logits
 from qlora_sft.model.mlp import use_tiled_mlp
 from qlora_sft.model.norms import use_lean_norms
 from qlora_sft.model.qkv import use_lean_attention
+from qlora_sft.model.shards import cut_base, in_turn
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.trained_rows import use_rows_beside_embedding
 from qlora_sft.say import Say
@@ -48,15 +50,13 @@ def prepare_model(
 
     attention: the way to attend (`settle_attention`); default: varlen.
     """
-    model = load_model(config, base, dtype, backend)
+    cut = config.memory.base_shards > 1
+    with in_turn() if cut else nullcontext():
+        model = load_adapted(config, base, dtype, backend, say)
+        if cut:
+            say(f"base: {cut_base(model)}")
     if model.device.type == "cuda":
         say(f"GPU memory: {describe_allocator()}")
-    check_shapes(model, config.lora)
-    if config.lora.from_:
-        check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
-        say(f"adapter: {start_from(model, config.lora.from_)}")
-    elif begun := begin_adapters(model, config.lora, base, config.seed):
-        say(f"adapter: {begun}")
     use_rows_beside_embedding(model)
     say(f"linear layers: {describe_linears(model)}")
     use_checked_attention(model, dtype, say, *(attention or AttentionChoice("varlen", "")))
@@ -77,4 +77,16 @@ def prepare_model(
     packed = packed_as(base)
     source = f"{name}, dequantised from {packed}" if packed else name
     say(f"model: {source}, {describe_lora(config.lora)}, {trainable:,} trainable parameters")
+    return model
+
+
+def load_adapted(config: Config, base: str, dtype: torch.dtype, backend: BackendName, say: Say) -> PeftModel:
+    """Loads ``base`` with adapters that have their beginning."""
+    model = load_model(config, base, dtype, backend)
+    check_shapes(model, config.lora)
+    if config.lora.from_:
+        check_adapter(config, base)  # once more: the weights of a base of the Hub are here only now
+        say(f"adapter: {start_from(model, config.lora.from_)}")
+    elif begun := begin_adapters(model, config.lora, base, config.seed):
+        say(f"adapter: {begun}")
     return model

@@ -100,7 +100,8 @@ def _last(values: Sequence[float | None]) -> float | None:
 
 def _held_out(run: RunFacts, source: str, place: int) -> float | None:
     measured = [losses for _, losses in run.held_out]
-    if not measured or (place == 0 and run.held_out[0][0] != 0):
+    only_before = bool(run.held_out) and run.held_out[-1][0] == 0 and run.last_step > 0
+    if not measured or (place == 0 and run.held_out[0][0] != 0) or (place == -1 and only_before):
         return None
     return measured[place].get(source)
 

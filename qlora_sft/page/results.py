@@ -110,6 +110,8 @@ def figures(run: RunFacts) -> list[tuple[str, object, str]]:
         before, after = (nats(sum(each) / len(each)) for each in (first, last))
         several = any(len(course) > 1 for course in courses)
         note_of = f"mean of {len(names)} sources" if len(names) > 1 else f"of {names[0]}"
+        if run.held_out[-1][0] == 0 and run.last_step > 0:
+            note_of += ", before training only"
         found.append(("Held-out loss", change(before, after) if several else after, note_of))
     if report and report.exact_match:
         found.append(("Exact answers", _matched(*_mean_of(list(report.exact_match.values()))), "mean of the sources"))

@@ -81,8 +81,10 @@ def _interval(name: str, task: JsonObject) -> Interval | None:
     edges = [edge for each in items(change.get("interval")) if (edge := number(each)) is not None]
     if difference is None or len(edges) != 2 or not all(map(drawable, (difference, *edges))):
         return None
-    better = (edges[1] < 0 or None) if name in LOWER_IS_BETTER else (edges[0] > 0 or None)
-    worse = edges[0] > 0 if name in LOWER_IS_BETTER else edges[1] < 0
+    # An interval over few items leaves out zero where all that have changed did so in one direction.
+    low_end, high_end = edges if change.get("more_than_chance") is not False else (0.0, 0.0)
+    better = (high_end < 0 or None) if name in LOWER_IS_BETTER else (low_end > 0 or None)
+    worse = low_end > 0 if name in LOWER_IS_BETTER else high_end < 0
     before, after = (_write(name, numbers(task.get(who)).get(name)) for who in ("base", "tuned"))
     scale = 1 if name in NO_SHARES else 100
     low, high, moved = (_signed(scale * each) for each in (*edges, difference))

@@ -6,6 +6,7 @@ real model. Which layers bitsandbytes quantises is asked of transformers' own ru
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -122,6 +123,8 @@ class Blueprint:
     """Whether the length of every row of an adapted weight is trained, too."""
     nested: bool = True
     """Whether the scales of NF4 weights are quantised themselves; a checkpoint that was saved in NF4 may differ."""
+    shared: frozenset[str] = frozenset()
+    """The parameters that several decoder layers have in common."""
 
     @property
     def n_layers(self) -> int:
@@ -216,6 +219,7 @@ def blueprint_of(settings: PretrainedConfig, config: Config, rows: Sequence[int]
         prefix=layers_prefix(model),
         beside={name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in other_parts(model)},
         why_one_at_a_time=why_one_at_a_time(model),
+        shared=_shared(model, blocks),
         norms=[
             [Norm(name, type(m).__name__, m.weight.numel()) for name, m in block.named_modules() if _is_norm(m)]
             for block in blocks
@@ -230,6 +234,12 @@ def _input_embedding(model: PreTrainedModel) -> int:
     """Returns the values of the input embedding; 0 if the output head is the same matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return 0 if head is not None and head.weight is embedding.weight else int(embedding.weight.numel())
+
+
+def _shared(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> frozenset[str]:
+    """Returns the names of the parameters that several of ``blocks`` have."""
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    return frozenset(name for name, parameter in model.named_parameters() if uses[parameter] > 1)
 
 
 def _stacks(model: PreTrainedModel, config: Config) -> list[Stack]:

@@ -6,7 +6,7 @@ Import this module only when the backend is chosen, as `make_plan` does.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def needs_of(
         resident=ResidentPlan(**asdict(held), total=held.total),
         this_run=memory,
         cards=_cards(blueprint, config),
-        host=_host(choice, memory, on_gpu),
+        host=_host(choice, memory, on_gpu, _whole_base(blueprint, config, dtype)),
         disk=_disk(blueprint, config, held, workload, base),
         data=describe(workload) if workload else None,
         time=_time(blueprint, config, dtype, attention.way, workload, choice, say) if timing and choice else None,
@@ -225,11 +225,22 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool) -> HostPlan:
-    """Plans the host memory of the run."""
+def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool, base: int) -> HostPlan:
+    """Plans the host memory of the run. base: the bytes of a base that passes through it as a whole."""
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.peak or 0
-    return HostPlan(PROCESS_BYTES, slab, device, PROCESS_BYTES + slab + device, available_ram())
+    # Layers have no inputs there before it is gone.
+    total = PROCESS_BYTES + max(base, slab + device)
+    return HostPlan(PROCESS_BYTES, slab, device, total, available_ram(), base)
+
+
+def _whole_base(blueprint: Blueprint, config: Config, dtype: torch.dtype) -> int:
+    """Returns the bytes of the base if it is loaded into host memory to be cut there, else 0."""
+    if config.memory.base_shards == 1:
+        return 0
+    whole = replace(config, memory=replace(config.memory, base_shards=1))
+    held = residents(blueprint, whole, dtype, "adamw_torch_fused")
+    return held.nf4 + held.full
 
 
 # ------------------------------------------------------------------ disk and time

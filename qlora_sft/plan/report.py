@@ -34,6 +34,12 @@ class ResidentPlan(Report):
     gradients: int
     optimizer: int
     total: int
+    base_shards: int = 1
+    shards: int = 0
+    """The shard of every layer that one of several cards has; what is cut is in none of the figures above but the
+    total."""
+    fetched: int = 0
+    """The layers that are whole at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,8 @@ class HostPlan(Report):
     """The model, where the device is the CPU."""
     total: int
     available: int
+    base: int = 0
+    """The whole base, while a process takes its shards of it; one process after the other does."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_sft.plan.report import CardsPlan, DiskPlan, HostPlan, PlanReport
+from qlora_sft.plan.report import CardsPlan, DiskPlan, HostPlan, PlanReport, ResidentPlan
 from qlora_sft.units import duration, size
 
 
@@ -25,9 +25,11 @@ def _memory(plan: PlanReport) -> str:
     held, run = plan.resident, plan.this_run
     stacks = f", {plan.model.quantized_stacks} stacks of experts" if plan.model.quantized_stacks else ""
     lines = [f"memory of this run ({run.device}, {size(run.memory)})"]
+    packed = "what is not cut" if held.shards else f"{plan.model.quantized_layers} linear layers{stacks}"
     lines += [
-        _line("weights in NF4", held.nf4, f"{plan.model.quantized_layers} linear layers{stacks}, exact"),
+        _line("weights in NF4", held.nf4, f"{packed}, exact"),
         _line("weights in full", held.full + held.buffers, "embeddings, head, norms, exact"),
+        *_shards(held),
         _line("adapters and gradients", held.adapters + held.gradients, "float32, exact"),
         _line("optimizer", held.optimizer, "exact"),
     ]
@@ -44,6 +46,16 @@ def _memory(plan: PlanReport) -> str:
         lines.append(_line("CUDA context", run.context, "assumed"))
     verdict = "fits" if run.fits else "does NOT fit: shorten data.max_length or lower training.batch_size"
     return "\n".join([*lines, _line("peak", run.peak or 0, verdict)])
+
+
+def _shards(held: ResidentPlan) -> list[str]:
+    """Writes what one card has of a base that is cut over several."""
+    if not held.shards:
+        return []
+    return [
+        _line("shards of the layers", held.shards, f"one of {held.base_shards}, exact; so many cards train together"),
+        _line("layers that are whole", held.fetched, "two at a time, exact"),
+    ]
 
 
 def _cards(cards: CardsPlan) -> str:
@@ -70,6 +82,8 @@ def _host(host: HostPlan) -> str:
     ]
     if host.offloaded:
         lines.append(_line("offloaded inputs", host.offloaded, "exact"))
+    if host.base:
+        lines.append(_line("the whole base", host.base, "before training, in one process after the other"))
     if host.device:
         lines.append(_line("the model, on the CPU", host.device, "the peak above"))
     verdict = f"{size(host.available)} available" + ("" if host.total <= host.available else ": NOT enough")
@@ -113,6 +127,7 @@ def _run(plan: PlanReport) -> str:
         f"      from one layer measured here on a row of {m.tokens:,} tokens in {m.documents} documents: "
         f"forward {1000 * m.forward:.0f} ms, backward {1000 * m.backward:.0f} ms, loss {1000 * m.loss:.0f} ms"
         f" (median of {m.repeats}); without loading, evaluation and the optimizer's steps"
+        + (", and without waiting for layers to be fetched" if plan.resident.shards else "")
     )
     return "\n".join(lines)
 

@@ -5,12 +5,13 @@ Every function is checked, tensor by tensor, against a loaded model after an opt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.model.memory_budget import optimizer_bytes
+from qlora_sft.model.shards import layer_bytes, whole_bytes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Stack
 
 # bitsandbytes: one uint8 per 64 weights (their absolute maximum, itself quantised), one float32 per 256 of those.
@@ -32,11 +33,17 @@ class Residents:
     adapters: int
     gradients: int
     optimizer: int
+    base_shards: int = 1
+    shards: int = 0
+    """What this process has of the weights that are cut over several (``memory.base_shards``), one shard of each layer;
+    they are in none of the other figures."""
+    fetched: int = 0
+    """The layers of them that are whole at a time."""
 
     @property
     def loaded(self) -> int:
-        """Returns the bytes of the model before it is trained."""
-        return self.nf4 + self.full + self.buffers + self.adapters
+        """Returns the bytes of the model while it is trained, without gradients."""
+        return self.nf4 + self.full + self.buffers + self.adapters + self.shards + self.fetched
 
     @property
     def total(self) -> int:
@@ -49,15 +56,15 @@ def residents(
 ) -> Residents:
     """Counts what stays on the device that has the layers.
 
-    With ``memory.offload_embeddings`` a GPU has no input embedding.
+    With ``memory.offload_embeddings`` a GPU has no input embedding, and with ``memory.base_shards`` one shard of the
+    layers.
     """
-    quantized = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
-    quantized |= {stack.name for stack in blueprint.stacks if stack.quantized}
+    quantized = quantized_names(blueprint)
     full = sum(shape.numel() for name, shape in blueprint.parameters.items() if name not in quantized)
     if on_gpu and config.memory.offload_embeddings:
         full -= blueprint.input_embedding
     adapters = adapter_tensors(blueprint, config.lora.r)
-    return Residents(
+    held = Residents(
         nf4=sum(
             nf4_bytes(linear.inputs * linear.outputs, blueprint.nested)
             for linear in blueprint.linears
@@ -71,6 +78,52 @@ def residents(
         gradients=sum(adapters) * LORA_BYTES,
         optimizer=optimizer_bytes(adapters, "8bit" in optimizer),
     )
+    return _cut(held, blueprint, dtype, config.memory.base_shards) if config.memory.base_shards > 1 else held
+
+
+def _cut(held: Residents, blueprint: Blueprint, dtype: torch.dtype, shards: int) -> Residents:
+    """Returns what stays on one of so many devices over which the frozen weights of the layers are cut."""
+    in_nf4 = [_cut_in_nf4(blueprint, number) for number in range(blueprint.n_layers)]
+    in_full = [_cut_in_full(blueprint, number, dtype) for number in range(blueprint.n_layers)]
+    layers = [layer_bytes([*packed, *full], shards) for packed, full in zip(in_nf4, in_full, strict=True)]
+    return replace(
+        held,
+        nf4=held.nf4 - sum(map(sum, in_nf4)),
+        full=held.full - sum(map(sum, in_full)),
+        base_shards=shards,
+        shards=sum(layers) // shards,
+        fetched=whole_bytes(layers),
+    )
+
+
+def _cut_in_nf4(blueprint: Blueprint, number: int) -> list[int]:
+    """Returns the bytes of packed weights and of their scales in a decoder layer, tensor by tensor."""
+    found = []
+    for linear in blueprint.layer(number):
+        if linear.quantized and f"{linear.name}.weight" not in blueprint.shared:
+            count = linear.inputs * linear.outputs
+            found += [_ceil(count, 2), _ceil(count, NF4_BLOCK) * (1 if blueprint.nested else 4)]
+    for stack in blueprint.stacks:
+        if stack.block == number and stack.quantized and stack.name not in blueprint.shared:
+            units, count = stack.count * stack.parts, stack.inputs * stack.outputs // stack.parts
+            found += [units * _ceil(count, 2), units * _ceil(count, NF4_BLOCK)]
+    return found
+
+
+def _cut_in_full(blueprint: Blueprint, number: int, dtype: torch.dtype) -> list[int]:
+    """Returns the bytes of the matrices of a decoder layer that are not quantised, tensor by tensor."""
+    here, quantized = f"{blueprint.prefix}{number}.", quantized_names(blueprint)
+    return [
+        shape.numel() * dtype.itemsize
+        for name, shape in blueprint.parameters.items()
+        if name.startswith(here) and len(shape) > 1 and name not in quantized and name not in blueprint.shared
+    ]
+
+
+def quantized_names(blueprint: Blueprint) -> set[str]:
+    """Returns the names of all parameters in NF4."""
+    linears = {f"{linear.name}.weight" for linear in blueprint.linears if linear.quantized}
+    return linears | {stack.name for stack in blueprint.stacks if stack.quantized}
 
 
 def nf4_bytes(count: int, nested: bool = True) -> int:

@@ -46,8 +46,8 @@ def _sha256(files: list[str]) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def write_manifest(file: Path, config: Config, data: dict[str, SourceLedger], report: RunReport) -> None:
-    """Writes ``manifest.json``; with it a run is finished."""
-    facts = {"data": describe_data(data), "report": report.to_json()}
+def write_manifest(file: Path, config: Config, data: JsonObject, report: RunReport) -> None:
+    """Writes ``manifest.json``; with it a run is finished. data: what `describe_data` returned before the training."""
+    facts = {"data": data, "report": report.to_json()}
     manifest = {"config": as_tree(config), "versions": versions(), "machine": platform.platform(), **facts}
     write_json(file, manifest)

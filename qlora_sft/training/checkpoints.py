@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import disk_error
 from qlora_sft.config import AttentionWay, Config, load_config
-from qlora_sft.errors import ConfigError
-from qlora_sft.json_types import JsonObject
+from qlora_sft.errors import ConfigError, first_line
+from qlora_sft.json_types import JsonObject, read_object
 from qlora_sft.lora_from import KEYS, adapter_folder
 from qlora_sft.parallel import world_size
 from qlora_sft.say import Say
 from qlora_sft.strict import as_tree
+from qlora_sft.training.whole import damage_of
 
 if TYPE_CHECKING:
     from qlora_sft.data.documents import Documents
@@ -86,7 +86,7 @@ def publish(unfinished: Path, folder: Path, keep: int, best: int | None = None) 
     os.replace(unfinished, folder)
     for old in all_checkpoints(folder.parents[1])[:-keep]:
         if step_of(old) != best:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def clear_unfinished(run: Path) -> None:
@@ -95,15 +95,29 @@ def clear_unfinished(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-def survive_full_disk(error: Exception, folder: Path, say: Say) -> None:
-    """Lets training go on if ``error`` means that the disk was too full for a checkpoint, and raises any other error.
+def survive_disk(error: Exception, folder: Path, say: Say) -> None:
+    """Lets training go on if ``error`` means that the disk did not take a checkpoint, and raises any other error.
 
-    There may be space again before the next checkpoint, so a full disk is no reason to lose the run.
+    There may be room again before the next one, or the server may be back, so this is no reason to lose the run.
     """
-    full = disk_error(error, folder)
-    if full is None:
+    why = refused_by_disk(error, folder)
+    if not why:
         raise error
-    go_on_without(str(full), say)
+    go_on_without(why, say)
+
+
+def refused_by_disk(error: Exception, folder: Path) -> str:
+    """Says why the disk did not take ``folder``, if that is what ``error`` means; else "".
+
+    safetensors and torch report what the system refused by exceptions of their own.
+    """
+    full, text = disk_error(error, folder), first_line(error)
+    if full is not None:
+        return str(full)
+    of_torch = isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text)
+    if of_torch:
+        return f"{folder}: the disk is full or does not take what is written ({text})"
+    return f"{folder}: {text}" if isinstance(error, OSError) or "(os error " in text else ""
 
 
 def go_on_without(why: str, say: Say) -> None:
@@ -121,7 +135,7 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
     """
     if (run / "manifest.json").exists():
         raise ConfigError(f"--resume: {run} holds a finished run; choose another output=... or add --overwrite")
-    checkpoint = latest_checkpoint(run)
+    checkpoint = _newest_whole(run, say)
     if checkpoint is None:
         say(f"resume: {run} has no checkpoint yet, so it begins at step 0")
         return None
@@ -146,6 +160,28 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
         )
     say(f"resume: from step {step_of(checkpoint)} ({checkpoint})")
     return checkpoint
+
+
+def _newest_whole(run: Path, say: Say) -> Path | None:
+    """Returns the newest checkpoint that is whole; None if there is none at all.
+
+    Raises `ConfigError` where all are damaged, or where there is an adapter and no checkpoint: to begin once more would
+    cost what was trained.
+    """
+    found = all_checkpoints(run)
+    for checkpoint in reversed(found):
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint
+        say(f"resume: {checkpoint} is damaged ({damage}), so it is not taken")
+    if found:
+        raise ConfigError(f"--resume: no checkpoint of {run} is whole; --overwrite begins the run once more")
+    if (run / "adapter").is_dir():
+        raise ConfigError(
+            f"--resume: {run} has no checkpoint (training.save_steps=0), but {run / 'adapter'} is trained to its end; "
+            f"`lora.from: {run / 'adapter'}` begins another run with it, and --overwrite trains this one once more"
+        )
+    return None
 
 
 def _check_processes(run: Path, begun: Mapping[str, object]) -> None:
@@ -227,8 +263,13 @@ def check_commit(run: Path, commit: str | None) -> None:
 
 
 def _begun(run: Path) -> JsonObject:
-    content: JsonObject = json.loads((run / "begun.json").read_text(encoding="utf-8"))
-    return content
+    try:
+        return read_object(run / "begun.json")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--resume: {run / 'begun.json'} is damaged ({first_line(error)}), so it is not known what this run "
+            "began with; restore it, or choose another output=... for a new run"
+        ) from None
 
 
 def data_digest(documents: Iterable[Documents], sequences: list[list[int]]) -> str:

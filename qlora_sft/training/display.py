@@ -14,8 +14,8 @@ from qlora_sft.say import Say
 # Seconds between two lines of a log.
 INTERVAL = 20.0
 # Characters of the line in a notebook, which has no width of its own.
-NOTEBOOK_WIDTH = 110
-# The bars of the course of the loss in a terminal: so many at least once there are enough steps, and twice as many at
+NOTEBOOK_WIDTH = 128
+# The bars of the course of the loss: so many at least once there are enough steps, and twice as many at
 # most.
 BARS, SPARKS = "▁▂▃▄▅▆▇█", 8
 
@@ -79,11 +79,11 @@ class Display:
 
     def update(self, step: int, text: str, loss: float | None = None) -> None:
         """Shows that ``step`` is done, and ``text`` about it. A log gets a line now and then, and of the last step; a
-        terminal also shows the course of the ``loss``."""
+        terminal and a notebook also show the course of the ``loss``."""
         if loss is not None:
             self._course.add(loss)
         if self._bar is not None:
-            drawn = self._course.drawn() if sys.stderr.isatty() and can_show(BARS) else ""
+            drawn = self._course.drawn() if can_show(BARS) else ""
             self._bar.set_postfix_str(f"{drawn} {text}".strip(), refresh=False)
             self._bar.update(step - self._bar.n)
             return

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qlora_sft.atomic import written_file
+from qlora_sft.atomic import GrowingFile, written_file
+from qlora_sft.json_types import whole_lines
 from qlora_sft.run.report import LEFT_OUT, TASK_LOSS, Report
 
 
@@ -51,10 +52,10 @@ class Evaluations:
         metric: what decides which was the best, as ``training.best_metric`` names it.
         """
         self.file, self.metric = file, metric
+        self._growing = GrowingFile(file)
         self.rows: list[EvaluationRow] = []
         if begin and file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            rows = [EvaluationRow.from_json(json.loads(line)) for line in lines if line.endswith("}")]
+            rows = map(EvaluationRow.from_json, whole_lines(file))
             self.rows = [row for row in rows if row.step <= begin]
             with written_file(file) as beside:
                 beside.write_text("".join(map(_line, self.rows)), encoding="utf-8")
@@ -62,20 +63,23 @@ class Evaluations:
     def add(
         self, step: int, held_out: Mapping[str, float], seconds: float, asked: AskedTasks | None = None
     ) -> EvaluationRow:
-        """Adds an evaluation to the file and returns it."""
+        """Adds an evaluation to the file, which may have no room for it before the next one, and returns it."""
         losses = {source: loss if math.isfinite(loss) else None for source, loss in held_out.items()}
         finite = [loss for loss in losses.values() if loss is not None]
         mean = sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
-        tasks, endless = (asked.figures, asked.endless or None) if asked else (None, None)
+        tasks, endless = (_finite(asked.figures), asked.endless or None) if asked else (None, None)
         row = EvaluationRow(step, losses, mean, False, round(seconds, 3), tasks, endless)
         cost, best = cost_of(row, self.metric), self.best
         least = cost_of(best, self.metric) if best else None
         if step > 0 and cost is not None and (least is None or cost < least):
             row = replace(row, best=True)
-        with self.file.open("a", encoding="utf-8") as opened:
-            opened.write(_line(row))
+        self._growing.add(_line(row))
         self.rows.append(row)
         return row
+
+    def close(self) -> None:
+        """Writes the lines for which there was no room, if there is now."""
+        self._growing.add("")
 
     @property
     def best(self) -> EvaluationRow | None:
@@ -111,6 +115,11 @@ def named(metric: str) -> str:
     if kind == "tasks":
         return f"task {name}"
     return f"held-out loss of {name}" if name else "held-out loss"
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns ``figures`` without those that are no finite numbers, which JSON does not know."""
+    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}
 
 
 def _line(row: EvaluationRow) -> str:

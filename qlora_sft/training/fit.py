@@ -19,6 +19,7 @@ from qlora_sft.data.documents import sizes
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import Interrupted, RunError
 from qlora_sft.evaluation.held_out import held_out_loss
+from qlora_sft.model.full_memory import is_gpu_full
 from qlora_sft.run.report import Course, Kept
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
@@ -113,7 +114,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
     say = display.say
     with (
         # On the same disk as the run, so that what is complete there needs no copying.
-        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run) as scratch,
+        tempfile.TemporaryDirectory(prefix=".unfinished-", dir=run, ignore_cleanup_errors=True) as scratch,
         # Unsloth's trainer and loggers print to stdout, which belongs to --json.
         contextlib.redirect_stdout(sys.stderr),
         StopAfterStep(say, ranks.alone) as stop,
@@ -136,6 +137,7 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
             done = run_steps(trainer, checkpoint)
         finally:
             progress.close()
+            watch.evaluations.close()
         stopped_early = ranks.from_first(lambda: watch.out_of_patience if done < steps else None)
         end_if_stopped(trainer, done, steps, stopped_early)
     if not progress.losses or progress.left_out == progress.steps_done:
@@ -163,8 +165,9 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
 def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> None:
     """Does the steps of a process that is not the first: micro-batches of its own, and nothing printed or written but
-    the state of its random numbers in the checkpoints."""
+    the state of its random numbers in the checkpoints. It helps with the evaluations before and after, too."""
     config, ranks = training.config, join_ranks()
+    ranks.help_first()
     steps = count_steps(len(training.sequences), config)
     with memory, contextlib.redirect_stdout(sys.stderr), StopAfterStep(unheard, ranks.alone) as stop:
         args, _ = sft_config(config, Path(ranks.from_first(str)), steps, training.dtype)
@@ -177,6 +180,7 @@ def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> 
         done = run_steps(trainer, checkpoint)
         stopped_early: str | None = ranks.from_first(lambda: None)
         end_if_stopped(trainer, done, steps, stopped_early)
+        ranks.help_first()
 
 
 def unheard(text: str) -> None:
@@ -236,7 +240,9 @@ def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted at once; {what_is_left(trainer.run)}") from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_gpu_full(error):
+            raise
         raise update_too_full(error, what_is_left(trainer.run)) from None
     done: int = trainer.state.global_step
     return done

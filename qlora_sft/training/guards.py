@@ -1,7 +1,7 @@
 """Saves a run from a bad step.
 
 A step whose gradient is not finite is left out. A step that finds the GPU full is done again while the layers keep less
-(`PackedSFTTrainer.training_step`); what that needs is here.
+(`step_group.py`); what that needs is here.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
             raise RunError(
                 f"the gradients of steps {step - MOST_SKIPPED + 1} to {step} are not finite, so nothing is learned any "
                 "more; look at these rows with `preview`, lower training.learning_rate, or compute in another "
-                "model.dtype"
+                f"model.dtype; {self.saved()}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Ends training after the running step, with a checkpoint, on Ctrl-C or on a scheduler's SIGTERM."""
+"""Ends training after the running step, with a checkpoint, on Ctrl-C, a scheduler's SIGTERM, or a closed terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_sft.say import Say
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds in which a launcher passes a signal on that its processes have had already, as Ctrl-C in a terminal.
 ECHO = 3.0
 
@@ -37,7 +37,9 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def __enter__(self) -> StopAfterStep:
         # Only the main thread may listen; elsewhere the signals do what they did.
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+            # Under nohup a terminal may close without a word.
+            heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+            self._before = {each: signal.signal(each, self._handle) for each in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

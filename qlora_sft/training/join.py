@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 from functools import cache
 
+from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.allocator import use_expandable_segments
 from qlora_sft.parallel import Ranks, refuse, world_size
@@ -29,14 +30,24 @@ def join_ranks() -> Ranks:
     ways = [name for variable, name in OTHER_WAYS.items() if os.environ.get(variable, "").lower() in ("true", "1")]
     if ways:
         refuse(
-            f"the launcher asks for {ways[0]}, which does not train here: every process holds the whole model, and "
-            "they share the rows (DDP). Start with `torchrun --nproc-per-node N`, or answer `accelerate config` with "
-            "multi-GPU and nothing else; a model that is too large for one card fits with memory.policy=offload and "
-            "memory.offload_embeddings"
+            f"the launcher asks for {ways[0]}, which does not train here: processes share the rows (DDP), and where "
+            "memory.base_shards=N asks for it they cut the base themselves. Start with `torchrun --nproc-per-node N`, "
+            "or answer `accelerate config` with multi-GPU and nothing else"
         )
     if world_size() == 1:
         return Ranks()
     return _joined()
+
+
+def check_shards(config: Config) -> None:
+    """Raises `ConfigError` unless as many processes train as the base is to be cut for."""
+    wanted, size = config.memory.base_shards, world_size()
+    if wanted not in (1, size):
+        refuse(
+            f"memory.base_shards: the base is to be cut over {wanted} processes, and {size} "
+            f"{'trains' if size == 1 else 'train'}; start `torchrun --nproc-per-node {wanted} -m qlora_sft.train ...`, "
+            f"or set it to {size}"
+        )
 
 
 def _joined() -> Ranks:

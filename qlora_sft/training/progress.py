@@ -6,13 +6,14 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from transformers import TrainerCallback
 
-from qlora_sft.atomic import written_file
+from qlora_sft.atomic import GrowingFile, written_file
+from qlora_sft.json_types import whole_lines
 from qlora_sft.training.display import Display
 from qlora_sft.training.losses import StepLoss
 from qlora_sft.training.utilisation import peak_of, step_work
@@ -38,7 +39,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, metrics_file: Path, display: Display, alarms: Alarms):
         """Reads what an earlier part of the run has measured: lines of ``metrics_file`` up to where ``display`` begins
-        are counted and kept, later ones are dropped."""
+        are counted and kept, later and damaged ones are dropped."""
         self.metrics_file, self.display, self.alarms = metrics_file, display, alarms
         self.trainer: PackedSFTTrainer | None = None
         self.learning_rate = 0.0
@@ -46,12 +47,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.seconds = 0.0
         self.losses: list[StepLoss] = []
         begin = display.begin
-        lines = metrics_file.read_text(encoding="utf-8").splitlines()[:begin] if begin and metrics_file.exists() else []
-        self._rows = [json.loads(line) for line in lines]
+        rows: list[StepRow] = whole_lines(metrics_file) if begin else []
+        self._rows = [row for row in rows if row.get("step", math.inf) <= begin]
+        if len(self._rows) < begin:
+            display.say(
+                f"metrics.jsonl lacks {begin - len(self._rows)} of the first {begin} steps; sums are without them"
+            )
         for row in self._rows:
             self._count(row, quiet=True)
         self._row: StepRow = {}
-        self._file: IO[str] | None = None
+        self._file = GrowingFile(metrics_file)
+        self._told = False
         self._step_started = 0.0
         self._process = psutil.Process()
 
@@ -68,7 +74,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         with written_file(self.metrics_file) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
-        self._file = self.metrics_file.open("a", encoding="utf-8")
         self.display.open()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -152,9 +157,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return
         row = self._row
         self._count(row)
-        assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        error = self._file.add(json.dumps(row) + "\n")
+        if error and not self._told:
+            self._told = True
+            self.display.say(f"warning: {self.metrics_file}: {error.strerror}; its lines wait, and training goes on")
         self.display.update(row["step"], self._described(row), row["loss"])
 
     def _described(self, row: StepRow) -> str:
@@ -183,8 +189,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Closes display and file. It may be called at any time, also after an error in the middle of a step."""
         self.display.close()
-        if self._file is not None:
-            self._file.close()
+        if error := self._file.add(""):
+            self.display.say(f"warning: {self.metrics_file}: {error.strerror}; its last lines are lost")
 
 
 def finite(value: float) -> float | None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
 from qlora_sft.data.documents import Sizes, sizes
-from qlora_sft.errors import RunError
-from qlora_sft.evaluation.answers import Prompt, choose_prompts
-from qlora_sft.evaluation.baseline import keep_baseline, kept_baseline, question_digest
-from qlora_sft.evaluation.evaluate import Evaluation, evaluate
+from qlora_sft.errors import Interrupted, RunError
+from qlora_sft.evaluation.answers import choose_prompts
+from qlora_sft.evaluation.around_training import evaluate_after, evaluate_before
+from qlora_sft.evaluation.baseline import keep_baseline, question_digest
+from qlora_sft.evaluation.evaluate import Evaluation
 from qlora_sft.evaluation.evaluated_model import EvaluatedModel
+from qlora_sft.json_types import JsonObject
 from qlora_sft.model.attention_choice import AttentionChoice
 from qlora_sft.model.attention_measured import settle_attention
 from qlora_sft.model.base_folder import fetch_base, own_folder
@@ -34,9 +36,11 @@ from qlora_sft.model.memory import use_memory
 from qlora_sft.model.meta_model import read_settings
 from qlora_sft.model.prefix_sharing import check_prefixes
 from qlora_sft.model.setup import prepare_model
+from qlora_sft.model.shards import shards_of
 from qlora_sft.model.sixteen_bit import packed_as
 from qlora_sft.model.snapshot import file_hashes
-from qlora_sft.run.manifest import write_manifest
+from qlora_sft.page.write import draw_report
+from qlora_sft.run.manifest import describe_data, write_manifest
 from qlora_sft.run.report import Choice, OrderReport, RunReport
 from qlora_sft.run_data import RunData
 from qlora_sft.say import Say
@@ -46,7 +50,7 @@ from qlora_sft.training.checkpoints import check_commit, check_same, data_digest
 from qlora_sft.training.fit import Training, fit, train_along
 from qlora_sft.training.join import join_ranks
 from qlora_sft.training.report import pair, summary
-from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_adapter, write_samples
+from qlora_sft.training.run_folder import Beginning, begin_run, record_data, save_trained, write_samples
 from qlora_sft.training.said import Said
 from qlora_sft.training.schedule import schedule_of
 from qlora_sft.training.steps import count_steps, deal, longest_dealt, settle_accumulation
@@ -81,9 +85,7 @@ def run_recipe(
     with watch("load model"):
         say(f"compute in {beginning.dtype} ({reason})")
         tokens = longest_dealt(data.packed.tokens, deal(settled, ranks.size))
-        model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
-        if data.packed.shares_prefixes:
-            say(f"prefixes: {check_prefixes(model, dtype)}")
+        model = model_of(config, data, dtype, tokens, attention, say)
         begin_by_data(config, model, data, checkpoint, dtype, say)
         memory = use_memory(model, config, tokens, dtype, say, data.packed.shares_prefixes)
         anchors = anchors_of(config, model, data, run if checkpoint else None, dtype, say)
@@ -99,20 +101,20 @@ def run_recipe(
     prompts = choose_prompts(data.held_out.documents, config.evaluation.answers, config.seed)
 
     # ------------------------------------------------------------------ before, fit, after
-    with watch("evaluate before"):
+    files = describe_files(data)
+    with watch("evaluate before"), ranks.helped():
         asked = question_digest(config.evaluation, data.held_out.documents)
-        kept = kept_baseline(run, asked) if checkpoint else None
-        before = kept or evaluate_before(evaluated, config, data, prompts, say)
+        before = evaluate_before(run if checkpoint else None, asked, evaluated, config, data.held_out, prompts, say)
     if checkpoint is None:
         begin_folder(run, config, beginning, anchors, before, asked)
     order = keep_records(run, settled, data, counted, say)
     training = replace(training, baseline=before.loss, baseline_seconds=watch.seconds["evaluate before"])
     with watch("train"), memory:
         fitted = fit(training, memory.keep_less, checkpoint)
-    save_adapter(model, data.tokenizer, run / "adapter")
+    save_trained(model, data.tokenizer, run)
     say(f"adapter: {run / 'adapter'}")
-    with watch("evaluate after"):
-        after = evaluate(evaluated, config, data.held_out, prompts, say, "after training")
+    with watch("evaluate after"), ranks.helped():
+        after = evaluate_after(evaluated, config, data.held_out, prompts, say)
 
     # ------------------------------------------------------------------ report
     report = RunReport(
@@ -121,22 +123,20 @@ def run_recipe(
         base=config.model.path if data.commit else own_folder(data.base),
         base_sha256=beginning.base_sha256,
         base_commit=data.commit,
-        base_files=file_hashes(own_folder(data.base)),
-        base_dequantized=packed_as(data.base),
+        base_files=files.base,
+        base_dequantized=files.packed_as,
         data_sha256=beginning.data_sha256,
         dtype=beginning.dtype,
         attention=Choice(*attention),
         quantized_modules=quantized_modules(model),
         loss=pair(before.loss, after.loss),
         exact_match=pair(before.exact_match, after.exact_match),
-        **vars(fitted),
+        **{**vars(fitted), "warnings": [*fitted.warnings, *before.lacking, *after.lacking]},
         memory=memory.report,
         order=order,
         seconds=watch.rounded(),
     )
-    write_manifest(run / "manifest.json", config, data.train.ledger, report)
-    write_samples(run, before.records, after.records)
-    say(summary(report, before, after, config.evaluation.show))
+    finish(run, config, files.sources, report, before, after, say)
     return report
 
 
@@ -167,7 +167,7 @@ def begin_folder(
 ) -> None:
     """Clears the folder for a new run and writes what it begins with. asked: the digest of its questions."""
     begin_run(run, config, beginning, anchors)
-    if config.evaluation.before_training:
+    if config.evaluation.before_training and not before.lacking:
         keep_baseline(run, before, asked)
 
 
@@ -178,13 +178,35 @@ def keep_records(run: Path, settled: Config, data: RunData, counted: Sizes, say:
     return record_data(run, data.sequences, data.removed)
 
 
-def evaluate_before(
-    evaluated: EvaluatedModel, config: Config, data: RunData, prompts: list[Prompt], say: Say
-) -> Evaluation:
-    """Measures the base before the first step, if ``evaluation.before_training`` asks for it."""
-    if not config.evaluation.before_training:
-        return Evaluation()
-    return evaluate(evaluated, config, data.held_out, prompts, say, "before training")
+class FilesBefore(NamedTuple):
+    """Describes the files of a run as they are before training: by its end somebody may have edited or removed them."""
+
+    sources: JsonObject
+    """What `describe_data` says of the training data."""
+    base: dict[str, str]
+    """The sha256 of the base's files."""
+    packed_as: str | None
+    """The format of the base, if it was dequantised."""
+
+
+def describe_files(data: RunData) -> FilesBefore:
+    """Describes the files that a run is trained on."""
+    return FilesBefore(describe_data(data.train.ledger), file_hashes(own_folder(data.base)), packed_as(data.base))
+
+
+def finish(
+    run: Path, config: Config, sources: JsonObject, report: RunReport, before: Evaluation, after: Evaluation, say: Say
+) -> None:
+    """Writes the manifest, with which the run is finished, and the answers, and prints the report.
+
+    sources: of `FilesBefore`. Raises `Interrupted` if Ctrl-C ended the evaluation ``after`` training.
+    """
+    write_manifest(run / "manifest.json", config, sources, report)
+    write_samples(run, before.records, after.records)
+    say(summary(report, before, after, config.evaluation.show))
+    if after.interrupted:
+        draw_report(run, say)
+        raise Interrupted(f"interrupted behind the last step; the run {run} is complete, without what was not measured")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
@@ -200,6 +222,17 @@ def settled_steps(config: Config, data: RunData, say: Say) -> Config:
     return settled
 
 
+def model_of(
+    config: Config, data: RunData, dtype: torch.dtype, tokens: int, attention: AttentionChoice, say: Say
+) -> PeftModel:
+    """Returns the model, ready to be trained, which the processes of the run hold together if it is cut."""
+    model = prepare_model(config, data.base, dtype, data.backend.name, tokens, say, attention)
+    join_ranks().cut = shards_of(model)
+    if data.packed.shares_prefixes:
+        say(f"prefixes: {check_prefixes(model, dtype)}")
+    return model
+
+
 def begin_by_data(
     config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
 ) -> None:
@@ -213,12 +246,17 @@ def anchors_of(
 ) -> Anchors | None:
     """Returns what ``training.ewc`` keeps the weights near to: as it is measured now, or as the run ``going_on`` began
     with it; None without it. Of several processes the first one adds the penalty, so the others need nothing."""
-    if config.training.ewc is None or config.data.replay is None or not join_ranks().first:
+    if config.training.ewc is None or config.data.replay is None:
         return None
-    if going_on:
-        return load_anchors(going_on / ANCHORS, model.device)
-    replay = data.train.documents[source_name(config.data.replay)]
-    anchors, told = measure_anchors(model, replay, dtype, config.seed)
+    ranks = join_ranks()
+    if not ranks.first:
+        ranks.help_first()
+        return None
+    with ranks.helped():
+        if going_on:
+            return load_anchors(going_on / ANCHORS, model.device)
+        replay = data.train.documents[source_name(config.data.replay)]
+        anchors, told = measure_anchors(model, replay, dtype, config.seed)
     say(f"held near to what they are: {told}")
     return anchors
 

@@ -9,14 +9,14 @@ from qlora_sft.run.report import Pair, RunReport
 
 
 def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, Pair]:
-    """Returns for every source its figure before and after training."""
+    """Returns for every source its figure before and after training; no source that was not measured after it."""
     return {source: Pair(before.get(source), after[source]) for source in after}
 
 
 def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int) -> str:
     """Returns the report as text: some answers before and after, taken from every source in turn, then the table."""
     lines = []
-    pairs = list(zip(before.records, after.records, strict=True)) if before.records else []
+    pairs = list(zip(before.records, after.records, strict=True)) if before.records and after.records else []
     by_source = [[p for p in pairs if p[1]["source"] == source] for source in after.exact_match]
     in_turn = [p for group in zip_longest(*by_source) for p in group if p is not None]
     for old, new in in_turn[:show]:

@@ -67,11 +67,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def reporters(config: Config, run: Path, begin: int, say: Say) -> Iterator[list[TrainerCallback]]:
     """Yields the trainer's callbacks for the loggers of ``config``, and closes what they write at the end, however that
-    comes.
+    comes. That one cannot be closed is said: by then everything is trained, and nothing is saved yet.
 
     begin: the number of steps that are done already. Raises `RunError` for a logger that cannot begin.
     """
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         result: list[TrainerCallback] = []
         for name in dict.fromkeys(config.training.report_to):
             try:
@@ -81,6 +82,11 @@ def reporters(config: Config, run: Path, begin: int, say: Say) -> Iterator[list[
                     f"training.report_to: {name} cannot begin ({first_line(error)}); set it up, or leave it out"
                 ) from None
         yield result
+    finally:
+        try:
+            stack.close()
+        except Exception as error:
+            say(f"warning: a logger was not closed, because it failed ({first_line(error)}); metrics.jsonl has all")
 
 
 def _tensorboard(config: Config, run: Path, begin: int, stack: ExitStack) -> TrainerCallback:

@@ -5,19 +5,24 @@ The folder is claimed before anything is done and cleared only when training beg
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_sft.atomic import write_json, written_file, written_folder
+from qlora_sft.atomic import remove_leftovers, write_json, written_file, written_folder
 from qlora_sft.config import Config, dump_config
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.lora_from import adapter_folder
 from qlora_sft.run.report import OrderReport, Report
 from qlora_sft.text import as_path
+from qlora_sft.training.checkpoints import what_is_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +58,36 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
             f"{go_on}"
         )
     return run
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keeps other processes from training in ``run`` while its body runs: two would write over each other's files.
+
+    The folder itself is locked, which ends with the process however that ends. Raises `ConfigError` if another process
+    has locked it.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(
+            f"output: another process is training in {run}; wait until it ends, or choose another output=..."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child of this process may have it open as well
+        os.close(lock)
+        for folder in made:
+            with suppress(OSError):  # a run that has begun is in it
+                folder.rmdir()
 
 
 def _check_apart(config: Config, run: Path) -> None:
@@ -139,8 +174,30 @@ def record_data(run: Path, sequences: list[list[int]], removed: list[Removed]) -
 
 def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves a PEFT adapter that plain peft loads, with the tokenizer and the chat template that it was trained with."""
+    remove_leftovers(folder)
     with written_folder(folder) as beside:
         write_adapter(model, tokenizer, beside)
+
+
+def save_trained(model: CausalModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Saves the adapter of a training that has come to its end.
+
+    If the folder of the run does not take it, it is saved where temporary files are, and the `RunError` says so: else
+    the whole training would be lost with this process.
+    """
+    try:
+        save_adapter(model, tokenizer, run / "adapter")
+    except Exception as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="qlora_sft-adapter-"))
+        try:
+            write_adapter(model, tokenizer, elsewhere)
+        except Exception:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            raise error from None
+        raise RunError(
+            f"{error} What was trained is in {elsewhere}: move it away from there, and `lora.from` begins a run with "
+            f"it; {what_is_left(run)}"
+        ) from None
 
 
 def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -161,7 +218,7 @@ def write_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder
 def write_samples(run: Path, before: list[HeldOutAnswer], after: list[HeldOutAnswer]) -> None:
     """Writes ``samples.jsonl``: the answers after training, each with the answer before training."""
     with written_file(run / "samples.jsonl") as beside:
-        # Nobody was asked before training where that was not wanted.
-        answers = [old["answer"] for old in before] if before else [None] * len(after)
+        # Nobody was asked before training where that was not wanted, or found no memory.
+        answers = [old["answer"] for old in before] if before and after else [None] * len(after)
         rows = [{**new, "before": old} for old, new in zip(answers, after, strict=True)]
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from qlora_sft.atomic import GrowingFile
 from qlora_sft.page.facts import SAID
 from qlora_sft.say import Say
 
@@ -13,27 +14,26 @@ from qlora_sft.say import Say
 class Said:
     """Passes texts on to ``say``, and writes them to ``said.jsonl`` from the moment on when the run has a folder.
 
-    That they cannot be written ends no run: the disk may be full, and what it says is then still on the terminal.
+    From that moment on no run ends because they cannot be written, here or there: a disk is full, a terminal is gone.
     """
 
     def __init__(self, say: Say):
         self.say = say
         self._waiting: list[str] = []
-        self._file: Path | None = None
+        self._file: GrowingFile | None = None
 
     def __call__(self, text: str) -> None:
-        self.say(text)
-        self._waiting.append(text)
-        if self._file is not None:
-            self._write(self._file)
+        line = json.dumps({"text": text}) + "\n"
+        if self._file is None:
+            self.say(text)
+            self._waiting.append(line)
+            return
+        with suppress(OSError):
+            self.say(text)
+        self._file.add(line)
 
     def keep_in(self, run: Path) -> None:
         """Writes what was said so far behind what an earlier part of the run has said, and from now on every text."""
-        self._file = run / SAID
-        self._write(self._file)
-
-    def _write(self, file: Path) -> None:
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in self._waiting)
-        with suppress(OSError), file.open("a", encoding="utf-8") as opened:
-            opened.write(lines)
+        self._file = GrowingFile(run / SAID)
+        self._file.add("".join(self._waiting))
         self._waiting.clear()

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from qlora_kernels.offload import drop_failed_graphs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -22,28 +21,36 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from qlora_sft.atomic import disk_error
 from qlora_sft.config import Config
 from qlora_sft.data.batch import Batch, Replayed
 from qlora_sft.data.collate import PackedCollator
-from qlora_sft.errors import EndedTogether, first_line
+from qlora_sft.errors import EndedTogether
 from qlora_sft.evaluation.held_out import autocast
 from qlora_sft.model.ewc import penalty
 from qlora_sft.model.leash import base_hidden_states, divergence_from
 from qlora_sft.model.loss import decode_batch, loss_of
 from qlora_sft.model.neftune import EmbeddingNoise
+from qlora_sft.model.shards import shards_of
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
-from qlora_sft.training.checkpoints import folder_of, go_on_without, publish, survive_full_disk, what_is_left
+from qlora_sft.training.checkpoints import (
+    folder_of,
+    go_on_without,
+    publish,
+    refused_by_disk,
+    survive_disk,
+    what_is_left,
+)
 from qlora_sft.training.groups import describe_rates, parameter_groups
-from qlora_sft.training.guards import RngState, too_full
+from qlora_sft.training.guards import too_full
 from qlora_sft.training.join import join_ranks
 from qlora_sft.training.model_snapshot import ModelSnapshot, require_unchanged, restore, take_snapshot, undisturbed
 from qlora_sft.training.reporting import PROJECT
 from qlora_sft.training.run_folder import write_adapter
 from qlora_sft.training.schedule import rate_factor, schedule_of
+from qlora_sft.training.step_group import StepGroup
 from qlora_sft.training.steps import choose_optimizer, deal, micro_batches
-from qlora_sft.training.totals import StepTotals, all_together
+from qlora_sft.training.totals import StepTotals
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -53,18 +60,6 @@ if TYPE_CHECKING:
     from qlora_sft.model.ewc import Anchors
     from qlora_sft.training.interrupt import StopAfterStep
     from qlora_sft.training.watch import Watch
-
-
-class GroupEnd(NamedTuple):
-    """Holds what a process tells the others when its part of an optimizer step is done."""
-
-    obstacle: str | None
-    """Why the step does not fit its GPU, if it does not."""
-    signalled: bool
-    """Whether a signal has asked it to stop."""
-    without: list[bool]
-    """Which trained parameters have no gradient."""
-    totals: StepTotals
 
 
 class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -95,8 +90,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
         keep_less: makes the layers keep less, for the reason it is given; returns False if they keep the least already.
         """
-        self.config, self.run, self.keep_less, self.say = config, as_path(config.output), keep_less, say
-        self.ranks = join_ranks()
+        self.config, self.run, self.say = config, as_path(config.output), say
+        self.ranks, self.shards = join_ranks(), shards_of(model)
         alpha = config.training.neftune_alpha
         self.noise = EmbeddingNoise(model, alpha) if alpha is not None else None
         self._snapshot: ModelSnapshot | None = take_snapshot(model)
@@ -111,7 +106,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         model._is_accelerate_prepared = not self.ranks.alone  # type: ignore[assignment]
         self.computes_in = computed_type(self.args)
         scale_gradients(self.accelerator, self.computes_in)
-        self.totals = StepTotals()
+        self.group = StepGroup(self.accelerator.unwrap_model(self.model), self.accelerator, keep_less)
         self.figures: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         """Adds what was measured of a step to what the trainer logs of it."""
         self.rows_decay = False
@@ -162,8 +157,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except Exception as error:
             obstacle = error
-        # What to say of a full disk, and nothing of another error, which ends the run.
-        own = None if obstacle is None else str(disk_error(obstacle, folder) or "")
+        # What to say of the disk, and nothing of another error, which ends the run.
+        own = None if obstacle is None else refused_by_disk(obstacle, folder)
         found = [each for each in self.ranks.gather(own) if each is not None]
         try:
             if obstacle is not None and not own:
@@ -175,7 +170,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             elif self.ranks.first:
                 publish(unfinished, folder, self.args.save_total_limit, self.watch.best_step if self.watch else None)
         except Exception as error:
-            survive_full_disk(error, folder, self.say)
+            survive_disk(error, folder, self.say)
         finally:
             if self.ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -235,106 +230,42 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        self._begin_group(batches)
+        self.group.begin(batches)
         return batches, sum(self.ranks.gather(sum(batch["weight_sum"] for batch in batches)))
-
-    def _begin_group(self, batches: list[Batch]) -> None:
-        """Starts the totals of an accumulation group, none of whose micro-batches is done."""
-        self.totals = StepTotals()
-        self._group, self._done = batches, 0
-        self._obstacle: str | None = None
 
     def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its loss.
 
-        If the GPU is full, the micro-batches of the group up to this one are done again while every layer keeps less.
-        They get the same random numbers, so the step is the one that it would have been.
+        If the GPU is full, the micro-batches of the step up to this one are done again while every layer keeps less.
         """
         if self._snapshot is not None:
             # By now everything that prepares the model for training has run, so its work can be checked.
             require_unchanged(self.model, self._snapshot)
             self._snapshot = None
-        if self._done == 0:
-            # A resumed run sets the random numbers only when it has taken its first batch, so they are read here.
-            self._rng_state = RngState()
-        loss = self._loss_of(model, inputs, num_items_in_batch)
-        self._done += 1
-        if self._done == len(self._group):
-            self._end_group(model)
+        compute = super().training_step
+        loss = self.group.next_loss(inputs, lambda batch: compute(model, batch, num_items_in_batch))
+        if self.group.is_done:
+            self._end_group()
         return loss
 
-    def _loss_of(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None) -> Tensor:
-        """Returns the loss of a micro-batch after its backward; 0 for an empty one, and where the GPU is full."""
-        zero, scaler = torch.zeros((), device=self.args.device), self.accelerator.scaler
-        if self._obstacle is not None:
-            return zero
-        if not inputs["lengths"]:
-            # The scaler makes its scale for the first loss that it is given. Other processes may have gradients.
-            return zero if scaler is None else scaler.scale(zero)
-        loss, obstacle = self._try_batches(model, [inputs], num_items_in_batch)
+    def _end_group(self) -> None:
+        """Ends the run in all processes if one has found its GPU full, and stops it where one was asked to."""
+        obstacle, signalled = self.group.end(self.stop is not None and self.stop.signalled)
         if obstacle is not None:
-            so_far = self._group[: self._done + 1]
-            self._reset_group(model)
-            if self.keep_less(obstacle):
-                loss, obstacle = self._try_batches(model, so_far, num_items_in_batch)
-            self._done = len(so_far) - 1
-            self._obstacle = obstacle
-        return zero if loss is None else loss
-
-    def _end_group(self, model: CausalModel) -> None:
-        """Ends the run in all processes if one has found its GPU full, and adds up what they have computed."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        own = GroupEnd(
-            self._obstacle,
-            self.stop is not None and self.stop.signalled,
-            [p.grad is None for p in trained],
-            self.totals if self.ranks.alone else self.totals.in_numbers(),
-        )
-        ends = self.ranks.gather(own)
-        if obstacles := [end.obstacle for end in ends if end.obstacle is not None]:
-            self._reset_group(model)
-            raise too_full(obstacles[0], self._save_finished_steps())
+            raise too_full(obstacle, self._save_finished_steps())
         if self.stop is not None:
-            self.stop.requested = any(end.signalled for end in ends)
-        if self.ranks.alone:
-            return
-        self.totals = all_together([end.totals for end in ends])
-        # What has no gradient in any process has none in one process either, and is passed over by the optimizer.
-        unused = [all(flags) for flags in zip(*(end.without for end in ends), strict=True)]
-        used = [p for p, passed_over in zip(trained, unused, strict=True) if not passed_over]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up([p.grad for p in used if p.grad is not None])
+            self.stop.requested = signalled
 
-    def _try_batches(
-        self, model: CausalModel, batches: list[Batch], num_items_in_batch: float | None
-    ) -> tuple[Tensor | None, str | None]:
-        """Returns the loss of the last of ``batches`` and None, or None and the reason if the GPU was full.
-
-        When it returns, the memory that the failed graph held is free.
-        """
-        loss = None
-        try:
-            for batch in batches:
-                loss = super().training_step(model, batch, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            return None, first_line(error)
-        return loss, None
-
-    def _reset_group(self, model: CausalModel) -> None:
-        """Drops all gradients of the group and sets the random numbers back to its first micro-batch."""
-        drop_failed_graphs()
-        model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._rng_state.restore()
-        self._begin_group(self._group)
+    @property
+    def totals(self) -> StepTotals:
+        """What the optimizer step has seen so far; of all processes, once it is done."""
+        return self.group.totals
 
     def _save_finished_steps(self) -> str:
         """Writes a checkpoint of the finished steps before the run ends, and returns what to say about it."""
         if self.state.global_step:
             self._save_checkpoint(self.model, None)
+        self.ranks.gather(None)  # the first process has given it its name by now
         return what_is_left(self.run)
 
     def compute_loss(
@@ -351,6 +282,8 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             base = base_hidden_states(own, replayed) if replayed else None
             with noise:
                 decoded = decode_batch(own, inputs)
+            if self.shards is not None:
+                self.shards.end_forward()
             output = loss_of(own, inputs, decoded, n_items)
             loss = output.loss
             if replayed and base is not None:

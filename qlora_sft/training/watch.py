@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import TrainerCallback
 
 from qlora_sft.config import Config
-from qlora_sft.errors import RunError
+from qlora_sft.errors import RunError, first_line
+from qlora_sft.model.full_memory import free_memory, is_memory_full
 from qlora_sft.say import Say
 from qlora_sft.training.alarms import Alarms
 from qlora_sft.training.evaluations import AskedTasks, EvaluationRow, Evaluations, named
@@ -82,9 +82,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         try:
             losses = self.held_out_loss() if self._due(self.every, step) else {}
             asked = self.ask_tasks() if self.ask_tasks and self._due(self.tasks_every, step) else None
-        except (torch.OutOfMemoryError, RunError) as error:
-            torch.cuda.empty_cache()
-            why = error if isinstance(error, RunError) else "the GPU is full"
+        except Exception as error:
+            if not is_memory_full(error) and not isinstance(error, RunError):
+                raise
+            why = str(error) if isinstance(error, RunError) else f"no memory left: {first_line(error)}"
+            free_memory()
             self.say(f"step {step}: not evaluated ({why}); training goes on")
             return {}
         row = self.evaluations.add(step, losses, time.perf_counter() - started, asked)

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Mapping
 
-from qlora_sft.recipe_new import CARDS, GOALS
+from qlora_sft.errors import ConfigError
+from qlora_sft.recipe_new import GOALS
 from qlora_sft.verbs.verb import AddVerb
 
 
@@ -17,8 +18,11 @@ def add_recipe_verbs(add: AddVerb) -> None:
     new.add_argument("file", help="YAML file to write")
     new.add_argument("--model", metavar="PATH", help="folder or Hub id of the base model, or demo")
     new.add_argument("--data", action="append", default=[], metavar="PATH", help="training data; may be given again")
-    new.add_argument("--held-out", action="append", default=[], metavar="PATH", help="data that is never trained on")
-    new.add_argument("--card", type=int, choices=list(CARDS), help="GPU memory in GB")
+    new.add_argument(
+        "--held-out", action="append", default=[], metavar="PATH",
+        help="data that is never trained on (default: 5%% of every source)",
+    )  # fmt: skip
+    new.add_argument("--card", metavar="GB", help="GPU memory in GB; 0 without a GPU")
     new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
     other = add("convert", _convert, "make a recipe of a configuration of axolotl, LLaMA-Factory, TRL or Unsloth")
     other.add_argument("file", help="their YAML file, or a Python script with their arguments")
@@ -35,13 +39,17 @@ def _recipes(arguments: argparse.Namespace) -> Mapping[str, object]:
 
 
 def _new(arguments: argparse.Namespace) -> Mapping[str, object]:
-    from qlora_sft.recipe_new import ask, check_card, check_given, check_goal, new_recipe
+    from qlora_sft.recipe_new import ask, card_size, check_given, check_goal, new_recipe
 
     model = arguments.model or ask("--model (a folder, a Hub id, or demo)", check_given)
     data = arguments.data or [ask("--data (a file, a folder, a glob or a Hub id)", check_given)]
-    card = arguments.card or int(ask(f"--card (GB of GPU memory: {', '.join(map(str, CARDS))})", check_card))
+    card = arguments.card or ask("--card (GB of GPU memory; 0 without a GPU)", card_size)
     goal = arguments.goal or ask(f"--goal ({', '.join(GOALS)})", check_goal)
-    file = new_recipe(arguments.file, model, data, card, goal, arguments.held_out)
+    try:
+        size = card_size(card)
+    except ValueError as error:
+        raise ConfigError(f"qlora-sft new: --card: expected {error}, got {card!r}") from None
+    file = new_recipe(arguments.file, model, data, size, goal, arguments.held_out)
     if not arguments.json:
         print(f"wrote {file}; next: qlora-sft preview {file}, qlora-sft plan {file}, qlora-sft train {file}")
     return {"file": str(file)}

@@ -84,6 +84,38 @@ def test_what_is_masked_makes_a_difference(tmp_path: Path, how: str) -> None:
     assert clean(file, deduplicate=how)[0] == {"a": [1, 2, 3, 4, 5, 6]}
 
 
+@pytest.mark.parametrize("how", ["exact", "near"])
+def test_what_sources_say_of_their_rows_makes_a_difference(tmp_path: Path, how: str) -> None:
+    """The same file in two modes, or with other turns learned, teaches something else each time."""
+    if how == "near":
+        pytest.importorskip("datasketch")
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns * n}) + "\n" for n in (1, 2)))
+    settings: list[dict[str, Any]] = [{}, *({"supervise": s} for s in ("last", "turns", "all"))]
+    settings += [{"thinking": mode} for mode in ("on", "off")]
+    named = [SourceConfig(str(file), name=str(n), **each) for n, each in enumerate(settings)]
+    data = DataConfig([TrainSourceConfig(str(file))], deduplicate=how)  # type: ignore[arg-type]
+    wanted = {1: [2], 3: [1, 2], **({4: [1, 2], 5: [1, 2]} if how == "exact" else {})}  # near tells no modes apart
+    for number, kept in wanted.items():
+        left, _ = clean_sources(read_sources([named[0], named[number]], 0), data)
+        assert [row["line"] for row in left[1].rows] == kept, settings[number]
+    with pytest.raises(DataError, match="every row of '2' is dropped"):
+        clean_sources(read_sources([named[0], named[2]], 0), data)
+
+
+def test_texts_without_spaces_are_compared_by_their_characters(tmp_path: Path) -> None:
+    """A clause in Chinese or Japanese is no word: one character makes no other text, and thirteen make a run."""
+    said = "".join(chr(0x4E00 + random.Random(n).randrange(500)) for n in range(200))
+    clauses = "\uff0c".join(said[at : at + 10] for at in range(0, 200, 10))
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"question": said[40:60]}, ensure_ascii=False) + "\n")
+    row = write(tmp_path / "a.jsonl", ("q", clauses), ("q", clauses.replace(said[100], "\u5929", 1)), ("q", said[::-1]))
+    assert clean(row, decontaminate=[str(exam)])[0] == {"a": [3]}
+    pytest.importorskip("datasketch")
+    assert clean(row, deduplicate="near")[0] == {"a": [1, 3]}
+
+
 def test_near_duplicates_differ_in_little_and_short_questions_do_not_count_as_such(tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     long = words(0, 100)

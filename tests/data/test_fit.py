@@ -49,7 +49,9 @@ def test_supervise(tmp_path: Path, tokenizer: Any) -> None:
         texts[supervise] = trained(document, tokenizer)
     assert texts["assistant"] == "Answer 0 <|im_end|>Answer 1 <|im_end|>"
     assert texts["last"] == "Answer 1 <|im_end|>"
-    assert texts["all"] == tokenizer.decode(document.input_ids)
+    # All but the first token, which nothing predicts.
+    assert texts["all"] == tokenizer.decode(document.input_ids[1:])
+    assert prepared.ledger["chat"].supervised == len(document.input_ids) - 1
 
 
 def test_thinking_of_the_source_and_of_the_row(tmp_path: Path, tokenizer: Any) -> None:
@@ -129,5 +131,5 @@ def test_plain_text_is_split_and_nothing_of_it_is_lost(tmp_path: Path, tokenizer
     # A last piece of one token would train nothing.
     assert ids == (whole if len(whole) % length != 1 else whole[:-1])
     assert all(len(document.input_ids) <= length for document in prepared.all_documents)
-    assert all(weight == 1.0 for document in prepared.all_documents for weight in document.weights)
+    assert all(document.weights == [0.0, *[1.0] * (len(document.input_ids) - 1)] for document in prepared.all_documents)
     assert prepared.ledger["chat"].kept == 1

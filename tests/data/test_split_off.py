@@ -108,6 +108,49 @@ def test_near_duplicates_are_on_one_side_in_all_sources(
     ]
 
 
+def test_near_duplicates_without_spaces_are_on_one_side(tmp_path: Path) -> None:
+    """Chinese answers of which one character is another; ten of each of six."""
+
+    def answer(family: int, times: int) -> dict[str, Any]:
+        characters = [chr(0x4E00 + c) for c in random.Random(family).choices(range(2000), k=120)]
+        characters[60] = chr(0x7000 + times)
+        clauses = "\u3002".join("".join(characters[at : at + 12]) for at in range(0, 120, 12))
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": clauses}]}
+
+    rows = [answer(family, times) for family in range(6) for times in range(10)]
+    sources = split(config_of(tmp_path, {"a": rows}, "data.held_out=20%"))
+    begins = [{each[:12] for each in answers(part)} for part in (sources.train[0], sources.held_out[0])]
+    assert not begins[0] & begins[1]
+    assert len(sources.held_out[0].rows) == 10
+
+
+def test_rows_of_one_conversation_are_on_one_side(tmp_path: Path) -> None:
+    """Logs have a row per answer, with all that was said before: what one row is asked, the next one has learned."""
+
+    def turns(number: int, count: int) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": f"today is {count}"}]
+        for turn in range(count):
+            messages.append({"role": "user", "content": f"{number} {turn}?"})
+            last = {"reasoning": text(99, 300)} if turn == count - 1 else {}
+            messages.append({"role": "assistant", "content": text(100 * number + turn, 40), **last})
+        return {"messages": messages}
+
+    def numbers(source: Source) -> set[str]:
+        return {each["messages"][1]["content"].split()[0] for each in source.rows}
+
+    rows = [turns(number, count) for number in range(20) for count in (1, 2, 3)]
+    random.Random(0).shuffle(rows)
+    sources = split(config_of(tmp_path, {"a": rows[:30], "b": rows[30:]}, "data.held_out=20%"))
+    trained, held_out = (set.union(*map(numbers, part)) for part in (sources.train, sources.held_out))
+    assert held_out
+    assert not trained & held_out
+    # Beginning alike is not going on: two answers to one question, or a greeting in common.
+    greeting = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    alone = [[*greeting, *row(n)["messages"]] for n in range(20)]
+    (held,) = split(config_of(tmp_path, {"c": [{"messages": each} for each in alone]}, "data.held_out=20%")).held_out
+    assert len(held.rows) == 4
+
+
 def test_a_source_without_a_share_keeps_its_rows_and_what_is_like_them_is_not_held_out(tmp_path: Path) -> None:
     rows = {"a": [row(n) for n in range(20)], "b": [altered(n, 1) for n in range(18)]}
     sources = split(config_of(tmp_path, rows, "data.train.0.held_out=10%"))

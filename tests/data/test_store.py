@@ -64,6 +64,15 @@ def test_a_change_of_the_file_or_the_template_is_a_new_preparation(make_config: 
     assert "cache" not in said[0]
 
 
+def test_another_version_of_what_renders_is_a_new_preparation(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config())
+    monkeypatch.setattr(store, "version", lambda name: f"{name} of tomorrow")
+    assert "cache" not in run(make_config())[1][0]
+    assert "cache" in run(make_config())[1][0]
+
+
 def test_other_questions_of_an_evaluation_are_a_new_preparation(make_config: Any, tmp_path: Path) -> None:
     """As many rows are removed, but others: what is kept has been trained on the questions that are asked now."""
     asked = [" ".join(f"word{row}{n}" for n in range(20)) for row in range(4)]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import load, npm_is_here, own_template
+from test_families import family
 
 from qlora_sft.config_data import DataConfig, SourceConfig, TrainSourceConfig
 from qlora_sft.data.ledger import ledger_table
-from qlora_sft.data.prepare import Prepared, render_sources
+from qlora_sft.data.prepare import Prepared, fitted_rows, render_sources
 from qlora_sft.data.sources import read_sources
 from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.data.unroll import UNROLLED
@@ -124,3 +131,65 @@ def test_supervise_turns_makes_a_document_of_every_turn(tmp_path: Path, tokenize
         assert before == tokenizer.apply_chat_template(row[:number], tokenize=False, add_generation_prompt=True)
         assert turn.startswith(row[number]["content"])
     assert result.ledger["rows"].notes["rows rendered once per turn, as supervise: turns asks for"].rows == 1
+
+
+@needs_npm
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
+def test_supervise_turns_shows_the_history_that_a_runtime_shows(name: str, tmp_path: Path) -> None:
+    """Not that of TRL's training version, which keeps the reasoning of all turns: the base's own leaves it out."""
+    tokenizer, chat_format = family(name)
+    assert chat_format.original is not None
+    result = prepared(tmp_path, [TURNS], tokenizer, chat_format, supervise="turns")
+    found = [split(document, tokenizer) for document in result.all_documents]
+    assert len(found) == 3
+    for (before, turn), number in zip(found, (1, 3, 5), strict=True):
+        aliases = [{**m, "reasoning_content": m["reasoning"]} if "reasoning" in m else m for m in TURNS[:number]]
+        assert before == tokenizer.apply_chat_template(aliases, tokenize=False, add_generation_prompt=True)
+        assert TURNS[number]["reasoning"] in turn
+    assert "r1" in found[1][0]
+    assert "r1" not in found[2][0] + found[2][1]
+
+
+class Row(dict[str, Any]):
+    """A row that tells whether it is still in memory."""
+
+
+def test_supervise_turns_holds_one_row_at_a_time(tokenizer: Any) -> None:
+    made: list[weakref.ref[Row]] = []
+
+    def rows() -> Iterator[Row]:
+        for n in range(12):
+            turns = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] * 2
+            row = Row(messages=turns, file="rows", line=n)
+            made.append(weakref.ref(row))
+            yield row
+
+    settings = TrainSourceConfig("rows", supervise="turns")
+    source: Any = SimpleNamespace(name="rows", rows=rows(), settings=settings)
+    found = fitted_rows(source, DataConfig([settings]), tokenizer, choose_chat_format(tokenizer))
+    for number, (_, documents, _) in enumerate(found):
+        assert len(documents) == 2
+        assert sum(row() is not None for row in made) <= 2, number
+    assert len(made) == 12
+
+
+@pytest.mark.parametrize("taken", [None, 1])
+def test_no_thread_of_the_renderer_is_left(tokenizer: Any, taken: int | None) -> None:
+    """A thread that the collector of garbage has to end may be ended inside of what starts another, which then waits
+    for ever. Faulty rows are the ones whose errors held it."""
+    answered = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    faulty = [*answered[:1], {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]
+    rows = [{"messages": m, "file": "rows", "line": n} for n, m in enumerate([answered, faulty, answered, faulty])]
+    settings = TrainSourceConfig("rows")
+    source: Any = SimpleNamespace(name="rows", rows=rows, settings=settings)
+    gc.collect()
+    before = threading.active_count()
+    gc.disable()
+    try:
+        found = list(
+            islice(fitted_rows(source, DataConfig([settings]), tokenizer, choose_chat_format(tokenizer)), taken)
+        )
+        assert len(found) == (taken or 4)
+        assert threading.active_count() == before
+    finally:
+        gc.enable()

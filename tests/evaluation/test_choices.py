@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from qlora_sft.data.template import choose_chat_format
-from qlora_sft.errors import DataError
+from qlora_sft.errors import DataError, RunError
 from qlora_sft.evaluation.choices import choose, letter_prompts, next_logits
-from qlora_sft.evaluation.generate import left_padded
+from qlora_sft.evaluation.evaluated_model import EvaluatedModel
+from qlora_sft.evaluation.generate import generate, left_padded
 from qlora_sft.evaluation.tasks import LETTERS, Item
 
 
@@ -68,3 +69,14 @@ def test_a_tokenizer_that_cannot_tell_letters_apart_is_refused(tokenizer: Any, m
     monkeypatch.setattr(choices, "answered", lambda *_: ([1], [7]))
     with pytest.raises(DataError, match="t:1: answers with different letters begin with the same token"):
         letter_prompts([item(1)], tokenizer, choose_chat_format(tokenizer))
+
+
+def test_a_model_that_overflows_is_not_graded(model: Any, tokenizer: Any) -> None:
+    """Its first option, or the first token of the vocabulary, would be taken for the likeliest."""
+    chat_format = choose_chat_format(tokenizer)
+    prompts, letters = letter_prompts([item(1)], tokenizer, chat_format)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(RunError, match=r"not numbers \(NaN\)"):
+        choose(model, tokenizer, [item(1)], prompts, letters, torch.float32, {2})
+    with pytest.raises(RunError, match=r"not numbers \(NaN\)"):
+        generate(EvaluatedModel(model, tokenizer, chat_format, torch.float32), prompts, 3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qlora_sft.data.render import Rendered
+from qlora_sft.errors import RunError
 from qlora_sft.evaluation import drift
 from qlora_sft.evaluation.drift import divergence, read, readable
 
@@ -72,3 +73,12 @@ def test_long_texts_are_cut_and_those_without_labels_left_out() -> None:
     assert kept
     assert len(kept.input_ids) == drift.TOKENS
     assert readable(Rendered([1], [1.0], "t")) is None
+
+
+def test_a_model_that_overflows_is_not_graded(adapted: Any) -> None:
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(torch.nan)
+    for with_base in (False, True):
+        with pytest.raises(RunError, match=r"not numbers \(NaN\)"):
+            read(adapted, DOCUMENT, torch.float32, with_base=with_base)

@@ -24,10 +24,11 @@ from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation import ask
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
-from qlora_sft.evaluation.compare import EvaluationReport, judged
+from qlora_sft.evaluation.compare import EvaluationReport, TaskReport, judged
 from qlora_sft.evaluation.evaluate_run import diagnose_run, evaluate_run
 from qlora_sft.evaluation.keep_right import keep_right
 from qlora_sft.evaluation.prompt import prompt_of
+from qlora_sft.evaluation.results import _free_name
 from qlora_sft.evaluation.statistics import PairedChange
 from qlora_sft.evaluation.tasks import Item, Task
 from qlora_sft.evaluation.unfinished import digest_of
@@ -416,3 +417,10 @@ SAME = PairedChange(0.4, 0.39, -0.05, 0.03)
 )
 def test_forgetting_is_told_from_alignment_tax(form: Any, changes: Any, samples: int, verdict: str) -> None:
     assert judged(form, changes, samples)[0] == verdict
+
+
+def test_damaged_results_of_an_earlier_evaluation_are_left_alone(tmp_path: Path) -> None:
+    """They must not end one that has asked for hours."""
+    (tmp_path / "t.json").write_text("{")
+    report = TaskReport(name="t", form="exact", path="p", questions="q", items=1, seed=0, tuned={})
+    assert _free_name(tmp_path, report) == "t-2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qlora_sft.export.gguf import export_adapter, export_run
 from qlora_sft.export.gguf_check import check_gguf, compare_rope
 from qlora_sft.export.llama_tools import find_quantizer
 from qlora_sft.export.merge import merge_run
-from qlora_sft.export.parity import BOUNDS, Figures, bound, check_parity, compare
+from qlora_sft.export.parity import BOUNDS, Figures, _judge, bound, check_parity, compare
 from qlora_sft.export.quantize import QUANTIZED
 from qlora_sft.train import train
 
@@ -129,6 +130,20 @@ def test_a_file_that_is_another_model_is_refused(run: Path, exported: Any, tmp_p
     with pytest.raises(RunError, match="Suspect"):
         check_parity(run, other, say=quiet)
     assert (run / "merged").is_dir()
+
+
+def test_the_bound_that_is_printed_is_the_one_that_holds() -> None:
+    """It is wider where there are few tokens, and a figure beyond it is a fault."""
+    for tokens, top1, passes in (
+        (270, 0.9889, True),
+        (270, 0.97, False),
+        (100_000, 0.99, False),
+        (100_000, 0.995, True),
+    ):
+        said: list[str] = []
+        faults = _judge("merged", Figures(top1=top1, kl=0.0, max_diff=0.0, tokens=tokens), "adapter", True, said.append)
+        (least,) = re.findall(r"at least ([\d.]+)%, 99.5% of many", said[0])
+        assert (faults == []) == passes == (top1 >= float(least) / 100)
 
 
 def test_a_failed_check_leaves_no_file(run: Path, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:

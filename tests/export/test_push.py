@@ -199,3 +199,14 @@ def test_without_a_network_it_says_so(run: Path) -> None:
     assert "cannot be reached" in result.stderr
     assert "Traceback" not in result.stderr
     assert TOKEN not in result.stdout + result.stderr
+
+
+def test_the_card_says_no_more_than_is_known_of_what_was_not_measured(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    cards = []
+    for warnings in ([], ["held-out loss after training: not measured (no memory left: CUDA out of memory); ..."]):
+        manifest["report"] |= {"loss": {}, "warnings": warnings}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        cards.append(model_card(run, "me/it", "adapter", []))
+    assert "Not measured: the run had no held-out data." in cards[0]
+    assert "Not measured.\n" in cards[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,17 +12,26 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import configured
 from synthetic import WIDTH, write_run
 
+from qlora_sft.atomic import remove_leftovers
 from qlora_sft.errors import RunError
-from qlora_sft.export.merge import merge_run
+from qlora_sft.export import imatrix, parity
+from qlora_sft.export.logits_file import logits_file
+from qlora_sft.export.merge import MergeResult, _merge_better, merge_run
+from qlora_sft.export.parity import _judge, compare, forget, record
 from qlora_sft.model.tensors import read_model
+from qlora_sft.run.folder import Run
 
 SCRIPT = Path(__file__).with_name("synthetic.py")
 
@@ -70,6 +81,103 @@ def test_a_merge_that_is_killed_leaves_nothing_and_the_next_one_clears_up(tmp_pa
     merge_run(run, onto="bf16", say=lambda _: None)
     assert len(read_model(run / "merged")) == 10
     assert not list(run.glob(".merged*"))
+
+
+def test_an_export_clears_up_what_killed_ones_have_left(tmp_path: Path) -> None:
+    """Of gigabytes each; what a process that runs is writing stays, and so do the files of another name."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    gone, running = process.pid, os.getppid()
+    left = [f".m.gguf.partial-{gone}", f".m.gguf.partial-{gone}.full", f".m.gguf.partial-{gone}.imatrix"]
+    stays = [f".m.gguf.partial-{running}", f".m.gguf2.partial-{gone}", ".m.gguf.x-y", "m.gguf", ".m.gguf"]
+    for name in [*left, *stays]:
+        (tmp_path / name).touch()
+    (tmp_path / f".m.gguf.old-{gone}").mkdir()
+    remove_leftovers(tmp_path / "m.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {*stays}
+
+
+def test_logits_find_out_at_once_that_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write into a mapped file for which there is no room ends the process."""
+    rows = logits_file(tmp_path / "rows.npy", (300, 4096))
+    assert (rows.shape, (tmp_path / "rows.npy").stat().st_blocks * 512 >= rows.nbytes) == ((300, 4096), True)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match=r"no room for logits, 5 MiB \(No space left on device; .* Set TMPDIR"):
+        logits_file(tmp_path / "other.npy", (300, 4096))
+
+
+def test_logits_that_are_no_numbers_are_no_parity() -> None:
+    """Whatever the others are, and though on text that was not trained only the divergence counts."""
+    reference = np.random.default_rng(0).normal(size=(150, 40)).astype(np.float32)
+    broken = reference.copy()
+    broken[140] = np.nan
+    for pair in ((reference, broken), (broken, reference), (broken, broken)):
+        figures = compare(*pair)
+        assert figures.kl == math.inf
+        (fault,) = _judge("q8_0", figures, "merged", supervised_only=False, say=lambda _: None)
+        assert "Suspect: an overflow, for its logits are not numbers" in fault
+    reference[:, 7] = -np.inf  # a token that is never written
+    figures = compare(reference, reference)
+    assert (figures.top1, figures.kl) == (1.0, 0.0)
+    assert _judge("f16", figures, "merged", supervised_only=True, say=lambda _: None) == []
+
+
+def test_an_importance_matrix_of_a_model_that_overflows_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imatrix, "_training_documents", lambda _: [[1, 2]])
+    monkeypatch.setattr(imatrix, "_collect", lambda *_: ({"layer": np.array([1.0, np.inf])}, 2))
+    monkeypatch.setattr(imatrix.Run, "open", lambda _: SimpleNamespace(model=SimpleNamespace(trust_remote_code=False)))
+    with pytest.raises(RunError, match="overflows in the type that it computes in"):
+        imatrix.write_imatrix(tmp_path, tmp_path, "llama", tmp_path / "matrix", say=lambda _: None)
+    assert not (tmp_path / "matrix").exists()
+
+
+def test_a_base_without_a_generation_config_stops_at_the_trained_token(tmp_path: Path, base_model: Path) -> None:
+    """transformers would go by config.json, which only knows the token that ends a text."""
+    run = write_run(tmp_path, matrices=2, rows=64, tokenizer_from=base_model)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 0, "bos_token_id": 1}))
+    assert not (tmp_path / "base" / "generation_config.json").exists()
+    merge_run(run, onto="bf16", say=lambda _: None)
+    generation = json.loads((run / "merged" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0]}
+
+
+def test_that_float16_cannot_be_tried_costs_no_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def quick_difference(_: Path) -> Iterator[Any]:
+        yield lambda folder: 0.02 if folder.name == "bf16" else 0.01
+
+    def write(folder: Path, onto: Any, dtype: str, reason: str) -> MergeResult:
+        if dtype == "f16":
+            raise RunError("a weight is beyond float16's range")
+        folder.mkdir(parents=True)
+        return MergeResult(str(folder), onto, "bfloat16", 1, 1, reason)
+
+    said: list[str] = []
+    monkeypatch.setattr(parity, "quick_difference", quick_difference)
+    merge: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path), say=said.append, write=write)
+    result = _merge_better(merge, tmp_path / "merged", "auto")
+    assert (result.onto, result.dtype) == ("nf4-dequantized", "bfloat16")
+    assert said[0] == "not in float16: a weight is beyond float16's range"
+    assert (tmp_path / "merged").is_dir()
+
+
+def test_figures_are_forgotten_when_their_file_is_made_anew(tmp_path: Path, base_model: Path) -> None:
+    """A model card would claim them for it."""
+    run = write_run(tmp_path, matrices=2, rows=64, tokenizer_from=base_model)
+    record(run, {"parity": {"merged": {"kl": 0.0}, "q8_0": {"kl": 1.0}}})
+    merge_run(run, tmp_path / "elsewhere", onto="bf16", say=lambda _: None)
+    assert list(Run.open(run).exports["parity"]) == ["merged", "q8_0"]
+    merge_run(run, onto="bf16", say=lambda _: None)
+    assert list(Run.open(run).exports["parity"]) == ["q8_0"]
+    forget(run, "q8_0")
+    assert Run.open(run).exports["parity"] == {}
 
 
 def test_too_small_a_disk_is_noticed_before_anything_is_written(

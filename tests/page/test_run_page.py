@@ -15,6 +15,7 @@ from run_folders import SOURCES, ledger, step_rows, task_json, write_lines, writ
 from qlora_sft.errors import ConfigError
 from qlora_sft.page.facts import read_run
 from qlora_sft.page.run_page import run_page
+from qlora_sft.page.tasks import tasks_html
 from qlora_sft.page.warnings import warnings_of
 from qlora_sft.page.write import write_report
 
@@ -307,3 +308,15 @@ def test_the_report_is_written_into_the_folder_and_written_again(tmp_path: Path)
     write_report(run)
     assert (run / "report.html").read_text() == first
     assert not [file for file in run.iterdir() if file.name.startswith(".")]
+
+
+def test_a_change_of_too_few_items_has_no_colour() -> None:
+    """One question that is answered now, and was not before, has an interval that leaves out zero."""
+
+    def drawn(more_than_chance: bool | None) -> str:
+        change = {"difference": 1.0, "interval": [1.0, 1.0], "more_than_chance": more_than_chance}
+        task = {"name": "t", "tuned": {"pass@1": 1.0}, "base": {"pass@1": 0.0}, "change": {"pass@1": change}}
+        return tasks_html([task])
+
+    sure, chance, unknown = map(drawn, (True, False, None))
+    assert sure == unknown != chance

@@ -125,6 +125,20 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
     assert plans[0].cards.rows[0].tokens != plans[1].cards.rows[0].tokens
 
 
+def test_a_base_that_is_cut_has_its_shards_in_the_table(make_config: MakeConfig) -> None:
+    whole, cut = (
+        make_plan(make_config(f"memory.base_shards={shards}"), data=False, timing=False, say=quiet) for shards in (1, 4)
+    )
+    held = cut.resident
+    assert held.total - held.fetched < whole.resident.total  # of this model both layers are whole
+    text = plan_table(cut)
+    assert f"shards of the layers    {size(held.shards):>10}  one of 4, exact; so many cards train together" in text
+    assert f"layers that are whole   {size(held.fetched):>10}  two at a time, exact" in text
+    assert f"the whole base          {size(cut.host.base):>10}  before training" in text
+    assert cut.host.base == whole.resident.nf4 + whole.resident.full
+    assert "shards" not in plan_table(whole)
+
+
 def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:
     make_config()
     assert main(["plan", str(tmp_path / "config.yaml"), "--json", "--no-data", "--no-time"]) == 0

@@ -1,21 +1,26 @@
 """The plan's bytes of what stays on the device are those of the loaded model after an optimizer step, exactly."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from moe_bases import write_base
 from tests_support import bare_base
+from transformers import AutoTokenizer
 
 from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.load import load_model
 from qlora_sft.model.loss import batch_loss
 from qlora_sft.model.memory_budget import optimizer_bytes
+from qlora_sft.model.shards import layer_bytes, tensors_to_cut
 from qlora_sft.plan.blueprint import Blueprint, check_headers, read_blueprint
 from qlora_sft.plan.weights import adapter_tensors, nf4_bytes, residents
 
@@ -85,6 +90,27 @@ def test_some_modules_only_and_other_ranks(tiny_model: Path, overrides: list[str
     config = configured(*overrides)
     model, optimizer = after_one_step(config, tiny_model, torch.float32)
     compare(model, optimizer, read_blueprint(config, str(tiny_model)), config, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_the_shards_of_a_base_that_is_cut(family: str, in_4bit: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """As many bytes as `CutLayer` takes of the loaded model, tensor by tensor."""
+    base = tiny_model
+    if family != "llama":
+        base = write_base(tmp_path, family, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
+    config = configured(f"model.load_in_4bit={in_4bit}", "model.chat_template=null")
+    blueprint = read_blueprint(config, str(base))
+    whole = residents(blueprint, config, torch.float32, "adamw_torch_fused")
+    model = load_model(config, str(base), torch.float32, "transformers")
+    tensors = [[each.tensor.nbytes for each in tensors_to_cut(layer)] for layer in decoder_layers(model)]
+    for shards in (2, 3):
+        part = replace(config, memory=replace(config.memory, base_shards=shards))
+        held = residents(blueprint, part, torch.float32, "adamw_torch_fused")
+        assert held.shards * shards == sum(layer_bytes(each, shards) for each in tensors)
+        assert held.fetched == sum(layer_bytes(each, shards) for each in tensors)  # of these two layers
+        assert held.nf4 + held.full + sum(map(sum, tensors)) == whole.nf4 + whole.full
+        assert held.total - held.nf4 - held.full - held.shards - held.fetched == whole.total - whole.nf4 - whole.full
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

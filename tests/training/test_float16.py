@@ -17,6 +17,7 @@ from torch import Tensor
 from qlora_sft.errors import RunError
 from qlora_sft.train import train
 from qlora_sft.training import trainer as module
+from qlora_sft.training.step_group import StepGroup
 from qlora_sft.training.trainer import PackedSFTTrainer
 
 FLOAT16 = ["model.dtype=float16", "model.attention=sdpa"]
@@ -128,12 +129,13 @@ def test_layers_compute_in_the_type_of_the_run(make_config: Any, monkeypatch: py
 
 def test_a_process_without_a_micro_batch_can_undo_the_scale_of_the_others_gradients() -> None:
     """Its scaler is given no loss of its own before gradients are shortened."""
-    trainer: Any = PackedSFTTrainer.__new__(PackedSFTTrainer)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    trainer.accelerator, trainer.args = SimpleNamespace(scaler=scaler), SimpleNamespace(device=torch.device("cpu"))
-    trainer._obstacle = None
     weight = torch.nn.Parameter(torch.zeros(2))
-    assert trainer._loss_of(None, {"lengths": []}, 1.0).item() == 0
+    model: Any = torch.nn.Module()
+    group = StepGroup(model, SimpleNamespace(scaler=scaler, device=torch.device("cpu")), lambda _: False)
+    batch: Any = {"lengths": []}
+    group.begin([batch])
+    assert group.next_loss(batch, lambda _: torch.ones(())).item() == 0
     weight.grad = torch.full((2,), 24.0)  # of another process, which has scaled its loss
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scaler.unscale_(optimizer)

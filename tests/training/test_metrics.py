@@ -205,16 +205,20 @@ def test_a_terminal_gets_one_line_that_messages_do_not_tear(
     assert "loss 1" in drawn
 
 
-@pytest.mark.parametrize(("terminal", "encoding"), [(True, "utf-8"), (True, "latin-1"), (False, "utf-8")])
-def test_only_a_terminal_that_can_shows_the_course_of_the_loss(
-    terminal: bool, encoding: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "encoding"),
+    [("terminal", "utf-8"), ("terminal", "latin-1"), ("notebook", "utf-8"), ("log", "utf-8")],
+)
+def test_a_terminal_or_notebook_that_can_shows_the_course_of_the_loss(
+    where: str, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import io
     import sys
 
     err = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(err, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(err, "isatty", lambda: where == "terminal", raising=False)
     monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr("qlora_sft.training.display.in_notebook", lambda: where == "notebook")
     display = Display(40, 0, lambda text: print(text, file=err))
     display.open()
     for step in range(1, 41):
@@ -223,7 +227,7 @@ def test_only_a_terminal_that_can_shows_the_course_of_the_loss(
     err.flush()
     drawn = err.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert "loss 1" in drawn
-    shows = terminal and encoding == "utf-8"
+    shows = where != "log" and encoding == "utf-8"
     assert ("▁" in drawn) == shows
     assert not shows or "█▇▆▅▄▃▂▁" in "".join(dict.fromkeys(drawn.rsplit("step/s, ", 1)[-1])) + drawn
 

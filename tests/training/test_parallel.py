@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import configured, conversation, write_rows
+from conftest import configured, conversation, layers_of_width_64, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,11 +22,12 @@ from tests_support import result
 
 from qlora_sft.config import load_config
 from qlora_sft.errors import ConfigError
+from qlora_sft.find_rate import find_rate
 from qlora_sft.parallel import Ranks
 from qlora_sft.run.folder import Run
 from qlora_sft.train import train
 from qlora_sft.training.checkpoints import all_checkpoints, find_checkpoint
-from qlora_sft.training.join import join_ranks
+from qlora_sft.training.join import check_shards, join_ranks
 from qlora_sft.training.steps import Deal, deal, describe_deal, longest_dealt, micro_batches
 
 CHILD = Path(__file__).with_name("parallel_child.py")
@@ -55,18 +57,22 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Launched:
+def launched(tmp_path_factory: pytest.TempPathFactory, short_tokenizer: Any) -> Launched:
     """Nine rows in steps of four: in the last step the second process has nothing to do."""
     folder = tmp_path_factory.mktemp("parallel")
-    make = configured(folder, tiny_model)
+    make = configured(folder, layers_of_width_64(folder / "model", short_tokenizer, 3))
     settings = ["data.packing=none", "training.gradient_accumulation=4", "training.learning_rate=1e-2"]
+    settings.append("model.load_in_4bit=true")
     config = make(*settings, rows=[conversation(number, 1 + number % 2) for number in range(9)])
     file = folder / "config.yaml"
     file.write_text(
-        file.read_text().replace("max_length: 256", "max_length: 256, packing: none")
+        file.read_text()
+        .replace("max_length: 256", "max_length: 256, packing: none")
+        .replace("load_in_4bit: false", "load_in_4bit: true")
         + "training: {gradient_accumulation: 4, learning_rate: 1e-2}\n"
     )
     held_out = write_rows(folder / "held_out.jsonl", [conversation(50), conversation(51)])
+    write_rows(folder / "replay.jsonl", [conversation(60), conversation(61)])
     done = launch(*TORCHRUN, str(CHILD), str(file), str(held_out))
     assert done.returncode == 0, done.stderr
     return Launched(folder, config, done.stdout, done.stderr)
@@ -87,6 +93,35 @@ def test_two_processes_do_the_steps_of_one(launched: Launched) -> None:
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_two_processes_with_half_of_the_base_each_do_the_same(launched: Launched) -> None:
+    """In the last step the second one has nothing to compute, and has to help all the same."""
+    assert [part["ended"] for process in (0, 1) for part in launched.told("two_cut", process)] == ["3 steps"] * 2
+    assert result(launched.folder / "two_cut") == result(launched.folder / "two")
+    said = "\n".join(launched.told("two_cut", 0)[0]["said"])
+    assert re.search(
+        r"base: .* KiB of frozen weights in 3 layers are cut over 2 processes, .* KiB each; 2 layers", said
+    )
+
+
+def test_what_happens_to_a_process_with_half_of_the_base_costs_nothing(launched: Launched) -> None:
+    """Its GPU is full for good, and once, while others wait for its shards; the first process asks questions alone."""
+    first, second = launched.told("cut", 0), launched.told("cut", 1)
+    ended = sorted((first[0]["ended"], second[0]["ended"]))
+    assert ended[0] == "EndedTogether: "
+    assert "step-000004 is complete, --resume goes on from there" in ended[1]
+    assert (first[1]["ended"], second[1]["ended"]) == ("6 steps", "6 steps")
+    assert result(launched.folder / "cut") == result(launched.folder / "whole")
+    assert len((launched.folder / "cut" / "samples.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("run", ["two_cut", "cut"])
+def test_between_steps_a_process_has_its_shards_and_one_layer(run: str, launched: Launched) -> None:
+    for process in (0, 1):
+        held = json.loads((launched.folder / f"{run}.{process}.bytes.json").read_text())
+        assert held["shards"] * 2 == sum(held["of"])
+        assert held["whole"] <= max(held["of"])
 
 
 def test_the_first_process_alone_prints(launched: Launched) -> None:
@@ -236,12 +271,25 @@ def test_ways_of_training_in_parallel_that_are_not_ours_are_refused(monkeypatch:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     join_ranks.cache_clear()
     try:
-        with pytest.raises(ConfigError, match=r"asks for FSDP, which does not train here.*torchrun --nproc-per-node"):
+        with pytest.raises(ConfigError, match=r"asks for FSDP, .*memory\.base_shards=N .*torchrun --nproc-per-node N"):
             join_ranks()
     finally:
         monkeypatch.delenv("ACCELERATE_USE_FSDP")
         join_ranks.cache_clear()
     assert join_ranks().alone
+
+
+def test_a_base_is_cut_for_as_many_processes_as_train(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (train, find_rate):
+        with pytest.raises(
+            ConfigError, match=r"cut over 2 processes, and 1 trains; start .torchrun --nproc-per-node 2"
+        ):
+            start(make_config("memory.base_shards=2"), say=lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"cut over 2 processes, and 3 train; .* or set it to 3"):
+        check_shards(make_config("memory.base_shards=2"))
+    check_shards(make_config("memory.base_shards=3"))
+    check_shards(make_config())
 
 
 def test_several_processes_train_without_unsloth(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from transformers import Trainer
 from qlora_sft import run_data
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError, DataError, Interrupted
+from qlora_sft.evaluation import around_training as module
 from qlora_sft.run.report import Choice
 from qlora_sft.strict import as_tree
 from qlora_sft.train import train
-from qlora_sft.training import recipe as module
 from qlora_sft.training.checkpoints import all_checkpoints, as_begun, differences
 from qlora_sft.training.trainer import PackedSFTTrainer
 
@@ -53,9 +53,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]
     [
         (5, crash, Crash, [2, 4]),
         (3, lambda: os.kill(os.getpid(), signal.SIGINT), Interrupted, [2, 4]),
+        (2, lambda: os.kill(os.getpid(), signal.SIGHUP), Interrupted, [2, 3]),
         (2, lambda: os.kill(os.getpid(), signal.SIGTERM), Interrupted, [2, 3]),
     ],
-    ids=["crash", "control-c", "terminated"],
+    ids=["crash", "control-c", "terminal-closed", "terminated"],
 )
 def test_it_ends_as_if_nothing_had_happened(
     make_config: Any, tmp_path: Path, whole: Any, step: int, what: Any, ends: Any, left: list[int]

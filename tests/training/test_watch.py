@@ -192,7 +192,7 @@ def test_an_evaluation_that_cannot_be_made_costs_no_more_than_itself(
     monkeypatch.setattr(module.Watch, "measure", measure)
     said: list[str] = []
     train(make_config(*SHORT, *held_out, "evaluation.every_steps=2"), say=said.append)
-    assert "step 2: not evaluated (the GPU is full); training goes on" in said
+    assert "step 2: not evaluated (no memory left: CUDA out of memory); training goes on" in said
     assert "step 4: not evaluated (programs cannot be run here); training goes on" in said
     assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 6]
 
