@@ -258,7 +258,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def totals(self) -> StepTotals:
-        """What the optimizer step has seen so far; of all processes, once it is done."""
+        """Returns what the optimizer step has seen so far; of all processes, once it is done."""
         return self.group.totals
 
     def _save_finished_steps(self) -> str:
