@@ -39,7 +39,14 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
     "falcon_h1": {"head_dim": 16},
     "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3n_text": {"hidden_size_per_layer_input": 256},
+    "gemma3n_text": {
+        "hidden_size_per_layer_input": 256,
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [128] * 5,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"],
+        "activation_sparsity_pattern": [0.95] * 5,
+    },
     "gemma4_text": {"num_experts": None, "num_kv_shared_layers": 3},
     "gemma3_text": {
         "num_hidden_layers": 6,
@@ -68,7 +75,7 @@ CONTROL = {
 FAMILIES = (
     "cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4", "glm4_moe",
     "gpt_oss", "granite", "granitemoehybrid", "lfm2", "lfm2_moe", "llama", "llama4_text", "ministral3", "mistral",
-    "mixtral", "nemotron_h", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+    "mixtral", "nemotron_h", "olmo3", "phi3", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
     "qwen3_next", "smollm3",
     # Of these that also see, the language model.
     "gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl",

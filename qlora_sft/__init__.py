@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qlora_sft.evaluation.evaluate_run import evaluate_run as evaluate_run
     from qlora_sft.export.gguf import export_run as export_run
     from qlora_sft.export.merge import merge_run as merge_run
+    from qlora_sft.page.notebook import curves as curves
     from qlora_sft.plan.plan import make_plan as make_plan
     from qlora_sft.plan.table import plan_table as plan_table
     from qlora_sft.preview import preview as preview
@@ -42,6 +43,7 @@ _HOMES = {
     "RunError": "errors",
     "RunReport": "run.report",
     "TaskConfig": "config",
+    "curves": "page.notebook",
     "evaluate_run": "evaluation.evaluate_run",
     "export_run": "export.gguf",
     "load_config": "config",

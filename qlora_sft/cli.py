@@ -170,7 +170,10 @@ def quiet_libraries() -> None:
     """Silences notices of other libraries that no user could act on."""
     import logging
     import os
+    import warnings
 
+    # Of tqdm in a notebook without ipywidgets; its bars are drawn as text then.
+    warnings.filterwarnings("ignore", "IProgress not found")
     # "Failed to load CPU gemm_4bit_forward from kernels-community": an optional download, wanted by nobody here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # The bars of transformers ("Loading weights") and datasets follow this one.

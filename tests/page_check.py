@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 TAGS = set(
-    "html head meta title style body header nav section h1 h2 h3 p b i a ul li div span small sup figure figcaption "
-    "svg path rect details summary table thead tbody tr th td dl dt dd pre".split()
+    "html head meta title style body header nav section h1 h2 h3 p b i a ul li div span mark small sup figure "
+    "figcaption svg path rect details summary table thead tbody tr th td dl dt dd pre".split()
 )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+from qlora_sft import cli
 from qlora_sft.install import TORCH_BY_DRIVER, decide
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +42,34 @@ def test_its_torch_is_for_the_gpu_though_no_driver_is_there() -> None:
     (driver,) = (argument.removeprefix("DRIVER=") for name, argument in instructions() if name == "ARG")
     assert decide(driver, {}, ours=True)[1][0].pip == ["install", f"torch==={TORCH_BY_DRIVER[0][1]}"]
     assert str(TORCH_BY_DRIVER[-1][0]) in TEXT  # the older one that its comment names
+
+
+def test_its_first_lines_say_how_it_is_built_and_run() -> None:
+    lines = [
+        line.removeprefix("#").split("#")[0].strip() for line in TEXT.splitlines() if line.startswith("#   docker")
+    ]
+    build, run = (shlex.split(line) for line in lines)
+    tag = build[build.index("--tag") + 1]
+    inside = run.index(tag) + 1
+    assert cli._arguments(run[inside:]).config == "recipe.yaml"
+    # Where it runs, what it writes and what it keeps for the next time are all in the folder of the host.
+    (volume,) = (word for word in run if word.startswith("$PWD:"))
+    there = volume.partition(":")[2]
+    assert [argument for name, argument in instructions() if name == "WORKDIR"][-1] == there
+    kept = [each for name, argument in instructions() if name == "ENV" for each in argument.split()]
+    caches = [each.partition("=")[2] for each in kept if each.startswith(("QLORA_SFT_CACHE", "HF_HOME"))]
+    assert len(caches) == 2
+    assert all(cache.startswith(f"{there}/") for cache in caches)
+    (entry,) = (argument for name, argument in instructions() if name == "ENTRYPOINT")
+    assert f'{json.loads(entry)[0]} = "qlora_sft.cli:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_is_compiled_when_it_runs_has_its_compilers() -> None:
+    (apt,) = (argument for name, argument in instructions() if "apt-get install" in argument)
+    packages = set(apt.partition("--no-install-recommends")[2].partition("&&")[0].split())
+    assert packages == {"cmake", "g++", "gcc", "make"}  # g++ is Debian's c++
+    needed = re.findall(r"in \((\"cmake\", \"c\+\+\")\)", (ROOT / "qlora_sft" / "export" / "quantize.py").read_text())
+    assert needed == ['"cmake", "c++"']
 
 
 def test_nothing_that_is_built_or_trained_goes_into_the_image() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
+RENDERED = ROOT / "docs" / "quickstart.ipynb"
 # Shown to nobody here; what would be is kept.
 STUB = "class HTML(str): pass\ndef display(shown): assert 'srcdoc' in shown and 'supervised' in shown"
 SMALL = ["training.max_steps=2", "evaluation.answers=1", "evaluation.max_new_tokens=4", "data.held_out.0.max_rows=2"]
@@ -64,6 +66,52 @@ def prepared(folder: Path) -> Path:
 def test_no_outputs_are_kept(notebook: Path) -> None:
     assert cells(notebook)
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(notebook))
+
+
+def test_the_rendered_quickstart_is_the_quickstart_with_outputs() -> None:
+    """If it is not, python notebooks/render.py writes it anew."""
+    content = RENDERED.read_text(encoding="utf-8")
+    ours, theirs = (json.loads(text)["cells"] for text in ((ROOT / "notebooks" / RENDERED.name).read_text(), content))
+    assert [(cell["cell_type"], cell["source"]) for cell in theirs] == [(c["cell_type"], c["source"]) for c in ours]
+    shown = [json.dumps(cell["outputs"], ensure_ascii=False) for cell in cells(RENDERED)]
+    assert [cell["execution_count"] for cell in cells(RENDERED)] == [*range(1, len(shown) + 1)]
+    assert [text == "[]" for text in shown] == [True, True, *[False] * (len(shown) - 2)]
+    # The masks, the plan, the live line and the curves, before and after, the tasks, the exported file.
+    for part in ("<mark", "longest row per card", "█", "<svg", "held-out loss", "arithmetic", "q8_0 against merged"):
+        assert part in "".join(shown)
+    assert not any("error" in output["output_type"] for cell in cells(RENDERED) for output in cell["outputs"])
+    assert render()["OF_A_MACHINE"].search(content) is None
+    assert len(content.encode()) < 500_000
+
+
+def render() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "notebooks" / "render.py"))
+
+
+def test_rendered_outputs_do_not_name_the_machine() -> None:
+    notebook = json.loads((ROOT / "notebooks" / RENDERED.name).read_text(encoding="utf-8"))
+    first = cells(ROOT / "notebooks" / RENDERED.name)[0]
+    assert first["outputs"] == []
+    code = render()["code_cells"](notebook)
+    code[2]["metadata"] = {"execution": {"iopub.execute_input": "2026-01-01T00:00:00Z"}}
+    code[2]["outputs"] = [
+        {"output_type": "stream", "name": "stderr", "text": "10%|█ |\r90%|█▇|  \rdone\nin /here/run: /house/me/x\n"},
+        {
+            "output_type": "execute_result",
+            "execution_count": 7,
+            "metadata": {},
+            "data": {"text/html": "<p>/here/run</p>"},
+        },
+    ]
+    scrubbed = render()["scrubbed"](notebook, {"/here/run": ".", "/house/me": "~"})
+    (stream, result) = render()["code_cells"](scrubbed)[2]["outputs"]
+    assert stream["text"] == ["done\n", "in .: ~/x\n"]
+    assert (result["data"], result["execution_count"]) == ({"text/html": ["<p>.</p>"]}, 3)
+    assert "iopub" not in json.dumps(scrubbed)
+    for path in ("/root/x", "/tmp/x", "http://localhost/simple"):
+        code[2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": f"see {path}"}]
+        with pytest.raises(ValueError, match="names the machine"):
+            render()["scrubbed"](notebook, {})
 
 
 def test_the_quickstart_runs(tmp_path: Path, convertible_model: Path) -> None:

@@ -32,6 +32,8 @@ from qlora_sft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Expressions of a template fail as Python's do: a split without the part that is taken, a field that is None.
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -137,7 +139,7 @@ def _trl_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     try:
         template: str | None = get_training_chat_template(tokenizer)
-    except ValueError:  # a template that TRL does not know
+    except (*FAILURES, jinja2.TemplateError):  # a template that TRL does not know, or that fails on what TRL tries
         return None
     return template
 
@@ -254,8 +256,7 @@ def apply(
         raise _no_jinja(error) from None
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        # Expressions of a template fail as Python's do: a split without the part that is taken, a field that is None.
+    except FAILURES as error:
         raise DataError(
             f"the chat template fails on this conversation ({type(error).__name__}: {error}); it expects something "
             "that the row has not: change the row, or use another model.chat_template"

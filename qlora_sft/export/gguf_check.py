@@ -148,7 +148,8 @@ def compare_rope(fields: Mapping[str, Any], settings: JsonObject) -> Iterator[st
     if kind in ("linear", "yarn") and scaled != kind:
         yield f"rope: scaling {scaled} in the file, {kind} in the model"
     length = config.get("max_position_embeddings")
-    if config.get("model_type") == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
+    kind, positions = config.get("model_type"), config.get("position_embedding_type")
+    if kind == "nemotron_h" or (kind == "granitemoehybrid" and positions != "rope"):
         length = None  # without positions there is no limit; the converter writes 2**20
     if length and fields.get(f"{architecture}.context_length") not in (None, length):
         yield f"context: {fields[f'{architecture}.context_length']} in the file, {length} in the model"

@@ -19,7 +19,7 @@ class TokenRun:
 
 
 def tokens_html(runs: Iterable[TokenRun]) -> Markup:
-    """Returns the text of a document, in which supervised tokens are highlighted."""
+    """Returns the text of a document, in which supervised tokens stand out, also on a page that has lost its style."""
     return Markup("".join(map(_run_html, runs)))
 
 
@@ -27,12 +27,13 @@ def _run_html(run: TokenRun) -> str:
     classes = " ".join(name for name, on in (("s", run.weight > 0), ("c", run.control)) if on)
     weight = f"<sup>×{run.weight:g}</sup>" if run.weight not in (0.0, 1.0) else ""
     text = escape(run.text)
-    return weight + (f'<span class="{classes}">{text}</span>' if classes else text)
+    element = "mark" if run.weight > 0 else "span"
+    return weight + (f'<{element} class="{classes}">{text}</{element}>' if classes else text)
 
 
 def tokens_key() -> Markup:
     """Returns what the ways mean in which tokens are drawn."""
     return Markup(
-        '<p class="key tokens"><span class="s">supervised</span> <span>masked</span> '
+        '<p class="key tokens"><mark class="s">supervised</mark> <span>masked</span> '
         '<span class="c">control token</span> <span><sup>×0.5</sup> weight of what follows</span></p>'
     )

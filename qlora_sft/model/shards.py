@@ -193,7 +193,7 @@ class Shards:
         with naming_lost():
             if self._leads:
                 _say_number(number)
-            self._here[number] = _gather(layer)
+            self._here[number] = _gather(layer) if layer.size else None
 
     def _wait_for(self, number: int) -> None:
         if (work := self._here[number]) is not None:
@@ -312,20 +312,22 @@ def whole(model: CausalModel, layer: nn.Module) -> Iterator[None]:
 def in_turn() -> Iterator[None]:
     """Lets the processes of this machine run the body one after the other: in it each has a whole model in host
     memory."""
-    own, count = int(os.environ["LOCAL_RANK"]), processes_here()
+    own, turns = int(os.environ["LOCAL_RANK"]), _most(processes_here())
     for _ in range(own):
-        _meet()
+        _most(0)
     yield
-    for _ in range(count - own):
-        _meet()
+    for _ in range(turns - own):
+        _most(0)
 
 
-def _meet() -> None:
-    """Waits until all processes are here."""
-    from torch.distributed import all_reduce
+def _most(number: int) -> int:
+    """Returns the highest ``number`` of all processes, for which each waits."""
+    import torch.distributed as dist
 
+    most = torch.tensor(number)
     with naming_lost():
-        all_reduce(torch.zeros(1))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _gather(layer: CutLayer) -> Work | None:

@@ -241,6 +241,18 @@ def test_marks_around_a_part_of_the_header_train_none_of_it(tokenizer: Any, answ
     assert supervised_text(render_conversation(row, loose), loose) == answer + "<|im_end|>"
 
 
+def test_a_template_that_fails_on_what_trl_tries_is_taken_as_it_is(own_tokenizer: Any) -> None:
+    """Command R+'s goes through the tools without asking whether there are any, once it is shown a call."""
+    own = copy.deepcopy(own_tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{% for tool in tools %}{{ tool }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chosen = choose_chat_format(own, {own.eos_token_id, own.convert_tokens_to_ids("<|im_end|>")})
+    assert chosen.template == own.chat_template
+
+
 def test_a_turn_of_calls_that_a_template_does_not_write_is_named_as_the_reason(own_tokenizer: Any) -> None:
     """Phi-3.5's writes an assistant's turn only where it has content."""
     deaf = copy.deepcopy(own_tokenizer)

@@ -131,7 +131,7 @@ def test_rows_of_one_conversation_are_on_one_side(tmp_path: Path) -> None:
         messages: list[dict[str, Any]] = [{"role": "system", "content": f"today is {count}"}]
         for turn in range(count):
             messages.append({"role": "user", "content": f"{number} {turn}?"})
-            last = {"reasoning": text(99, 300)} if turn == count - 1 else {}
+            last = {"reasoning": text(10_000 + 10 * number + count)} if turn == count - 1 else {}
             messages.append({"role": "assistant", "content": text(100 * number + turn, 40), **last})
         return {"messages": messages}
 

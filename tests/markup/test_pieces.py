@@ -57,7 +57,7 @@ def test_pieces_take_what_is_written_already_as_it_is() -> None:
 
 def test_weights_and_kinds_of_tokens_are_seen() -> None:
     runs = [TokenRun("<|im_start|>", 0.0, True), TokenRun("yes", 0.5, False), TokenRun("no", 0.0, False)]
-    assert tokens_html(runs) == ('<span class="c">&lt;|im_start|&gt;</span><sup>×0.5</sup><span class="s">yes</span>no')
+    assert tokens_html(runs) == ('<span class="c">&lt;|im_start|&gt;</span><sup>×0.5</sup><mark class="s">yes</mark>no')
 
 
 def test_a_chart_breaks_at_a_gap_and_marks_it() -> None:

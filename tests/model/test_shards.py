@@ -27,7 +27,7 @@ from qlora_sft.model.attention import use_plain_attention
 from qlora_sft.model.base import decoder_layers
 from qlora_sft.model.hidden import run_one_at_a_time
 from qlora_sft.model.loss import batch_loss
-from qlora_sft.model.memory import use_memory
+from qlora_sft.model.memory import install, use_memory
 from qlora_sft.model.setup import prepare_model
 from qlora_sft.model.shards import CutLayer, shards_of, tensors_to_cut
 
@@ -121,6 +121,14 @@ def test_every_bit_is_the_same_and_two_layers_are_whole_at_most(
     nf4 = sum(each.shard.nbytes for each in layers)
     assert nf4 == sum(each.size for each in layers)  # one process has all shards
     assert nf4 > 0.9 * sum(t.tensor.nbytes for layer in decoder_layers(cut) for t in tensors_to_cut(layer))
+
+
+def test_layers_that_keep_their_attention(deep: Path) -> None:
+    models = [made(settings(*each), deep) for each in ([], ["memory.base_shards=2"])]
+    for model in models:
+        install(model, ["attention"] * LAYERS, 35, 0, lambda _: None)
+    expected, found = map(loss_and_gradients, models)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

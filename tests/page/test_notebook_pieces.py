@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from page_check import checked
-from run_folders import report_of, step_rows, task_json
+from run_folders import report_of, step_rows, task_json, write_run
 
+from qlora_sft import curves
 from qlora_sft.config import Config
 from qlora_sft.evaluation.compare import EvaluationReport, TaskReport
 from qlora_sft.markup.elements import page
@@ -83,6 +85,18 @@ def test_a_plan() -> None:
     for text in ("8.00 GiB", "2.0 h", "1,234 tokens per second", "170,000", "a note", "weights in NF4"):
         assert text in html
     assert "html" not in str(plan.to_json())
+
+
+def test_the_curves_of_a_run_that_is_still_training(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in ("manifest.json", "report.html"):
+        (run / name).unlink(missing_ok=True)
+    html = shown(curves(run))
+    assert "Training loss" in html
+    assert "Held-out loss" in html
+    assert 'class="line' in html
+    (run / "metrics.jsonl").write_text("")
+    assert "Training loss" not in shown(curves(str(run)))
 
 
 def test_a_preview(make_config: Any, capsys: Any) -> None:

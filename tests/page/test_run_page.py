@@ -55,7 +55,7 @@ def test_it_shows_everything_that_a_run_has(tmp_path: Path) -> None:
     for text in (
         "finished", "rank 16", "transformers (unsloth is not installed)", "chatml-think; its {% generation %} marks",
         "2.5% → 25%, +22.5 (+14.4 to +31.2)", "pass@4 has risen", "everything fits 11.22 GiB",
-        '<span class="s">{&quot;name&quot;: &quot;Carmen&quot;', "before training",
+        '<mark class="s">{&quot;name&quot;: &quot;Carmen&quot;', "before training",
         "torch 2.13.0", "training.learning_rate",
     ):  # fmt: skip
         assert text in page, text
