@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_sft.data.batch import Batch
 from qlora_sft.errors import first_line
-from qlora_sft.model.full_memory import is_gpu_full
+from qlora_sft.model.full_memory import free_memory, is_gpu_full
 from qlora_sft.model.hidden import one_at_a_time
 from qlora_sft.model.shards import shards_of
 from qlora_sft.training.guards import RngState
@@ -194,5 +194,4 @@ class StepGroup:
 def _free_failed() -> None:
     """Frees what a backward that was given up has left."""
     drop_failed_graphs()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
