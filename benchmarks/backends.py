@@ -58,7 +58,7 @@ def recipe(folder: Path, base: Path, data: Path, steps: int) -> Path:
         f"model: {{path: {base}, chat_template: chatml-think}}\n"
         f"data:\n  train:\n{train}\n  held_out:\n{held_out}\n  max_length: 1024\n"
         # Where rows share prefixes they are packed in another order, which Unsloth's layers cannot follow.
-        "  share_prefixes: \"off\"\n"
+        '  share_prefixes: "off"\n'
         f"training: {{learning_rate: 5e-4, max_steps: {steps}, save_steps: {max(1, steps // 2)}}}\n"
         "lora: {r: 16, alpha: 32}\nevaluation: {answers: 4, max_new_tokens: 16}\n"
     )
