@@ -60,12 +60,15 @@ NOT_MADE = {
     ),
     **dict.fromkeys(
         ("aria", "chameleon", "cosmos3_edge", "deepseek_ocr2", "diffusion_gemma", "emu3", "evolla", "granite4_vision",
-         "kyutai_speech_to_text", "minicpmv4_6", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text", "video_llama_3",
-         "vision-encoder-decoder"),
+         "kyutai_speech_to_text", "minicpmv4_6", "nemotron_h_omni", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text",
+         "video_llama_3", "vision-encoder-decoder"),
         DEFAULTS,
     ),
     **dict.fromkeys(
-        ("blt", "ernie4_5_vl_moe", "florence2", "fun_asr_nano", "glm5_next", "longcat_flash", "t5gemma2"), PARTS,
+        ("apertus1p5", "blt", "dots3_note", "ernie4_5_vl_moe", "florence2", "fun_asr_nano", "glm5_next",
+         "granite_docling", "inkling2", "inkling2_loop", "longcat_flash", "molmo2", "muse_spark", "nemo_speechlm",
+         "t5gemma2"),
+        PARTS,
     ),
     **dict.fromkeys(("pi0", "shieldgemma2"), OTHER),
     "cohere_compass": "its default rope parameters are not those of its layers",

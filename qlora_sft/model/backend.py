@@ -73,8 +73,9 @@ def unsloth_fault() -> str:
         if demand.name not in PATCHED or (demand.marker and not demand.marker.evaluate({"extra": ""})):
             continue
         found = version(demand.name)
-        if not demand.specifier.contains(found, prereleases=True):
-            return f"{version('unsloth')} is made for {demand.name}{demand.specifier}, and {found} is installed"
+        unmet = [str(each) for each in demand.specifier if not each.contains(found, prereleases=True)]
+        if unmet:
+            return f"it is made for {demand.name}{','.join(unmet)}, and {found} is installed"
     return ""
 
 
