@@ -12,8 +12,8 @@ A whole run::
     export_run(config.output, parity=True)   # merges, writes a GGUF file, and compares it
 
 ``with_rows`` takes rows from Python, ``curves`` draws a run in a notebook, ``merge_run`` only merges, and ``Run.open``
-reads a run folder. ``render_conversation`` turns a conversation into token ids and labels; ``pack`` fills sequences with
-documents. Every error is a `QloraSftError`: `ConfigError` and `DataError` are raised before anything is trained,
+reads a run folder. ``render_conversation`` turns a conversation into token ids and labels; ``pack`` puts documents into
+sequences. Every error is a `QloraSftError`: `ConfigError` and `DataError` are raised before anything is trained,
 `RunError` and `Interrupted` later.
 
 Each name is imported when it is first used, so ``import qlora_sft`` does not import torch.
