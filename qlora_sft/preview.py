@@ -49,13 +49,16 @@ class PreviewReport(Report):
 def preview(
     config: Config, count: int = 3, page: str | None = None, show: bool = True, *, alone: bool = False
 ) -> PreviewReport:
-    """Prints the ledger and the mixture (stderr) and the first ``count`` documents as they are packed (stdout).
+    """Shows what `train` would train on with the same configuration, and returns it.
 
-    Everything is what `train` would do with the same configuration.
+    What became of the rows, and the mixture, go to stderr. The first ``count`` documents go to stdout, as they are
+    packed.
 
     page: also writes a web page to this file.
+    show: whether the documents are printed.
+    alone: nothing is trained in this process later, so Unsloth, which must be imported first, need not be imported.
 
-    alone: nothing is trained in this process, so Unsloth, which would have to be imported first, is not imported.
+    Raises `ConfigError` or `DataError`, the same ones as `train`.
     """
     said: list[str] = []
 

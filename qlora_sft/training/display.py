@@ -21,7 +21,7 @@ BARS, SPARKS = "▁▂▃▄▅▆▇█", 8
 
 
 class Course:
-    """Keeps the course of a loss in few numbers: each is the mean over as many steps as the others."""
+    """Keeps the course of a loss in a few numbers, each the mean over the same number of steps."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
