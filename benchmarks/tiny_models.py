@@ -123,6 +123,9 @@ def tiny_model(kind: str, **own: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name or "sinks" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # what decides between experts beside their scores
+            torch.nn.init.normal_(buffer, std=0.1)
     return model
 
 

@@ -22,6 +22,7 @@ from qlora_sft.config import LoraConfig
 from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.base_files import has_experts
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
@@ -88,6 +89,14 @@ def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, module in model.named_modules():
         for name in stack_names(module):
             yield path, module, name
+
+
+def peft_knows_experts(model: CausalModel) -> bool:
+    """Says whether PEFT may take layers of ``model`` for experts.
+
+    It goes by the family, also where no layer of the model has any (a DeepSeek-V3 whose layers are all dense).
+    """
+    return any(True for _ in stacks(model)) or has_experts(model.config.to_dict())
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
