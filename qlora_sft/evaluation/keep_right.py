@@ -23,9 +23,9 @@ def check_target(file: Path) -> None:
     What is there is not replaced: it may be the questions, or the rows of another hour.
     """
     if file.is_file():
-        raise ConfigError(f"--keep-right: {file} is there already; name a new file, or remove it")
+        raise ConfigError(f"--keep-right: {file} already exists; name a new file, or remove it")
     if file.is_dir() or not file.parent.is_dir():
-        raise ConfigError(f"--keep-right: {file} cannot be written; name a file in a folder that is there")
+        raise ConfigError(f"--keep-right: {file} cannot be written; name a file in an existing folder")
 
 
 def keep_right(report: EvaluationReport, file: Path) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def check_named(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype
         except Exception as error:  # as a package may raise anything
             obstacle = first_line(error) or type(error).__name__
     if obstacle:
-        raise ConfigError(f"model.attention={way}: {obstacle}; set it to auto, or to varlen for a run that goes on")
+        raise ConfigError(f"model.attention={way}: {obstacle}; set it to auto, or to varlen for a run that is resumed")
 
 
 def measured_choice(

@@ -67,8 +67,8 @@ def measure_layer(
             )
         short //= 2
         say(
-            f"memory: no room to measure a layer ({obstacle}); measured with {2 * short:,} tokens instead, which says "
-            "rather too much of a long sequence"
+            f"memory: no room to measure a layer ({obstacle}); measured with {2 * short:,} tokens instead, which "
+            "overestimates a long sequence"
         )
 
 
