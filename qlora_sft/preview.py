@@ -85,8 +85,12 @@ def preview(
         title, pictures = f"{config.output}: what is trained", histograms(data.train.documents, tokenizer)
         with written_file(Path(page)) as beside:
             beside.write_text(as_page(packed, tokenizer, title, ["\n\n".join(said), pictures], trees), "utf-8")
+        tell(f"wrote {page}; open it in a browser")
     if show:  # last, because the reader of a pipe may have seen enough before its end
-        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        if shown:
+            tell(f"trained is what {'is green' if colour else 'stands in [[ ]]'}, and nothing else")
+        print(as_text(packed, tokenizer, colour=colour, trees=trees))
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
     findings = [asdict(finding) for finding in data.findings]

@@ -18,7 +18,8 @@ from qlora_sft.data.fit import NOTHING_SUPERVISED, TOO_SHORT, fit, longest_answe
 from qlora_sft.data.formats import UNDESIRED, with_thinking
 from qlora_sft.data.ledger import FEW, SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
-from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
+from qlora_sft.data.row_faults import RowFaults
+from qlora_sft.data.sources import Source, place
 from qlora_sft.data.template import ChatFormat
 from qlora_sft.data.unroll import PER_TURN, UNROLLED, unrolled
 from qlora_sft.errors import DataError
@@ -80,14 +81,13 @@ def _render_source(
     """Returns the documents that fit. ``ledger`` gets an account of all other rows, and whether everything may be
     supervised."""
     settings = source.settings
-    documents, problems = Writer(source.name), []
+    documents, faults = Writer(source.name), RowFaults()
     ledger.whole = True
     for conversation, rendered, fitting in fitted_rows(source, config, tokenizer, chat_format):
         ledger.whole = ledger.whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
-            problems.append(f"{place(conversation)}: {fitting}")
-            if len(problems) == MAX_PROBLEMS:
-                problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
+            faults.add(place(conversation), str(fitting))
+            if faults.enough:
                 break
             continue
         kept = [document for part in fitting if not isinstance(part, str) for document in part]
@@ -100,8 +100,8 @@ def _render_source(
         _account(ledger, conversation, rendered, fitting, config.overlong)
         for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
-    if problems:
-        raise DataError("\n".join(problems))
+    if faults:
+        raise DataError("\n".join(faults.lines(str(source.path))))
     return documents.finish()
 
 

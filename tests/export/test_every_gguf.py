@@ -13,7 +13,7 @@ from qlora_sft.export.gguf_arrangements import arrangements
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HYBRIDS = ("falcon_h1", "gemma4_text", "granitemoehybrid", "lfm2", "llama4_text", "qwen3_5_text", "qwen3_next")
-MIXTURES = ("gpt_oss", "qwen3_moe")
+MIXTURES = ("deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_moe")
 # Of these that also see, the language model.
 SEE = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
