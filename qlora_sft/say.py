@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from qlora_sft.parallel import rank
 
@@ -73,7 +73,8 @@ def progress(total: int, what: str, unit: str, delay: float = 5.0) -> tqdm:
     """
     from tqdm import tqdm
 
-    redrawn, settings = sys.stderr.isatty(), {"total": total, "desc": what, "unit": unit, "delay": delay}
+    redrawn = sys.stderr.isatty()
+    settings: dict[str, Any] = {"total": total, "desc": what, "unit": unit, "delay": delay}
     if not redrawn and not in_notebook():
         return tqdm(
             **settings, file=cast(TextIO, _Lines(sys.stderr)), mininterval=INTERVAL, leave=False, disable=rank() > 0,

@@ -55,7 +55,7 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     compared, unmatched, faults = _compare_tensors(file, fields["general.architecture"], config, model)
     faults += list(_compare_tokenizer(fields, model)) + list(compare_rope(fields, config))
-    rows, tokens = rows_of(reader), len(fields.get("tokenizer.ggml.tokens") or [])
+    rows, tokens = rows_of(file), len(fields.get("tokenizer.ggml.tokens") or [])
     if rows is not None and rows != tokens:
         faults.append(
             f"vocabulary: {tokens:,} tokens for {rows:,} rows of the embedding, which llama.cpp does not load"
