@@ -18,9 +18,9 @@ GRADED = ("number", "exact", "code")
 
 
 def check_target(file: Path) -> None:
-    """Raises `ConfigError` if rows cannot be written to ``file``: before an hour of answers, not after it.
+    """Raises `ConfigError` if rows cannot be written to ``file``, before an hour of answers and not after it.
 
-    What is there is not replaced: it may be the questions, or the rows of another hour.
+    An existing file is not replaced: it may hold the questions, or the rows of an earlier hour.
     """
     if file.is_file():
         raise ConfigError(f"--keep-right: {file} already exists; name a new file, or remove it")
