@@ -145,7 +145,7 @@ def _masks(given: JsonObject, made: Converted) -> None:
     if False in (assistant, completion) and True not in (assistant, completion):
         made.supervise("all")
     elif assistant is None:
-        why = "TRL then trains every token of a conversation, as supervise: all does; here only assistant turns are"
+        why = "without it TRL trains every token, as supervise: all does here; assistant turns alone are trained"
         made.note("assistant_only_loss", "not given", why)
     if not given.pop("packing", False):
         made.put("data.packing", "none")
