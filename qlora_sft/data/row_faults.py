@@ -28,7 +28,7 @@ class RowFaults:
 
     @property
     def enough(self) -> bool:
-        """Whether more rows would tell nothing new."""
+        """Says whether more rows would tell nothing new."""
         return len(self._faults) == MAX_PROBLEMS or self._rows == MAX_ROWS
 
     def add(self, place: str, fault: str) -> None:
