@@ -124,8 +124,14 @@ def _device() -> Check:
 
 
 def _unsloth(packages: dict[str, str | None]) -> Check:
-    """Looks for Unsloth by its version only, because importing it patches other libraries."""
+    """Looks for Unsloth without importing it, which would patch other libraries: for its version, and what it is made
+    for."""
+    from qlora_sft.model.backend import unsloth_fault
+
     cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
+    fault = unsloth_fault()
+    if fault and packages.get("unsloth"):
+        return {"name": "backend unsloth", "ok": False, "found": fault, "cure": cure}
     return _check("backend unsloth", packages.get("unsloth"), cure)
 
 

@@ -33,7 +33,7 @@ LOCK = ROOT / "requirements.lock"
 TORCH_BY_DRIVER = ((580, "2.13.0", "CUDA 13"), (525, "2.10.0", "CUDA 12"))
 TORCH = TORCH_BY_DRIVER[0][1]
 # The versions of torch that are kept if they are there, and those of Python: from the first on, before the second.
-TESTED = ((2, 10), (2, 14))
+TESTED = ((2, 10), (2, 16))
 PYTHONS = ((3, 11), (3, 14))
 
 # What other packages of an environment were built against, and what a session has imported before us.

@@ -1,4 +1,5 @@
-"""Hand the reasoning of turns to a chat template where it reads it: under a key, in the content, or not at all."""
+"""Give the reasoning of turns to a chat template where the template reads it: under a key, in the content, or not at
+all."""
 
 from __future__ import annotations
 

@@ -297,7 +297,8 @@ def _by_prefix(
     if text.startswith(until) and not messages[turn].get("reasoning"):
 
         def with_answer(answer: str) -> str:
-            asked = {**conversation, "messages": [*messages[:turn], {"role": "assistant", "content": answer}]}
+            probe: Message = {"role": "assistant", "content": answer}
+            asked: Conversation = {**conversation, "messages": [*messages[:turn], probe]}
             return apply(asked, tokenizer, template)[0]
 
         start = header_end(until, before, with_answer)

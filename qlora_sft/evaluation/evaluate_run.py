@@ -50,9 +50,11 @@ def evaluate_run(
     base: whether the base under the adapter is asked, too, and compared.
     run_code: whether answers to ``code`` tasks may be run.
 
-    As soon as a task is done, its figures stand in ``RUN/evaluation/NAME.json`` and its answers in ``NAME.jsonl``.
-    Results of a task that was asked in another way are kept. Raises `ConfigError` or `DataError` before a model is
-    loaded.
+    As soon as a task is done, its figures are written to ``RUN/evaluation/NAME.json`` and its answers to
+    ``NAME.jsonl``. Earlier results that were obtained with other settings are kept.
+
+    Raises `ConfigError` or `DataError` before a model is loaded, and `RunError` if it cannot answer (no memory for a
+    question, logits that are not numbers).
     """
     path, run, chosen = _opened(path, tasks, settings)
     read = _read_all(run, chosen, run_code, seed, say)

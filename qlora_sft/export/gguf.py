@@ -24,6 +24,7 @@ from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
 from qlora_sft.export.stale import is_stale
 from qlora_sft.export.trained import Trained, read_trained
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.run_base import run_base
 from qlora_sft.run.folder import Run
@@ -152,9 +153,7 @@ def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, want
         say(f"no importance matrix ({'as asked for' if wanted == 'none' else reason})")
         return None
     say(f"importance matrix ({reason})")
-    from gguf import GGUFReader
-
-    architecture: str = GGUFReader(str(full)).fields["general.architecture"].contents()
+    architecture: str = read_gguf(full).fields["general.architecture"]
     write_imatrix(run, merged, architecture, target, say)
     return target
 

@@ -22,6 +22,7 @@ from qlora_sft.data.pieces import adds_bos
 from qlora_sft.export.gguf_config import config_for_converter
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.model.base_files import read_headers
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 
@@ -46,15 +47,14 @@ def leave_bos_to_the_template(gguf: Path, model: Path) -> None:
     The finished file is changed and not the tokenizer that is converted, because the converter recognises a tokenizer
     by the ids that it gives, bos among them.
     """
-    from gguf import GGUFReader
-
     tokenizer = saved_tokenizer(model)
     if not tokenizer.chat_template or writes_bos(tokenizer):
         return
-    reader = GGUFReader(str(gguf), "r+")
-    if BOS_FIELD in reader.fields:
-        reader.fields[BOS_FIELD].parts[-1][0] = False
-        reader.data.flush()
+    at = read_gguf(gguf).offsets.get(BOS_FIELD)
+    if at is not None:
+        with gguf.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\0")
 
 
 @contextmanager

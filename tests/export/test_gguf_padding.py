@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_sft.export.gguf_padding import drop_padding, rows_of
+from qlora_sft.gguf_file import read_gguf
 
 
 def write(file: Path, tokens: list[str], rows: int, scores: bool = False) -> None:
@@ -55,7 +56,7 @@ def test_the_file_is_that_of_a_vocabulary_without_padding(
     assert {name: found[name] for name in wanted} == wanted
     assert tensors.keys() == expected.keys()
     assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
-    assert rows_of(GGUFReader(str(padded))) == len(tokens)
+    assert rows_of(read_gguf(padded)) == len(tokens)
     assert drop_padding(padded) == 0
 
 
