@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _done(arguments: argparse.Namespace) -> CommandResult:
     """Runs the verb of ``arguments``. Only training is done by several processes."""
     if world_size() > 1 and (arguments.verb is not run_train or arguments.find_rate):
-        refuse("several processes only train; start this without torchrun")
+        refuse("only training runs in several processes; start this without torchrun")
     action: Action = arguments.verb
     return action(arguments)
 

@@ -223,7 +223,11 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         check_training(training, require)
     if training and data:
         shares = data.share_prefixes != "on" or training.neftune_alpha is None
-        require(shares, "data.share_prefixes", "on goes with no noise (training.neftune_alpha): set one of them back")
+        require(
+            shares,
+            "data.share_prefixes",
+            "on cannot be combined with noise (training.neftune_alpha); remove one of them",
+        )
         check_tethers(training, data, require)
     if training and lora:
         magnitudes = "measures the change of a weight by its factors, and lora.dora changes magnitudes: remove one"

@@ -192,7 +192,7 @@ def check_data(d: DataConfig, require: Require) -> None:
 
 def _check_source(key: str, source: SourceConfig, require: Require) -> None:
     rows, columns = source.max_rows, source.columns or {}
-    endless = "needs max_rows: packing wants to know all rows before the first step"
+    endless = "needs max_rows: packing has to know all rows before the first step"
     require(rows is not None or not source.streaming, f"{key}.streaming", endless)
     require(
         source.fraction == 1 or not source.streaming, f"{key}.fraction", "cannot be drawn from a stream; set max_rows"

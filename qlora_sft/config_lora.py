@@ -21,14 +21,14 @@ REFUSED = {
     "bias": "biases are not trained here; remove it",
 }
 _OTHER_BASE = (
-    "takes the largest directions out of the base's weights, and the rest would have to be quantised anew: the adapter "
-    "would be on another base than the one that was named, and neither merge nor export could be what was trained"
+    "takes the largest directions out of the base's weights, and the rest would have to be quantised again: the "
+    "adapter would belong to another base than the one you named, so no merge or export could be what was trained"
 )
 REFUSED_INITS = {
     "pissa": _OTHER_BASE,
     "olora": _OTHER_BASE,
     "corda": _OTHER_BASE,
-    "mica": "freezes B, which no part of this program knows of",
+    "mica": "freezes B, which is not supported here",
     "lora_ga": _OTHER_BASE,
 }
 
@@ -101,7 +101,7 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     for i, each in enumerate(lora.modules):
         here = f"lora.modules.{i}"
         require(not (fault := regex_fault(each.match)), f"{here}.match", fault)
-        require(each.r is not None or each.alpha is not None, here, "says nothing; give it an r or an alpha")
+        require(each.r is not None or each.alpha is not None, here, "has no effect; give it an r or an alpha")
     if isinstance(lora.target_modules, str):
         require(not (fault := regex_fault(lora.target_modules)), "lora.target_modules", fault)
     else:
@@ -115,7 +115,7 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     require(lora.init != "loftq" or not nothing_lost, "lora.init", held if lora.from_ else no_effect)
     # An adapter that began by LoftQ stays one of NF4's values, whoever goes on from it.
     begun = lora.from_ is not None and lora.init not in ("default", "loftq")
-    require(not begun, "lora.init", "has no effect with lora.from, whose adapter is the beginning; remove it")
+    require(not begun, "lora.init", "has no effect with lora.from, which brings its own adapter; remove it")
 
 
 def patterns_of(lora: LoraConfig) -> list[str]:

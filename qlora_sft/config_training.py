@@ -96,7 +96,7 @@ def check_training(t: TrainingConfig, require: Require) -> None:
     one_batch = t.tokens_per_step is None or t.gradient_accumulation == 1
     require(one_batch, "training.tokens_per_step", "decides the accumulation; remove training.gradient_accumulation")
     one_warmup = t.warmup_steps is None or t.warmup_ratio in (0.0, TrainingConfig.warmup_ratio)
-    require(one_warmup, "training.warmup_steps", "is in place of training.warmup_ratio; remove one of them")
+    require(one_warmup, "training.warmup_steps", "replaces training.warmup_ratio; remove one of them")
     warm = t.warmup_steps is not None or t.warmup_ratio > 0
     require(
         warm or t.initial_rate_fraction is None, "training.initial_rate_fraction", "has no effect without a warm-up"

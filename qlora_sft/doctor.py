@@ -49,11 +49,11 @@ def examine() -> Facts:
 
 # What is tried, and what to do if it does not work.
 TRIED = {
-    "nf4": ("4-bit product", "`python -m bitsandbytes` says which library it misses; {install}"),
+    "nf4": ("4-bit product", "`python -m bitsandbytes` says which library is missing; {install}"),
     "triton": (
         "Triton kernel",
         "on a GPU it compiles with gcc and Python's headers (apt install gcc python3-dev), and must be the one that "
-        "torch brings ({install}); model.loss=torch does without",
+        "torch brings ({install}); model.loss=torch does not need it",
     ),
     "lora": ("step of LoRA", "if it is Unsloth's fault, model.backend=transformers does without it; else {install}"),
 }
@@ -156,7 +156,7 @@ def _quantizer() -> Check:
         cure = f"to build it {' and '.join(missing)} is missing; or put llama-quantize on PATH or in LLAMA_CPP_DIR"
     else:
         cure = "the first export that needs it builds it from the pinned sources (5 to 10 minutes on two cores)"
-    return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do without")
+    return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do not need it")
 
 
 def _logits(packages: dict[str, str | None]) -> Check:

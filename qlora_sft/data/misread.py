@@ -145,4 +145,4 @@ def wrong_separator(header: list[str], separator: str) -> str | None:
     if not count or name == _SEPARATORS[separator]:
         return None
     cure = {"tabs": "name it .tsv", "commas": "name it .csv"}.get(name, "save it with commas (.csv) or tabs (.tsv)")
-    return f"the header is one column, {header[0][:60]!r}, and seems to be parted by {name}; {cure}"
+    return f"the header is one column, {header[0][:60]!r}, and seems to be separated by {name}; {cure}"

@@ -186,7 +186,7 @@ def _of_turns(
             notes[f"turns trained without {gap!r}, in which the generation prompt ends"] += 1
         inner = next((found for found in stops.finditer(text, span.start, span.end) if found.end() < span.end), None)
         if inner:
-            notes[f"turns that go on behind {inner.group()!r}, at which generation stops"] += 1
+            notes[f"turns that continue after {inner.group()!r}, at which generation stops"] += 1
     return dict(notes)
 
 

@@ -314,7 +314,7 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, docume
         )
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
-        rest = f", but for {unlabelled} in which nothing is supervised" if unlabelled else ""
+        rest = f", except {unlabelled} in which nothing is supervised" if unlabelled else ""
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long{rest}; {cure}")
     # But the first token of every document, which nothing predicts.
     if ledger.supervised >= ledger.tokens - documents and not ledger.whole:

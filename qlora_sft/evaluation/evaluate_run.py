@@ -78,7 +78,7 @@ def diagnose_run(
     """
     path, run, chosen = _opened(path, tasks, settings)
     if run is None:
-        raise ConfigError(f"{path}: a model folder has no base to compare with; diagnose the run that it is made from")
+        raise ConfigError(f"{path}: a model folder has no base to compare with; diagnose the run that it was made from")
     if all(task.form != "refusal" and task.path != "benign" for task in chosen):
         chosen.append(_with(TaskConfig("benign", form="refusal"), _limits(settings or {})))
     read = _read_all(run, chosen, run_code, seed, say)

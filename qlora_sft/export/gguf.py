@@ -176,7 +176,7 @@ def export_adapter(
     run, base = opened.path, run_base(opened)
     require_plain(opened.adapter)
     if opened.lora_init == "loftq":
-        say("the adapter holds what NF4 lost of its base (lora.init=loftq): put it on a base with NF4's values")
+        say("the adapter holds what NF4 lost of its base (lora.init=loftq): use it with a base that has NF4's values")
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     remove_leftovers(target)
     with (

@@ -72,7 +72,7 @@ def suggest(tried: Sequence[Tried]) -> tuple[float | None, str]:
     lowest = min(range(len(curve)), key=curve.__getitem__, default=0)
     if not tried or -curve[lowest] < LEAST_FALL * tried[lowest].before:
         return None, (
-            "the loss of the rows fell at no rate by more than 1%, so the curve tells none; look at the masks with "
+            "the loss of the rows fell at no rate by more than 1%, so the curve suggests none; look at the masks with "
             "`preview`, and take more rows or more tokens per step"
         )
     rate = _rounded(tried[lowest].rate / BELOW)

@@ -207,7 +207,7 @@ def finish(
     say(summary(report, before, after, config.evaluation.show))
     if after.interrupted:
         draw_report(run, say)
-        raise Interrupted(f"interrupted behind the last step; the run {run} is complete, without what was not measured")
+        raise Interrupted(f"interrupted after the last step; the run {run} is complete, without what was not measured")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:

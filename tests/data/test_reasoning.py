@@ -121,7 +121,7 @@ def test_a_turn_that_goes_on_behind_its_end_is_noted(own_tokenizer: Any) -> None
     """As Nemotron's template writes a call behind a text: nobody will ever see the model write the second half."""
     twice = IN_THE_TEXT.replace("+ m.content", "+ m.content.replace('|', '<|im_end|>\n')")
     tokenizer, chat_format = with_template(own_tokenizer, twice)
-    for answer, notes in (("a", {}), ("|", {"turns that go on behind '<|im_end|>', at which generation stops": 1})):
+    for answer, notes in (("a", {}), ("|", {"turns that continue after '<|im_end|>', at which generation stops": 1})):
         row: Any = {"messages": [TURNS[0], {"role": "assistant", "content": answer}]}
         assert render_conversation(row, tokenizer, chat_format=chat_format).notes == notes
 
