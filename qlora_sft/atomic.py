@@ -141,7 +141,8 @@ def path_error(error: BaseException) -> RunError | None:
     # The second name of a failed renaming is the one that was asked for.
     path = error.filename2 or error.filename
     cure = "check the path and its permissions"
-    if isinstance(path, str) and Path(path).is_relative_to(cache_root()):
+    # The folders above it are made as well, so a fault may name one of them.
+    if isinstance(path, str) and (Path(path).is_relative_to(cache_root()) or cache_root().is_relative_to(path)):
         cure = "QLORA_SFT_CACHE=FOLDER before the command puts the cache elsewhere (XDG_CACHE_HOME: of all programs)"
     return RunError(f"{path}: {error.strerror}; {cure}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeConfig
 
+from qlora_sft.atomic import path_error
 from qlora_sft.cache import cache_dir, cache_root
 from qlora_sft.cli import guarded, main
 from qlora_sft.faults import check_overrides
@@ -204,6 +205,10 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
     assert guarded(lambda: {"cache": str(cache_dir("models"))}) == 1
     assert f"{tmp_path / 'file' / 'cache'}" in (said := capsys.readouterr().err)
     assert "QLORA_SFT_CACHE=FOLDER before the command" in said
+    above = FileNotFoundError(2, "No such file or directory", str(tmp_path / "file"))
+    assert "QLORA_SFT_CACHE=FOLDER" in str(path_error(above))
+    other = FileNotFoundError(2, "No such file or directory", str(tmp_path / "output"))
+    assert "check the path and its permissions" in str(path_error(other))
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
