@@ -20,7 +20,7 @@ from qlora_sft.data.ledger import FEW, SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
 from qlora_sft.data.row_faults import RowFaults
 from qlora_sft.data.sources import Source, place
-from qlora_sft.data.template import ChatFormat
+from qlora_sft.data.template import ChatFormat, as_prompted
 from qlora_sft.data.unroll import PER_TURN, UNROLLED, unrolled
 from qlora_sft.errors import DataError
 
@@ -264,10 +264,9 @@ def _render_as_prompted(
     """
     chat_format = options["chat_format"]
     if chat_format is not None and chat_format.original is not None and "text" not in conversation:
-        original = replace(chat_format, template=chat_format.original, original=None)
-        as_prompted: RenderOptions = {**options, "chat_format": original}
+        of_a_runtime: RenderOptions = {**options, "chat_format": as_prompted(chat_format)}
         with suppress(DataError):
-            return _render_one(tokenizer, as_prompted, conversation)
+            return _render_one(tokenizer, of_a_runtime, conversation)
     return _render_one(tokenizer, options, conversation)
 
 

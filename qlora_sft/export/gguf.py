@@ -22,6 +22,7 @@ from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_m
 from qlora_sft.export.parity import Figures, check_parity, forget, record
 from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
+from qlora_sft.export.stale import is_stale
 from qlora_sft.export.trained import Trained, read_trained
 from qlora_sft.gguf_file import read_gguf
 from qlora_sft.model.base_tokenizer import saved_tokenizer
@@ -71,7 +72,9 @@ def export_run(
     ollama: OllamaOptions = OllamaOptions(),
     say: Say = tell,
 ) -> ExportResult:
-    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile; merges first if that has not been done.
+    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile.
+
+    Merges first if that has not been done, or was done with another adapter than the run has now.
 
     ``imatrix`` is auto, none, or a file. With ``parity`` the file's logits are compared with the merged model's
     afterwards; the file stays whatever the result. Raises what `merge_run` raises, `ConfigError` for an unknown type,
@@ -87,7 +90,10 @@ def export_run(
         # The quantizer is found or built first, so that a missing compiler is reported before the merge.
         say(f"quantizer: {require_quantizer(say).found}")
     merged = run / "merged"
-    if not merged.is_dir():
+    stale = merged.is_dir() and is_stale(Run.open(run))
+    if stale:
+        say(f"{merged} was made of another adapter than the run has now, so it is merged again")
+    if stale or not merged.is_dir():
         merge_run(run, say=say)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
     trained = read_trained(run)
