@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DEMO_ARGS ?=
 
-.PHONY: demo test test-torch test-with torch-environment lint bench install
+.PHONY: demo test test-torch test-with packages-with torch-environment lint bench install
 
 demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
@@ -48,10 +48,12 @@ TESTS ?= tests/data/test_families.py tests/data/test_render.py tests/data/test_s
   tests/training/test_equality.py tests/training/test_masters.py tests/training/test_resume.py tests/plan/test_weights.py \
   tests/export/test_merge.py tests/evaluation/test_generate.py
 OVER := .venv-with
-test-with: install
+test-with: packages-with
+	PYTHONPATH=$(CURDIR)/$(OVER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+packages-with: install
 	rm -rf $(OVER)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVER) $(PACKAGES)
-	PYTHONPATH=$(CURDIR)/$(OVER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 # Benchmarks run rarely, so that a name or an argument that is no more would be found late. Rows are looser than types.
 LOOSELY := $(addprefix --disable-error-code=, arg-type assignment call-overload import-untyped literal-required misc \
