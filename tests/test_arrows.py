@@ -41,7 +41,7 @@ ORDER = (
     "config_training",
     "config_data lora_from",
     "strict",
-    "ranges yaml_text stopwatch download atomic",
+    "ranges yaml_text stopwatch download atomic gguf_file",
     "text cache say json_types units",
     "parallel",
     "errors",

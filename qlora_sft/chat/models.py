@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_sft.chat.speaker import Messages, Said, Speaker, check_model
 from qlora_sft.errors import ConfigError, ContextFull, RunError
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.run.folder import is_run
 
 if TYPE_CHECKING:
@@ -176,33 +177,23 @@ def gguf_facts(path: Path) -> GgufFacts:
 
     Raises `ConfigError` if there is no such file, `RunError` for one that is damaged or has no chat template.
     """
-    from gguf import GGUFReader
-
     from qlora_sft.export.gguf_metadata import bos_first
 
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        reader: Any = GGUFReader(str(path))
-    except (ValueError, OSError, IndexError, KeyError) as error:
+        fields = read_gguf(path).fields
+    except (ValueError, OSError) as error:
         raise RunError(f"{path}: not a whole GGUF file ({error})") from None
-    # Merges and scores are left out: reading them takes seconds, and nothing here needs them.
-    fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.endswith(
-            ("_token_id", "_token", ".context_length", ".model", ".pre", ".chat_template", ".architecture")
-        )
-    }
     template = fields.get("tokenizer.chat_template")
     if not template:
         raise RunError(f"{path}: the file has no chat template, so it does not say how it wants to be asked")
-    vocabulary = reader.fields["tokenizer.ggml.tokens"]
+    vocabulary = fields["tokenizer.ggml.tokens"]
     tokens = {}
     for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         at = fields.get(f"tokenizer.ggml.{kind}_token_id")
         if at is not None:
-            tokens[f"{name}_token"] = str(vocabulary.contents(at))
+            tokens[f"{name}_token"] = vocabulary[at]
     context = int(fields.get(f"{fields['general.architecture']}.context_length", LARGEST_CONTEXT))
     return GgufFacts(template, tokens, bos_first(fields), min(context, LARGEST_CONTEXT))
 

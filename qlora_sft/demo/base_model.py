@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_sft.atomic import written_file, written_folder
 from qlora_sft.cache import cache_dir, sole_builder
 from qlora_sft.download import download
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.say import tell
 
 if TYPE_CHECKING:
@@ -93,14 +94,13 @@ def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     llama.cpp's converter take it for a SentencePiece model. llama.cpp's pre-tokenizer "smollm" takes every digit alone,
     then splits at byte level as GPT-2 does.
     """
-    from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(str(gguf_file)).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-    kinds = fields["tokenizer.ggml.token_type"].contents()
+    fields = read_gguf(gguf_file).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    kinds = fields["tokenizer.ggml.token_type"]
 
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -121,7 +121,7 @@ def build_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
         pad_token=end_of_text,
         additional_special_tokens=[token for token in special if token not in (end_of_turn, end_of_text)],
         clean_up_tokenization_spaces=False,
-        model_max_length=fields["llama.context_length"].contents(),
+        model_max_length=fields["llama.context_length"],
     )
-    fast.chat_template = fields["tokenizer.chat_template"].contents()
+    fast.chat_template = fields["tokenizer.chat_template"]
     return fast

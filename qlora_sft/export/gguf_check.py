@@ -6,22 +6,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qlora_sft.errors import RunError
 from qlora_sft.export.gguf_arrangements import arrangements
 from qlora_sft.export.gguf_metadata import bos_first, without_thinking
+from qlora_sft.export.gguf_padding import rows_of
 from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
+from qlora_sft.gguf_file import GgufFile, GgufTensor, read_gguf
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import text_config
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 from qlora_sft.model.tensors import Stored, read_model
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
 
 # By type of a tensor, the largest relative error (root mean square over the tensor) that is accepted. The errors were
 # measured on trained weights and have a margin of about two; a permuted or misplaced tensor has an error of 1.4.
@@ -48,27 +47,30 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
 
     Raises `RunError` that lists the differences.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(str(gguf))
-    except (ValueError, OSError, IndexError, KeyError) as error:
+        file = read_gguf(gguf)
+    except (ValueError, OSError) as error:
         raise RunError(f"{gguf}: cannot be read back ({error})") from None
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    fields = file.fields
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    compared, unmatched, faults = _compare_tensors(reader, fields["general.architecture"], config, model)
+    compared, unmatched, faults = _compare_tensors(file, fields["general.architecture"], config, model)
     faults += list(_compare_tokenizer(fields, model)) + list(compare_rope(fields, config))
+    rows, tokens = rows_of(file), len(fields.get("tokenizer.ggml.tokens") or [])
+    if rows is not None and rows != tokens:
+        faults.append(
+            f"vocabulary: {tokens:,} tokens for {rows:,} rows of the embedding, which llama.cpp does not load"
+        )
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
     return CheckedGguf(compared, unmatched, bos_first(fields))
 
 
 def _compare_tensors(
-    reader: GGUFReader, architecture: str, config: JsonObject, model: Path
+    file: GgufFile, architecture: str, config: JsonObject, model: Path
 ) -> tuple[int, list[str], list[str]]:
     """Returns the number of tensors compared, the names without a counterpart, and the faults."""
     names = gguf_names(architecture, model)
-    there = {tensor.name: tensor for tensor in reader.tensors}
+    there = {tensor.name: tensor for tensor in file.tensors}
     compared, unmatched, faults = 0, [], []
     for name, stored in read_model(model).items():
         tensor = there.get(names(name) or "")
@@ -92,7 +94,7 @@ def _limit(kind: str) -> float:
     return LIMITS[max(known, key=len)] if known else 1.0
 
 
-def _error(tensor: ReaderTensor, name: str, stored: Stored, config: JsonObject) -> float:
+def _error(tensor: GgufTensor, name: str, stored: Stored, config: JsonObject) -> float:
     """Returns the relative error, for the best of the rearrangements that llama.cpp's converter makes."""
     from gguf.quants import dequantize
 

@@ -1,4 +1,4 @@
-"""Foretells for a plan how a GPU will attend inside documents: all in one call, or one call per document.
+"""Predicts for a plan how a GPU will attend inside documents: all in one call, or one call per document.
 
 Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 128) on an H200, torch 2.11, in ms::
 

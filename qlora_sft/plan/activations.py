@@ -171,7 +171,9 @@ class _LayerFormula:
             odd.append("experts beside a dense MLP" if dense else "this family's router")
         missing = not dense and not self.stacks
         if self.blueprint.dora:
-            raise ConfigError("what layers with DoRA keep is known only when they are measured, at the begin of a run")
+            raise ConfigError(
+                "what layers with DoRA keep is known only when they are measured, at the beginning of a run"
+            )
         if odd or missing:
             raise ConfigError(
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"

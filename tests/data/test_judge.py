@@ -111,9 +111,7 @@ def test_the_causes_of_much_supervision_are_named_with_counts(tmp_path: Path, to
         assert finding.level == "warning"
         texts[name] = finding.text.partition("likely because of ")[2]
     assert texts["story"].startswith("short prompts, 5 characters a row beside 2,")
-    assert texts["repeated"].startswith(
-        "15 of 20 rows have answers in which the prompt stands once more; short prompts,"
-    )
+    assert texts["repeated"].startswith("15 of 20 rows have answers that repeat the prompt; short prompts,")
     assert texts["dialogues"].startswith("4 of 20 rows have answers with other turns in them (User: ...)")
 
 

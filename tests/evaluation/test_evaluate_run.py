@@ -19,7 +19,7 @@ from qlora_sft.cli import main
 from qlora_sft.config import TaskConfig
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER
-from qlora_sft.data.template import choose_chat_format
+from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.errors import ConfigError, DataError
 from qlora_sft.evaluation import ask
 from qlora_sft.evaluation.answers import prompts_of
@@ -156,7 +156,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_answers(
     assert not any("are kept" in line for line in said)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, asked, say=said.append)
-    assert said[-1] == "the answers that were given are kept; the same command goes on with them"
+    assert said[-1] == "the answers so far are kept; the same command continues with them"
     (kept,) = (run / "evaluation" / "unfinished").iterdir()
     other = kept.with_name("other.jsonl")
     other.write_text("{}")
@@ -348,7 +348,7 @@ def test_what_is_not_read_is_counted(run: Path, tmp_path: Path) -> None:
     result = evaluate_run(run, [TaskConfig(str(file), form="loss")], say=said.append)
     assert len(rows_of(result, "chats")) == 1
     assert f"chats: 1 rows left out (label: false, an answer that is not wanted; first {file}:3)" in said
-    assert f"chats: 1 of 2 texts left out, because nothing in them is to be predicted (first {file}:1)" in said
+    assert f"chats: 1 of 2 texts left out, because they have no token to predict (first {file}:1)" in said
     said.clear()
     evaluate_run(run, [TaskConfig(str(file), form="exact", max_new_tokens=2)], say=said.append)
     assert "chats: configured exact, 2 of 2 items" in said
@@ -375,6 +375,33 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
         assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
         thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, chat_format)
         assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
+
+
+def test_earlier_turns_of_a_question_are_those_that_a_runtime_shows(own_tokenizer: Any) -> None:
+    """The exported template leaves the reasoning of earlier turns out; the training version, with marks, keeps it."""
+    header, end = "<|im_start|>{{ m.role }}\n", "<|im_end|>"
+    said = "{% if THINKS %}<think>{{ m.reasoning }}</think>{% endif %}{{ m.content }}" + end
+    keeps, forgets = said.replace("THINKS", "m.reasoning"), said.replace("THINKS", "m.reasoning and loop.last")
+    generated = "{% generation %}" + keeps + "{% endgeneration %}"
+    marked = "{% if m.role == 'assistant' %}" + generated + "{% else %}" + keeps + "{% endif %}"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    training, exported = (
+        "{% for m in messages %}" + header + turn + "\n{% endfor %}" + prompt for turn in (marked, forgets)
+    )
+    stops = frozenset({own_tokenizer.convert_tokens_to_ids(end)})
+    chat_format = ChatFormat(training, "", stops, original=exported)
+    earlier = [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1", "reasoning": "r1"},
+        {"role": "user", "content": "q2"},
+    ]
+    item = Item("t:1", {"messages": earlier}, {"role": "assistant", "content": "a2", "reasoning": "r2"})
+    shown = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
+    for thinking in ("auto", "on"):
+        ids = prompt_of(item, thinking, own_tokenizer, chat_format)
+        assert own_tokenizer.decode(ids) == shown + "<|im_start|>assistant\n"
+    kept = prompt_of(item, "auto", own_tokenizer, replace(chat_format, original=None))
+    assert "<think>r1</think>a1" in own_tokenizer.decode(kept)
 
 
 def test_the_space_an_answer_begins_with_is_kept(tmp_path: Path) -> None:

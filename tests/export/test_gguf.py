@@ -22,6 +22,7 @@ from qlora_sft.export.llama_tools import find_quantizer
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import BOUNDS, Figures, _judge, bound, check_parity, compare
 from qlora_sft.export.quantize import QUANTIZED
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.train import train
 
 
@@ -216,16 +217,15 @@ def test_the_figures_are_what_they_say() -> None:
 
 def test_a_runtime_asks_as_was_trained(exported: Any) -> None:
     """llama.cpp turns thinking on unasked; where the data has none, the file must not change for it."""
-    from gguf import GGUFReader
     from transformers import AutoTokenizer
 
     run = exported[0]
-    fields = GGUFReader(run / "gguf" / "run-q8_0.gguf").fields
-    assert fields["general.name"].contents() == "run"
+    fields = read_gguf(run / "gguf" / "run-q8_0.gguf").fields
+    assert fields["general.name"] == "run"
     assert "general.finetune" not in fields
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     trained = tokenizer.apply_chat_template(chat, tokenize=False)
-    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    tokenizer.chat_template = fields["tokenizer.chat_template"]
     for mode in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
         assert tokenizer.apply_chat_template(chat, tokenize=False, **mode) == trained

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import with_unsloth
 
 from qlora_sft.config import load_config
 from qlora_sft.errors import ConfigError
@@ -43,6 +44,7 @@ save_file(tensors, sys.argv[2])
 """
 
 
+@with_unsloth
 def test_both_backends_take_the_same_step_from_the_same_adapter(base_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

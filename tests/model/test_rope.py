@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from tests_support import with_unsloth
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_sft.config import RopeScaling, load_config
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.gguf_file import read_gguf
 from qlora_sft.model.load import load_for_inference, load_model
 from qlora_sft.model.rope import check_context, check_rope, scaled_config, with_rope_scaling
 
@@ -81,8 +83,6 @@ def test_a_model_that_was_loaded_without_the_scaling_is_refused(tiny_model: Path
 
 
 def test_the_scaling_goes_from_training_to_merge_and_gguf(make_config: MakeConfig, convertible_model: Path) -> None:
-    from gguf import GGUFReader
-
     from qlora_sft.export.gguf import export_run
     from qlora_sft.export.merge import merge_run
     from qlora_sft.train import train
@@ -102,11 +102,11 @@ def test_the_scaling_goes_from_training_to_merge_and_gguf(make_config: MakeConfi
     with torch.no_grad():
         ours, theirs = model(input_ids=ids, **far).logits, merged(input_ids=ids, **far).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    fields = GGUFReader(export_run(run, "f32", say=lambda _: None).gguf).fields
-    assert fields["llama.rope.scaling.type"].contents() == "yarn"
-    assert fields["llama.rope.scaling.factor"].contents() == 3.0
-    assert fields["llama.rope.scaling.original_context_length"].contents() == 2048
-    assert fields["llama.context_length"].contents() == 3 * 2048
+    fields = read_gguf(Path(export_run(run, "f32", say=lambda _: None).gguf)).fields
+    assert fields["llama.rope.scaling.type"] == "yarn"
+    assert fields["llama.rope.scaling.factor"] == 3.0
+    assert fields["llama.rope.scaling.original_context_length"] == 2048
+    assert fields["llama.context_length"] == 3 * 2048
 
 
 UNSLOTH = """
@@ -120,6 +120,7 @@ print(json.dumps(model.get_base_model().get_decoder().rotary_emb.inv_freq.tolist
 """
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_unsloth_loads_it_with_the_same_frequencies(tiny_model: Path) -> None:
     overrides = [*YARN, "model.load_in_4bit=false"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests_support import with_unsloth
 
 from qlora_sft.errors import RunError
 from qlora_sft.training.model_snapshot import require_unchanged, restore, take_snapshot
@@ -32,7 +33,7 @@ def watched(file: Path, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=with_unsloth)])
 def test_masters_are_float32_in_every_step_after_resume_and_on_disk(
     make_config: Any, tmp_path: Path, backend: str
 ) -> None:
