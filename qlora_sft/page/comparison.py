@@ -74,7 +74,7 @@ def result_rows(runs: Sequence[RunFacts]) -> list[tuple[str, list[float | None],
     add("training loss, last", lambda run: run.report.train_loss.last if run.report else _last(run.losses))
     for name in dict.fromkeys(name for run in runs for _, losses in run.held_out for name in losses):
         add(f"held-out loss, {name}, before", partial(_held_out, source=name, place=0))
-        add(f"held-out loss, {name}, last", partial(_held_out, source=name, place=-1))
+        add(f"held-out loss, {name}, at the end", partial(_held_out, source=name, place=-1))
     for name in dict.fromkeys(name for run in runs if run.report for name in run.report.exact_match):
         add(f"exact answers, {name}, after", partial(_matched, source=name), share)
     for task, metric in dict.fromkeys(
@@ -99,6 +99,11 @@ def _last(values: Sequence[float | None]) -> float | None:
 
 
 def _held_out(run: RunFacts, source: str, place: int) -> float | None:
+    """Returns the held-out loss of a source before training (``place`` 0), or at the end (-1): there that of the
+    adapter that was kept, of which the answers are, too."""
+    kept = run.report.loss.get(source) if run.report else None
+    if kept and place == -1:
+        return kept.after
     measured = [losses for _, losses in run.held_out]
     only_before = bool(run.held_out) and run.held_out[-1][0] == 0 and run.last_step > 0
     if not measured or (place == 0 and run.held_out[0][0] != 0) or (place == -1 and only_before):

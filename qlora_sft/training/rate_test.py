@@ -166,12 +166,15 @@ def _trained(
 
 
 def _as_test(config: Config, scratch: str) -> Config:
-    """Returns ``config`` with the highest rate of the test, and without all that is written down of a run."""
+    """Returns ``config`` with the highest rate of the test, and without all that is written down of a run.
+
+    Noise is left out, too: the loss before the test has none.
+    """
     t = config.training
     rows = None if t.new_tokens_rate is None else t.new_tokens_rate / t.learning_rate * HIGHEST
     training = replace(
         t, learning_rate=HIGHEST, new_tokens_rate=rows, max_steps=STEPS, save_steps=0, patience=None, report_to=[],
-        keep="last", replay_kl=None, ewc=None,
+        keep="last", replay_kl=None, ewc=None, neftune_alpha=None,
     )  # fmt: skip
     return replace(config, training=training, output=scratch)
 

@@ -35,9 +35,22 @@ def test_settings_and_results_stand_side_by_side(runs: list[Path]) -> None:
     for number, run in enumerate(facts):
         assert rows["steps"][number] == [24, 16, 30][number]
         assert rows["training loss, last"][number] == run.losses[-1]
-        assert rows["held-out loss, tools, last"][number] == run.held_out[-1][1]["tools"]
+        assert rows["held-out loss, tools, at the end"][number] == run.held_out[-1][1]["tools"]
     assert rows["arithmetic, pass@1"] == [0.25, 0.25, None]
     assert rows["exact answers, tools, after"] == [0.75, 0.75, None]
+
+
+def test_the_loss_at_the_end_is_that_of_the_adapter_that_was_kept(runs: list[Path]) -> None:
+    """As on the page of the run, and as the answers are; the last step was worse."""
+    file = runs[0] / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["report"]["loss"]["tools"]["after"] = 0.125
+    file.write_text(json.dumps(manifest))
+    facts = [read_run(run) for run in runs]
+    assert facts[0].held_out[-1][1]["tools"] != 0.125
+    found = {what: values for what, values, _ in result_rows(facts)}["held-out loss, tools, at the end"]
+    assert found[0] == 0.125
+    assert found[2] == facts[2].held_out[-1][1]["tools"]  # not finished
 
 
 def test_the_curves_of_all_runs_are_in_one_figure(runs: list[Path]) -> None:

@@ -162,3 +162,13 @@ def test_it_suggests_a_rate_and_leaves_the_run_alone(
     assert "--find-rate keeps nothing" in capsys.readouterr().err
     assert main([*command, "data.train.0.path=gone.jsonl"]) == 2
     assert "gone.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_a_rate_too_small_to_matter_changes_no_loss_although_the_run_has_noise(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss before the test is measured without noise, so noise would stand in the curve as what a rate has done."""
+    monkeypatch.setattr(rate_test, "STEPS", 3)
+    monkeypatch.setattr(rate_test, "HIGHEST", 1e-6)
+    report = find_rate(make_config("training.neftune_alpha=300"), say=lambda _: None)
+    assert report.changes == pytest.approx([0.0] * 3, abs=1e-3)
