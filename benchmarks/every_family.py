@@ -277,6 +277,10 @@ def _known(outcomes: list[Outcome]) -> set[str]:
     return {*architectures(), *NOT_MADE, *(each.kind for each in outcomes)}
 
 
+def _row(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in asdict(outcome).items() if name != "transformers" or value}
+
+
 def _without_row(outcomes: list[Outcome]) -> list[str]:
     done = {each.kind for each in outcomes} | set(NOT_MADE)
     return [kind for kind in architectures() if kind not in done]
@@ -293,7 +297,7 @@ def main(*wanted: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[kind] = try_family(kind, Path(folder))
         print(kind, found[kind].how, found[kind].reason, file=sys.stderr, flush=True)
-        ROWS.write_text("".join(json.dumps(asdict(each)) + "\n" for each in found.values()), encoding="utf-8")
+        ROWS.write_text("".join(json.dumps(_row(each)) + "\n" for each in found.values()), encoding="utf-8")
     wrong = [each.kind for each in found.values() if each.difference > WRONG]
     if wrong:
         raise SystemExit(f"not as transformers' own attention, so no table is written: {', '.join(wrong)}")

@@ -92,6 +92,7 @@ def tiny_config(kind: str, **own: Any) -> Any:
     parts = {name: getattr(default, name, None) or part() for name, part in made.sub_configs.items()}
     sizes = {name: small(set(part.to_dict())) for name, part in parts.items()}
     if "text_config" in sizes:
+        sizes["text_config"]["model_type"] = parts["text_config"].model_type  # EXAONE 4.5 asks for it
         sizes["text_config"] |= OWN.get(kind, OWN.get(f"{kind}_text", {})) | own
         config = made(**sizes)
     else:

@@ -54,6 +54,7 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
     together the first one prints the result, and the one that failed prints its error.
     """
     quiet_libraries()
+    _write_any_text()
     try:
         result = action()
         if as_json and not rank():
@@ -74,6 +75,12 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
         return fault.exit_code if fault else 1
     _tell_last("")
     return 0
+
+
+def _write_any_text() -> None:
+    """Lets stdout write what its encoding has no letters for, as \\u escapes; stderr does so anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _tell_last(text: str) -> None:

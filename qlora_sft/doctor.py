@@ -6,15 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from typing import TypedDict
 
 from qlora_sft.cache import cache_dir
+from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import (
     PINNED,
     PINNED_COMMIT,
     configured,
     find_quantizer,
     llama_libraries,
+    loaded,
+    package_folder,
     package_version,
 )
 from qlora_sft.install import nvidia_driver
@@ -161,6 +165,11 @@ def _quantizer() -> Check:
 
 def _logits(packages: dict[str, str | None]) -> Check:
     libraries = llama_libraries()
+    if package_folder("xllamacpp"):
+        try:
+            loaded(lambda: import_module("xllamacpp"))
+        except (ImportError, OSError, RunError) as error:
+            return {"name": "run and compare a GGUF", "ok": False, "found": "does not load", "cure": str(error)}
     found = f"{libraries[0].name} (xllamacpp {packages.get('xllamacpp')})" if libraries else None
     return _check("run and compare a GGUF", found, "pip install 'qlora-sft[gguf]'")
 

@@ -23,7 +23,7 @@ from qlora_sft.model.projection import base_dtype, projection_of
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
-# As which argument layers hand over the cache of keys and values: transformers before 5.18 or so, and later ones.
+# As which argument layers hand over the cache of keys and values: in transformers 5.17, and in 5.24.
 CACHES = ("past_key_values", "cache")
 ATTRIBUTES = ("config", "layer_idx", "head_dim", "scaling", "attention_dropout")
 # Tokens and head size of the small module that is tried out.
