@@ -175,7 +175,7 @@ def test_experts_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
 )
 def test_a_model_that_also_sees_is_loaded_without_unsloth(tmp_path: Path, settings: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert why_not_unsloth(configured(tmp_path, tmp_path)()).startswith("the base also sees")
+    assert why_not_unsloth(configured(tmp_path, tmp_path)()).startswith("the base is multimodal")
 
 
 def test_a_mixture_is_loaded_without_unsloth(tmp_path: Path) -> None:
