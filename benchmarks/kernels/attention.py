@@ -47,7 +47,7 @@ def ours_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     from qlora_sft.model.attention import _one_by_one
     from qlora_sft.model.attention_capped import Scores
 
-    return _one_by_one(q, k, v, bounds, Scores(), shares_keys=True)
+    return _one_by_one(q, k, v, bounds, Scores(), repeats=False)
 
 
 def one_by_one(backend: SDPBackend | None, shared: bool) -> Way:

@@ -32,6 +32,9 @@ MEASURED = (9, 0)
 
 
 Wanted = Literal["auto"] | Way
+# All documents in one call; or one call for each, whose results are joined into a copy, and where no fast kernel shares
+# keys and values among heads, behind a copy of these for every head.
+Attended = Literal["at once", "one by one", "one by one, keys repeated"]
 
 
 class AttentionChoice(NamedTuple):
@@ -62,8 +65,8 @@ class PlannedAttention(NamedTuple):
     way: Way
     """What `use_document_attention` is told."""
     path: str
-    one_by_one: bool
-    """Whether documents are attended to one by one, and their results joined into a copy."""
+    attended: Attended
+    """What the memory that it takes goes by."""
     reason: str
 
 
@@ -81,8 +84,9 @@ def plan_attention(
     path = choose_path(device, dtype, head_size_of(config), needs_flex(config))
     way, reason = choose_way(wanted, device, lengths)
     if path.name != "varlen":
-        return PlannedAttention(way, path.name, path.name == "sdpa", path.reason)
-    return PlannedAttention(way, way, way == "sdpa", reason or path.reason)
+        alone: Attended = "one by one, keys repeated" if path.name == "sdpa" else "at once"
+        return PlannedAttention(way, path.name, alone, path.reason)
+    return PlannedAttention(way, way, "one by one" if way == "sdpa" else "at once", reason or path.reason)
 
 
 def typical_length(lengths: Sequence[int]) -> float:

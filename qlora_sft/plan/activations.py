@@ -12,11 +12,13 @@ under autocast)::
     activation function        3 s F         its input, its result, and up
     or the tiled MLP           s D + 2 s F   its input, gate and up, for all its layers; where recomputed s D
 
-On a GPU attention's result is the input of o, and counts once. LoRA's weights are kept once more in 16 bits, except by
-nf4_lora: in the tiled MLP, and in q, k, v and o where it computes those; autocast holds the others of every layer, kept
-or not, until the forward of the model is over. On a CPU, and on 16-bit layers, PEFT takes no notice of autocast and
-casts to float32 and back, so each LoRA layer has an input of its own; on a CPU the documents' results are joined into a
-copy. Frozen layers keep nothing: the gradient of their input needs only the weight.
+On a GPU attention's result is the input of o, and counts once. Where documents are attended to one by one it is joined
+into a copy, and without FlashAttention keys and values are repeated for every head first, so that H stands for G.
+LoRA's weights are kept once more in 16 bits, except by nf4_lora: in the tiled MLP, and in q, k, v and o where it
+computes those; autocast holds the others of every layer, kept or not, until the forward of the model is over. On a CPU,
+and on 16-bit layers, PEFT takes no notice of autocast and casts to float32 and back, so each LoRA layer has an input of
+its own; on a CPU the documents' results are joined into a copy. Frozen layers keep nothing: the gradient of their input
+needs only the weight.
 
 The backward goes through the parts of a layer from the last to the first and frees what each has kept. Its peak is
 where what is still kept and what the part itself takes are most: with short rows in the MLP (dequantised weights), with
@@ -39,6 +41,7 @@ from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
 from qlora_sft.errors import ConfigError
+from qlora_sft.model.attention_choice import Attended
 from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
 from qlora_sft.model.mlp import NORM_AFTER, recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
@@ -59,15 +62,19 @@ SOFTMAX_ROUTERS = {"qwen3_moe", "mixtral", "olmoe"}
 
 
 def layer_bytes(
-    blueprint: Blueprint, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False
+    blueprint: Blueprint,
+    tokens: int,
+    lora: LoraConfig,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    attended: Attended = "at once",
 ) -> LayerBytes:
     """Returns the bytes of the largest decoder layer for one packed sequence of ``tokens``.
 
-    joined: on a GPU, documents are attended to one by one, and their results are joined into a copy. Raises
-    `ConfigError` if the layers are not Llama-like.
+    attended: how a GPU attends to documents. Raises `ConfigError` if the layers are not Llama-like.
     """
     each = [
-        _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, joined) for number in range(blueprint.n_layers)
+        _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, attended) for number in range(blueprint.n_layers)
     ]
     for layer in each:
         layer.require_known()
@@ -88,12 +95,12 @@ SequenceBytes = Callable[[int], tuple[LayerBytes, int]]
 
 
 def sequence_bytes(
-    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, joined: bool = False,
+    blueprint: Blueprint, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool, attended: Attended = "at once",
     path: PathName | None = None,
 ) -> SequenceBytes:  # fmt: skip
     """Returns the function that computes the bytes of a layer, and those between forward and backward, from a length.
 
-    joined: as in `layer_bytes`. path: as in `between_bytes`.
+    attended: as in `layer_bytes`. path: as in `between_bytes`.
     """
     layers = [_LayerFormula(blueprint, number, 1, lora, dtype, on_gpu) for number in range(blueprint.n_layers)]
     casts = sum(layer.all_casts() for layer in layers)
@@ -101,7 +108,7 @@ def sequence_bytes(
     def bytes_for(tokens: int) -> tuple[LayerBytes, int]:
         head = blueprint.head(dtype)
         between = casts + between_bytes(blueprint.config, tokens, dtype, on_gpu, blueprint.lean_norms, head, path)
-        layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, joined)
+        layer = layer_bytes(blueprint, tokens, lora, dtype, on_gpu, attended)
         return with_persistent(layer, persistent_bytes(blueprint.config, tokens, dtype, on_gpu)), between
 
     return bytes_for
@@ -134,10 +141,10 @@ class _LayerFormula:
 
     def __init__(
         self, blueprint: Blueprint, number: int, tokens: int, lora: LoraConfig, dtype: torch.dtype, on_gpu: bool,
-        joined: bool = False,
+        attended: Attended = "at once",
     ):  # fmt: skip
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
-        self.joined, self.number = joined and on_gpu, number
+        self.attended, self.number = attended if on_gpu else "at once", number
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
         self.stacked = blueprint.stacked(number)
@@ -282,16 +289,20 @@ class _LayerFormula:
         """Returns the bytes of attention.
 
         Its backward takes the gradients of its result, of q, k and v and of the residual, and on a GPU the workspace of
-        FlashAttention.
+        FlashAttention, which stands for that of other kernels as well.
         """
         heads, groups, size = self.blueprint.heads
         qkv = [linear.outputs for linear in self.linears if linear.short == "qkv_proj"]
         # The values of a joint projection are a view of all of it; only the GPU path copies them out.
         values = qkv[0] if qkv and not self.on_gpu else groups * size
-        results = 2 if self.joined else 1
-        saved = self.size * (heads * size + groups * size + values + results * heads * size) + 4 * heads
-        taken = self.size * (2 * heads * size + 2 * groups * size + self.blueprint.hidden)
-        workspace = flash_workspace(self.blueprint, self.size) if self.on_gpu else 0
+        results = 1 if self.attended == "at once" else 2
+        repeated = self.attended == "one by one, keys repeated" and groups < heads
+        keys, values = (heads * size, heads * size) if repeated else (groups * size, values)
+        saved = self.size * (heads * size + keys + values + results * heads * size) + 4 * heads
+        # Gradients of repeated keys are added up behind the kernel instead of inside of it.
+        sums = 2 * groups * size if repeated else 0
+        taken = self.size * (2 * heads * size + 2 * keys + sums + self.blueprint.hidden)
+        workspace = flash_workspace(self.blueprint, self.size, shared=not repeated) if self.on_gpu else 0
         return LayerPart(self.tokens * saved, self.tokens * (taken + workspace))
 
     def mlp(self) -> LayerPart:
@@ -388,15 +399,17 @@ class _LayerFormula:
         return next(linear for linear in self.linears if linear.short in DOWN)
 
 
-def flash_workspace(blueprint: Blueprint, itemsize: int) -> int:
+def flash_workspace(blueprint: Blueprint, itemsize: int, shared: bool = True) -> int:
     """Returns the bytes per token that FlashAttention's backward takes beside its results.
 
     They are a float32 sum for q, one number for every head and, where heads share keys, gradients of k and v for every
     head. Source: FlashAttention's flash_api.cpp, mha_varlen_bwd. On an H200 (torch 2.11) it took 0.05% more, and
     cuDNN's backward took as much.
+
+    shared: keys are not repeated before, so that it does this itself.
     """
     heads, groups, size = blueprint.heads
-    return heads * (4 + size * (4 + (2 * itemsize if groups < heads else 0)))
+    return heads * (4 + size * (4 + (2 * itemsize if shared and groups < heads else 0)))
 
 
 def _place(norm: Norm) -> str:

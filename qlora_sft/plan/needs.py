@@ -16,7 +16,7 @@ from qlora_kernels.offload.tiers import describe as describe_tiers
 from qlora_sft.config import Config
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention import Way
-from qlora_sft.model.attention_choice import plan_attention
+from qlora_sft.model.attention_choice import Attended, plan_attention
 from qlora_sft.model.backend import Backend
 from qlora_sft.model.base_folder import missing_bytes
 from qlora_sft.model.ewc import Shape, ewc_bytes, file_bytes
@@ -67,7 +67,7 @@ def needs_of(
     tokens = workload.longest_sequence if workload else config.data.max_length * config.training.batch_size
     lengths = workload.lengths if workload else [config.data.max_length]
     attention = plan_attention(blueprint.config, config.model.attention, device_here(), dtype, lengths)
-    memory, choice = _this_run(blueprint, config, dtype, attention.one_by_one, tokens, held, say)
+    memory, choice = _this_run(blueprint, config, dtype, attention.attended, tokens, held, say)
     return PlanReport(
         model=_model(blueprint, config, files.note),
         choices={
@@ -126,14 +126,14 @@ def _this_run(
     blueprint: Blueprint,
     config: Config,
     dtype: torch.dtype,
-    joined: bool,
+    attended: Attended,
     tokens: int,
     held: Residents,
     say: Say,
 ) -> tuple[DevicePlan, TierChoice | None]:
     """Plans the activations of the longest sequence on the device that is here.
 
-    joined: whether its documents are attended to one by one.
+    attended: how its documents are attended to.
     """
     on_gpu = torch.cuda.is_available()
     device = device_here()
@@ -142,7 +142,7 @@ def _this_run(
     budget = budget_on(device, config, held.gradients + held.optimizer, held.loaded)
     try:
         path = choose_loss(config.model.loss, device).name
-        bytes_of = sequence_bytes(blueprint, config.lora, dtype, on_gpu, joined, path)
+        bytes_of = sequence_bytes(blueprint, config.lora, dtype, on_gpu, attended, path)
         layer, loss = _with_held(bytes_of, blueprint, config, dtype)(tokens)
         choice = choose(config, blueprint.n_layers, layer, loss, budget, on_gpu, say)
     except ConfigError as error:
@@ -189,8 +189,10 @@ def _cards(blueprint: Blueprint, config: Config) -> CardsPlan:
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     held = residents(blueprint, config, dtype, choose_optimizer(config, on_gpu=True)[0], on_gpu=True)
     path = None if config.model.loss == "auto" else config.model.loss
-    joined = config.model.attention == "sdpa"
-    bytes_of = sequence_bytes(blueprint, config.lora, dtype, True, joined, path)
+    # GPUs that have FlashAttention have bfloat16, too; others compute in float16, document by document.
+    flash: Attended = "one by one" if config.model.attention == "sdpa" else "at once"
+    attended: Attended = flash if dtype == torch.bfloat16 else "one by one, keys repeated"
+    bytes_of = sequence_bytes(blueprint, config.lora, dtype, True, attended, path)
     bytes_for = _with_held(bytes_of, blueprint, config, dtype)
     host, reason = host_budget(config)
     try:

@@ -49,15 +49,15 @@ def test_a_plan_attends_as_the_run_will() -> None:
     attention.choose_path.cache_clear()
     llama, gemma = LlamaConfig(), Gemma2Config()
     bfloat16, float32 = torch.bfloat16, torch.float32
-    assert plan_attention(llama, "auto", CUDA, bfloat16, [2048] * 4)[:3] == ("sdpa", "sdpa", True)
-    assert plan_attention(llama, "auto", CUDA, bfloat16, [100] * 50)[:3] == ("varlen", "varlen", False)
-    assert plan_attention(llama, "sdpa", CUDA, bfloat16, [100] * 50)[:3] == ("sdpa", "sdpa", True)
-    assert plan_attention(llama, "varlen", CUDA, float32, [100])[:3] == ("varlen", "sdpa", True)
-    assert plan_attention(gemma, "sdpa", CUDA, bfloat16, [100])[:3] == ("sdpa", "flex", False)
+    assert plan_attention(llama, "auto", CUDA, bfloat16, [2048] * 4)[:3] == ("sdpa", "sdpa", "one by one")
+    assert plan_attention(llama, "auto", CUDA, bfloat16, [100] * 50)[:3] == ("varlen", "varlen", "at once")
+    assert plan_attention(llama, "sdpa", CUDA, bfloat16, [100] * 50)[:3] == ("sdpa", "sdpa", "one by one")
+    assert plan_attention(llama, "varlen", CUDA, float32, [100])[:3] == ("varlen", "sdpa", "one by one, keys repeated")
+    assert plan_attention(gemma, "sdpa", CUDA, bfloat16, [100])[:3] == ("sdpa", "flex", "at once")
     assert plan_attention(llama, "auto", torch.device("cpu"), float32, [100]).path == "sdpa"
     # Most layers have heads of 256, and some have larger ones than FlashAttention takes.
     two_sizes = tiny_config("gemma4_text", head_dim=256, global_head_dim=512)
-    assert plan_attention(two_sizes, "auto", CUDA, bfloat16, [100])[1:3] == ("sdpa", True)
+    assert plan_attention(two_sizes, "auto", CUDA, bfloat16, [100])[1:3] == ("sdpa", "one by one, keys repeated")
     attention.choose_path.cache_clear()
 
 
@@ -84,13 +84,13 @@ def test_a_gpu_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[str] = []
     monkeypatch.setattr(attention, "choose_path", lambda *_: attention.AttentionPath("varlen", "a test"))
     monkeypatch.setattr(attention, "_varlen", lambda *_: asked.append("varlen"))
-    monkeypatch.setattr(attention, "_one_by_one", lambda *_, shares_keys: asked.append(f"sdpa {shares_keys}"))
+    monkeypatch.setattr(attention, "_one_by_one", lambda *_, repeats: asked.append(f"sdpa {repeats}"))
     q, bounds = torch.zeros(1, 2, 9, 8), torch.tensor([0, 9], dtype=torch.int32)
     for one_by_one, window in ((False, None), (True, None), (True, 4)):
         attention.document_attention(
             torch.nn.Module(), q, q, q, None, cu_seq_lens_q=bounds, sliding_window=window, one_by_one=one_by_one
         )
-    assert asked == ["varlen", "sdpa True", "varlen"]
+    assert asked == ["varlen", "sdpa False", "varlen"]
 
 
 def test_a_torch_whose_function_takes_no_window_attends_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ from qlora_sft.config import Config, load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError
-from qlora_sft.model.attention import use_document_attention
+from qlora_sft.model.attention import _one_by_one, use_document_attention
+from qlora_sft.model.attention_capped import Scores
 from qlora_sft.model.layer_bytes import memory_use
 from qlora_sft.model.linears import target_modules
 from qlora_sft.model.load import load_base, load_model
@@ -85,11 +86,16 @@ def like_on_a_gpu(_: Any, q: Tensor, k: Tensor, v: Tensor, __: Any, scaling: Any
     return out.transpose(1, 2), None
 
 
+def like_on_a_t4(_: Any, q: Tensor, k: Tensor, v: Tensor, __: Any, scaling: Any = None, **given: Any) -> Any:
+    """What runs on a GPU without FlashAttention."""
+    return _one_by_one(q, k, v, given["cu_seq_lens_q"], Scores(scaling, None, None, None, 0.0), repeats=True), None
+
+
 @contextmanager
-def arithmetic(model: Any, dtype: torch.dtype, on_gpu: bool) -> Iterator[None]:
+def arithmetic(model: Any, dtype: torch.dtype, on_gpu: bool, attend: Any = like_on_a_gpu) -> Iterator[None]:
     """Autocast on the CPU; as on a GPU, PEFT's 4-bit layers are told so, which ask for a GPU's autocast only."""
     if on_gpu:
-        AttentionInterface.register("like_on_a_gpu", like_on_a_gpu)
+        AttentionInterface.register("like_on_a_gpu", attend)
         AttentionMaskInterface.register("like_on_a_gpu", lambda *_, **__: None)
         model.get_base_model().set_attn_implementation("like_on_a_gpu")
     else:
@@ -126,7 +132,7 @@ def pointer(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def saved_bytes(model: Any, dtype: torch.dtype, tokens: int, on_gpu: bool) -> int:
+def saved_bytes(model: Any, dtype: torch.dtype, tokens: int, on_gpu: bool, attend: Any = like_on_a_gpu) -> int:
     """Of every storage that autograd saves in one decoder layer, without parameters; with the layer's input."""
     saved: dict[int, Tensor] = {}
     hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=dtype, requires_grad=True)
@@ -136,7 +142,7 @@ def saved_bytes(model: Any, dtype: torch.dtype, tokens: int, on_gpu: bool) -> in
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with arithmetic(model, dtype, on_gpu), hooks:
+    with arithmetic(model, dtype, on_gpu, attend), hooks:
         _, shared = run_layer(model, hidden)
     saved[pointer(hidden)] = hidden
     others = {pointer(t) for t in [*model.parameters(), *model.buffers(), *shared]}
@@ -202,6 +208,18 @@ def test_with_dropout_without_4_bits_and_with_some_modules_only(overrides: tuple
         assert planned.kept == saved_bytes(model, torch.bfloat16, 48, on_gpu=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_kept_on_a_gpu_without_flash_attention(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As a T4, which the plan must not take for a GPU that shares keys among heads."""
+    config = load_config("demo", ["lora.r=4", "memory.tiled_mlp=off"])
+    model = with_lora(FAMILIES[family], tmp_path, config, dtype)
+    blueprint = plain(blueprint_of(deepcopy(FAMILIES[family]), config))
+    planned = layer_bytes(blueprint, 75, config.lora, dtype, True, "one by one, keys repeated")
+    assert planned.kept == saved_bytes(model, dtype, 75, True, like_on_a_t4)
+    assert planned.kept > layer_bytes(blueprint, 75, config.lora, dtype, True, "one by one").kept
+
+
 def test_the_real_model(base_model: Path) -> None:
     config = load_config("demo", ["model.backend=transformers"])
     model = load_model(config, str(base_model), torch.bfloat16, "transformers").train()
@@ -235,7 +253,7 @@ def test_the_peak_of_a_layers_backward_is_predicted_within_4_percent(
 ) -> None:
     # On a GPU these are a kernel without buffers, and one whose workspace is not seen here.
     monkeypatch.setattr(gated, "BLOCK", 1024)
-    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
+    monkeypatch.setattr(activations, "flash_workspace", lambda *_, **__: 0)
     model = with_lora(FAMILIES[family], tmp_path, load_config("demo", ["lora.r=4"]), torch.bfloat16)
     for mlp in ("off", "auto"):
         config = load_config("demo", ["lora.r=4", f"memory.tiled_mlp={mlp}"])
@@ -272,7 +290,7 @@ def test_with_lean_norms_and_attention(family: str, tmp_path: Path, monkeypatch:
     for module, name in ((gated, "BLOCK"), (importlib.import_module("qlora_kernels.rms_norm"), "CPU_BLOCK")):
         monkeypatch.setattr(module, name, 1024)
     monkeypatch.setattr(activations, "GPU_BLOCK", 1024)
-    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
+    monkeypatch.setattr(activations, "flash_workspace", lambda *_, **__: 0)
     config = load_config("demo", ["lora.r=4"])
     model = with_lora(FAMILIES[family], tmp_path, config, torch.bfloat16)
     assert use_lean_norms(model).startswith("on")

@@ -114,7 +114,8 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
     ways: list[str] = []
     speed = timing.Speed(tokens=10, documents=1, forward=0.1, backward=0.2, loss=0.1, repeats=1)
     monkeypatch.setattr(needs, "measure", lambda *arguments: ways.append(arguments[-1]) or speed)
-    plans = [make_plan(make_config(*each), say=quiet) for each in ([], ["model.attention=sdpa", "model.loss=torch"])]
+    settings = (["model.dtype=bfloat16"], ["model.dtype=bfloat16", "model.attention=sdpa", "model.loss=torch"])
+    plans = [make_plan(make_config(*each), say=quiet) for each in settings]
     assert ways == ["varlen", "sdpa"]
     assert plans[0].choices["attention"].reason == "document by document, on a cpu, the only way there"
     blueprint = read_blueprint(make_config(), make_config().model.path)
@@ -124,6 +125,15 @@ def test_the_measured_layer_attends_as_the_run_and_cards_take_its_loss(
     )
     assert triton != plain
     assert plans[0].cards.rows[0].tokens != plans[1].cards.rows[0].tokens
+
+
+def test_cards_that_compute_in_float16_have_no_flash_attention(make_config: MakeConfig) -> None:
+    """They repeat keys for the heads that share them, which leaves room for shorter rows."""
+    half, brain = (
+        make_plan(make_config(f"model.dtype={dtype}"), data=False, timing=False, say=quiet).cards.rows[0].tokens
+        for dtype in ("float16", "bfloat16")
+    )
+    assert half < brain
 
 
 def test_a_base_that_is_cut_has_its_shards_in_the_table(make_config: MakeConfig) -> None:
