@@ -101,11 +101,9 @@ def document_attention(
     capped = softcap is not None or s_aux is not None
     if tree is not None and window is None and not capped:
         return tree_attention(query, key, value, tree, scaling, CUDA if query.is_cuda else CPU), None
-    path = choose_path(query.device, query.dtype, query.shape[-1], capped).name
+    path = choose_path(query.device, query.dtype, query.shape[-1], capped, dropout > 0).name
     if tree is not None and query.is_cuda:
         path = "flex"  # FlashAttention's window counts from the end of the keys, and not along a row's path.
-    if path in ("varlen", "flex") and dropout:
-        raise ValueError(f"{NAME} has no attention dropout on a GPU (this model asks for {dropout})")
     scores = Scores(scaling, window, softcap, s_aux, dropout)
     if path == "varlen" and one_by_one and window is None:
         return _one_by_one(query, key, value, cu_seq_lens_q, scores, repeats=False), None
@@ -125,10 +123,13 @@ class AttentionPath(NamedTuple):
 
 
 @cache
-def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> AttentionPath:
+def choose_path(
+    device: torch.device, dtype: torch.dtype, head_size: int, capped: bool, dropout: bool = False
+) -> AttentionPath:
     """Chooses how documents are attended to, and says why.
 
-    capped: the model caps its logits or has attention sinks, which FlashAttention lacks.
+    capped: the model caps its logits or has attention sinks, which FlashAttention lacks. dropout: it drops some of its
+    attention in training (Seed-OSS).
     """
     if device.type != "cuda":
         if capped:
@@ -136,6 +137,10 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped
                 "plain", "document by document in plain products, because the model caps logits or has sinks"
             )
         return AttentionPath("sdpa", f"document by document, on a {device.type}, the only way there")
+    if capped and dropout:
+        return AttentionPath(
+            "plain", "document by document in plain products: FlexAttention has no dropout, which this model asks for"
+        )
     if capped:
         return AttentionPath(
             "flex", "FlexAttention, compiled at the first step: the model caps logits or has attention sinks"
@@ -151,6 +156,8 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int, capped
         return AttentionPath("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
     if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
         return AttentionPath("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
+    if dropout:
+        return AttentionPath("sdpa", f"{slower} over all documents at once has no dropout, which this model asks for")
     return AttentionPath("varlen", "FlashAttention over all documents at once")
 
 
@@ -274,11 +281,16 @@ def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str 
     if unknown:
         kinds = ", ".join(unknown)
         raise ValueError(f"{type(base).__name__} has layers of type {kinds}, which choose what they attend to")
-    path = choose_path(base.device, base.dtype, head_size_of(config), _capped(base))
+    path = choose_path(base.device, base.dtype, head_size_of(config), _capped(base), drops(config))
     if path.name != "varlen":
         return f"{path.name} ({path.reason})"
     said = "one call per document" if way == "sdpa" else path.reason
     return f"{way} ({said}{': ' if reason else ''}{reason})"
+
+
+def drops(config: PretrainedConfig) -> bool:
+    """Says whether a model drops some of its attention in training. ``config``: of the language model."""
+    return bool(getattr(config, "attention_dropout", None))
 
 
 def head_size_of(config: PretrainedConfig) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from qlora_sft.model.attention import Way, choose_path, head_size_of
+from qlora_sft.model.attention import Way, choose_path, drops, head_size_of
 from qlora_sft.model.block_mask import needs_flex
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def plan_attention(
 
     config: transformers' configuration of the language model.
     """
-    path = choose_path(device, dtype, head_size_of(config), needs_flex(config))
+    path = choose_path(device, dtype, head_size_of(config), needs_flex(config), drops(config))
     way, reason = choose_way(wanted, device, lengths)
     if path.name != "varlen":
         alone: Attended = "one by one, keys repeated" if path.name == "sdpa" else "at once"

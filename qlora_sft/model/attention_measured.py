@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_sft.errors import ConfigError, first_line
-from qlora_sft.model.attention import Way, choose_path, document_attention, head_size_of
+from qlora_sft.model.attention import Way, choose_path, document_attention, drops, head_size_of
 from qlora_sft.model.attention_capped import Scores, plain_documents
 from qlora_sft.model.attention_choice import FEW, AttentionChoice, Wanted
 from qlora_sft.model.block_mask import needs_flex
@@ -77,7 +77,7 @@ def settle_attention(
     way that was asked for and is not available.
     """
     shape = shape_of(config)
-    path = choose_path(device, dtype, shape.size, needs_flex(config))
+    path = choose_path(device, dtype, shape.size, needs_flex(config), drops(config))
     if wanted != "auto":
         choice = AttentionChoice(wanted, f"model.attention={wanted}")
         if wanted in IMPLEMENTATIONS and path.name == "varlen":

@@ -55,6 +55,8 @@ def test_a_plan_attends_as_the_run_will() -> None:
     assert plan_attention(llama, "varlen", CUDA, float32, [100])[:3] == ("varlen", "sdpa", "one by one, keys repeated")
     assert plan_attention(gemma, "sdpa", CUDA, bfloat16, [100])[:3] == ("sdpa", "flex", "at once")
     assert plan_attention(llama, "auto", torch.device("cpu"), float32, [100]).path == "sdpa"
+    dropping = LlamaConfig(attention_dropout=0.1)  # as Seed-OSS; FlashAttention over all documents has no dropout
+    assert plan_attention(dropping, "auto", CUDA, bfloat16, [100])[1:3] == ("sdpa", "one by one, keys repeated")
     # Most layers have heads of 256, and some have larger ones than FlashAttention takes.
     two_sizes = tiny_config("gemma4_text", head_dim=256, global_head_dim=512)
     assert plan_attention(two_sizes, "auto", CUDA, bfloat16, [100])[1:3] == ("sdpa", "one by one, keys repeated")

@@ -126,6 +126,8 @@ def test_a_gpu_path_is_chosen_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_path(cuda, torch.bfloat16, 128, False).name == "varlen"
     assert choose_path(cuda, torch.bfloat16, 128, True).name == "flex"
     assert "heads of up to 256, this model of 512" in choose_path(cuda, torch.bfloat16, 512, False).reason
+    assert choose_path(cuda, torch.bfloat16, 128, False, True).name == "sdpa"
+    assert choose_path(cuda, torch.bfloat16, 128, True, True).name == "plain"
     assert "this run in float32" in choose_path(cuda, torch.float32, 128, False).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     choose_path.cache_clear()
