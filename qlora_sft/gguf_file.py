@@ -51,8 +51,8 @@ class _Cursor:
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0
 
-    def numbers(self, kind: str, count: int = 1) -> tuple[Any, ...]:
-        """Returns the next numbers; kind: their type, as `struct` writes it."""
+    def numbers(self, kind: str, count: int = 1) -> tuple[int, ...]:
+        """Returns the next numbers, which may be fractions and flags where ``kind`` says so, as `struct` writes it."""
         form = f"<{count}{kind}"
         try:
             found = struct.unpack_from(form, self.data, self.at)
@@ -70,7 +70,7 @@ class _Cursor:
         self.at = end
         return found
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> object:
         """Returns the next value; kind: the number of its type in the file. An array becomes a list."""
         if kind in NUMBERS:
             return self.numbers(NUMBERS[kind])[0]

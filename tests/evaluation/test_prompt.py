@@ -1,0 +1,56 @@
+"""A question becomes the tokens that training would have put before its answer, and an answer its text."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_sft.config import TaskConfig
+from qlora_sft.data.render import render_conversation
+from qlora_sft.data.shipped import FOLDER
+from qlora_sft.data.template import choose_chat_format
+from qlora_sft.evaluation.answers import prompts_of
+from qlora_sft.evaluation.ask import decoded, encode_task
+from qlora_sft.evaluation.prompt import prompt_of
+from qlora_sft.evaluation.tasks import Item, Task
+
+
+@pytest.mark.parametrize("template", ["qwen3", "chatml-think", "llama3"])
+def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer: Any) -> None:
+    """Templates write more before an answer than their generation prompt: qwen3's an empty thought."""
+    tokenizer = copy.deepcopy(own_tokenizer)
+    tokenizer.chat_template = (FOLDER / f"{template}.jinja").read_text()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<think>", "</think>"]})
+    chat_format = choose_chat_format(tokenizer, {tokenizer.convert_tokens_to_ids("<|eot_id|>")})
+    asked = {"messages": [{"role": "user", "content": "How much is 1 and 1?"}]}
+    answer = {"role": "assistant", "content": "Two."}
+    whole = render_conversation({"messages": [*asked["messages"], answer]}, tokenizer, chat_format=chat_format)
+    prompt = prompt_of(Item("t:1", asked, answer), "auto", tokenizer, chat_format)
+    assert prompt == prompts_of(whole)[0].input_ids
+    if template == "qwen3":
+        task = Task("t", "exact", [Item("t:1", asked, answer)], TaskConfig("t"))
+        assert encode_task(task, tokenizer, chat_format, tokenizer, 2048).thoughtless == 1
+        asked["chat_template_kwargs"] = {"enable_thinking": False}
+        assert encode_task(task, tokenizer, chat_format, tokenizer, 2048).thoughtless == 0
+        del asked["chat_template_kwargs"]
+        assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+        thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, chat_format)
+        assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
+
+
+def test_the_space_an_answer_begins_with_is_kept(tmp_path: Path) -> None:
+    """A SentencePiece decoder takes away the space that its encoder puts before every text."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "\n": 1, "\u2581\u2581\u2581\u2581return": 2, "\u25812": 3}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    assert tokenizer.decode([2, 3]) == "   return 2"
+    assert decoded(tokenizer, [0, 1], [2, 3]) == "    return 2"
