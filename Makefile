@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DEMO_ARGS ?=
 
-.PHONY: demo test test-torch torch-environment lint bench install
+.PHONY: demo test test-torch test-with torch-environment lint bench install
 
 demo: install
 	$(BIN)/python -m qlora_sft.demo --output $(RUN) $(DEMO_ARGS)
@@ -38,6 +38,20 @@ $(OTHER)/installed: requirements.lock pyproject.toml
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# The same for the packages above torch: other versions of some of them are laid over .venv, by default the newest that
+# pyproject.toml allows.
+#   make test-with PACKAGES="transformers==5.18.0 trl==1.16.0"
+PACKAGES ?= transformers==5.24.0 trl==1.16.0 datasets==5.2.0
+TESTS ?= tests/data/test_families.py tests/data/test_render.py tests/data/test_sources.py tests/model/test_every_family.py \
+  tests/model/test_experts.py tests/model/test_qkv.py tests/model/test_attention_families.py tests/model/test_load.py \
+  tests/training/test_equality.py tests/training/test_masters.py tests/training/test_resume.py tests/plan/test_weights.py \
+  tests/export/test_merge.py tests/evaluation/test_generate.py
+OVER := .venv-with
+test-with: install
+	rm -rf $(OVER)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVER) $(PACKAGES)
+	PYTHONPATH=$(CURDIR)/$(OVER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 # Benchmarks run rarely, so that a name or an argument that is no more would be found late. Rows are looser than types.
 LOOSELY := $(addprefix --disable-error-code=, arg-type assignment call-overload import-untyped literal-required misc \

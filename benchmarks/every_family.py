@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qlora_sft.data.batch import Batch, flatten
 from qlora_sft.data.render import Rendered
 from qlora_sft.errors import ConfigError, first_line
 from qlora_sft.export.llama_cpp import llama_cpp_path, llama_cpp_version
+from qlora_sft.install import locked
 from qlora_sft.model.attention import plain_attention
 from qlora_sft.model.base import base_of, decoder_layers
 from qlora_sft.model.experts import check_reach
@@ -60,12 +62,15 @@ NOT_MADE = {
     ),
     **dict.fromkeys(
         ("aria", "chameleon", "cosmos3_edge", "deepseek_ocr2", "diffusion_gemma", "emu3", "evolla", "granite4_vision",
-         "kyutai_speech_to_text", "minicpmv4_6", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text", "video_llama_3",
-         "vision-encoder-decoder"),
+         "kyutai_speech_to_text", "minicpmv4_6", "nemotron_h_omni", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text",
+         "video_llama_3", "vision-encoder-decoder"),
         DEFAULTS,
     ),
     **dict.fromkeys(
-        ("blt", "ernie4_5_vl_moe", "florence2", "fun_asr_nano", "glm5_next", "longcat_flash", "t5gemma2"), PARTS,
+        ("apertus1p5", "blt", "dots3_note", "ernie4_5_vl_moe", "florence2", "fun_asr_nano", "glm5_next",
+         "granite_docling", "inkling2", "inkling2_loop", "longcat_flash", "molmo2", "muse_spark", "nemo_speechlm",
+         "t5gemma2"),
+        PARTS,
     ),
     **dict.fromkeys(("pi0", "shieldgemma2"), OTHER),
     "cohere_compass": "its default rope parameters are not those of its layers",
@@ -98,6 +103,8 @@ class Outcome:
     difference: float = 0.0
     """Of the hidden states of packed documents from those that transformers' own attention gives for each alone."""
     losses: tuple[float, ...] = ()
+    transformers: str = ""
+    """With which version it was tried, if not that of the lock."""
 
 
 def architectures() -> dict[str, str]:
@@ -139,7 +146,7 @@ def try_family(kind: str, folder: Path) -> Outcome:
         return _trained(kind, architecture, folder)
     except ConfigError as refusal:
         reason = first_line(refusal).removeprefix("model.path: ").replace(str(folder), "it")
-        return Outcome(kind, "refused", reason, architecture)
+        return Outcome(kind, "refused", reason, architecture, transformers=_other_version())
 
 
 def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
@@ -164,7 +171,13 @@ def _trained(kind: str, architecture: str, folder: Path) -> Outcome:
         lean=has_lean_norms(model),
         difference=difference,
         losses=losses,
+        transformers=_other_version(),
     )
+
+
+def _other_version() -> str:
+    here = version("transformers")
+    return "" if here == locked()["transformers"] else here
 
 
 def _is_stack(name: str, parameter: torch.Tensor) -> bool:
@@ -213,9 +226,12 @@ def table(outcomes: list[Outcome], known: set[str], tried: dict[str, Tried]) -> 
         "Written by `benchmarks/every_family.py`, which makes a tiny model of a causal architecture of transformers",
         f"and trains it for {STEPS} steps in NF4 with LoRA on a CPU. A row is as of the commit at which it was tried.",
         "",
-        f"So far {len(outcomes)} of {len(architectures())} families were tried: {counts['packed']} train packed, "
+        f"So far {len(outcomes)} of {len(_known(outcomes))} families were tried: {counts['packed']} train packed, "
         f"{counts['one at a time']} one document at a time, {counts['refused']} are refused with the reason.",
         f"No model is made of {len(NOT_MADE)}, with the reason; {len(_without_row(outcomes))} have no row yet.",
+        "",
+        "A version behind a name is that of transformers with which it was tried; the others were with",
+        f"{locked()['transformers']}, which does not have all of those.",
         "",
         "- **Documents**: whether they share a packed sequence, or are run one at a time (the same result, slower",
         "  where they are short).",
@@ -239,17 +255,30 @@ def table(outcomes: list[Outcome], known: set[str], tried: dict[str, Tried]) -> 
         gguf = "known" if each.architecture in known else ""
         if each.kind in tried:
             gguf = "no" if tried[each.kind].reason else "same"
-        lines.append(f"| {each.kind} | {each.how} | {each.mixers or ''} | {' | '.join(marks)} | {gguf} |")
+        lines.append(f"| {_named(each)} | {each.how} | {each.mixers or ''} | {' | '.join(marks)} | {gguf} |")
     without = [f"| {kind} | {row.reason} |" for kind, row in tried.items() if row.reason]
     lines += ["", "## No GGUF", "", "| family | reason |", "|---|---|", *without] if without else []
     lines += ["", "## Refused", "", "| family | reason |", "|---|---|"]
-    lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "refused"]
+    lines += [f"| {_named(each)} | {each.reason} |" for each in outcomes if each.how == "refused"]
     lines += ["", "## One document at a time", "", "| family | reason |", "|---|---|"]
-    lines += [f"| {each.kind} | {each.reason} |" for each in outcomes if each.how == "one at a time"]
+    lines += [f"| {_named(each)} | {each.reason} |" for each in outcomes if each.how == "one at a time"]
     lines += ["", "## Not tried", "", "| family | reason |", "|---|---|"]
     lines += [f"| {kind} | {reason} |" for kind, reason in NOT_MADE.items()]
     lines += [f"| {kind} | no row yet: run the script again |" for kind in _without_row(outcomes)]
     return "\n".join(lines) + "\n"
+
+
+def _named(outcome: Outcome) -> str:
+    return f"{outcome.kind} ({outcome.transformers})" if outcome.transformers else outcome.kind
+
+
+def _known(outcomes: list[Outcome]) -> set[str]:
+    """Returns all families that are known, to the installed transformers or to another with which they were tried."""
+    return {*architectures(), *NOT_MADE, *(each.kind for each in outcomes)}
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in asdict(outcome).items() if name != "transformers" or value}
 
 
 def _without_row(outcomes: list[Outcome]) -> list[str]:
@@ -268,13 +297,11 @@ def main(*wanted: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[kind] = try_family(kind, Path(folder))
         print(kind, found[kind].how, found[kind].reason, file=sys.stderr, flush=True)
-        ordered = [found[kind] for kind in tried if kind in found]
-        ROWS.write_text("".join(json.dumps(asdict(each)) + "\n" for each in ordered), encoding="utf-8")
+        ROWS.write_text("".join(json.dumps(_row(each)) + "\n" for each in found.values()), encoding="utf-8")
     wrong = [each.kind for each in found.values() if each.difference > WRONG]
     if wrong:
         raise SystemExit(f"not as transformers' own attention, so no table is written: {', '.join(wrong)}")
-    outcomes = [found[kind] for kind in tried if kind in found]
-    TABLE.write_text(table(outcomes, converted(), read_rows()), encoding="utf-8")
+    TABLE.write_text(table(list(found.values()), converted(), read_rows()), encoding="utf-8")
 
 
 if __name__ == "__main__":

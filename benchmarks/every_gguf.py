@@ -64,6 +64,8 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral3": {"sliding_window": None},
     "mixtral": {"sliding_window": None},
+    # llama.cpp has Nemotron-H with experts or without, and not both in one model.
+    "nemotron_h": {"layer_types": ["linear_attention", "moe", "full_attention", "moe"]},
     "phi3": {"sliding_window": None},
     "qwen3_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
 }

@@ -45,7 +45,8 @@ TWO_KINDS = ["linear_attention", "full_attention"] * 2
 # What a family's configuration asks for beside small sizes, so that every kind of layer that it has is there.
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA, "axk2": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA,
-    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA,
+    "glm_moe_dsa": MLA, "longcat_flash": MLA, "minicpm3": MLA, "youtu": MLA, "kimi_k25": MLA, "dots3_note": MLA,
+    "dots3_note_text": MLA, "sarvam_mla": MLA, "mistral_large4": MLA,
     "mistral4": {**MLA, "head_dim": 32},
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
@@ -64,13 +65,14 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": TWO_KINDS},
+    "inkling2_text": {"unpadded_vocab_size": 256}, "inkling2_loop_text": {"unpadded_vocab_size": 256},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"layer_types": TWO_KINDS, **MLA},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention", "moe"]},
     "qwen2_vl": MROPE, "qwen2_5_vl": MROPE, "qwen2_5_omni_thinker": MROPE, "glm_ocr": MROPE, "paddleocr_vl": MROPE,
-    "glm4v": MROPE, "glm46v": MROPE, "glmga": MROPE, "hunyuan_vl": MROPE,
+    "glm4v": MROPE, "glm46v": MROPE, "glmga": MROPE, "hunyuan_vl": MROPE, "hy_v4_vl": MROPE,
     "glm4v_moe": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     "reformer": {"axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
@@ -90,6 +92,7 @@ def tiny_config(kind: str, **own: Any) -> Any:
     parts = {name: getattr(default, name, None) or part() for name, part in made.sub_configs.items()}
     sizes = {name: small(set(part.to_dict())) for name, part in parts.items()}
     if "text_config" in sizes:
+        sizes["text_config"]["model_type"] = parts["text_config"].model_type  # EXAONE 4.5 asks for it
         sizes["text_config"] |= OWN.get(kind, OWN.get(f"{kind}_text", {})) | own
         config = made(**sizes)
     else:
@@ -121,6 +124,9 @@ def tiny_model(kind: str, **own: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name or "sinks" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # what decides between experts beside their scores
+            torch.nn.init.normal_(buffer, std=0.1)
     return model
 
 

@@ -1,6 +1,22 @@
-"""Fine-tune with QLoRA on one GPU, from chat data to a GGUF that answers.
+"""Fine-tune with QLoRA on one GPU, from chat data to a GGUF file that answers.
 
-The public names are loaded when they are first used: ``import qlora_sft`` imports no torch.
+A whole run::
+
+    from qlora_sft import evaluate_run, export_run, load_config, make_plan, plan_table, preview, train
+
+    config = load_config("recipe.yaml", ["training.learning_rate=1e-4"])
+    preview(config)                          # shows what is trained, token by token
+    print(plan_table(make_plan(config)))     # what the run will need
+    report = train(config)                   # writes the run folder that `output` names
+    evaluate_run(config.output)              # asks the tasks of the configuration
+    export_run(config.output, parity=True)   # merges, writes a GGUF file, and compares it
+
+``with_rows`` takes rows from Python, ``curves`` draws a run in a notebook, ``merge_run`` only merges, and ``Run.open``
+reads a run folder. ``render_conversation`` turns a conversation into token ids and labels; ``pack`` puts documents into
+sequences. Every error is a `QloraSftError`: `ConfigError` and `DataError` are raised before anything is trained,
+`RunError` and `Interrupted` later.
+
+Each name is imported when it is first used, so ``import qlora_sft`` does not import torch.
 """
 
 import sys

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlora_sft.cache import cache_root
 from qlora_sft.errors import RunError
 
 
@@ -138,7 +139,12 @@ def path_error(error: BaseException) -> RunError | None:
     if not isinstance(error, OSError) or not error.filename or not error.strerror:
         return None
     # The second name of a failed renaming is the one that was asked for.
-    return RunError(f"{error.filename2 or error.filename}: {error.strerror}; check the path and its permissions")
+    path = error.filename2 or error.filename
+    cure = "check the path and its permissions"
+    # The folders above it are made as well, so a fault may name one of them.
+    if isinstance(path, str) and (Path(path).is_relative_to(cache_root()) or cache_root().is_relative_to(path)):
+        cure = "QLORA_SFT_CACHE=FOLDER before the command puts the cache elsewhere (XDG_CACHE_HOME: of all programs)"
+    return RunError(f"{path}: {error.strerror}; {cure}")
 
 
 def disk_error(error: BaseException, target: Path | None = None) -> RunError | None:

@@ -11,19 +11,26 @@ from typing import IO
 
 
 def cache_dir(*parts: str) -> Path:
-    """Returns a folder below the user's cache, and creates it if it is missing.
-
-    ``QLORA_SFT_CACHE`` names the cache; without it, the cache is ``$XDG_CACHE_HOME/qlora_sft`` or
-    ``~/.cache/qlora_sft``.
-    """
-    root = os.environ.get("QLORA_SFT_CACHE")
-    if root:
-        base = Path(root).expanduser()
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora_sft"
-    folder = base.joinpath(*parts)
+    """Returns a folder below the user's cache, and creates it if it is missing."""
+    folder = cache_root().joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def cache_root() -> Path:
+    """Returns the user's cache: ``$QLORA_SFT_CACHE``, or ``$XDG_CACHE_HOME/qlora_sft``, or ``~/.cache/qlora_sft``.
+
+    A user of whom the system knows no home, as in a container with a number for a user, has it in the folder of
+    temporary files.
+    """
+    if root := os.environ.get("QLORA_SFT_CACHE"):
+        return Path(root).expanduser()
+    if others := os.environ.get("XDG_CACHE_HOME"):
+        return Path(others).expanduser() / "qlora_sft"
+    try:
+        return Path.home() / ".cache" / "qlora_sft"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"qlora_sft-{os.getuid()}"
 
 
 def scratch_file() -> IO[bytes]:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _done(arguments: argparse.Namespace) -> CommandResult:
     """Runs the verb of ``arguments``. Only training is done by several processes."""
     if world_size() > 1 and (arguments.verb is not run_train or arguments.find_rate):
-        refuse("several processes only train; start this without torchrun")
+        refuse("only training runs in several processes; start this without torchrun")
     action: Action = arguments.verb
     return action(arguments)
 
@@ -49,11 +49,12 @@ def _done(arguments: argparse.Namespace) -> CommandResult:
 def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: bool | None = None) -> int:
     """Runs ``action``, prints its result as JSON on stdout if ``as_json``, and returns an exit code.
 
-    An error is printed to stderr. One that is neither of this package nor a full disk or a faulty path is a fault of a
-    program, of which ``debug`` shows the place by raising it; None says that the command has no --debug. Of several
-    processes that train together the first one prints the result, and the one that failed its error.
+    An error is printed to stderr. One that is not raised by this package, and is no full disk or wrong path, is a bug;
+    ``debug`` raises it again, to show its traceback (None: the command has no --debug). Of several processes that train
+    together the first one prints the result, and the one that failed prints its error.
     """
     quiet_libraries()
+    _write_any_text()
     try:
         result = action()
         if as_json and not rank():
@@ -76,9 +77,14 @@ def guarded(action: Callable[[], CommandResult], as_json: bool = False, debug: b
     return 0
 
 
+def _write_any_text() -> None:
+    """Lets stdout write what its encoding has no letters for, as \\u escapes; stderr does so anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _tell_last(text: str) -> None:
-    """Prints ``text``, behind which nothing comes, if somebody can be told: the terminal may be gone by now, which must
-    not change the exit code."""
+    """Prints the last text of the command. If the terminal is gone by now, that must not change the exit code."""
     try:
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
     except OSError:
@@ -95,9 +101,9 @@ def _is_unread(stream: int) -> bool:
 
 
 def _end_unread(streams: list[int]) -> int:
-    """Ends without a word where the reader of the output has seen enough, as `head` has: what is left goes nowhere.
+    """Sends the rest of the output nowhere, because its reader (`head`, say) has seen enough, and returns an exit code.
 
-    The exit code is 0 where only results were unread. Messages (2) come while there is work, which is then not done.
+    It is 0 if only results were unread. If messages (2) were, the work that they report was not finished.
     """
     import os
 
@@ -109,8 +115,10 @@ def _end_unread(streams: list[int]) -> int:
 
 
 def unexpected(error: Exception, has_debug: bool) -> str:
-    """Says of an error that nobody has foreseen what it is. Its traceback is kept in a file: hours may have gone by
-    until it came. has_debug: whether the command has the option --debug."""
+    """Describes an unexpected error. Its traceback is kept in a file, because the command may have run for hours.
+
+    has_debug: whether the command has the option --debug.
+    """
     import tempfile
     import traceback
 
@@ -130,7 +138,7 @@ def unexpected(error: Exception, has_debug: bool) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses ``argv`` and also takes a ``key.sub=value`` that stands behind an option.
+    """Parses ``argv``, and also accepts a ``key.sub=value`` that follows an option.
 
     argparse itself takes positional arguments in one stretch only.
     """
@@ -162,7 +170,7 @@ def _verb(verbs: Verbs, name: str, action: Action, help: str) -> argparse.Argume
     sub: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     sub.set_defaults(verb=action, parser=sub)
     sub.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
-    sub.add_argument("--debug", action="store_true", help="show the traceback of an error that nobody has foreseen")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
     return sub
 
 
@@ -172,7 +180,7 @@ def quiet_libraries() -> None:
     import os
     import warnings
 
-    # Of tqdm in a notebook without ipywidgets; its bars are drawn as text then.
+    # From tqdm in a notebook without ipywidgets; it then draws its bars as text.
     warnings.filterwarnings("ignore", "IProgress not found")
     # "Failed to load CPU gemm_4bit_forward from kernels-community": an optional download, wanted by nobody here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -49,9 +49,9 @@ class RopeScaling:
     attention_factor: Annotated[float, Range(0, 100, above=True)] | None = None
     """YaRN's scale of the logits; default: ``0.1 * ln(factor) + 1``."""
     beta_fast: Annotated[float, Range(0, 10_000, above=True)] | None = None
-    """YaRN leaves frequencies as they are that turn more often than this within the trained positions; default: 32."""
+    """YaRN does not change frequencies that turn more often than this within the trained positions; default: 32."""
     beta_slow: Annotated[float, Range(0, 10_000, above=True)] | None = None
-    """YaRN stretches frequencies by the whole factor that turn less often than this; default: 1."""
+    """YaRN stretches frequencies that turn less often than this by the whole factor; default: 1."""
 
 
 AttentionWay = Literal["varlen", "sdpa", "flash3", "flash4"]
@@ -64,12 +64,12 @@ class ModelConfig:
     path: str
     """Folder or Hub id of the base model; ``demo`` is the embedded SmolLM2-135M-Instruct."""
     revision: str | None = None
-    """Of a Hub id: the commit, tag or branch to take; default: its main branch. The commit that was loaded is kept
-    with the run, and is what ``--resume``, merge, export, evaluate and chat take."""
+    """Commit, tag or branch of a Hub id; default: its main branch. The run records the commit that was loaded, and
+    ``--resume``, merge, export, evaluate and chat use it."""
     trust_remote_code: bool = False
-    """Run code that the repository brings along for a model that transformers does not have."""
+    """Runs code from the repository, for a model that transformers does not have."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
-    """``auto`` takes Unsloth where it imports and works, else transformers + peft, and says which and why."""
+    """``auto`` takes Unsloth if it imports and works, else transformers + peft, and says which and why."""
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     head_in_4bit: bool = False
@@ -77,25 +77,25 @@ class ModelConfig:
     vocabulary of 128k and changes the loss a little. It works only for a model whose head
     is not tied to the input embedding, and with a frozen vocabulary."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type. ``auto`` takes bfloat16 where it is the faster one, else float16 on a GPU and float32 on a CPU."""
+    """Compute type. ``auto`` takes bfloat16 where it is the fastest, else float16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
     """A shipped template (chatml, chatml-think, gemma, llama3, mistral, phi, qwen3) or a
-    .jinja file, in place of the tokenizer's own. Control tokens that it writes (``<|...|>``) and the vocabulary lacks
-    are added, begin as the mean of all others, are trained and saved."""
+    .jinja file, instead of the tokenizer's own. Control tokens that it writes (``<|...|>``) and the vocabulary lacks
+    are added, start as the mean of all others, are trained and saved."""
     new_tokens: list[str] = field(default_factory=list)
-    """More control tokens that are added in the same way where the vocabulary lacks them."""
+    """More control tokens that are added in the same way if the vocabulary lacks them."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a turn, beside the eos token and those of the model's generation config."""
+    """Tokens that end a turn, in addition to the eos token and those of the model's generation config."""
     loss: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss. ``auto``: Triton on an NVIDIA GPU, plain torch elsewhere; says which and why."""
     attention: Literal["auto", "varlen", "sdpa", "flash3", "flash4"] = "auto"
-    """How a GPU attends inside documents. ``varlen`` handles all documents in one call of torch's FlashAttention,
-    ``flash3`` and ``flash4`` in one of these versions, where torch and their packages have them. ``sdpa`` makes one
-    call per document, which is often faster where documents are long. ``auto`` measures for a second before the run
-    and prints the figures; a run that goes on keeps the way. There is only one on a CPU, with capped logits or
-    attention sinks, and on GPUs without FlashAttention, whatever this says."""
+    """How attention inside documents is computed on a GPU. ``varlen`` handles all documents in one call of torch's
+    FlashAttention; ``flash3`` and ``flash4`` use these versions, if torch and their packages have them. ``sdpa`` makes
+    one call per document, which is often faster for long documents. ``auto`` measures for about a second before the run
+    and prints the figures; a resumed run keeps its choice. On a CPU, with capped logits or attention sinks, and on GPUs
+    without FlashAttention there is only one way, whatever this says."""
     rope_scaling: RopeScaling | None = None
-    """Needed if ``data.max_length`` exceeds the positions of the model. The merged model and the GGUF carry it."""
+    """Needed if ``data.max_length`` exceeds the model's number of positions. The merged model and the GGUF keep it."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,23 @@ class MemoryConfig:
     """Sets what each layer keeps from its forward to its backward. It changes time and memory, not the result."""
 
     policy: Literal["auto", "none", "checkpoint", "offload"] = "auto"
-    """``auto`` takes the least recomputation that fits, chosen layer by layer and printed. ``none`` keeps all
+    """``auto`` chooses layer by layer what recomputes least and still fits, and prints it. ``none`` keeps all
     activations. ``checkpoint`` keeps the input of every layer and recomputes the layer in the backward, which takes
     about a third more time. ``offload`` does the same with the inputs in host memory."""
     gpu_budget_gib: Gibibytes | None = None
-    """GPU memory that this run may use, weights included; default: what is free, less 5% of the card."""
+    """GPU memory that this run may use, including weights; default: what is free, minus 5% of the card."""
     host_budget_gib: Gibibytes | None = None
     """Host memory that the inputs of layers may take; default: half of what is available."""
     tiled_mlp: Literal["auto", "on", "off"] = "auto"
-    """Computes MLPs in tiles of tokens and keeps only their input wherever a layer is recomputed. ``auto`` does so for
+    """Computes MLPs in tiles of tokens, and keeps only their input if the layer is recomputed. ``auto`` does so for
     every MLP of a known kind."""
     offload_embeddings: bool = False
     """Keeps the input embedding in host memory when training on a GPU. This saves a GiB on the card for a vocabulary of
     128k and costs one more wait per step. It works only for a model whose output head is not tied to the embedding."""
     base_shards: Annotated[int, Range(1, 1024)] = 1
-    """Cuts the frozen weights of the decoder layers over so many cards, as FSDP does: each keeps its share, and has a
-    layer whole while it computes. For a model that is too large for one card; where it fits, 1 is faster. As many
-    processes must train (torchrun --nproc-per-node)."""
+    """Shards the frozen weights of the decoder layers over this many cards, as FSDP does: each keeps one share, and
+    gathers a layer only while it computes. For a model that is too large for one card; if it fits, 1 is faster. The
+    same number of processes must train (torchrun --nproc-per-node)."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Start of all random numbers: drawn rows, the order of the documents, adapters, dropout."""
+    """Seed of all random numbers: drawn rows, the order of the documents, initial adapters, dropout."""
 
 
 SECTIONS = {
@@ -223,7 +223,11 @@ def _check_values(tree: JsonObject, file: str) -> list[str]:
         check_training(training, require)
     if training and data:
         shares = data.share_prefixes != "on" or training.neftune_alpha is None
-        require(shares, "data.share_prefixes", "on goes with no noise (training.neftune_alpha): set one of them back")
+        require(
+            shares,
+            "data.share_prefixes",
+            "on cannot be combined with noise (training.neftune_alpha); remove one of them",
+        )
         check_tethers(training, data, require)
     if training and lora:
         magnitudes = "measures the change of a weight by its factors, and lora.dora changes magnitudes: remove one"

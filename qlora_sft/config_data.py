@@ -31,17 +31,17 @@ class SourceConfig:
     """Names one source of rows and says how they are read and supervised."""
 
     path: str
-    """File (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz or .zst behind it), folder, glob, or Hugging Face
-    data set (``owner/name``, ``owner/name:configuration``)."""
+    """File (.jsonl, .json, .parquet, .csv, .tsv, .txt; also compressed, with .gz or .zst at the end), folder, glob, or
+    Hugging Face data set (``owner/name``, ``owner/name:configuration``)."""
     name: str | None = None
-    """How reports call it; default: the last part of the path without its ending."""
+    """Name in reports; default: the last part of the path without its extension."""
     max_rows: Count | None = None
-    """Uses only so many rows, drawn at random with the run's seed; a stream gives its first rows."""
+    """Uses only this many rows, drawn at random with the run's seed; of a stream, the first rows."""
     fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Uses only this share of the source's own rows, drawn at random with the run's seed.
     It is not a share of the mixture."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """The form of the rows. ``auto`` decides by the columns and prints what it found."""
+    """Format of the rows. ``auto`` detects it from the columns and prints what it found."""
     columns: dict[str, str] | None = None
     """Which column holds what, where the names are not the usual ones: ``{prompt: question, completion: answer}``."""
     split: str | None = None
@@ -49,16 +49,16 @@ class SourceConfig:
     revision: str | None = None
     """Commit, tag or branch of a Hugging Face data set."""
     streaming: bool = False
-    """Read the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
+    """Reads the first ``max_rows`` rows of a Hugging Face data set without downloading the rest."""
     loss_weight: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Factor on the loss of every supervised token of this source."""
     supervise: Literal["assistant", "turns", "last", "all"] = "assistant"
-    """Which tokens are trained: every assistant turn, the last one only, or the whole conversation. ``turns``: every
-    assistant turn in a document of its own that holds what the model is shown before it at inference, with the history
-    as the template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
+    """Which tokens are trained: every assistant turn, only the last one, or the whole conversation. ``turns`` makes one
+    document of every assistant turn, preceded by what the model sees before it at inference, with the history as the
+    template rewrites it there; what these documents share is computed once (``share_prefixes``)."""
     allow_share: bool = False
-    """Lets any share of its tokens be supervised. Otherwise less than 5% is an error in conversations, less than 20% or
-    more than 95% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
+    """Accepts any share of supervised tokens. Otherwise, in conversations, less than 5% is an error, and less than 20%
+    or more than 95% a warning, with the likely causes; see [what is judged](data.md#what-is-judged)."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` leaves it to the
     rows' own ``chat_template_kwargs``."""
@@ -66,7 +66,7 @@ class SourceConfig:
     """What ``<think>...</think>`` at the beginning of an answer means. ``reasoning``: it is the reasoning, which the
     template writes in its own way. ``text``: it is text like any other."""
     allow_special: bool = False
-    """Lets control tokens inside messages act as such, instead of being text. Use it only
+    """Lets control tokens inside messages act as control tokens instead of staying text. Use it only
     for data that you wrote yourself."""
 
 
@@ -75,25 +75,25 @@ class TrainSourceConfig(SourceConfig):
     """Adds what a training source says about its part in the mixture."""
 
     held_out: str | None = None
-    """Share of its rows that is held out (``5%``), in place of that of ``data.held_out``; ``0%`` for none."""
+    """Share of this source's rows that is held out (``5%``), instead of ``data.held_out``; ``0%`` for none."""
 
     weight: Factor | None = None
-    """Share of the mixture, relative to the other sources' weights; it belongs to ``mixture: explicit``."""
+    """Share of the mixture, relative to the other sources' weights; only for ``mixture: explicit``."""
     quality: Factor | Literal["perplexity", "file"] | None = None
-    """Factor on the number of rows; it belongs to ``mixture: quality`` and is 1 there by default. ``perplexity``: the
-    share of its rows whose answers are no stranger to the base than those of most rows of all sources, in a sample that
-    is scored once with the base's weights as they are loaded, and kept. ``file``: the mean of the ratings that its rows
-    have in the file ``ratings``. The extremes are printed, to be read."""
+    """Factor on the number of rows; only for ``mixture: quality``, where the default is 1. ``perplexity``: the share of
+    rows whose answers do not have an unusually high loss under the base, compared with the rows of all sources, in a
+    sample that is scored once and cached. ``file``: the mean of the ratings in the file ``ratings``. The most extreme
+    rows are printed for you to read."""
     ratings: str | None = None
-    """File of ``quality: file``: a rating from 0 on for every row of the source, in the same order, one per line; a
-    number, or an object with one under ``rating``. Rate all sources on one scale; 1 is that of a source without."""
+    """File for ``quality: file``: one rating, 0 or more, for every row of the source, in the same order, one per line;
+    a number, or an object with a ``rating``. Rate all sources on one scale; a source without ratings counts as 1."""
     repeat: Annotated[float, Range(0, 10_000, above=True)] = 1.0
     """How often every row is offered to the mixture per epoch; 2 is like naming the source twice."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig(SourceConfig):
-    """Names general data that is replayed among the training data."""
+    """Names general data that is mixed in as replay."""
 
     share: Annotated[float, Range(0, 0.95, above=True)] = 0.05
     """Share of replay in the documents of the whole run."""
@@ -107,28 +107,29 @@ class DataConfig:
     """Sources that are trained on, mixed as ``mixture`` says."""
     held_out: list[SourceConfig] | str = field(default_factory=list)
     """Sources that are never trained on; their loss is measured before and after the run. Or a share of every training
-    source (``5%``): at least one row of each, chosen by seed and content, near duplicates on one side."""
+    source (``5%``): at least one row of each, chosen by seed and content, with near duplicates kept on one side."""
     max_length: Annotated[int, Range(2, 10**8)] = 2048
     """Tokens per packed sequence, and the longest conversation that is accepted."""
     overlong: Overlong = "drop"
     """What happens to a conversation of more than ``max_length`` tokens: it is dropped, loses its earliest turns, loses
     its last tokens, or ends the run. Every case is counted and shown. Plain text is split into pieces that fit."""
     min_answer_tokens: Count | None = None
-    """Drops a training conversation of which no answer has so many tokens, the token that ends the turn aside. Default:
-    none is dropped, and a source is named of which a fifth of the answers have fewer than 4; 1 accepts them all."""
+    """Drops training conversations in which no answer has this many tokens, not counting the token that ends the turn.
+    Default: none is dropped, and a source in which a fifth of the answers have fewer than 4 gets a warning; 1 accepts
+    them all."""
     packing: Literal["bfd", "ffd", "none"] = "bfd"
     """``bfd``: best-fit decreasing over the whole data set; ``ffd``: first-fit
     decreasing. Packing changes the speed and nothing else."""
     packing_window: Count | None = None
-    """Packs so many documents at a time instead of the whole data set. The sequences then keep about the order of the
-    data, as those of a stream do, and are filled a little less."""
+    """Packs this many documents at a time instead of the whole data set. The sequences then roughly keep the order of
+    the data, as in a stream, and are filled a little less."""
     share_prefixes: Literal["auto", "on", "off"] = "auto"
-    """Computes what several rows share at their beginning once: system prompts, tools, earlier turns. Loss and
-    gradients are those of the rows alone. ``auto`` does it where it saves more than 5% of the tokens, on a GPU 15%.
-    Windows, caps and sinks have to be asked for on a GPU, experts everywhere. ``on`` is an error where the model
-    cannot."""
+    """Computes what several rows have in common at their beginning only once: system prompts, tools, earlier turns.
+    Loss and gradients are those of the separate rows. ``auto`` does it where it saves more than 5% of the tokens, on a
+    GPU 15%. Models with sliding windows, logit caps or attention sinks need ``on`` on a GPU, and mixtures of experts
+    need it everywhere. ``on`` is an error where the model cannot share."""
     mixture: Literal["proportional", "temperature", "quality", "explicit"] = "proportional"
-    """Share p of each source in the documents of an epoch, from its number of rows N
+    """Share p of each source in the documents of an epoch, by its number of rows N
     (times ``repeat``): ``proportional`` p ~ N, ``temperature`` p ~ N^(1/T), ``quality`` p
     ~ N * quality, ``explicit`` p ~ weight. An epoch has sum(N) documents."""
     temperature: Annotated[float, Range(0.1, 1e6)] | None = None
@@ -138,12 +139,12 @@ class DataConfig:
     curriculum: Literal["none", "progressive"] = "none"
     """``progressive``: the share of replay falls linearly from 2 * ``replay.share`` to zero over the run."""
     deduplicate: Literal["none", "exact", "near"] = "none"
-    """Drops conversations that occurred before in any training source. ``near`` also drops those that differ in little
-    (MinHash over 5-word shingles, Jaccard similarity from 0.8 on; needs ``pip install qlora-sft[dedup]``)."""
+    """Drops conversations that already occurred in any training source. ``near`` also drops those that differ only a
+    little (MinHash over 5-word shingles, Jaccard similarity of 0.8 or more; needs ``pip install qlora-sft[dedup]``)."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation files, of any kind that a source can be. Training rows that share an
-    n-gram of words with them are dropped. A data set of the Hub is read in all splits but
-    ``train``, or in the one in brackets: ``owner/name[test]``."""
+    """Evaluation files, in any form that a source can have. Training rows that share an
+    n-gram of words with them are dropped. Of a data set of the Hub all splits except
+    ``train`` are read, or the one in brackets: ``owner/name[test]``."""
     decontaminate_words: Annotated[int, Range(2, 1000)] = 13
     """Length of that n-gram in words."""
 
@@ -191,7 +192,7 @@ def check_data(d: DataConfig, require: Require) -> None:
 
 def _check_source(key: str, source: SourceConfig, require: Require) -> None:
     rows, columns = source.max_rows, source.columns or {}
-    endless = "needs max_rows: packing wants to know all rows before the first step"
+    endless = "needs max_rows: packing has to know all rows before the first step"
     require(rows is not None or not source.streaming, f"{key}.streaming", endless)
     require(
         source.fraction == 1 or not source.streaming, f"{key}.fraction", "cannot be drawn from a stream; set max_rows"

@@ -16,28 +16,28 @@ class TaskConfig:
     """Describes questions with known answers, which ``qlora-sft evaluate`` asks."""
 
     path: str
-    """A path as of a data source. A data set of the Hub names its split in brackets: ``owner/name[test]``. ``benign``
+    """A path, as for a data source. The split of a Hub data set is given in brackets: ``owner/name[test]``. ``benign``
     is a shipped list of harmless questions, for ``refusal``."""
     name: str | None = None
-    """How reports call it; default: the last part of the path without its ending."""
+    """Name in reports; default: the last part of the path without its extension."""
     form: Literal["auto", "choices", "number", "exact", "code", "refusal", "loss"] = "auto"
-    """How answers are graded. ``choices`` takes the likeliest letter (rows as MMLU's and ARC's); ``number`` compares
-    the last number (as GSM8K's); ``exact`` compares the text; ``code`` runs the answer (as HumanEval's); ``refusal``
-    counts the answers that refuse, to questions that nobody needs to refuse; ``loss`` measures the loss of the rows
-    without asking. ``auto`` decides by the columns and prints what it found."""
+    """How answers are graded. ``choices`` takes the likeliest letter (rows like those of MMLU and ARC); ``number``
+    compares the last number (GSM8K); ``exact`` compares the text; ``code`` runs the answer (HumanEval); ``refusal``
+    counts refusals of harmless questions; ``loss`` measures the loss of the rows without asking. ``auto`` decides by
+    the columns and prints what it found."""
     max_rows: Count | None = None
-    """Asks only so many questions, drawn at random with the seed of the evaluation."""
+    """Asks only this many questions, drawn at random with the seed of the evaluation."""
     shots: Annotated[int, Range(0, 100)] = 0
     """Examples with their answers before every question, drawn from the other questions of the task."""
     phrasing: Literal["plain", "labelled", "polite"] = "plain"
     """``plain`` asks as the file does; ``labelled`` writes Question: and Answer: around it; ``polite`` asks for help
-    first. What a model can do does not hang on that."""
+    first. What a model can do should not depend on this."""
     samples: Annotated[int, Range(1, 10_000)] = 1
     """Answers per question. One is greedy; several are sampled and give pass@k up to that k."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 0.8
     """Temperature of sampled answers."""
     max_new_tokens: Count = 512
-    """Tokens of the longest answer; what is longer is cut off."""
+    """Most tokens of an answer; longer ones are cut off."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """``on`` and ``off`` set ``enable_thinking`` of the template for rows that do not set it. ``auto`` prompts as
     training would have shown the row with its reference: without reasoning if the reference has none."""
@@ -50,22 +50,23 @@ class EvaluationConfig:
     loss: bool = True
     """Measures the held-out loss per source before and after training."""
     before_training: bool = True
-    """Measures before training what is measured after it; false saves the time and leaves nothing to compare with."""
+    """Also measures before training what is measured after it; false saves that time and leaves nothing to compare
+    with."""
     every_steps: Count | None = None
     """Optimizer steps between measurements of the held-out loss while training, each a line of ``evaluations.jsonl``;
     the last step is measured, too. Default: only before and after training."""
     answers: CountOrNone = 3
     """Greedy answers per held-out source, before and after training; 0 for none."""
     max_new_tokens: Count = 128
-    """Tokens of the longest of these answers; what is longer is cut off."""
+    """Most tokens of one of these answers; longer ones are cut off."""
     show: CountOrNone = 3
     """How many of the answers are printed."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """Questions that ``qlora-sft evaluate`` asks the finished run and its base; training does not ask them, but for
-    ``tasks_every_steps``."""
+    """Questions that ``qlora-sft evaluate`` asks the finished run and its base. They are asked during training only if
+    ``tasks_every_steps`` is set."""
     tasks_every_steps: Count | None = None
-    """Optimizer steps between the times at which some questions of every task are asked while training; after the last
-    step they are asked, too. Default: never."""
+    """Asks some questions of every task each time this many optimizer steps are done, and after the last step. Default:
+    never."""
     tasks_rows: Count = 100
     """Questions of each task that are asked while training, drawn with the seed; each gets one greedy answer."""
 

@@ -21,14 +21,14 @@ REFUSED = {
     "bias": "biases are not trained here; remove it",
 }
 _OTHER_BASE = (
-    "takes the largest directions out of the base's weights, and the rest would have to be quantised anew: the adapter "
-    "would be on another base than the one that was named, and neither merge nor export could be what was trained"
+    "takes the largest directions out of the base's weights, and the rest would have to be quantised again: the "
+    "adapter would belong to another base than the one you named, so no merge or export could be what was trained"
 )
 REFUSED_INITS = {
     "pissa": _OTHER_BASE,
     "olora": _OTHER_BASE,
     "corda": _OTHER_BASE,
-    "mica": "freezes B, which no part of this program knows of",
+    "mica": "freezes B, which is not supported here",
     "lora_ga": _OTHER_BASE,
 }
 
@@ -38,7 +38,7 @@ class LoraModules:
     """Gives some layers a rank or a scale of their own."""
 
     match: str
-    """Regular expression for the end of a layer's path, from the beginning or a dot on: ``down_proj``,
+    """Regular expression for the end of a layer's path, starting at the path's beginning or after a dot: ``down_proj``,
     ``layers\\.(0|1)\\..*``. It has to match at least one layer that gets an adapter; no layer may be matched twice."""
     r: Rank | None = None
     """Rank of these layers; default: lora.r."""
@@ -53,32 +53,33 @@ class LoraConfig:
     r: Rank = 16
     """Rank."""
     alpha: Alpha = 16
-    """Scale of the update: alpha / r."""
+    """The update is scaled by alpha / r."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Share of an adapter's input values that are set to zero at random in training."""
+    """Share of an adapter's input values that is set to zero at random in training."""
     target_modules: str | list[str] = "all-linear"
-    """``all-linear``: every linear layer of every block, and the weights of experts, but not what routes to them, and
-    not the output head. A list names layers, and gate_up_proj and down_proj of experts. Any other text is a regular
-    expression for the end of a layer's path, as in lora.modules: ``layers\\.[0-9]\\..*_proj``."""
+    """``all-linear``: every linear layer of every block, and the weights of experts, but not their router, and not the
+    output head. A list names layers, and gate_up_proj and down_proj of experts. Any other text is a regular expression
+    for the end of a layer's path, as in lora.modules: ``layers\\.[0-9]\\..*_proj``."""
     modules: list[LoraModules] = field(default_factory=list)
     """Layers with a rank or an alpha of their own."""
     rslora: bool = False
     """Scales the update by alpha / sqrt(r) instead (rsLoRA), which keeps large ranks learning."""
     dora: bool = False
-    """Trains the length of every row of a weight beside its direction (DoRA). Such layers are computed by PEFT and not
-    by the kernels here, which takes more time and memory."""
+    """Trains the length of every row of a weight separately from its direction (DoRA). Such layers are computed by PEFT
+    and not by the kernels here, which takes more time and memory."""
     init: Literal["default", "gaussian", "orthogonal", "eva", "loftq"] = "default"
-    """How adapters begin. ``default`` and ``gaussian``: A at random, B zero. ``orthogonal``: both at random with a
-    product of zero; ranks have to be even. ``eva``: A with the directions in which the inputs of its layer vary most
-    over the first documents, B zero. ``loftq``: with what NF4 has lost of each weight, as far as the rank
-    holds it; the base stays as it is, so the adapter belongs to its NF4 form only."""
+    """How adapters are initialised. ``default`` and ``gaussian``: A at random, B zero. ``orthogonal``: both at random,
+    with a product of zero; ranks have to be even. ``eva``: A with the directions in which the inputs of its layer vary
+    most over the first documents, B zero. ``loftq``: with what each weight has lost in NF4, as far as the rank can hold
+    it; the base stays as it is, so the adapter fits only its NF4 form."""
     plus_ratio: Annotated[float, Range(1, 10_000)] | None = None
-    """The learning rate of B is so many times that of A (LoRA+; its authors take 16); default: the same."""
+    """Ratio of the learning rate of B to that of A (LoRA+; its authors take 16); default: the same rate."""
     experts: Literal["train", "frozen"] = "train"
-    """Of a mixture of experts. ``frozen``: in NF4, without adapters; how much is left out is printed."""
+    """What is done with the experts of a mixture. ``train``: NF4 with adapters. ``frozen``: no adapters; how many
+    weights stay untrained is printed."""
     from_: str | None = None
-    """A run's folder or an adapter's, to go on from: rank, alpha, layers and form are taken from it. The base has to be
-    the one that it was trained on."""
+    """Folder of a run or an adapter to continue from: rank, alpha, layers and form are taken from it. The base has to
+    be the one that it was trained on."""
 
 
 def take_refused(lora: object, file: str) -> Iterator[str]:
@@ -100,7 +101,7 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     for i, each in enumerate(lora.modules):
         here = f"lora.modules.{i}"
         require(not (fault := regex_fault(each.match)), f"{here}.match", fault)
-        require(each.r is not None or each.alpha is not None, here, "says nothing; give it an r or an alpha")
+        require(each.r is not None or each.alpha is not None, here, "has no effect; give it an r or an alpha")
     if isinstance(lora.target_modules, str):
         require(not (fault := regex_fault(lora.target_modules)), "lora.target_modules", fault)
     else:
@@ -114,7 +115,7 @@ def check_lora(lora: LoraConfig, model: JsonObject, require: Require) -> None:
     require(lora.init != "loftq" or not nothing_lost, "lora.init", held if lora.from_ else no_effect)
     # An adapter that began by LoftQ stays one of NF4's values, whoever goes on from it.
     begun = lora.from_ is not None and lora.init not in ("default", "loftq")
-    require(not begun, "lora.init", "has no effect with lora.from, whose adapter is the beginning; remove it")
+    require(not begun, "lora.init", "has no effect with lora.from, which brings its own adapter; remove it")
 
 
 def patterns_of(lora: LoraConfig) -> list[str]:

@@ -18,29 +18,30 @@ class TrainingConfig:
     learning_rate: Annotated[float, Range(1e-10, 1)] = 2e-4
     """The highest learning rate of the run, which is reached after the warm-up."""
     epochs: Annotated[float, Range(0, 10_000, above=True)] = 1.0
-    """How often the run goes through the mixture. With 0.5 it has half of the rows of every source, drawn at random."""
+    """How often the run goes through the mixture. With 0.5 it uses half of the rows of every source, drawn at
+    random."""
     max_steps: Count | None = None
-    """Stop after so many optimizer steps; default: all epochs."""
+    """Stops after this many optimizer steps; default: all epochs."""
     batch_size: Annotated[int, Range(1, 100_000)] = 1
     """Packed sequences per micro-batch."""
     gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Micro-batches per optimizer step. The loss is weighted by tokens over all of them together."""
     tokens_per_step: Count | None = None
-    """Tokens per optimizer step, in place of gradient_accumulation: as many micro-batches are accumulated as come
-    nearest to it with what a packed sequence holds on average."""
+    """Tokens per optimizer step, instead of gradient_accumulation: accumulates the number of micro-batches that comes
+    nearest to it, given what a packed sequence holds on average."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """How the learning rate goes on behind the warm-up: falls to zero in a line or along a cosine, stays, or stays and
-    falls in a line at the end (``wsd``: warm-up, stable, decay)."""
+    """Learning rate after the warm-up: it falls to zero linearly or along a cosine, stays constant, or stays constant
+    and falls linearly at the end (``wsd``: warm-up, stable, decay)."""
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Share of the steps in which the learning rate rises."""
     warmup_steps: Count | None = None
-    """Steps in which the learning rate rises, in place of warmup_ratio."""
+    """Number of steps in which the learning rate rises, instead of warmup_ratio."""
     initial_rate_fraction: Annotated[float, Range(0, 1, above=True)] | None = None
     """Share of the learning rate at which the warm-up begins; default: 1 / (its steps + 1)."""
     decay_ratio: Annotated[float, Range(0, 1, above=True)] | None = None
     """With schedule wsd: share of the steps in which the learning rate falls; default: 0.2."""
     weight_decay: Annotated[float, Range(0, 1)] = 0.0
-    """AdamW's decay: share of a weight, times the learning rate, that every step takes off it. Adapters decay;
+    """AdamW's weight decay: every step subtracts this share of a weight, times the learning rate. Adapters decay;
     magnitudes of DoRA and rows of new tokens do not."""
     new_tokens_rate: Annotated[float, Range(1e-10, 1)] | None = None
     """The highest learning rate of the rows of control tokens that a chat template adds; default: learning_rate."""
@@ -48,38 +49,38 @@ class TrainingConfig:
     """Adds noise to the embeddings in training (NEFTune; its authors take 5), by the length of each document, also of
     those that share a packed sequence; default: none."""
     max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] = 1.0
-    """A gradient with a larger norm is scaled down to this norm; 1e9 leaves all as they are."""
+    """A gradient with a larger norm is scaled down to this norm; 1e9 in effect turns this off."""
     save_steps: CountOrNone = 50
-    """Optimizer steps between checkpoints, from which ``--resume`` goes on. The last step is saved, too. With 0 a
+    """Optimizer steps between checkpoints, from which ``--resume`` continues. The last step is saved, too. With 0 a
     checkpoint is saved only when the run is interrupted."""
     save_total_limit: Count = 2
     """How many checkpoints are kept; the oldest go first."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """``auto``: adamw_8bit on a GPU, adamw_torch_fused on a CPU."""
     replay_kl: Annotated[float, Range(0, 1e6, above=True)] | None = None
-    """Holds the model to its base on the rows of ``data.replay``: so many times the KL divergence of its predictions
-    from those of the base (without the adapter) is added to the loss of each of their supervised tokens. The base reads
-    these rows once more in every step. Default: none; with 1 a token's divergence counts as much as its loss, and
-    where the share of replay is small more is needed."""
+    """Keeps the model close to its base on the rows of ``data.replay``: this many times the KL divergence of its
+    predictions from those of the base (without the adapter) is added to the loss of each of their supervised tokens.
+    The base reads these rows once more in every step. Default: none. With 1 a token's divergence counts as much as its
+    loss; a small share of replay needs more."""
     ewc: Annotated[float, Range(0, 1e12, above=True)] | None = None
-    """Holds weights that the rows of ``data.replay`` need near to what they were (elastic weight consolidation): half
-    the square of every weight's change, times its Fisher information on these rows, is added to the loss so many
-    times. Default: none; it begins to hold at about 1000, because the weights of a layer move together, which this
-    does not see."""
+    """Keeps weights that matter for the rows of ``data.replay`` near their initial values (elastic weight
+    consolidation): adds to the loss this many times half the square of every weight's change, times its Fisher
+    information on these rows. Default: none. It takes effect from about 1000, because the weights of a layer move
+    together and the penalty counts them one by one."""
     keep: Literal["auto", "best", "last"] = "auto"
-    """Which step the adapter is of that is saved and exported. ``best``: the best one by ``best_metric`` of those that
-    were evaluated while training; its checkpoint is kept beside the newest ones. ``auto``: best where
-    ``evaluation.every_steps`` is set (``tasks_every_steps`` for the metric of a task), else last."""
+    """Step whose adapter is saved and exported. ``best``: the best by ``best_metric`` of those that were evaluated
+    during training; its checkpoint is kept beside the newest ones. ``auto``: best if ``evaluation.every_steps`` is set
+    (``tasks_every_steps`` for the metric of a task), else last."""
     best_metric: str = "held_out"
-    """What tells which evaluation is the best, for ``keep`` and ``patience``: ``held_out``, the mean of the sources'
-    held-out losses; ``held_out/NAME``, the loss of one of them; ``tasks/NAME``, a task of ``evaluation.tasks``, of
-    which more right answers are better, or a lower loss if it only measures one."""
+    """Which evaluation counts as the best, for ``keep`` and ``patience``: ``held_out``, the mean of the sources'
+    held-out losses; ``held_out/NAME``, the loss of one of them; ``tasks/NAME``, a task of ``evaluation.tasks``, by its
+    share of right answers, or by its loss if it only measures that."""
     patience: Count | None = None
-    """Ends the run after so many evaluations in a row that are no better by ``best_metric``; default: never. Needs
+    """Ends the run after this many evaluations in a row without improvement by ``best_metric``; default: never. Needs
     ``evaluation.every_steps``, or ``tasks_every_steps`` for the metric of a task."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
-    """Loggers that get the figures of every step and evaluation as well, each of which has to be installed.
-    TensorBoard's files are in the run folder; the others write where their own settings say."""
+    """Loggers that also get the figures of every step and evaluation; each has to be installed. TensorBoard's files are
+    in the run folder; the others write where their own settings say."""
 
     def accumulated(self, tokens: Sequence[int]) -> int:
         """Returns the micro-batches per optimizer step. tokens: those that are computed for each packed sequence."""
@@ -95,7 +96,7 @@ def check_training(t: TrainingConfig, require: Require) -> None:
     one_batch = t.tokens_per_step is None or t.gradient_accumulation == 1
     require(one_batch, "training.tokens_per_step", "decides the accumulation; remove training.gradient_accumulation")
     one_warmup = t.warmup_steps is None or t.warmup_ratio in (0.0, TrainingConfig.warmup_ratio)
-    require(one_warmup, "training.warmup_steps", "is in place of training.warmup_ratio; remove one of them")
+    require(one_warmup, "training.warmup_steps", "replaces training.warmup_ratio; remove one of them")
     warm = t.warmup_steps is not None or t.warmup_ratio > 0
     require(
         warm or t.initial_rate_fraction is None, "training.initial_rate_fraction", "has no effect without a warm-up"

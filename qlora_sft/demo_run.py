@@ -35,7 +35,7 @@ ANNOUNCED = """The demo takes about {minutes} minutes on two cores that have not
   3. {steps} steps of LoRA on the model in 4 bits, three kinds of tasks at once
   4. the same loss and answers after it
   5. merge, a q8_0 GGUF compared with the model, and {prompts} questions to it in llama.cpp
-Everything goes into {output}; Ctrl-C ends it, and the same command begins anew."""
+Everything goes into {output}; Ctrl-C ends it, and the same command starts again."""
 Record = TypeVar("Record")
 
 

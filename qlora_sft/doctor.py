@@ -6,15 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from typing import TypedDict
 
 from qlora_sft.cache import cache_dir
+from qlora_sft.errors import RunError
 from qlora_sft.export.llama_tools import (
     PINNED,
     PINNED_COMMIT,
     configured,
     find_quantizer,
     llama_libraries,
+    loaded,
+    package_folder,
     package_version,
 )
 from qlora_sft.install import nvidia_driver
@@ -49,11 +53,11 @@ def examine() -> Facts:
 
 # What is tried, and what to do if it does not work.
 TRIED = {
-    "nf4": ("4-bit product", "`python -m bitsandbytes` says which library it misses; {install}"),
+    "nf4": ("4-bit product", "`python -m bitsandbytes` says which library is missing; {install}"),
     "triton": (
         "Triton kernel",
         "on a GPU it compiles with gcc and Python's headers (apt install gcc python3-dev), and must be the one that "
-        "torch brings ({install}); model.loss=torch does without",
+        "torch brings ({install}); model.loss=torch does not need it",
     ),
     "lora": ("step of LoRA", "if it is Unsloth's fault, model.backend=transformers does without it; else {install}"),
 }
@@ -124,8 +128,14 @@ def _device() -> Check:
 
 
 def _unsloth(packages: dict[str, str | None]) -> Check:
-    """Looks for Unsloth by its version only, because importing it patches other libraries."""
+    """Looks for Unsloth without importing it, which would patch other libraries: for its version, and what it is made
+    for."""
+    from qlora_sft.model.backend import unsloth_fault
+
     cure = "optional; pip install 'qlora-sft[unsloth]'. Without it training goes through plain transformers"
+    fault = unsloth_fault()
+    if fault and packages.get("unsloth"):
+        return {"name": "backend unsloth", "ok": False, "found": fault, "cure": cure}
     return _check("backend unsloth", packages.get("unsloth"), cure)
 
 
@@ -150,11 +160,16 @@ def _quantizer() -> Check:
         cure = f"to build it {' and '.join(missing)} is missing; or put llama-quantize on PATH or in LLAMA_CPP_DIR"
     else:
         cure = "the first export that needs it builds it from the pinned sources (5 to 10 minutes on two cores)"
-    return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do without")
+    return _check("quantizer (K, IQ types)", None, f"{cure}; f32, f16, bf16 and q8_0 do not need it")
 
 
 def _logits(packages: dict[str, str | None]) -> Check:
     libraries = llama_libraries()
+    if package_folder("xllamacpp"):
+        try:
+            loaded(lambda: import_module("xllamacpp"))
+        except (ImportError, OSError, RunError) as error:
+            return {"name": "run and compare a GGUF", "ok": False, "found": "does not load", "cure": str(error)}
     found = f"{libraries[0].name} (xllamacpp {packages.get('xllamacpp')})" if libraries else None
     return _check("run and compare a GGUF", found, "pip install 'qlora-sft[gguf]'")
 

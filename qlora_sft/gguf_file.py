@@ -10,7 +10,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +51,12 @@ class _Cursor:
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0
 
-    def numbers(self, kind: str, count: int = 1) -> tuple[int, ...]:
-        """Returns the next numbers, which may be fractions and flags where ``kind`` says so, as `struct` writes it."""
+    def integers(self, kind: str, count: int = 1) -> tuple[int, ...]:
+        """Returns the next integers; kind: their type, as `struct` writes it."""
+        return cast(tuple[int, ...], self.numbers(kind, count))
+
+    def numbers(self, kind: str, count: int = 1) -> tuple[object, ...]:
+        """Returns the next numbers or truth values; kind: their type, as `struct` writes it."""
         form = f"<{count}{kind}"
         try:
             found = struct.unpack_from(form, self.data, self.at)
@@ -62,7 +66,7 @@ class _Cursor:
         return found
 
     def text(self) -> str:
-        (length,) = self.numbers("Q")
+        (length,) = self.integers("Q")
         end = self.at + length
         if end > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data):,} within a text of its metadata")
@@ -78,7 +82,7 @@ class _Cursor:
             return self.text()
         if kind != ARRAY:
             raise ValueError(f"a value has the type {kind}, which is unknown")
-        inner, count = self.numbers("I")[0], self.numbers("Q")[0]
+        inner, count = self.integers("I")[0], self.integers("Q")[0]
         if inner in NUMBERS:
             return list(self.numbers(NUMBERS[inner], count))
         return [self.value(inner) for _ in range(count)]
@@ -91,14 +95,14 @@ def read_gguf(path: Path) -> GgufFile:
     if cursor.data[:4] != MAGIC:
         raise ValueError("it does not begin with GGUF")
     cursor.at = 4
-    (version,) = cursor.numbers("I")
+    (version,) = cursor.integers("I")
     if version not in VERSIONS:
         raise ValueError(f"it is of version {version}; known are {' and '.join(map(str, VERSIONS))}")
-    tensors, count = cursor.numbers("Q", 2)
+    tensors, count = cursor.integers("Q", 2)
     fields: dict[str, Any] = {}
     offsets: dict[str, int] = {}
     for _ in range(count):
-        name, kind = cursor.text(), cursor.numbers("I")[0]
+        name, kind = cursor.text(), cursor.integers("I")[0]
         offsets[name] = cursor.at
         fields[name] = cursor.value(kind)
     return GgufFile(fields, offsets, _tensors(cursor, tensors, fields.get("general.alignment", ALIGNMENT)))
@@ -111,8 +115,10 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> list[GgufTensor]:
 
     described = []
     for _ in range(count):
-        name, dimensions = cursor.text(), cursor.numbers("I")[0]
-        sizes, (kind,), (offset,) = cursor.numbers("Q", dimensions), cursor.numbers("I"), cursor.numbers("Q")
+        name, dimensions = cursor.text(), cursor.integers("I")[0]
+        sizes, (kind,), (offset,) = cursor.integers("Q", dimensions), cursor.integers("I"), cursor.integers("Q")
+        if not sizes or kind not in GGML_QUANT_SIZES:
+            raise ValueError(f"the tensor {name!r} has {dimensions} dimensions and the type {kind}")
         described.append((name, GGMLQuantizationType(kind), sizes, offset))
     begin = -(-cursor.at // alignment) * alignment
     tensors = []

@@ -33,7 +33,7 @@ LOCK = ROOT / "requirements.lock"
 TORCH_BY_DRIVER = ((580, "2.13.0", "CUDA 13"), (525, "2.10.0", "CUDA 12"))
 TORCH = TORCH_BY_DRIVER[0][1]
 # The versions of torch that are kept if they are there, and those of Python: from the first on, before the second.
-TESTED = ((2, 10), (2, 14))
+TESTED = ((2, 10), (2, 16))
 PYTHONS = ((3, 11), (3, 14))
 
 # What other packages of an environment were built against, and what a session has imported before us.
@@ -81,7 +81,7 @@ def install(driver: str | None, dry_run: bool) -> None:
         raise RunError(f"{LOCK} is missing; run it in a checkout of the project (a wheel is installed by pip alone)")
     ours = Path(sys.prefix) == ROOT / ".venv"
     reason, steps = decide(driver, installed(), ours)
-    print(f"{reason}\nThis takes some minutes the first time, by the speed of the network.", flush=True)
+    print(f"{reason}\nThe first time this takes some minutes, depending on the network.", flush=True)
     for step in steps:
         print(shlex.join(["pip", *step.pip]), flush=True)
         if dry_run:
@@ -100,7 +100,7 @@ def _run(step: Step) -> None:
         command = [sys.executable, "-m", "pip", *quiet, "--disable-pip-version-check", *arguments]
         done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
-        raise RunError(f"pip ended with {done.returncode}; what it says stands above")
+        raise RunError(f"pip ended with exit code {done.returncode}; its messages are above")
 
 
 def decide(driver: str | None, present: Mapping[str, str], ours: bool) -> tuple[str, list[Step]]:
@@ -197,7 +197,7 @@ def restart_hint() -> str:
     older = sorted(n for n, was in loaded.items() if was and now.get(n, was).split("+")[0] != was.split("+")[0])
     if not older:
         return ""
-    return f"Restart the session and go on behind this cell: {', '.join(older)} had been imported in another version"
+    return f"Restart the session and continue after this cell: {', '.join(older)} had been imported in another version"
 
 
 def locked() -> dict[str, str]:

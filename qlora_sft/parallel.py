@@ -208,8 +208,8 @@ def naming_lost() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RunError(
-            "another process of this run has ended without a word: it was killed, perhaps for want of host memory. "
-            f"--resume goes on from the newest checkpoint, if there is one ({str(error).splitlines()[0]})"
+            "another process of this run has ended without a message: it was killed, perhaps because host memory ran "
+            f"out. --resume goes on from the newest checkpoint, if there is one ({str(error).splitlines()[0]})"
         ) from None
 
 

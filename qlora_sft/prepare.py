@@ -41,7 +41,7 @@ def why_not_unsloth(config: Config) -> str:
     if world_size() > 1:
         return "several processes train together, which was not tried with Unsloth's patched trainer"
     if has_towers(settings):
-        return "the base also sees or hears; what does so is kept as it is, without Unsloth"
+        return "the base is multimodal; its towers are kept as they are, for which Unsloth is not used"
     lora = config.lora
     if lora.dora:
         return "lora.dora trains magnitudes, which Unsloth's kernels do not know"
@@ -52,7 +52,7 @@ def why_not_unsloth(config: Config) -> str:
     if config.training.replay_kl is not None:
         return "training.replay_kl asks the base in the middle of a step, which was not tried with Unsloth's forward"
     if lora.modules or (isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"):
-        return "lora.modules and regular expressions for layers are told to PEFT itself"
+        return "lora.modules and regular expressions for layers are passed to PEFT itself"
     return ""
 
 

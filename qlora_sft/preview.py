@@ -49,13 +49,16 @@ class PreviewReport(Report):
 def preview(
     config: Config, count: int = 3, page: str | None = None, show: bool = True, *, alone: bool = False
 ) -> PreviewReport:
-    """Prints the ledger and the mixture (stderr) and the first ``count`` documents as they are packed (stdout).
+    """Shows what `train` would train on with the same configuration, and returns it.
 
-    Everything is what `train` would do with the same configuration.
+    What became of the rows, and the mixture, go to stderr. The first ``count`` documents go to stdout, as they are
+    packed.
 
     page: also writes a web page to this file.
+    show: whether the documents are printed.
+    alone: nothing is trained in this process later, so Unsloth, which must be imported first, need not be imported.
 
-    alone: nothing is trained in this process, so Unsloth, which would have to be imported first, is not imported.
+    Raises `ConfigError` or `DataError`, the same ones as `train`.
     """
     said: list[str] = []
 
@@ -82,8 +85,12 @@ def preview(
         title, pictures = f"{config.output}: what is trained", histograms(data.train.documents, tokenizer)
         with written_file(Path(page)) as beside:
             beside.write_text(as_page(packed, tokenizer, title, ["\n\n".join(said), pictures], trees), "utf-8")
+        tell(f"wrote {page}; open it in a browser")
     if show:  # last, because the reader of a pipe may have seen enough before its end
-        print(as_text(packed, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, trees=trees))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        if shown:
+            tell(f"trained is what {'is green' if colour else 'stands in [[ ]]'}, and nothing else")
+        print(as_text(packed, tokenizer, colour=colour, trees=trees))
     rows = [_shown(document, tokenizer) for each in packed for document in each]
     ledger = {name: {**asdict(row), "share": row.share} for name, row in data.train.ledger.items()}
     findings = [asdict(finding) for finding in data.findings]

@@ -35,16 +35,18 @@ from qlora_sft.training.said import Said
 def train(
     config: Config, *, data: GivenRows | None = None, overwrite: bool = False, resume: bool = False, say: Say = tell
 ) -> RunReport:
-    """Trains as configured and returns the report, which ``manifest.json`` in the run folder holds as well.
+    """Trains as configured and returns the report, which ``manifest.json`` in the run folder also holds.
 
-    data: rows from Python in place of those of a source, see `with_rows`.
+    data: rows from Python that replace those of a source, see `with_rows`.
 
-    Where a launcher has started several processes (torchrun, accelerate launch), all of them call it and train
-    together; the first one prints and writes. The others raise `EndedTogether` when another one fails.
+    overwrite: removes an earlier run in the folder. resume: continues from the newest checkpoint in the run folder, if
+    there is one; the result equals, bit for bit, that of a run that was not interrupted.
 
-    resume: goes on from the newest checkpoint in the run folder, if there is one, to the very result of a run that was
-    not interrupted. Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and
-    `Interrupted` after Ctrl-C, with a checkpoint of the step that was running.
+    Where a launcher has started several processes (torchrun, accelerate launch), all of them call this and train
+    together; the first one prints and writes. The others raise `EndedTogether` when one fails.
+
+    Raises `ConfigError` or `DataError` before anything is trained, `RunError` when the run fails, and `Interrupted`
+    after Ctrl-C, with a checkpoint of the step that was running.
     """
     ranks = join_ranks()
     with ranks.ending_together():

@@ -54,10 +54,18 @@ def settings_of(family: str) -> Any:
     return FAMILIES[family]()
 
 
-def write_base(folder: Path, family: str, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> Path:
-    """A model of the family in ``folder``, as transformers saves it: with the names that the family's files have."""
+def write_base(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, tokenizer: Any = None, **own: Any
+) -> Path:
+    """A model of the family in ``folder``, as transformers saves it: with the names that the family's files have.
+
+    own: settings in place of the family's.
+    """
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(settings_of(family), dtype=dtype)
+    settings = settings_of(family)
+    for name, value in own.items():
+        setattr(settings, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
     for name, parameter in model.named_parameters():
         # Routers that choose, experts that differ, and biases that are felt.
         if parameter.dim() > 1 or "bias" in name or "sinks" in name:

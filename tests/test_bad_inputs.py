@@ -82,7 +82,7 @@ VALUES: dict[str, tuple[list[str], str]] = {
     "an unknown packing": (["data.packing=true"], "data.packing must be one of bfd, ffd, none, got True"),
     "an unknown form of rows": (["data.train.0.format=chatml"], "data.train.0.format must be one of auto, messages"),
     "warm-up twice": (
-        ["training.warmup_steps=5", "training.warmup_ratio=0.2"], "training.warmup_steps is in place of",
+        ["training.warmup_steps=5", "training.warmup_ratio=0.2"], "training.warmup_steps replaces",
     ),
     "accumulation twice": (
         ["training.tokens_per_step=4096", "training.gradient_accumulation=4"], "remove training.gradient_accumulation",
@@ -113,7 +113,7 @@ VALUES: dict[str, tuple[list[str], str]] = {
     "a pattern that is none": (["lora.target_modules='(q'"], "is no regular expression"),
     "no layers": (["lora.target_modules=[]"], "lora.target_modules must name at least one layer"),
     "layers that are not there": (["lora.target_modules=[query]"], "no linear layer is named ['query']"),
-    "a pattern that says nothing": (["lora.modules=[{match: q_proj}]"], "says nothing; give it an r or an alpha"),
+    "a pattern that says nothing": (["lora.modules=[{match: q_proj}]"], "has no effect; give it an r or an alpha"),
     "a head in 4 bits alone": (["model.head_in_4bit=true"], "has no effect without model.load_in_4bit"),
     "a factor below 1": (["model.rope_scaling={rope_type: yarn, factor: 0.5}"], "factor must be larger than 1, got 0."),
     "a scaling of another name": (["model.rope_scaling={rope_type: su, factor: 2}"], "must be one of yarn, linear, dy"),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import MakeConfig
 
-from qlora_sft.cli import main
+from qlora_sft.atomic import path_error
+from qlora_sft.cache import cache_dir, cache_root
+from qlora_sft.cli import guarded, main
 from qlora_sft.faults import check_overrides
 
 HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets", "numpy")
@@ -193,3 +195,32 @@ def test_a_value_that_a_later_one_would_undo_is_refused(capsys: pytest.CaptureFi
             assert main([verb, "demo", "--", *overrides]) == 2
             assert expected in capsys.readouterr().err
     check_overrides(["lora={alpha: 4}", "lora.r=8", "lora.rank=3"])
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path / "file" / "cache"))
+    assert guarded(lambda: {"cache": str(cache_dir("models"))}) == 1
+    assert f"{tmp_path / 'file' / 'cache'}" in (said := capsys.readouterr().err)
+    assert "QLORA_SFT_CACHE=FOLDER before the command" in said
+    above = FileNotFoundError(2, "No such file or directory", str(tmp_path / "file"))
+    assert "QLORA_SFT_CACHE=FOLDER" in str(path_error(above))
+    other = FileNotFoundError(2, "No such file or directory", str(tmp_path / "output"))
+    assert "check the path and its permissions" in str(path_error(other))
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number of which the system knows nothing."""
+    for name in ("QLORA_SFT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert cache_root() == Path(tempfile.gettempdir()) / "qlora_sft-4000000"
+
+
+def test_a_terminal_that_knows_no_such_letter_gets_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert guarded(lambda: print("━ caf\xe9") or {}) == 0  # type: ignore[func-returns-value]
+    assert stdout.buffer.getvalue() == b"\\u2501 caf\\xe9\n"  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import conversation, write_rows
+from tests_support import with_unsloth
 
 from qlora_sft.cli import main
 
@@ -143,6 +144,7 @@ print(choose_backend("auto").name)
 """
 
 
+@with_unsloth
 def test_a_notebook_can_still_take_unsloth_after_a_report(make_config: Any, tmp_path: Path) -> None:
     """Which has to be imported before what it patches; this one says whether it was."""
     make_config()

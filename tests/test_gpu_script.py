@@ -11,10 +11,12 @@ from pathlib import Path
 
 import peak_parts
 import pytest
+from tests_support import with_unsloth
 
 ROOT = Path(__file__).parents[1]
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_the_script_of_all_gpu_measurements_runs_dry(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -239,9 +239,13 @@ def test_in_colab_the_first_cell_installs_beside_its_torch(tmp_path: Path) -> No
     assert "--no-deps unsloth==" in last
 
 
-def test_elsewhere_the_first_cell_does_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", first_cell(NOTEBOOKS[0])], cwd=tmp_path, capture_output=True, text=True
+def test_elsewhere_the_first_cell_does_nothing_or_says_how_to_get_it(tmp_path: Path) -> None:
+    hide = "import importlib.util as u\nu.find_spec = lambda name: None\n"
+    there, missing = (
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        for code in (first_cell(NOTEBOOKS[0]), hide + first_cell(NOTEBOOKS[0]))
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (there.returncode, there.stdout, there.stderr) == (0, "", "")
+    assert missing.returncode == 1
+    assert f"{sys.executable} has no qlora_sft. In the checkout run make install" in missing.stderr
     assert list(tmp_path.iterdir()) == []

@@ -14,12 +14,16 @@ from qlora_sft.config import Config
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.render import Rendered
 from qlora_sft.data.sources import read_sources
+from qlora_sft.model.backend import unsloth_fault
 from qlora_sft.model.tokenizer import load_tokenizer
 
 # A short run, with dropout, so that the random numbers have to go on as well.
 SHORT = ["training.max_steps=6", "training.save_steps=2", "lora.dropout=0.2", "data.packing=none",
          "training.gradient_accumulation=2", "training.learning_rate=1e-2"]  # fmt: skip
 
+
+# Unsloth names the newest versions of what it patches, and other tests run with later ones, too.
+with_unsloth = pytest.mark.skipif(bool(unsloth_fault()), reason=f"Unsloth: {unsloth_fault()}")
 
 REAL_DATA = Path(os.environ.get("QLORA_SFT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

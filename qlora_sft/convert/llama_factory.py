@@ -136,7 +136,7 @@ def _shares(key: str, value: object) -> list[float]:
     try:
         return [number(key, float(share)) for share in texts(key, value)]
     except ValueError:
-        raise ConfigError(f"{key}: expected numbers parted by commas, got {value!r}") from None
+        raise ConfigError(f"{key}: expected numbers separated by commas, got {value!r}") from None
 
 
 def _dataset_info(name: str, folder: Path) -> dict[str, JsonObject]:

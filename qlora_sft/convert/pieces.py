@@ -83,9 +83,7 @@ class Converted:
         value = given.pop(key)
         epochs = number(key, value)
         if epochs <= 0:
-            self.note(
-                key, value, "a run here has a part of an epoch at least, 1 is written; training.max_steps ends it"
-            )
+            self.note(key, value, "must be above 0 here, so 1 is written; training.max_steps ends the run")
         self.put("training.epochs", epochs if epochs > 0 else 1)
 
     def split(self, given: JsonObject, key: str) -> None:

@@ -74,7 +74,7 @@ def _precision(given: JsonObject, made: Converted) -> None:
     if not given.pop("use_peft", False):
         made.note("use_peft", False, "only LoRA is trained here, not all weights")
     if given.pop("load_in_8bit", False):
-        made.note("load_in_8bit", True, "there are 4 bits (NF4) and 16 here; 16 are written")
+        made.note("load_in_8bit", True, "there are only 4 bits (NF4) and 16 bits here; 16 is written")
     made.put("model.load_in_4bit", bool(given.pop("load_in_4bit", False)))
     made.quantization(given, "bnb_4bit_quant_type")
 
@@ -145,7 +145,7 @@ def _masks(given: JsonObject, made: Converted) -> None:
     if False in (assistant, completion) and True not in (assistant, completion):
         made.supervise("all")
     elif assistant is None:
-        why = "TRL trains every token of a conversation then; here assistant turns are; supervise: all is the former"
+        why = "without it TRL trains every token, as supervise: all does here; assistant turns alone are trained"
         made.note("assistant_only_loss", "not given", why)
     if not given.pop("packing", False):
         made.put("data.packing", "none")

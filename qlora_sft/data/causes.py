@@ -85,7 +85,7 @@ def why_little(told: Told) -> str:
 def why_much(told: Told) -> str:
     """Returns what the rows have that leaves next to nothing to be masked, as text with counts."""
     causes = {
-        "have answers in which the prompt stands once more": told.repeating,
+        "have answers that repeat the prompt": told.repeating,
         "have answers with other turns in them (User: ...), which should be messages": told.dialogues,
         "have no prompt": told.without_prompt,
     }

@@ -16,6 +16,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,11 +46,21 @@ def read_rows(path: Path) -> Rows:
     if reader is None:
         known = ", ".join(READERS)
         raise DataError(f"{path}: unknown kind of file; known are {known}, and .gz or .zst behind them. Rename it.")
-    try:
+    with readable(path):
         if reader is not _parquet:
             with _open(path) as file:
                 check_beginning(path, file.read(64))
         yield from reader(path)
+
+
+@contextmanager
+def readable(path: Path | str) -> Iterator[None]:
+    """Raises a `DataError` with the cure where its body cannot read the file ``path``, which was found before."""
+    try:
+        yield
+    except FileNotFoundError:
+        cure = "put it back, and run the same command again"
+        raise DataError(f"{path}: the file was removed or renamed after it had been found; {cure}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cut off ({error}); copy or download it again") from None
     except PermissionError:

@@ -1,8 +1,8 @@
 """Take rows from Python: lists, data sets, and rows of a file that a function has changed.
 
-The rows are written to the user's cache under the hash of their content, and the configuration names that file. So
-whatever holds for files holds for them: they may be larger than memory, the manifest has their hash, a run goes on from
-another process, and export finds them again.
+The rows are written to the user's cache under the hash of their content, and the configuration names that file. So they
+are treated like any file: they may be larger than memory, the manifest has their hash, a run can be resumed by another
+process, and export finds them again.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def with_rows(
     map: Mapping[str, str] | None = None,
     say: Say = tell,
 ) -> Config:
-    """Returns the configuration with rows from Python in place of what its sources name.
+    """Returns the configuration with rows from Python in place of those that its sources name.
 
-    rows: the rows of each source by its name, or those of the only training source. A name that training and held-out
-    data have both is written ``train.NAME`` or ``held_out.NAME``. All other settings of a source stay as they are.
+    rows: the rows of each source by its name, or those of the only training source. If a training and a held-out source
+    have the same name, write ``train.NAME`` or ``held_out.NAME``. All other settings of a source stay as they are.
 
-    map: a function for sources by name, as ``package.module:function``. It takes every row as a dict, of a file as well
-    as of ``rows``, and returns the row to read in its place, or None to leave it out.
+    map: a function for sources by name, as ``package.module:function``. It gets every row as a dict, whether from a
+    file or from ``rows``, and returns the row to read in its place, or None to leave it out.
 
-    Raises `ConfigError` for a name that there is not, and `DataError` for rows that JSON cannot hold.
+    Raises `ConfigError` for a name that is not a source, and `DataError` for rows that JSON cannot hold.
     """
     places = _places(config)
     given = {_place(name, places): each for name, each in _by_name(rows, config).items()}

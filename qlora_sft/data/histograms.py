@@ -1,4 +1,4 @@
-"""Draw how long the documents of each source are, and in which languages it answers."""
+"""Draw the lengths of each source's documents, and the languages of its answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Judge whether training data is likely to teach what is meant, by what became of its rows.
+"""Judge from the rows' fate whether the training data is likely to teach what is meant.
 
-An error is what would train a wrong mask, a warning what often is a mistake and may be meant. Each names the setting
-that accepts it.
+An error is something that would train a wrong mask; a warning is something that is often a mistake but may be intended.
+Each names the setting that accepts it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHORT = 256
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds one thing that the data is judged by."""
+    """Holds one error or warning about the training data."""
 
     level: Literal["error", "warning"]
     kind: Literal["supervised share", "short answers", "answers without end", "duplicates", "steps", "few steps"]
@@ -63,7 +63,7 @@ def judge(config: Config, sources: Sequence[Source], train: Prepared, packed: Pa
 
 
 def tell_findings(found: list[Finding], say: Say) -> None:
-    """Says the warnings. Raises one `DataError` with all errors if there are any."""
+    """Prints the warnings. Raises one `DataError` with all errors if there are any."""
     errors = [finding.text for finding in found if finding.level == "error"]
     for finding in found:
         if finding.level == "warning":
@@ -82,8 +82,8 @@ def _key(config: Config, settings: SourceConfig) -> str:
 def _of_share(source: Source, ledger: SourceLedger, key: str) -> Iterator[Finding]:
     """Judges the share of supervised tokens of a source that has prompts.
 
-    Plain text and ``supervise: all`` have none that is masked. Reasoning is long beside any question, so rows that have
-    it are not judged for too much.
+    Plain text and ``supervise: all`` have no masked prompts. Reasoning is much longer than any question, so rows that
+    have it are not judged for too large a share.
     """
     share = ledger.share_of_rows
     if ledger.whole or source.settings.allow_share:
@@ -132,8 +132,9 @@ def _of_steps(config: Config, supervised: list[int], tokens: list[int]) -> Itera
     """Judges how evenly the supervised tokens are spread over the optimizer steps. supervised, tokens: of every
     sequence.
 
-    Every step moves the weights about as far, so a token counts the more the fewer stand beside it. A tenth of the
-    steps at either end is left out, and at least the smallest: the last sequence of an epoch is rarely full.
+    Every step moves the weights about equally far, so a token counts more the fewer there are in its step. A tenth of
+    the steps at either end is left out, and at least the smallest one, because the last sequence of an epoch is rarely
+    full.
     """
     t = config.training
     size = t.batch_size * t.accumulated(tokens)

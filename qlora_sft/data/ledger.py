@@ -1,4 +1,5 @@
-"""Account for every row: kept, shortened, dropped for which reason, and how much of it is supervised."""
+"""Account for every row: kept, shortened, dropped for which reason, and how much of it is supervised. This is the
+ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ FEW = 4
 
 @dataclass
 class Drop:
-    """Counts rows to which one thing happened, and keeps the place (file:line) of the first three."""
+    """Counts rows with the same fate, and keeps the place (file:line) of the first three."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
@@ -29,7 +30,7 @@ class Drop:
 
 @dataclass
 class Note(Drop):
-    """Counts kept rows that have one remarkable thing, and how often it occurs in all of them."""
+    """Counts kept rows with one remarkable property, and how often it occurs in all of them."""
 
     times: int = 0
 
@@ -112,7 +113,7 @@ class SourceLedger:
             note.times += times
 
     def lose(self, lost: dict[str, int], place: str) -> None:
-        """Notes the characters that a kept row loses, if it loses any."""
+        """Notes the characters that a kept row loses, if any."""
         if lost:
             self.lost = dict(Counter(self.lost) + Counter(lost))
             self.lost_in.add([place])

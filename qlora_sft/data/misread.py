@@ -1,6 +1,6 @@
-"""Recognise files and cells that are not what they seem by how they begin, so that one error names the cause.
+"""Recognise, by how they begin, files and cells that are not what they seem, so that one error names the cause.
 
-Read as what their name says, they would give a fault per line, none of which says what is wrong.
+If they were read as their name says, every line would give a fault, and none would say what is wrong.
 """
 
 from __future__ import annotations
@@ -145,4 +145,4 @@ def wrong_separator(header: list[str], separator: str) -> str | None:
     if not count or name == _SEPARATORS[separator]:
         return None
     cure = {"tabs": "name it .tsv", "commas": "name it .csv"}.get(name, "save it with commas (.csv) or tabs (.tsv)")
-    return f"the header is one column, {header[0][:60]!r}, and seems to be parted by {name}; {cure}"
+    return f"the header is one column, {header[0][:60]!r}, and seems to be separated by {name}; {cure}"

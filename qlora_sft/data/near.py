@@ -1,6 +1,6 @@
-"""Find texts that differ in little: MinHash over word shingles, and the families of what is alike.
+"""Find texts that differ only a little: MinHash over word shingles, and the families of similar texts.
 
-It needs nothing but numpy. The Jaccard similarity of two texts is the share of equal minima.
+It needs nothing but numpy. The Jaccard similarity of two texts is estimated by the share of equal minima.
 """
 
 from __future__ import annotations

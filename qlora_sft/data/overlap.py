@@ -1,4 +1,4 @@
-"""Find held-out documents that are trained on: what is measured with them is memory, not ability."""
+"""Find held-out documents that are also trained on: they measure memory, not ability."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shared_documents(train: Mapping[str, Sequence[Rendered]], held_out: Mapping[
 
 
 def seen_before(train: Mapping[str, Documents]) -> dict[str, dict[str, int]]:
-    """Returns for each source how many of its documents the sources before it have as well, token by token.
+    """Returns for each source how many of its documents also occur, token by token, in the sources before it.
 
     A document that several of them have counts for the first.
     """

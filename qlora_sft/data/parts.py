@@ -87,7 +87,7 @@ def refuse_media(name: str, what: str) -> None:
     """Raises `DataError` if the type of a part, or a key, is that of images, sound or video; ``what`` names it."""
     if _MEDIA.search(name):
         raise DataError(
-            f"{what}: only text is trained here, also of a model that sees or hears, and the answer would be learned "
+            f"{what}: only text is trained here, even for multimodal models, and the answer would be learned "
             "without it; remove the row, or say in words what the answer needs"
         )
 

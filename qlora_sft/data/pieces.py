@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from qlora_sft.data.code_parts import MARKS, check_placed, outputs_apart, placed
 from qlora_sft.data.complete import unwritten_keys
 from qlora_sft.data.conversation import Conversation, Message
+from qlora_sft.data.opening import check_turn
 from qlora_sft.data.prerendered import refuse_rendered_chat
 from qlora_sft.data.reasoning import without_silenced
 from qlora_sft.data.shield import Disguises, any_of, control_tokens, parts, shield
-from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, render_whole, variables
+from qlora_sft.data.template import ChatFormat, Span, apply, gap_before, prompt_before, render_whole, variables
 from qlora_sft.data.tool_turns import paired
 from qlora_sft.errors import DataError
 
@@ -177,12 +178,15 @@ def _of_turns(
     """Returns notes on turns that a runtime would begin or end elsewhere than the template writes them."""
     notes = Counter[str]()
     stops = any_of(tuple(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids))))
+    template, ended = chat_format.template, any_of((tokenizer.eos_token,))
     for span in spans:
+        before = prompt_before(conversation, span.message, tokenizer, template)
+        check_turn(span.message, text, span.start, span.end, ended, before)
         if gap := gap_before(span, text, conversation, tokenizer, chat_format):
             notes[f"turns trained without {gap!r}, in which the generation prompt ends"] += 1
         inner = next((found for found in stops.finditer(text, span.start, span.end) if found.end() < span.end), None)
         if inner:
-            notes[f"turns that go on behind {inner.group()!r}, at which generation stops"] += 1
+            notes[f"turns that continue after {inner.group()!r}, at which generation stops"] += 1
     return dict(notes)
 
 

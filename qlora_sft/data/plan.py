@@ -30,8 +30,8 @@ def plan_data(
 ) -> tuple[Prepared, Prepared, Packed]:
     """Returns the training split, the held-out split, and the packed sequences of training documents in order.
 
-    It says what became of every row. The result is kept in the user's cache, so that a second start with the same
-    files, settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
+    It prints what became of every row. The result is kept in the user's cache, so a second start with the same files,
+    settings, template and tokenizer takes no time. Data sets of the Hub are prepared anew each time. Raises one
     `DataError` for the faults of both splits.
     """
     key = store.fingerprint(config, [*train_sources, *held_out_sources], tokenizer, chat_format, sharing)

@@ -18,8 +18,9 @@ from qlora_sft.data.fit import NOTHING_SUPERVISED, TOO_SHORT, fit, longest_answe
 from qlora_sft.data.formats import UNDESIRED, with_thinking
 from qlora_sft.data.ledger import FEW, SourceLedger
 from qlora_sft.data.render import Rendered, RenderOptions, render_conversation, render_many
-from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
-from qlora_sft.data.template import ChatFormat
+from qlora_sft.data.row_faults import RowFaults
+from qlora_sft.data.sources import Source, place
+from qlora_sft.data.template import ChatFormat, as_prompted
 from qlora_sft.data.unroll import PER_TURN, UNROLLED, unrolled
 from qlora_sft.errors import DataError
 
@@ -45,8 +46,8 @@ def render_sources(
     """Renders every conversation and accounts for it.
 
     Raises one `DataError` naming file and line of every row that cannot be rendered (the first ten of a source). It is
-    also raised if a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and both train without
-    complaint. Plain text is supervised whole, and may be.
+    also raised if a source ends up with 0% or 100% supervised tokens: both mean a wrong mask, and training would not
+    complain about either. Plain text may be supervised as a whole.
     """
     prepared = Prepared({}, {})
     problems: list[str] = []
@@ -77,16 +78,16 @@ def _render_source(
     chat_format: ChatFormat | None,
     ledger: SourceLedger,
 ) -> Documents:
-    """Returns the documents that fit; the rest goes into the ledger, and whether all may be supervised whole."""
+    """Returns the documents that fit. ``ledger`` gets an account of all other rows, and whether everything may be
+    supervised."""
     settings = source.settings
-    documents, problems = Writer(source.name), []
+    documents, faults = Writer(source.name), RowFaults()
     ledger.whole = True
     for conversation, rendered, fitting in fitted_rows(source, config, tokenizer, chat_format):
         ledger.whole = ledger.whole and ("text" in conversation or settings.supervise == "all")
         if isinstance(fitting, DataError):
-            problems.append(f"{place(conversation)}: {fitting}")
-            if len(problems) == MAX_PROBLEMS:
-                problems.append(f"{source.path}: stopped after {MAX_PROBLEMS} faults")
+            faults.add(place(conversation), str(fitting))
+            if faults.enough:
                 break
             continue
         kept = [document for part in fitting if not isinstance(part, str) for document in part]
@@ -99,8 +100,8 @@ def _render_source(
         _account(ledger, conversation, rendered, fitting, config.overlong)
         for document in kept:
             documents.add(_weighted(document, settings.loss_weight))
-    if problems:
-        raise DataError("\n".join(problems))
+    if faults:
+        raise DataError("\n".join(faults.lines(str(source.path))))
     return documents.finish()
 
 
@@ -124,7 +125,8 @@ Fitting = list[list[Rendered] | str]
 def fitted_rows(
     source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None
 ) -> Iterator[tuple[Conversation, list[Rendered], Fitting | DataError]]:
-    """Yields every row, the documents that it is rendered to, and what of them fits, or what is wrong with the row."""
+    """Yields every row with the documents that it is rendered to, and either the parts of them that fit or what is
+    wrong with the row."""
     settings = source.settings
     options: RenderOptions = {
         "source": source.name,
@@ -162,7 +164,8 @@ def fitted_rows(
 
 
 def _without_short(fitting: Fitting, least: int | None) -> Fitting:
-    """Returns why the row is dropped if none of its documents has an answer of ``least`` tokens, else all of it."""
+    """Returns a reason to drop the row if none of its documents has an answer of ``least`` tokens, else ``fitting``
+    itself."""
     if least is None:
         return fitting
     kept = [document for part in fitting if not isinstance(part, str) for document in part]
@@ -176,7 +179,7 @@ def _parts(
     render: Callable[[Conversation], Rendered],
     supervise: str,
 ) -> list[tuple[Conversation, Rendered]]:
-    """Returns what a row is rendered to: itself, or one document per turn where that is asked for or needed."""
+    """Returns a row's documents: the row itself, or one document per turn if that is asked for or needed."""
     return [(conversation, whole)] if isinstance(whole, Rendered) else _per_turn(conversation, whole, render, supervise)
 
 
@@ -185,8 +188,8 @@ def _per_turn(
 ) -> list[tuple[Conversation, Rendered]]:
     """Renders a row as one document per turn.
 
-    fault: why the row cannot be one document, which is raised if one per turn fails, too; None if one per turn is what
-    was asked for.
+    fault: why the row cannot be one document; it is raised if one per turn fails, too. None if one per turn was asked
+    for.
     """
     parts = unrolled(conversation, supervise)
     if fault is None:
@@ -201,7 +204,7 @@ def _per_turn(
 
 
 def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Rendered], unrolled_for: str) -> None:
-    """Notes what is remarkable about a kept row and what it loses, once, however many documents it has."""
+    """Notes the remarkable properties and the losses of a kept row, once, however many documents it has."""
     notes = Counter[str]()
     lost = Counter[str]()
     for document in documents:
@@ -217,7 +220,7 @@ def _remark(ledger: SourceLedger, conversation: Conversation, documents: list[Re
 def _account(
     ledger: SourceLedger, conversation: Conversation, rendered: list[Rendered], fitting: Fitting, overlong: Overlong
 ) -> None:
-    """Counts what the share of supervised tokens and the ends of answers are judged by (see `judge`)."""
+    """Counts what `judge` needs to judge the share of supervised tokens and the ends of answers."""
     documents = [document for part in fitting if not isinstance(part, str) for document in part]
     kept = [document.input_ids for document in documents]
     if "text" in conversation:
@@ -238,8 +241,10 @@ def _common(before: list[int], after: list[int]) -> int:
 
 
 def _cuts_an_answer(document: Rendered, fitting: list[Rendered] | str) -> bool:
-    """Says whether what is left of ``document`` stops where the answer goes on. What is not cut ends as it should: the
-    renderer raises for a turn without an end."""
+    """Says whether what is left of ``document`` stops in the middle of an answer.
+
+    A document that is not cut ends properly, because the renderer raises for a turn without an end.
+    """
     if isinstance(fitting, str):
         return False
     end = len(fitting[0].input_ids)
@@ -259,10 +264,9 @@ def _render_as_prompted(
     """
     chat_format = options["chat_format"]
     if chat_format is not None and chat_format.original is not None and "text" not in conversation:
-        original = replace(chat_format, template=chat_format.original, original=None)
-        as_prompted: RenderOptions = {**options, "chat_format": original}
+        of_a_runtime: RenderOptions = {**options, "chat_format": as_prompted(chat_format)}
         with suppress(DataError):
-            return _render_one(tokenizer, as_prompted, conversation)
+            return _render_one(tokenizer, of_a_runtime, conversation)
     return _render_one(tokenizer, options, conversation)
 
 
@@ -310,7 +314,7 @@ def _check_mask(source: Source, ledger: SourceLedger, config: DataConfig, docume
         )
     if not ledger.kept:
         cure = f"raise data.max_length (now {config.max_length}) or shorten them"
-        rest = f", but for {unlabelled} in which nothing is supervised" if unlabelled else ""
+        rest = f", except {unlabelled} in which nothing is supervised" if unlabelled else ""
         raise DataError(f"{path}: all {len(source.rows)} conversations of {name!r} are too long{rest}; {cure}")
     # But the first token of every document, which nothing predicts.
     if ledger.supervised >= ledger.tokens - documents and not ledger.whole:

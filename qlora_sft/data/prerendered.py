@@ -41,7 +41,7 @@ def _in_plain_words(text: str) -> bool:
 
 
 def ends_a_turn(answer: str) -> bool:
-    """Says whether the answer has the end of turn of some template written at its end; ours is written behind it."""
+    """Says whether the answer ends in some template's end-of-turn token; our template writes its own after it."""
     return _ENDS.search(answer) is not None
 
 

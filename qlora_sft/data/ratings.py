@@ -15,7 +15,8 @@ from qlora_sft.config import Config
 from qlora_sft.config_data import source_name
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.files import read_rows
-from qlora_sft.data.sources import MAX_PROBLEMS, Source, place
+from qlora_sft.data.row_faults import RowFaults
+from qlora_sft.data.sources import Source, place
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
@@ -52,18 +53,18 @@ def _read(file: str, source: Source) -> list[float]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; ratings of {source.name!r} name a file with one per row")
     ratings: list[float] = []
-    problems = []
+    faults = RowFaults()
     for line, row, fault in read_rows(path):
         rating = _rating(row)
         if fault is None and rating is not None:
             ratings.append(rating)
             continue
         why = f"a rating is a number from 0 on, or an object with one under 'rating', got {str(row)[:60]}"
-        problems.append(f"{path}:{line}: {fault or why}")
-        if len(problems) == MAX_PROBLEMS:
+        faults.add(f"{path}:{line}", fault or why)
+        if faults.enough:
             break
-    if problems:
-        raise DataError("\n".join(problems))
+    if faults:
+        raise DataError("\n".join(faults.lines(str(path))))
     if len(ratings) != source.read:
         raise DataError(
             f"{path}: {len(ratings):,} ratings for the {source.read:,} rows of {source.path}; it has one for each row, "

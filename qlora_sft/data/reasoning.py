@@ -1,4 +1,5 @@
-"""Hand the reasoning of turns to a chat template where it reads it: under a key, in the content, or not at all."""
+"""Give the reasoning of turns to a chat template where the template reads it: under a key, in the content, or not at
+all."""
 
 from __future__ import annotations
 
@@ -30,19 +31,21 @@ def without_silenced(conversation: Conversation) -> Conversation:
     return {**conversation, "messages": [_without_reasoning(message) for message in conversation["messages"]]}
 
 
-def with_inline_reasoning(conversation: Conversation, template: str) -> Conversation:
+def with_inline_reasoning(conversation: Conversation, template: str, opened: bool = False) -> Conversation:
     """Returns the conversation with every reasoning in its turn's content, where ``template`` reads it there and
     nowhere else (DeepSeek-R1-Distill's); itself if it has none.
 
     A template that has a key for it writes it in a form of its own, or leaves it out of earlier turns, and would write
-    what is in the content beside that.
+    what is in the content beside that. opened: the template opens the think block before the content, as Nemotron Nano
+    v2's.
     """
     thinks = any(message.get("reasoning") for message in conversation["messages"])
     if not thinks or not _THINK.search(template) or _READS_KEY.search(template):
         return conversation
     messages = []
     for message in conversation["messages"]:
-        text = f"<think>\n{message.get('reasoning')}\n</think>\n\n{message.get('content') or ''}"
+        opener = "" if opened else "<think>\n"
+        text = f"{opener}{message.get('reasoning')}\n</think>\n\n{message.get('content') or ''}"
         inline: Message = {**_without_reasoning(message), "content": text}
         messages.append(inline if message.get("reasoning") else message)
     return {**conversation, "messages": messages}

@@ -1,6 +1,6 @@
 """Render a conversation to token ids and labels together, so that they cannot drift apart.
 
-The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own. So it is at
+The template's text is cut where a supervised part begins and ends, and each piece is encoded on its own, as at
 inference, where the prompt ends where the answer begins.
 """
 
@@ -33,8 +33,11 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Rendered:
-    """Holds one document. ``input_ids[i]`` is a label iff ``weights[i] > 0``; the first
-    token never is, as nothing predicts it."""
+    """Holds one document.
+
+    ``input_ids[i]`` is a label if and only if ``weights[i] > 0``; the first token never is, because nothing predicts
+    it.
+    """
 
     input_ids: list[int]
     weights: list[float]
@@ -51,7 +54,7 @@ class Rendered:
 
 
 class RenderOptions(TypedDict):
-    """Holds what `render_conversation` takes beside the conversation and the tokenizer."""
+    """Holds the arguments of `render_conversation` besides the conversation and the tokenizer."""
 
     source: str
     chat_format: ChatFormat | None

@@ -22,13 +22,11 @@ from qlora_sft.data.columns import wrong_columns
 from qlora_sft.data.conversation import Conversation
 from qlora_sft.data.formats import CURE, RowForm, convert, convert_noting, detect, refuse_preferences
 from qlora_sft.data.misread import broken_cell, list_in_a_line
+from qlora_sft.data.row_faults import MAX_PROBLEMS, RowFaults
 from qlora_sft.data.values import kind
 from qlora_sft.errors import DataError
 from qlora_sft.say import Say
 from qlora_sft.text import as_path
-
-# After so many faults the file as a whole is wrong, and a longer list helps nobody.
-MAX_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def _scan(
     ``unused`` is filled with what first went unused where, ``seen`` with the columns of all rows.
     """
     form = None if source.format == "auto" else RowForm(source.format, source.columns or {}, _tags(source))
-    first, count, problems = 0, 0, []
+    first, count, faults = 0, 0, RowFaults()
     for line, row, fault in read():
         count += 1
         if fault is None:
@@ -230,10 +228,10 @@ def _scan(
             except DataError as error:
                 fault = str(error)
         if fault is not None:
-            problems.append(f"{label}:{line}: {fault}")
-        if len(problems) == MAX_PROBLEMS:
-            return form, count, [*problems, f"{label}: stopped after {MAX_PROBLEMS} faults"]
-    return form, count, problems
+            faults.add(f"{label}:{line}", fault)
+        if faults.enough:
+            break
+    return form, count, faults.lines(label)
 
 
 def _settle_form(row: object, line: int, form: RowForm | None, first: int, source: SourceConfig) -> tuple[RowForm, int]:

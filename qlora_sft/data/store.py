@@ -17,6 +17,7 @@ from qlora_sft.atomic import written_folder
 from qlora_sft.cache import cache_dir
 from qlora_sft.config import Config
 from qlora_sft.data.documents import Documents
+from qlora_sft.data.files import readable
 from qlora_sft.data.ledger import Drop, Note, SourceLedger
 from qlora_sft.data.prepare import Prepared
 from qlora_sft.data.sequences import CAN_SHARE, Packed, Sharing
@@ -74,7 +75,7 @@ def fingerprint(
         # Which rows are left depends on more than these files: on those of evaluations, for one.
         digest.update(f"{source.name} {source.path} {len(source.rows)}".encode() + source.rows.chosen.tobytes())
         for file in source.files:
-            with open(file, "rb") as opened:
+            with readable(file), open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:32]
 

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_sft.data.complete import check_nothing_lost
 from qlora_sft.data.conversation import Conversation, Message
-from qlora_sft.data.opening import PromptBefore, prompt_gap, turn_start
+from qlora_sft.data.opening import PromptBefore, header_end, opened_twice, prompt_gap, turn_start
 from qlora_sft.data.reasoning import KEYS, with_inline_reasoning
 from qlora_sft.data.shield import any_of, special_tokens
 from qlora_sft.data.shipped import suitable
@@ -57,6 +57,11 @@ class ChatFormat:
     """The date that the template writes into every conversation, if it writes today's."""
     original: str | None = None
     """The template by which a runtime prompts, if ``template`` is a training version of it."""
+
+
+def as_prompted(chat_format: ChatFormat) -> ChatFormat:
+    """Returns the format with the template by which a runtime prompts, which may rewrite earlier turns."""
+    return replace(chat_format, template=chat_format.original or chat_format.template, original=None)
 
 
 def has_marks(template: str) -> bool:
@@ -159,7 +164,11 @@ def render_whole(
         if inline is conversation:
             raise
         try:
-            return inline, *_checked(inline, tokenizer, chat_format)
+            text, spans = _checked(inline, tokenizer, chat_format)
+            if any(opened_twice(text, span.start) for span in spans):
+                inline = with_inline_reasoning(conversation, chat_format.template, opened=True)
+                text, spans = _checked(inline, tokenizer, chat_format)
+            return inline, text, spans
         except DataError:
             pass  # the first fault is that of the row as it was written
         raise
@@ -220,7 +229,7 @@ def _as_prompted(
     In a finished conversation gpt-oss' template leaves out the reasoning before a tool call, which it shows the model
     while there is no answer yet.
     """
-    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
+    before = prompt_before(conversation, span.message, tokenizer, chat_format.template)
     prompt, without = before(True), before(False)
     header = prompt[len(without) :] if prompt.startswith(without) else ""
     if text.startswith(prompt) or not header or not text.endswith(header, 0, span.start):
@@ -275,21 +284,35 @@ def _with_aliases(message: Message) -> Mapping[str, object]:
 def _by_prefix(
     conversation: Conversation, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
-    """Returns the bounds of what the turn adds to its generation prompt.
+    """Returns the bounds of what the turn adds to its generation prompt, or to the header in which that begins.
 
     Raises `DataError` for a template that rewrites history, which breaks the premise.
     """
     messages = conversation["messages"]
     prompt, _ = apply({**conversation, "messages": messages[:turn]}, tokenizer, template, prompt=True)
     until, _ = apply({**conversation, "messages": messages[: turn + 1]}, tokenizer, template)
-    if not (text.startswith(prompt) and text.startswith(until) and until.startswith(prompt)):
-        raise DataError(
-            f"message {turn}: the chat template writes this turn differently when more turns follow or when it is "
-            "prompted for, so its text cannot be told apart with certainty. Use a template with {% generation %} "
-            f"marks: model.chat_template={suitable(tokenizer.get_vocab())}, another shipped one, or a .jinja file of "
-            "your own"
-        )
-    return len(prompt), len(until)
+    if text.startswith(until) and until.startswith(prompt):
+        return len(prompt), len(until)
+    before = prompt_before(conversation, turn, tokenizer, template)
+    if text.startswith(until) and not messages[turn].get("reasoning"):
+
+        def with_answer(answer: str) -> str:
+            probe: Message = {"role": "assistant", "content": answer}
+            asked: Conversation = {**conversation, "messages": [*messages[:turn], probe]}
+            return apply(asked, tokenizer, template)[0]
+
+        start = header_end(until, before, with_answer)
+        if start:
+            return start, len(until)
+    why = "differently when more turns follow or when it is prompted for"
+    if before(True) == before(False):
+        why = "before a generation prompt that it puts behind every conversation, whether asked for one or not"
+    raise DataError(
+        f"message {turn}: the chat template writes this turn {why}, so its text cannot be told apart with certainty. "
+        "Use a template with {% generation %} "
+        f"marks: model.chat_template={suitable(tokenizer.get_vocab())}, another shipped one, or a .jinja file of "
+        "your own"
+    )
 
 
 def _exact(
@@ -302,7 +325,7 @@ def _exact(
     renderer raises.
     """
     message = conversation["messages"][span.message]
-    before = _prompt_before(conversation, span.message, tokenizer, chat_format.template)
+    before = prompt_before(conversation, span.message, tokenizer, chat_format.template)
     start, end = turn_start(text, span.start, span.end, message, before), span.end
     # Gemma's <end_of_turn> is no special token, but it is where generation stop_token_ids.
     stop_token_ids = tuple(tokenizer.convert_ids_to_tokens(sorted(chat_format.stop_token_ids)))
@@ -315,7 +338,7 @@ def _exact(
     return Span(start, end, span.message)
 
 
-def _prompt_before(
+def prompt_before(
     conversation: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> PromptBefore:
     earlier: Conversation = {**conversation, "messages": conversation["messages"][:turn]}
@@ -342,7 +365,7 @@ def gap_before(
     if shape not in known:
         try:
             known[shape] = prompt_gap(
-                text, span.start, _prompt_before(conversation, turn, tokenizer, chat_format.template)
+                text, span.start, prompt_before(conversation, turn, tokenizer, chat_format.template)
             )
         except DataError:  # some templates refuse a conversation that nobody has begun
             known[shape] = ""

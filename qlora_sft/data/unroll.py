@@ -24,9 +24,15 @@ def unrolled(conversation: Conversation, supervise: str) -> list[Conversation]:
         return []
     wanted = [turn for turn in turns if messages[turn].get("train") is not False and messages[turn].get("weight") != 0]
     return [
-        {**conversation, "messages": [*map(_past, messages[:turn]), messages[turn]]}
+        last_turn({**conversation, "messages": messages[: turn + 1]})
         for turn in (wanted if supervise == "assistant" else wanted[-1:] if wanted[-1:] == turns[-1:] else [])
     ]
+
+
+def last_turn(conversation: Conversation) -> Conversation:
+    """Returns the conversation with all turns but the last marked as ``past``."""
+    *earlier, last = conversation["messages"]
+    return {**conversation, "messages": [*map(_past, earlier), last]}
 
 
 def _past(message: Message) -> Message:

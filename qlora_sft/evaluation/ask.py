@@ -85,7 +85,7 @@ def encode_task(
         documents = [readable(_document(item, tokenizer, chat_format, text_tokenizer), limit) for item in task.items]
         kept = [document for document in documents if document is not None]
         if not kept:
-            raise DataError(f"{task.settings.path}: nothing in it is to be predicted")
+            raise DataError(f"{task.settings.path}: it has no token to predict")
         pairs = zip(task.items, documents, strict=True)
         return Questions(task, documents=kept, unlabelled=[item.place for item, document in pairs if document is None])
     prompts = [prompt_of(item, task.settings.thinking, tokenizer, chat_format) for item in task.items]

@@ -46,7 +46,7 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
         if questions.unlabelled:
             say(
                 f"{questions.task.name}: {len(questions.unlabelled):,} of {len(questions.task.items):,} texts left "
-                f"out, because nothing in them is to be predicted (first {questions.unlabelled[0]})"
+                f"out, because they have no token to predict (first {questions.unlabelled[0]})"
             )
         if questions.thoughtless:
             say(
@@ -71,7 +71,7 @@ def ask_model(path: Path, run: Run | None, tasks: Sequence[Task], base: bool, se
             reports.append(replace(report, answers=str(answers)))
     except KeyboardInterrupt:
         if any(file.is_file() for file in unfinished.files):
-            say("the answers that were given are kept; the same command goes on with them")
+            say("the answers so far are kept; the same command continues with them")
         raise
     say(comparison_table(reports))
     diagnosis = diagnosed(reports)

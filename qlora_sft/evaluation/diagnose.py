@@ -1,8 +1,8 @@
-"""Concludes from all tasks together what a training has done to the model, and names the cures.
+"""Concludes from all tasks together what training has done to the model, and names the cures.
 
-The signs, each with its base beside it: questions that are answered worse, and whether examples or other words bring
-the answers back; plain texts that are read worse; harmless questions that are refused; answers that are much longer, or
-go in circles, or do not end.
+The signs, each with the base's figure beside it: questions that are answered worse, and whether examples or other words
+bring the answers back; plain texts with a higher loss; harmless questions that are refused; answers that are much
+longer, repeat themselves, or do not end.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def diagnosed(reports: Sequence[TaskReport]) -> Diagnosis | None:
 
 
 def explained(report: TaskReport, again: Sequence[TaskReport]) -> tuple[Verdict, str]:
-    """Returns the verdict on one task with its reason, given what became of it when it was asked in other ways.
+    """Returns the verdict on one task with its reason, given its results when it was asked in other ways.
 
-    A loss that examples or other words surely undo, by the half at least, is one of form: what the model can do is
+    If examples or other words clearly recover at least half of what was lost, the loss is one of form: the ability is
     still there. If the questions are too few to see that, or the base fails in those ways as well, it stays open.
     """
     known: tuple[Verdict, ...] = ("forgetting", "alignment tax", "worse", "better")

@@ -1,4 +1,4 @@
-"""Measures how much answers are alike: how many of their pairs of tokens differ, and how well one foretells the others.
+"""Measures how much answers are alike: how many of their pairs of tokens differ, and how well one predicts the others.
 
 distinct-2 is the share of different pairs of neighbouring tokens in all answers to a question (Li et al. 2016,
 arXiv:1510.03055). self-BLEU is the BLEU of an answer with the others as references, on tokens (Zhu et al. 2018,

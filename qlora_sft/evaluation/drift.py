@@ -58,7 +58,9 @@ def read(model: PreTrainedModel, document: Rendered, dtype: torch.dtype, with_ba
         except Exception as error:
             if not is_memory_full(error):
                 raise
-            raise RunError(f"there is no room to read {ids.shape[1]:,} tokens ({first_line(error)})") from None
+            raise RunError(
+                f"there is not enough memory to read {ids.shape[1]:,} tokens ({first_line(error)})"
+            ) from None
     total = float(weights.sum())
     loss = float((_nll(tuned, labels) * weights).sum()) / total
     if math.isnan(loss):

@@ -50,9 +50,11 @@ def evaluate_run(
     base: whether the base under the adapter is asked, too, and compared.
     run_code: whether answers to ``code`` tasks may be run.
 
-    As soon as a task is done, its figures stand in ``RUN/evaluation/NAME.json`` and its answers in ``NAME.jsonl``.
-    Results of a task that was asked in another way are kept. Raises `ConfigError` or `DataError` before a model is
-    loaded.
+    As soon as a task is done, its figures are written to ``RUN/evaluation/NAME.json`` and its answers to
+    ``NAME.jsonl``. Earlier results that were obtained with other settings are kept.
+
+    Raises `ConfigError` or `DataError` before a model is loaded, and `RunError` if it cannot answer (no memory for a
+    question, logits that are not numbers).
     """
     path, run, chosen = _opened(path, tasks, settings)
     read = _read_all(run, chosen, run_code, seed, say)
@@ -76,7 +78,7 @@ def diagnose_run(
     """
     path, run, chosen = _opened(path, tasks, settings)
     if run is None:
-        raise ConfigError(f"{path}: a model folder has no base to compare with; diagnose the run that it is made from")
+        raise ConfigError(f"{path}: a model folder has no base to compare with; diagnose the run that it was made from")
     if all(task.form != "refusal" and task.path != "benign" for task in chosen):
         chosen.append(_with(TaskConfig("benign", form="refusal"), _limits(settings or {})))
     read = _read_all(run, chosen, run_code, seed, say)

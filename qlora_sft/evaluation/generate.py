@@ -189,7 +189,9 @@ def batches(prompts: Sequence[list[int]], new_tokens: int = 0) -> list[list[int]
 def halves(part: list[int], tokens: int) -> list[list[int]]:
     """Cuts a batch in two. Raises `RunError` for a batch of one prompt, which has ``tokens``."""
     if len(part) == 1:
-        raise RunError(f"there is no room for {tokens:,} tokens of one question and its answer; lower max_new_tokens")
+        raise RunError(
+            f"there is not enough memory for the {tokens:,} tokens of one question and its answer; lower max_new_tokens"
+        )
     free_memory()
     return [part[: len(part) // 2], part[len(part) // 2 :]]
 

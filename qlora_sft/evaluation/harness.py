@@ -173,7 +173,9 @@ def loaded(specs: Sequence[Spec], manager: TaskManager) -> list[Task]:
     names = [task.task_name for task in tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ConfigError(f"--harness: {', '.join(sorted(twice))}: named twice; its figures would stand in one file")
+        raise ConfigError(
+            f"--harness: {', '.join(sorted(twice))}: named twice; its figures would go into the same file"
+        )
     return tasks
 
 

@@ -18,14 +18,14 @@ GRADED = ("number", "exact", "code")
 
 
 def check_target(file: Path) -> None:
-    """Raises `ConfigError` if rows cannot be written to ``file``: before an hour of answers, not after it.
+    """Raises `ConfigError` if rows cannot be written to ``file``, before an hour of answers and not after it.
 
-    What is there is not replaced: it may be the questions, or the rows of another hour.
+    An existing file is not replaced: it may hold the questions, or the rows of an earlier hour.
     """
     if file.is_file():
-        raise ConfigError(f"--keep-right: {file} is there already; name a new file, or remove it")
+        raise ConfigError(f"--keep-right: {file} already exists; name a new file, or remove it")
     if file.is_dir() or not file.parent.is_dir():
-        raise ConfigError(f"--keep-right: {file} cannot be written; name a file in a folder that is there")
+        raise ConfigError(f"--keep-right: {file} cannot be written; name a file in an existing folder")
 
 
 def keep_right(report: EvaluationReport, file: Path) -> tuple[int, int]:

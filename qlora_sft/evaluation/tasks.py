@@ -20,7 +20,8 @@ from itertools import takewhile
 from qlora_sft.config import TaskConfig, task_name
 from qlora_sft.data.conversation import Conversation, Message
 from qlora_sft.data.formats import UNDESIRED, convert, detect, with_thinking
-from qlora_sft.data.sources import MAX_PROBLEMS, open_evaluation
+from qlora_sft.data.row_faults import RowFaults
+from qlora_sft.data.sources import open_evaluation
 from qlora_sft.data.values import kind
 from qlora_sft.errors import DataError
 from qlora_sft.evaluation.benign import BENIGN
@@ -64,7 +65,7 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
     """Reads one task. Raises `DataError` as `read_tasks` does."""
     name = task_name(task)
     items: list[Item] = []
-    problems: list[str] = []
+    faults = RowFaults()
     unused: dict[str, str] = {}
     undesired: list[str] = []
     form: TaskForm | None = None if task.form == "auto" else task.form
@@ -87,11 +88,11 @@ def _read(task: TaskConfig, seed: int, say: Say) -> Task:
                     items.append(item)
                 unused = {**dict.fromkeys(sorted(not_asked), place), **unused}
             except DataError as error:
-                problems.append(f"{place}: {error}")
-            if len(problems) == MAX_PROBLEMS:
-                raise DataError("\n".join([*problems, f"{task.path}: stopped after {MAX_PROBLEMS} faults"]))
-    if problems:
-        raise DataError("\n".join(problems))
+                faults.add(place, str(error))
+            if faults.enough:
+                raise DataError("\n".join(faults.lines(task.path)))
+    if faults:
+        raise DataError("\n".join(faults.lines(task.path)))
     if not items or form is None:
         raise DataError(f"{task.path}: the file has no questions")
     total = len(items)

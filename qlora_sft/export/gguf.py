@@ -13,7 +13,8 @@ from qlora_sft.atomic import remove_leftovers, written_file
 from qlora_sft.data.pieces import adds_bos
 from qlora_sft.errors import ConfigError
 from qlora_sft.export.gguf_check import check_gguf
-from qlora_sft.export.gguf_metadata import for_converter, leave_bos_to_the_template
+from qlora_sft.export.gguf_metadata import for_converter, for_lora_converter, leave_bos_to_the_template
+from qlora_sft.export.gguf_padding import drop_padding
 from qlora_sft.export.imatrix import write_imatrix
 from qlora_sft.export.llama_cpp import convert, convert_lora, llama_cpp_version
 from qlora_sft.export.merge import merge_run, write_trained_base
@@ -21,6 +22,7 @@ from qlora_sft.export.ollama import OllamaModel, create, require_ollama, write_m
 from qlora_sft.export.parity import Figures, check_parity, forget, record
 from qlora_sft.export.plain_lora import require_plain, write_plain_lora
 from qlora_sft.export.quantize import CONVERTED, check_quant, quantize, require_quantizer, wants_imatrix
+from qlora_sft.export.stale import is_stale
 from qlora_sft.export.trained import Trained, read_trained
 from qlora_sft.gguf_file import read_gguf
 from qlora_sft.model.base_tokenizer import saved_tokenizer
@@ -70,7 +72,9 @@ def export_run(
     ollama: OllamaOptions = OllamaOptions(),
     say: Say = tell,
 ) -> ExportResult:
-    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile; merges first if that has not been done.
+    """Writes RUN/gguf/NAME-QUANT.gguf (or ``out``) and its Modelfile.
+
+    Merges first if that has not been done, or was done with another adapter than the run has now.
 
     ``imatrix`` is auto, none, or a file. With ``parity`` the file's logits are compared with the merged model's
     afterwards; the file stays whatever the result. Raises what `merge_run` raises, `ConfigError` for an unknown type,
@@ -86,7 +90,10 @@ def export_run(
         # The quantizer is found or built first, so that a missing compiler is reported before the merge.
         say(f"quantizer: {require_quantizer(say).found}")
     merged = run / "merged"
-    if not merged.is_dir():
+    stale = merged.is_dir() and is_stale(Run.open(run))
+    if stale:
+        say(f"{merged} was made of another adapter than the run has now, so it is merged again")
+    if stale or not merged.is_dir():
         merge_run(run, say=say)
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-{quant}.gguf"
     trained = read_trained(run)
@@ -112,21 +119,27 @@ def _write(run: Path, merged: Path, target: Path, quant: str, imatrix: str, trai
     Returns the version of llama.cpp that did it.
     """
     if quant in CONVERTED:
-        with for_converter(merged, trained.can_think) as model:
-            convert(model, target, quant, model_name(run, merged))
-        leave_bos_to_the_template(target, merged)
+        _convert(run, merged, target, quant, trained.can_think, say)
         return llama_cpp_version()
     full = target.with_name(f"{target.name}.full")
     matrix = target.with_name(f"{target.name}.imatrix")
     try:
-        with for_converter(merged, trained.can_think) as model:
-            convert(model, full, "auto", model_name(run, merged))
-        leave_bos_to_the_template(full, merged)
+        _convert(run, merged, full, "auto", trained.can_think, say)
         tool = quantize(full, target, quant, _imatrix(run, merged, full, matrix, quant, imatrix, say), say)
         return tool.version
     finally:
         full.unlink(missing_ok=True)
         matrix.unlink(missing_ok=True)
+
+
+def _convert(run: Path, model: Path, target: Path, quant: str, thinks: bool, say: Say) -> None:
+    """Writes the file of ``model`` with the converter, and mends what that takes for granted."""
+    with for_converter(model, thinks) as view:
+        convert(view, target, quant, model_name(run, model))
+    padding = drop_padding(target)
+    if padding:
+        say(f"{padding} tokens that the converter put behind the vocabulary, without rows in the model: taken out")
+    leave_bos_to_the_template(target, model)
 
 
 def _imatrix(run: Path, merged: Path, full: Path, target: Path, quant: str, wanted: str, say: Say) -> Path | None:
@@ -163,11 +176,15 @@ def export_adapter(
     run, base = opened.path, run_base(opened)
     require_plain(opened.adapter)
     if opened.lora_init == "loftq":
-        say("the adapter holds what NF4 lost of its base (lora.init=loftq): put it on a base with NF4's values")
+        say("the adapter holds what NF4 lost of its base (lora.init=loftq): use it with a base that has NF4's values")
     target = Path(out) if out else run / "gguf" / f"{file_name(run)}-adapter.gguf"
     remove_leftovers(target)
-    with written_file(target) as beside, tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
-        convert_lora(write_plain_lora(opened.adapter, Path(scratch, "adapter")), base, beside)
+    with (
+        written_file(target) as beside,
+        tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch,
+        for_lora_converter(base) as view,
+    ):
+        convert_lora(write_plain_lora(opened.adapter, Path(scratch, "adapter")), view, beside)
     version = llama_cpp_version()
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version}
     forget(run, "lora")
@@ -179,8 +196,7 @@ def export_adapter(
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=target.parent) as scratch:
             trained_on, base_gguf = Path(scratch, "base"), Path(scratch, "base.gguf")
             write_trained_base(opened, trained_on)
-            with for_converter(trained_on, thinks=True) as model:
-                convert(model, base_gguf, "f16", model_name(run, trained_on))
+            _convert(run, trained_on, base_gguf, "f16", True, say)
             figures = check_parity(run, None, base_gguf, "lora", lora=target, say=say)
     if ollama.create_as:
         create(ollama.create_as, Path(made.modelfile), say)

@@ -13,6 +13,7 @@ import numpy as np
 from qlora_sft.errors import RunError
 from qlora_sft.export.gguf_arrangements import arrangements
 from qlora_sft.export.gguf_metadata import bos_first, without_thinking
+from qlora_sft.export.gguf_padding import rows_of
 from qlora_sft.export.go_template import writes_bos
 from qlora_sft.export.imatrix import gguf_names
 from qlora_sft.gguf_file import GgufFile, GgufTensor, read_gguf
@@ -54,6 +55,11 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     compared, unmatched, faults = _compare_tensors(file, fields["general.architecture"], config, model)
     faults += list(_compare_tokenizer(fields, model)) + list(compare_rope(fields, config))
+    rows, tokens = rows_of(file), len(fields.get("tokenizer.ggml.tokens") or [])
+    if rows is not None and rows != tokens:
+        faults.append(
+            f"vocabulary: {tokens:,} tokens for {rows:,} rows of the embedding, which llama.cpp does not load"
+        )
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
     return CheckedGguf(compared, unmatched, bos_first(fields))

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_sft.data.pieces import adds_bos
+from qlora_sft.export.gguf_config import config_for_converter
 from qlora_sft.export.go_template import WITHOUT_THINKING, shipped_name, writes_bos
 from qlora_sft.export.spm import is_sentencepiece, write_spm
 from qlora_sft.gguf_file import read_gguf
+from qlora_sft.model.base_files import read_headers
 from qlora_sft.model.base_tokenizer import saved_tokenizer
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ BOS_FIELD = "tokenizer.ggml.add_bos_token"
 _FIELDS = (BOS_FIELD, "tokenizer.ggml.model", "tokenizer.ggml.pre")
 # Where a file does not say whether bos is added, llama.cpp adds it for these kinds of vocabulary.
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "chameleon")
-# What transformers 5 calls the layers of a Granite hybrid that it saves, and what the converter takes.
-_GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def bos_first(fields: Mapping[str, object]) -> bool:
@@ -62,16 +62,14 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
     """Yields a folder with the files of ``model`` as llama.cpp's converter needs them.
 
     If the model was never trained to think, the template lacks the thinking modes. A tokenizer that does not add bos
-    says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The layers of a Granite hybrid and the
-    tokenizer of a Phi-4 have their published names, which transformers changes.
+    says so. If the vocabulary is SentencePiece's, there is a tokenizer.model. The configuration
+    (`config_for_converter`) and the tokenizer of a Phi-4 have their published names, which transformers changes. Raises
+    `ConfigError` for a model that llama.cpp would compute differently.
     """
     tokenizer = saved_tokenizer(model)
     with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
         # The converter also describes the model by the name of its folder, so the folder has the name of the run.
-        view = Path(scratch, model.resolve().parent.name or "model")
-        view.mkdir()
-        for file in model.iterdir():
-            (view / file.name).symlink_to(file.resolve())
+        view = _linked(model, Path(scratch, model.resolve().parent.name or "model"))
         described = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         if tokenizer.chat_template and not thinks:
             described.pop("chat_template", None)
@@ -79,11 +77,7 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
         if not adds_bos(tokenizer):
             # Where nothing is said, llama.cpp puts bos before every prompt for some vocabularies.
             described.setdefault("add_bos_token", False)
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        family = config.get("model_type")
-        if family == "granitemoehybrid" and isinstance(config.get("layer_types"), list):
-            config["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]
-            _replace(view / "config.json", json.dumps(config))
+        family = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type")
         vocabulary = view / "tokenizer.json"
         content = json.loads(vocabulary.read_text(encoding="utf-8")) if vocabulary.is_file() else None
         if content and is_sentencepiece(content):
@@ -94,6 +88,28 @@ def for_converter(model: Path, thinks: bool) -> Iterator[Path]:
             described["tokenizer_class"] = "GPT2Tokenizer"
         _replace(view / "tokenizer_config.json", json.dumps(described))
         yield view
+
+
+@contextmanager
+def for_lora_converter(base: Path) -> Iterator[Path]:
+    """Yields a folder with the files of ``base`` for the converter of adapters.
+
+    It rearranges what an adapter adds to a layer as the converter of models rearranges the layer. Raises `ConfigError`
+    as `for_converter` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="qlora_sft-") as scratch:
+        yield _linked(base, Path(scratch, "base"))
+
+
+def _linked(model: Path, view: Path) -> Path:
+    """Returns the new folder ``view``: links to the files of ``model``, and config.json as the converter needs it."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    described = config_for_converter(config, read_headers(str(model)))
+    view.mkdir()
+    for file in model.iterdir():
+        (view / file.name).symlink_to(file.resolve())
+    _replace(view / "config.json", json.dumps(described))
+    return view
 
 
 def _replace(file: Path, text: str) -> None:

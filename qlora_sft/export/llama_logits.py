@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_sft.errors import RunError
+from qlora_sft.export.llama_tools import loaded
 from qlora_sft.export.logits_file import logits_file
 
 BATCH = 512
@@ -51,7 +52,7 @@ class LlamaBatch(ctypes.Structure):
 
 def load_library(path: str) -> ctypes.CDLL:
     """Loads the library and declares the functions that are needed. Raises OSError or AttributeError without them."""
-    library = ctypes.CDLL(path)
+    library = loaded(lambda: ctypes.CDLL(path))
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
     for name, result, arguments in (
         ("llama_backend_init", None, []),

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_sft.cache import cache_dir
+from qlora_sft.errors import RunError
 
 PINNED = "llama_cpp_python-0.3.36"
 # The commit of llama.cpp that the pinned sdist carries, as its changelog says.
 PINNED_COMMIT = "0c1e57098"
 BUILT = f"{PINNED}-quantize"
 UNKNOWN = "unknown version"
+Library = TypeVar("Library")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,24 @@ def llama_libraries() -> list[Path]:
     found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     ours = package_folder("xllamacpp")
     return found + (sorted(ours.glob("xllamacpp*.so")) + sorted(ours.glob("xllamacpp*.pyd")) if ours else [])
+
+
+def loaded(load: Callable[[], Library]) -> Library:
+    """Returns what ``load`` returns, which loads a library of llama.cpp.
+
+    It is linked with OpenMP's, libgomp, which a bare system has not; the one that torch brings will do. Raises
+    `RunError` if there is none.
+    """
+    try:
+        return load()
+    except (ImportError, OSError) as error:
+        if "libgomp" not in str(error):
+            raise
+    importlib.import_module("torch")
+    try:
+        return load()
+    except (ImportError, OSError) as error:
+        raise RunError(f"llama.cpp cannot be loaded ({error}): apt install libgomp1") from None
 
 
 def configured() -> Path:

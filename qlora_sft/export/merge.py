@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_sft.atomic import remove_leftovers, written_folder
 from qlora_sft.errors import ConfigError, RunError
+from qlora_sft.export.stale import merged_of
 from qlora_sft.json_types import JsonObject
 from qlora_sft.model.base_files import read_config, text_config
 from qlora_sft.model.base_tokenizer import saved_tokenizer
@@ -76,7 +77,7 @@ def merge_run(
     finished run or ``onto`` is impossible for it, and `RunError` if adapter and base do not fit together or the disk is
     too small. Then nothing is written under the final name.
     """
-    from qlora_sft.export.parity import forget
+    from qlora_sft.export.parity import forget, record
 
     opened = Run.open(run)
     base = run_base(opened)
@@ -96,6 +97,7 @@ def merge_run(
         result = merge.write(target, onto, dtype, reason)
     if target == opened.merged:
         forget(opened.path, "merged")
+        record(opened.path, merged_of(opened))
     return result
 
 

@@ -76,7 +76,7 @@ def write_modelfile(
     lines = [_header(registered, form is not None), *_from(registered)]
     if form:
         lines.append(f'TEMPLATE """{form.text}"""')
-    lines += _system(system, trained)
+    lines += _system(system, trained, say)
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(run, tokenizer)]
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(run, registered, say).items()]
     target = registered.gguf.with_suffix(".Modelfile")
@@ -122,9 +122,14 @@ def _from(registered: OllamaModel) -> list[str]:
     return [f"FROM ./{registered.gguf.name}"]
 
 
-def _system(wanted: str | None, trained: Trained) -> list[str]:
+def _system(wanted: str | None, trained: Trained, say: Say) -> list[str]:
     text = trained.system if wanted is None else wanted
     if not text:
+        return []
+    if '"""' in text and wanted is None:
+        say(
+            'Ollama: no SYSTEM, because a Modelfile cannot hold a text with """; give the system text with each request'
+        )
         return []
     if '"""' in text:
         raise ConfigError('--system: a Modelfile cannot hold a text with """; give the system text with each request')

@@ -235,7 +235,7 @@ def _suspect(form: str, figures: Figures) -> str:
             return "the rounding of the merged weights; merge with --dtype f16 or f32"
         return "the weights it was merged onto: try the other --onto, and check that the base is the one trained on"
     if form == "lora":
-        return "the base GGUF: it has to come from the very base model the adapter was trained on"
+        return "the base GGUF: it has to come from exactly the base model that the adapter was trained on"
     if bound(form)[0] >= 0.995 or figures.kl > 5:
         if form == "bf16" and figures.top1 > 0.9:
             return "the rounding: bfloat16 keeps 8 bits of a weight; export f16"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_sft.errors import ConfigError, ContextFull, RunError
-from qlora_sft.export.llama_tools import threads
+from qlora_sft.export.llama_tools import loaded, threads
 
 if TYPE_CHECKING:
     from xllamacpp import Server
@@ -26,8 +27,8 @@ def running(gguf: Path, context: int = 2048, port: int = 0) -> Iterator[Server]:
     if not gguf.is_file():
         raise ConfigError(f"{gguf}: no such file")
     try:
-        import xllamacpp
-    except ImportError:
+        xllamacpp = loaded(lambda: import_module("xllamacpp"))
+    except ModuleNotFoundError:
         raise RunError("running a GGUF needs xllamacpp: pip install 'qlora-sft[gguf]'") from None
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)

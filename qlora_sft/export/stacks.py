@@ -238,7 +238,8 @@ class _Layout:
         sources = next(each.source_patterns for each in self.converters if pattern in each.source_patterns)
         for each in self.renamings:
             name, _ = each.rename_source_key(name)
-        number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        # A pattern is a regular expression but for the star, which stands for the number of an expert.
+        number = re.search(pattern.replace(".*.", r"\.(\d+)\."), name)
         if number is None or not number.groups():
             return _Place(parameter)
         return _Place(parameter, int(number[1]), list(sources).index(pattern), len(sources))

@@ -213,8 +213,21 @@ def why_one_at_a_time(model: CausalModel) -> str:
     except ValueError as error:
         return str(error)
     finally:
-        base_of(model).set_attn_implementation(before)
+        switch(base_of(model), before)
     return ""
+
+
+def switch(base: PreTrainedModel, name: str) -> None:
+    """Switches the language model of ``base`` to the attention function that transformers knows as ``name``.
+
+    Towers for images and sound keep theirs: texts pass them by, and some of them can do no other.
+    """
+    config = base.config
+    text = config.get_text_config()
+    found = {key: getattr(config, key, None) for key in config.sub_configs}
+    parts = {key: part for key, part in found.items() if part is not None}
+    towers = {key: part._attn_implementation for key, part in parts.items() if part.get_text_config() is not text}
+    base.set_attn_implementation({"": name, **dict.fromkeys(parts, name), **towers})
 
 
 def chunk_of(module: nn.Module) -> int | None:
@@ -256,7 +269,7 @@ def use_document_attention(model: CausalModel, way: Way = "varlen", reason: str 
     register()
     name = NAME_ONE_BY_ONE if way == "sdpa" else NAME
     base = base_of(model)
-    base.set_attn_implementation(name)
+    switch(base, name)
     config = base.config.get_text_config()
     if base.config._attn_implementation != name or config._attn_implementation != name:
         raise ValueError(f"{type(base).__name__} keeps its own attention")
@@ -305,7 +318,7 @@ def use_plain_attention(model: CausalModel) -> None:
     """Switches ``model`` to transformers' own attention: sdpa, or eager where sdpa would leave out a cap on the logits
     or attention sinks."""
     base = base_of(model)
-    base.set_attn_implementation("eager" if _capped(base) else "sdpa")
+    switch(base, "eager" if _capped(base) else "sdpa")
 
 
 @contextmanager
@@ -317,4 +330,4 @@ def plain_attention(model: CausalModel) -> Iterator[None]:
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        switch(base, before)

@@ -146,7 +146,7 @@ class Asking:
 
 
 def some_ids(base: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
-    """Returns random token ids for documents of ``lengths`` behind one another, always the same."""
+    """Returns random token ids for documents of ``lengths``, one after the other; they are the same in every call."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
     return torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(base.device)
 

@@ -1,4 +1,4 @@
-"""Foretells for a plan how a GPU will attend inside documents: all in one call, or one call per document.
+"""Predicts for a plan how a GPU will attend inside documents: all in one call, or one call per document.
 
 Forward and backward of one layer of Llama-3.1-8B (32 query and 8 key heads of 128) on an H200, torch 2.11, in ms::
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from qlora_sft.model.attention import Way, choose_path
+from qlora_sft.model.attention import Way, choose_path, head_size_of
 from qlora_sft.model.block_mask import needs_flex
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def plan_attention(
 
     config: transformers' configuration of the language model.
     """
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    path = choose_path(device, dtype, head_size, needs_flex(config))
+    path = choose_path(device, dtype, head_size_of(config), needs_flex(config))
     way, reason = choose_way(wanted, device, lengths)
     if path.name != "varlen":
         return PlannedAttention(way, path.name, path.name == "sdpa", path.reason)

@@ -73,9 +73,8 @@ def settle_attention(
 ) -> AttentionChoice:
     """Returns the way to attend for a run of documents with ``lengths`` tokens, and why.
 
-    config: transformers' configuration of the language model. wanted: ``model.attention``.
-
-    Raises `ConfigError` for a way that was asked for and cannot be.
+    config: transformers' configuration of the language model. wanted: ``model.attention``. Raises `ConfigError` for a
+    way that was asked for and is not available.
     """
     shape = shape_of(config)
     path = choose_path(device, dtype, shape.size, needs_flex(config))
@@ -95,14 +94,14 @@ def settle_attention(
 
 
 def check_named(way: Way, shape: Shape, device: torch.device, dtype: torch.dtype, attend: Attend) -> None:
-    """Raises `ConfigError` if a FlashAttention that was asked for is not there or does not keep documents apart."""
+    """Raises `ConfigError` if a FlashAttention that was asked for is not available or does not keep documents apart."""
     with flash_of(way):
         try:
             obstacle = obstacle_of(attend, shape, device, dtype)
         except Exception as error:  # as a package may raise anything
             obstacle = first_line(error) or type(error).__name__
     if obstacle:
-        raise ConfigError(f"model.attention={way}: {obstacle}; set it to auto, or to varlen for a run that goes on")
+        raise ConfigError(f"model.attention={way}: {obstacle}; set it to auto, or to varlen for a run that is resumed")
 
 
 def measured_choice(
@@ -171,7 +170,8 @@ def _figure(
 
 
 def obstacle_of(attend: Attend, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns how packed documents come out otherwise than alone, with a window where the model has one, or None."""
+    """Returns how packed documents differ from the same documents alone, with a window if the model has one; None if
+    they agree."""
     for window in (None, WINDOW) if shape.windowed else (None,):
         difference = differs(attend, shape, device, dtype, window)
         # A difference that is not a number is no agreement either.
@@ -206,7 +206,8 @@ def _once(attend: Attend, inputs: list[Tensor]) -> None:
 
 
 def _inputs(shape: Shape, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Returns query, key, value, a gradient and the bounds of documents of ``lengths``, always the same."""
+    """Returns query, key, value, a gradient and the bounds of documents of ``lengths``; they are the same in every
+    call."""
     generator = torch.Generator(device).manual_seed(0)
     tokens, (heads, groups, size, _) = sum(lengths), shape
     drawn = [

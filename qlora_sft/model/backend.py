@@ -8,12 +8,17 @@ import importlib.util
 import io
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, Literal, NamedTuple
 
 from qlora_sft.cache import cache_dir
 from qlora_sft.errors import ConfigError
 
 BackendName = Literal["unsloth", "transformers"]
+
+# What Unsloth patches while it is imported, by its knowledge of their sources. It does not look at their versions: with
+# a later one than it names it may be imported all the same, and compute something else.
+PATCHED = ("transformers", "trl", "peft", "bitsandbytes", "torch")
 
 
 class Backend(NamedTuple):
@@ -41,8 +46,8 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"], obstacle:
         return Backend("unsloth", "as configured" if wanted == "unsloth" else "it is installed and imports")
     if wanted == "unsloth":
         raise ConfigError(
-            f"model.backend=unsloth: {fault}. Install it (pip install 'qlora-sft[unsloth]') or set "
-            "model.backend=transformers"
+            f"model.backend=unsloth: {fault}. Install it, with what it is made for (pip install 'qlora-sft[unsloth]'), "
+            "or set model.backend=transformers"
         )
     return Backend("transformers", f"Unsloth is not available: {fault}")
 
@@ -51,15 +56,41 @@ def expected_backend(wanted: Literal["auto", "unsloth", "transformers"], obstacl
     """Returns what `choose_backend` will choose, without importing Unsloth: if it is there, it is taken to work."""
     if wanted == "transformers" or obstacle:
         return choose_backend(wanted, obstacle)
-    if importlib.util.find_spec("unsloth") is None:
-        return Backend("transformers", "Unsloth is not available: not installed")
+    fault = unsloth_fault()
+    if fault:
+        return Backend("transformers", f"Unsloth is not available: {fault}")
     return Backend("unsloth", "it is installed")
+
+
+def unsloth_fault() -> str:
+    """Says why Unsloth cannot be used, without importing it: it is not installed, or was made for other versions of
+    what it patches than are here; "" if nothing is known against it."""
+    if importlib.util.find_spec("unsloth") is None:
+        return "not installed"
+    from packaging.requirements import Requirement  # comes with transformers
+
+    for demand in map(Requirement, _demands_of("unsloth")):
+        if demand.name not in PATCHED or (demand.marker and not demand.marker.evaluate({"extra": ""})):
+            continue
+        found = version(demand.name)
+        unmet = [str(each) for each in demand.specifier if not each.contains(found, prereleases=True)]
+        if unmet:
+            return f"it is made for {demand.name}{','.join(unmet)}, and {found} is installed"
+    return ""
+
+
+def _demands_of(package: str) -> list[str]:
+    """Returns what a package says that it needs, as pip reads it; nothing for a folder on the path."""
+    try:
+        return requires(package) or []
+    except PackageNotFoundError:
+        return []
 
 
 def _import_unsloth() -> str | None:
     """Imports Unsloth. Returns None, or in one line why it cannot be used."""
-    if importlib.util.find_spec("unsloth") is None:
-        return "not installed"
+    if fault := unsloth_fault():
+        return fault
     early = [name for name in ("trl", "peft", "transformers") if name in sys.modules]
     if early and "unsloth" not in sys.modules:
         return f"{early[0]} was imported before it, so its patches would be incomplete; choose the backend first"

@@ -45,7 +45,8 @@ def hub_origin(path: str, base: str) -> Origin | None:
 
 
 def check_path(path: str, revision: str | None = None) -> None:
-    """Raises `ConfigError` for a path that can be neither a model's folder nor a Hub id; nothing is fetched for it."""
+    """Raises `ConfigError` for a path that can be neither a model's folder nor a Hub id. Nothing is downloaded for
+    this."""
     if is_hub_id(path):
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             known = "a Hub id looks like 'name/model'; 'demo' is built in"
@@ -71,7 +72,7 @@ def read_config(base: str) -> dict[str, Any]:
 
 
 def _check_kinds(config: dict[str, Any]) -> None:
-    """Raises ValueError for a config.json with values of other kinds than its readers take for granted."""
+    """Raises ValueError for a config.json with values of other types than its readers expect."""
     kinds = {"model_type": str, "text_config": dict, "quantization_config": dict}
     text = config.get("text_config")
     for section in (config, text if isinstance(text, dict) else {}):
@@ -118,9 +119,9 @@ def has_experts(config: dict[str, Any]) -> bool:
 
 
 def has_towers(config: dict[str, Any]) -> bool:
-    """Says whether a config.json describes a model that also sees or hears.
+    """Says whether a config.json describes a multimodal model.
 
-    Its language model has a section then, or (Qwen2-VL as published) what sees or hears has one beside it.
+    Its language model then has a section of its own, or (Qwen2-VL as published) the tower has one beside it.
     """
     return any(config.get(key) for key in ("text_config", "vision_config", "audio_config", "thinker_config"))
 

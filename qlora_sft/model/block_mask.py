@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Positions that FlexAttention's kernel takes or skips together.
 BLOCK = 128
 # Families whose attention has sinks, which FlexAttention serves as it does capped logits.
-WITH_SINKS = {"deepseek_v4", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"}
+WITH_SINKS = {"deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"}
 
 
 class Reach(NamedTuple):

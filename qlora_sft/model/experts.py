@@ -22,11 +22,13 @@ from qlora_sft.config import LoraConfig
 from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
 from qlora_sft.model.base import base_of, decoder_layers
+from qlora_sft.model.base_files import has_experts
 
 if TYPE_CHECKING:
     from qlora_sft.model.base import CausalModel
 
 BLOCK = 64  # weights that share a scale in NF4
+NESTED_BLOCK = 256  # scales that share one of their own
 # A quantised stack is made of its packed values and of these buffers of its module, whose names end so.
 SCALES = ("absmax", "nested_absmax", "offset", "code", "nested_code")
 # Linear layers that choose or weigh experts. They stay as they are: a little noise in them is another choice.
@@ -55,7 +57,10 @@ OWN_FORMS = {"Llama4TextExperts": Form(gate=True, bias=False, transposed=True, c
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """Returns the form of a module of experts; None for any other module."""
+    """Returns the form of a module of experts; None for any other module, and for experts whose results go through a
+    norm of theirs (Muse Spark), which is not computed here."""
+    if getattr(module, "has_post_expert_norm", False):
+        return None
     own = next((OWN_FORMS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in OWN_FORMS), None)
     facts = [getattr(module, name, None) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")]
     return own if own is not None or None in facts else Form(*map(bool, facts))
@@ -86,6 +91,14 @@ def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield path, module, name
 
 
+def peft_knows_experts(model: CausalModel) -> bool:
+    """Says whether PEFT may take layers of ``model`` for experts.
+
+    It goes by the family, also where no layer of the model has any (a DeepSeek-V3 whose layers are all dense).
+    """
+    return any(True for _ in stacks(model)) or has_experts(model.config.to_dict())
+
+
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     """Returns the shape [E, R, C] of a stack, also if it is packed in NF4."""
     parameter = getattr(module, name)
@@ -113,7 +126,7 @@ def weight_of(module: Any, name: str) -> Tensor | NF4Stack:
     if not in_nf4(module, name):
         return cast(Tensor, parameter)
     absmax, nested, offset, code, nested_code = (getattr(module, f"{name}_{scale}") for scale in SCALES)
-    scales = NestedScales(nested, nested_code, offset, 256)
+    scales = NestedScales(nested, nested_code, offset, NESTED_BLOCK)
     return NF4Stack(parameter, absmax, scales, code, parameter.ds_shape, BLOCK, module.nf4_dtype)
 
 

@@ -18,7 +18,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qlora_sft.model.experts import BLOCK, SCALES, parts_of, router_names, stack_names, stacks
+from qlora_sft.model.experts import (
+    BLOCK,
+    NESTED_BLOCK,
+    SCALES,
+    parts_of,
+    router_names,
+    stack_names,
+    stack_shape,
+    stacks,
+)
 
 METHOD = "nf4_with_experts"
 
@@ -47,8 +56,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
         for _, module, name in list(stacks(model)):
+            scales = scale_shapes(stack_shape(module, name), parts_of(module, name))
             for scale in SCALES:
-                module.register_buffer(f"{name}_{scale}", torch.empty(0, device="meta"))
+                module.register_buffer(f"{name}_{scale}", torch.empty(scales[scale], device="meta"))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -127,6 +137,20 @@ def quantized_stack(weight: Tensor, parts: int) -> tuple[nn.Parameter, dict[str,
     # PEFT looks here for the shape of a parameter that is kept in another form.
     parameter.ds_shape = torch.Size((count, rows, width))
     return parameter, scales
+
+
+def scale_shapes(shape: tuple[int, int, int], parts: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what `quantized_stack` makes beside the packed values of a stack of this shape.
+
+    transformers looks at them while it loads, and refuses others than those that it was told before.
+    """
+    count, rows, width = shape
+    blocks = rows // parts * width // BLOCK
+    each = count * parts
+    return {
+        "absmax": (each, blocks), "nested_absmax": (each, -(-blocks // NESTED_BLOCK)), "offset": (each,),
+        "code": (16,), "nested_code": (256,),
+    }  # fmt: skip
 
 
 def experts_config(quantizes_on: str | None, **settings: Any) -> ExpertsConfig:

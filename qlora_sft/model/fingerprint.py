@@ -1,6 +1,6 @@
-"""Makes a short text that says which weights a base model has.
+"""Makes a short text that identifies the weights of a base model.
 
-With it an adapter is not merged into other weights of the same shape.
+It keeps an adapter from being merged into other weights of the same shape.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ def check_adapter(config: Config, base: str) -> None:
 
 def _of_form(settings: JsonObject) -> list[str]:
     if settings.get("peft_type") != "LORA":
-        return [f"is a {settings.get('peft_type')} adapter; only LoRA adapters can be gone on with"]
+        return [f"is a {settings.get('peft_type')} adapter; only LoRA adapters can be continued"]
     used = [name for name in OTHER_FORMS if settings.get(name)]
     used += ["bias"] if settings.get("bias", "none") != "none" else []
-    return [f"has {', '.join(used)}, with which this program does not train"] if used else []
+    return [f"has {', '.join(used)}, which is not supported here"] if used else []
 
 
 def _of_settings(config: Config, folder: Path, settings: JsonObject) -> list[str]:

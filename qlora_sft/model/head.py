@@ -37,8 +37,8 @@ def check_frozen_head(settings: ModelConfig, new_rows: Sequence[int]) -> None:
     """Raises `ConfigError` where a head in NF4 would have to learn rows of new tokens."""
     if new_rows and settings.head_in_4bit:
         raise ConfigError(
-            f"model.head_in_4bit: chat_template={settings.chat_template} brings tokens whose rows of the head are "
-            "trained, which NF4 cannot be; remove one of the two settings"
+            f"model.head_in_4bit: chat_template={settings.chat_template} adds tokens whose rows of the head are "
+            "trained, which is impossible in NF4; remove one of the two settings"
         )
 
 

@@ -43,8 +43,8 @@ def measure_layer(
 ) -> LayerBytes:
     """Returns the bytes of the largest decoder layer for a sequence of ``tokens``.
 
-    It changes neither the model nor the random numbers. Where the GPU has no room for the lengths that are measured,
-    shorter ones are, which is said. Raises `RunError` where there is none for the shortest either.
+    It changes neither the model nor the random numbers. If the GPU has no room for the lengths that are measured,
+    shorter ones are measured, which is printed. Raises `RunError` if there is no room even for the shortest.
     """
     layer = max(decoder_layers(model), key=lambda each: sum(p.nbytes for p in each.parameters()))
     mlp = getattr(layer, "mlp", None)
@@ -67,8 +67,8 @@ def measure_layer(
             )
         short //= 2
         say(
-            f"memory: no room to measure a layer ({obstacle}); measured with {2 * short:,} tokens instead, which says "
-            "rather too much of a long sequence"
+            f"memory: no room to measure a layer ({obstacle}); measured with {2 * short:,} tokens instead, which "
+            "overestimates a long sequence"
         )
 
 

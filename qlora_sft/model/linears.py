@@ -18,7 +18,7 @@ from qlora_sft.config_lora import matches
 from qlora_sft.errors import ConfigError
 from qlora_sft.lora_from import PATTERN_BEGINS, PATTERN_GOES_ON
 from qlora_sft.model.base import base_of, decoder_of, layer_list
-from qlora_sft.model.experts import router_names, stacks
+from qlora_sft.model.experts import peft_knows_experts, router_names, stacks
 from qlora_sft.model.head import BLOCK
 from qlora_sft.strict import did_you_mean
 
@@ -95,7 +95,7 @@ def _check_portable(model: CausalModel, adapted: Iterable[str], lora: LoraConfig
     PEFT knows no DoRA for parameters, so no other program could load the adapter.
     """
     names = sorted({path.rsplit(".", 1)[-1] for path in adapted} & MOVED)
-    if lora.dora and names and any(True for _ in stacks(layer_list(model))):
+    if lora.dora and names and peft_knows_experts(model):
         routers = {path.rsplit(".", 1)[-1] for path in router_names(model)}
         others = sorted(linear_names(model) - MOVED - routers - barred_names(model).keys())
         raise ConfigError(

@@ -74,7 +74,7 @@ def load_model(config: Config, base: str, dtype: torch.dtype, backend: BackendNa
 
 
 def _name_base(model: PeftModel, path: str, base: str) -> None:
-    """Has the adapter say which repository it is for, and at which commit, and not where this machine keeps it."""
+    """Makes the adapter name its base by repository and commit, not by its place on this machine."""
     origin = hub_origin(path, base)
     if origin is not None:
         for adapter in model.peft_config.values():

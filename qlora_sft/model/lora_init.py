@@ -32,11 +32,11 @@ MORE_DIRECTIONS, ITERATIONS = 32, 6
 
 
 def begin_adapters(model: CausalModel, lora: LoraConfig, base: str, seed: int) -> str:
-    """Gives the adapters of the linear layers of ``model`` the beginning of ``lora.init``; says what it did, to print,
-    "" for the default.
+    """Initialises the adapters of the linear layers of ``model`` as ``lora.init`` says; returns a message about it, ""
+    for the default.
 
-    base: the folder with the weights that ``model`` was loaded from. Raises `ConfigError` where they do not have what
-    NF4 has lost.
+    base: the folder with the weights that ``model`` was loaded from. Raises `ConfigError` if loftq does not find them
+    there.
     """
     if lora.init in ("default", "eva"):  # eva needs the data (lora_eva.py)
         return ""

@@ -77,7 +77,7 @@ def last_hidden_states(model: CausalModel, batch: Batch) -> Tensor:
 
 
 def decode_batch(model: CausalModel, batch: Batch) -> Decoded:
-    """Returns the hidden states, and what a mixture's routers said."""
+    """Returns the hidden states and, of a mixture, the logits of its routers."""
     if batch["parents"] is not None:
         remember_tree(batch["cu_seqlens"], batch["lengths"], batch["parents"])
     return decode(

@@ -19,7 +19,7 @@ from torch import nn
 
 from qlora_sft.lora_from import with_weight
 from qlora_sft.model.base import base_of
-from qlora_sft.model.experts import decoder, stacks, within_block
+from qlora_sft.model.experts import decoder, peft_knows_experts, within_block
 from qlora_sft.model.linears import MOVED, layers_prefix
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ WEIGHT = ".weight"
 def as_named(model: CausalModel) -> Iterator[None]:
     """Makes PEFT adapt exactly the layers of ``model`` that it is told to, inside the ``with`` block."""
     settings = model.config
-    if not has_stacks(model):
+    if not peft_knows_experts(model):
         yield
         return
     # PEFT asks for the family's name. It is an attribute of the class, which this attribute of the object hides.
@@ -45,15 +45,10 @@ def as_named(model: CausalModel) -> Iterator[None]:
         del settings.model_type
 
 
-def has_stacks(model: nn.Module) -> bool:
-    """Says whether ``model`` keeps experts in stacks."""
-    return any(True for _ in stacks(model))
-
-
 def write_portable_targets(model: CausalModel, folder: Path) -> None:
     """Lets the adapter that a PEFT model of a mixture has saved in ``folder`` name all its targets as parameters."""
     base = base_of(model)
-    if not has_stacks(base):
+    if not peft_knows_experts(base):
         return
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

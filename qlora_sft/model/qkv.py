@@ -23,6 +23,8 @@ from qlora_sft.model.projection import base_dtype, projection_of
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
+# As which argument layers hand over the cache of keys and values: in transformers 5.17, and in 5.24.
+CACHES = ("past_key_values", "cache")
 ATTRIBUTES = ("config", "layer_idx", "head_dim", "scaling", "attention_dropout")
 # Tokens and head size of the small module that is tried out.
 TRIED_TOKENS, TRIED_HEAD = 12, 16
@@ -46,7 +48,6 @@ class LeanAttention(torch.nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,12 +56,10 @@ class LeanAttention(torch.nn.Module):
         layers = projections_of(self, self.training)
         # Generation has a cache; eager attention is the class's own. A feature that was refused at the start may come
         # later: an adapter is disabled, added or merged.
-        if past_key_values is not None or attend is None or isinstance(layers, str):
+        cached = any(kwargs.get(name) is not None for name in CACHES)
+        if cached or attend is None or isinstance(layers, str):
             given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-            return cast(
-                "tuple[Tensor, Any]",
-                self.kind.forward(self, hidden_states, past_key_values=past_key_values, **given, **kwargs),
-            )
+            return cast("tuple[Tensor, Any]", self.kind.forward(self, hidden_states, **given, **kwargs))
         q, k, v = self.projected(hidden_states, layers[:3], position_embeddings)
         options: dict[str, Any] = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         options |= {own: value for name, own in PASSED.items() if (value := self.setting(name)) is not None}

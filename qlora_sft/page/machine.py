@@ -51,7 +51,7 @@ def speed(run: RunFacts) -> Markup:
     whole = sum(seconds.values()) or 1.0
     stages = [Bar(name, value, value, f"{_seconds(value)} ({value / whole:.0%})") for name, value in seconds.items()]
     plan = "" if run.plan else note(
-        "A plan kept as plan.json in the run folder (qlora-sft plan CONFIG --json) would stand beside these figures."
+        "A plan kept as plan.json in the run folder (qlora-sft plan CONFIG --json) would be shown beside these figures."
     )  # fmt: skip
     if not rows and not stages:
         return Markup("")

@@ -22,6 +22,9 @@ class Curves:
 
 
 def curves(folder: str | Path) -> Curves:
-    """Draws the loss of every step, the held-out loss and the tasks of the run in ``folder``, as far as it has come."""
+    """Draws the loss of every step, the held-out loss and the tasks of the run in ``folder``, also while it trains.
+
+    Raises `ConfigError` if the folder is not that of a run.
+    """
     run = read_run(folder)
     return Curves(piece(charts([held_out_chart(run), loss_chart(run), tasks_chart(run)])))

@@ -25,6 +25,7 @@ long ones in a norm, whose backward in transformers' operations takes five tenso
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
@@ -46,6 +47,13 @@ QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 OUT = {"o_proj"}
 GATE_UP = {"gate_proj", "up_proj", "gate_up_proj"}
 DOWN = {"down_proj"}
+GATES: tuple[set[str], ...] = ({"gate_proj", "up_proj"}, {"gate_up_proj"})
+# Norms by their place in a layer: of queries and keys, before attention, in the middle, behind the MLP.
+QUERY_NORMS, KEY_NORMS = {"q_norm", "query_layernorm"}, {"k_norm", "key_layernorm"}
+LAYER_NORMS = {
+    "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "pre_feedforward_layernorm",
+    "post_mlp_layernorm", "post_norm1", "post_norm2", NORM_AFTER,
+}  # fmt: skip
 # Families whose router is known: the likeliest k of a softmax over all experts.
 SOFTMAX_ROUTERS = {"qwen3_moe", "mixtral", "olmoe"}
 
@@ -129,7 +137,7 @@ class _LayerFormula:
         joined: bool = False,
     ):  # fmt: skip
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
-        self.joined = joined and on_gpu
+        self.joined, self.number = joined and on_gpu, number
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
         self.stacked = blueprint.stacked(number)
@@ -154,20 +162,40 @@ class _LayerFormula:
 
     def require_known(self) -> None:
         """Raises `ConfigError` if the layer has a part for which there is no formula here."""
-        known = QKV | OUT | GATE_UP | DOWN
-        odd = sorted({linear.short for linear in self.linears} - known)
+        odd = sorted({linear.short for linear in self.linears} - (QKV | OUT | GATE_UP | DOWN))
         odd += self.stacked
-        odd += sorted({norm.kind for norm in self.norms if "RMSNorm" not in norm.kind})
+        odd += self.odd_norms()
+        odd += self.unlike_llama()
         dense = any(linear.short in DOWN for linear in self.linears)
         if self.stacks and (dense or self.blueprint.config.model_type not in SOFTMAX_ROUTERS):
             odd.append("experts beside a dense MLP" if dense else "this family's router")
         missing = not dense and not self.stacks
         if self.blueprint.dora:
-            raise ConfigError("what layers with DoRA keep is known only when they are measured, at the begin of a run")
+            raise ConfigError(
+                "what layers with DoRA keep is known only when they are measured, at the beginning of a run"
+            )
         if odd or missing:
             raise ConfigError(
                 f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
             )
+
+    def odd_norms(self) -> list[str]:
+        """Returns the norms of another kind or in another place than those of the formula."""
+        known = LAYER_NORMS | QUERY_NORMS | KEY_NORMS
+        odd = {norm.kind for norm in self.norms if "RMSNorm" not in norm.kind}
+        odd |= {norm.name for norm in self.norms if norm.name.rsplit(".", 1)[-1] not in known}
+        # Norms without a weight are not among those that the blueprint lists.
+        lacking = [] if any(_place(norm) != "heads" for norm in self.norms) else ["norms without a weight"]
+        return sorted(odd) + lacking
+
+    def unlike_llama(self) -> list[str]:
+        """Returns what of the layer computes something else although its linear layers have Llama's names."""
+        shorts = Counter(linear.short for linear in self.linears)
+        odd = sorted(f"{count} layers named {short}" for short, count in shorts.items() if count > 1)
+        dense = any(short in DOWN for short in shorts)
+        if dense and not any(gate == shorts.keys() & GATE_UP for gate in GATES):
+            odd.append("an MLP without a gate")
+        return odd + self.blueprint.loose(self.number)
 
     def input(self) -> LayerPart:
         """Returns the bytes of the layer's input."""
@@ -184,7 +212,8 @@ class _LayerFormula:
         """
         heads, groups, size = self.blueprint.heads
         short = norm.name.rsplit(".", 1)[-1]
-        width = {"q_norm": heads * size, "k_norm": groups * size}.get(short, self.blueprint.hidden)
+        of_heads = heads if short in QUERY_NORMS else groups if short in KEY_NORMS else 0
+        width = of_heads * size or self.blueprint.hidden
         roots = 4 * (width // norm.width)
         beside = self.size * (self.blueprint.hidden + (width if _place(norm) == "heads" else 0))
         if self.blueprint.lean_norms:
@@ -373,6 +402,8 @@ def flash_workspace(blueprint: Blueprint, itemsize: int) -> int:
 def _place(norm: Norm) -> str:
     """Returns where in the forward of its layer a norm stands, which decides whose input it shares."""
     short = norm.name.rsplit(".", 1)[-1]
-    if short in ("q_norm", "k_norm"):
+    if short in QUERY_NORMS | KEY_NORMS:
         return "heads"
-    return {"input_layernorm": "first", NORM_AFTER: "last"}.get(short, "middle")
+    if short == "input_layernorm":
+        return "first"
+    return "last" if short in (NORM_AFTER, "post_mlp_layernorm", "post_norm2") else "middle"

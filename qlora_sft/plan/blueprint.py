@@ -166,6 +166,18 @@ class Blueprint:
         known = {stack.name for stack in self.stacks}
         return sorted(name for name in found if here + name in self.parameters and here + name not in known)
 
+    def loose(self, number: int) -> list[str]:
+        """Returns the parameters of a decoder layer that belong to no linear layer, norm or mixture of experts: they
+        tell of something else that it computes."""
+        here = f"{self.prefix}{number}."
+        modules = {linear.name.removeprefix(here) for linear in self.layer(number)}
+        modules |= {norm.name for norm in self.norms[number]}
+        stacks = [stack.name.removeprefix(here) for stack in self.stacks if stack.block == number]
+        mixtures = tuple(f"{name.split('.')[0]}." for name in stacks)  # with its router
+        names = [name.removeprefix(here) for name in self.parameters if name.startswith(here)]
+        odd = [name for name in names if name.rpartition(".")[0] not in modules and not name.startswith(mixtures)]
+        return sorted(set(odd) - set(self.stacked(number)))
+
     def layer(self, number: int) -> list[Linear]:
         """Returns the linear layers of the decoder layer of this number."""
         return [linear for linear in self.linears if linear.block == number]

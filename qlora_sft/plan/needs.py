@@ -90,7 +90,7 @@ def needs_of(
         resident=ResidentPlan(**asdict(held), total=held.total),
         this_run=memory,
         cards=_cards(blueprint, config),
-        host=_host(choice, memory, on_gpu, _whole_base(blueprint, config, dtype)),
+        host=_host(choice, memory, on_gpu, _whole_base(blueprint, config, dtype), _embedding(blueprint, config, dtype)),
         disk=_disk(blueprint, config, held, workload, base),
         data=describe(workload) if workload else None,
         time=_time(blueprint, config, dtype, attention.way, workload, choice, say) if timing and choice else None,
@@ -225,13 +225,23 @@ def _positions(blueprint: Blueprint, config: Config) -> int | None:
     return positions
 
 
-def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool, base: int) -> HostPlan:
-    """Plans the host memory of the run. base: the bytes of a base that passes through it as a whole."""
+def _host(choice: TierChoice | None, memory: DevicePlan, on_gpu: bool, base: int, embedding: int) -> HostPlan:
+    """Plans the host memory of the run.
+
+    base: the bytes of a base that passes through it as a whole. embedding: those of an input embedding that a GPU
+    leaves there.
+    """
     slab = choice.host_bytes if choice else 0
     device = 0 if on_gpu else memory.peak or 0
-    # Layers have no inputs there before it is gone.
-    total = PROCESS_BYTES + max(base, slab + device)
-    return HostPlan(PROCESS_BYTES, slab, device, total, available_ram(), base)
+    embedding = embedding if on_gpu else 0  # else it is counted with the model
+    # Layers have no inputs there before the base is gone.
+    total = PROCESS_BYTES + max(base, slab + device + embedding)
+    return HostPlan(PROCESS_BYTES, slab, device, total, available_ram(), base, embedding)
+
+
+def _embedding(blueprint: Blueprint, config: Config, dtype: torch.dtype) -> int:
+    """Returns the bytes of the input embedding if ``memory.offload_embeddings`` keeps it in host memory, else 0."""
+    return blueprint.input_embedding * dtype.itemsize if config.memory.offload_embeddings else 0
 
 
 def _whole_base(blueprint: Blueprint, config: Config, dtype: torch.dtype) -> int:
@@ -249,17 +259,20 @@ def _whole_base(blueprint: Blueprint, config: Config, dtype: torch.dtype) -> int
 def _disk(blueprint: Blueprint, config: Config, held: Residents, workload: Workload | None, base: str) -> DiskPlan:
     """Plans the disk space of the run.
 
-    A merged model has 2 bytes per weight, and a GGUF in q8_0 has 34 bytes for 32 weights.
+    A merged model has 2 bytes per weight, and a GGUF in q8_0 has 34 bytes for 32 weights. The tokenizer, which may be
+    larger than a small adapter, is beside it and in every checkpoint.
     """
     here = Path(config.output).absolute()
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     download, copy = missing_bytes(base)
+    vocabulary = Path(base) / "tokenizer.json"
+    beside = vocabulary.stat().st_size if vocabulary.is_file() else 0
     return DiskPlan(
         download=download,
         copy_in_16_bits=copy,
         prepared_data=CACHED_TOKEN_BYTES * workload.prepared_tokens if workload else 0,
-        adapter=held.adapters,
-        checkpoints=most_checkpoints(config) * (held.adapters + held.optimizer),
+        adapter=held.adapters + beside,
+        checkpoints=most_checkpoints(config) * (held.adapters + held.optimizer + beside),
         merged=2 * blueprint.n_parameters,
         gguf_q8_0=blueprint.n_parameters * 34 // 32,
         free=shutil.disk_usage(existing).free,

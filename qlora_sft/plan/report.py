@@ -99,6 +99,8 @@ class HostPlan(Report):
     available: int
     base: int = 0
     """The whole base, while a process takes its shards of it; one process after the other does."""
+    embedding: int = 0
+    """The input embedding, where a GPU leaves it in host memory."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class DiskPlan(Report):
     """Of a base in MXFP4 or FP8; once, in the user's cache."""
     prepared_data: int
     adapter: int
+    """With the tokenizer."""
     checkpoints: int
     merged: int
     """The merged model in 16 bits."""

@@ -82,6 +82,8 @@ def _host(host: HostPlan) -> str:
     ]
     if host.offloaded:
         lines.append(_line("offloaded inputs", host.offloaded, "exact"))
+    if host.embedding:
+        lines.append(_line("the input embedding", host.embedding, "memory.offload_embeddings, exact"))
     if host.base:
         lines.append(_line("the whole base", host.base, "before training, in one process after the other"))
     if host.device:

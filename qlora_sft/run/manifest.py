@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_sft.atomic import write_json
 from qlora_sft.config import Config
+from qlora_sft.data.files import readable
 from qlora_sft.data.ledger import SourceLedger
 from qlora_sft.json_types import JsonObject
 from qlora_sft.run.report import RunReport
@@ -40,7 +41,7 @@ def describe_data(ledger: dict[str, SourceLedger]) -> JsonObject:
 def _sha256(files: list[str]) -> str | None:
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as opened:
+        with readable(file), open(file, "rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest() if files else None

@@ -1,4 +1,4 @@
-"""Looks for signs that a run goes wrong while it goes, and says each of them once, with its cure."""
+"""Watches a run for signs that it goes wrong, and warns of each of them once, with its cure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDLESS = 0.25
 
 
 class Alarms:
-    """Takes in the steps and the evaluations of a run and keeps what there was to warn of."""
+    """Looks at the steps and the evaluations of a run and collects its warnings."""
 
     def __init__(self, steps: int, describe: Callable[[int], str], say: Say):
         """Takes the number of ``steps`` of the run. ``describe`` says what a step, counted from 0, learned from."""
@@ -50,7 +50,7 @@ class Alarms:
             self.say(f"warning: {text}")
 
     def data(self, documents: Sizes, shares_prefixes: bool, quiet: bool = False) -> None:
-        """Takes in what is trained on. Texts of which every token is supervised are meant to be so."""
+        """Looks at the training data. Texts in which every token is supervised are meant to be so."""
         tokens, supervised = sum(documents.tokens), sum(documents.supervised)
         if tokens and supervised / tokens < LOWEST_SHARE:
             cure = "" if shares_prefixes else "; `supervise: turns` with data.share_prefixes trains more of each row"
@@ -74,7 +74,7 @@ class Alarms:
             )
 
     def step(self, number: int, step: StepLoss | None, supervised: int, quiet: bool = False) -> None:
-        """Takes in a step: its loss, if it has one, and its supervised tokens."""
+        """Looks at a step: its loss, if it has one, and its supervised tokens."""
         if step is not None:
             self._spike(number, step.loss, quiet)
         if number < self.steps:  # the last one has what is left
@@ -113,7 +113,7 @@ class Alarms:
         )
 
     def evaluated(self, rows: Sequence[EvaluationRow], keeps_best: bool, quiet: bool = False) -> None:
-        """Takes in all evaluations up to now."""
+        """Looks at all evaluations so far."""
         self._endless(rows, quiet)
         measured = [row for row in rows if row.mean is not None and math.isfinite(row.mean)]
         means = [row.mean for row in measured if row.mean is not None]
@@ -133,8 +133,8 @@ class Alarms:
         )
 
     def _endless(self, rows: Sequence[EvaluationRow], quiet: bool) -> None:
-        """Warns of answers that do not end, at two evaluations in a row: a model that is only learning to end them has
-        fewer at the second one."""
+        """Warns of answers that do not end in two evaluations in a row. A model that is still learning to end them has
+        fewer in the second one."""
         asked = [row for row in rows if row.tasks]
         if len(asked) < 2:
             return

@@ -21,7 +21,7 @@ from qlora_sft.training.evaluations import AskedTasks
 
 
 def questions_while_training(config: Config, data: RunData, say: Say) -> list[Questions]:
-    """Reads the questions that are asked while training: of every task some, each with one answer.
+    """Reads the questions that are asked during training: some of every task, each with one answer.
 
     Raises `ConfigError` or `DataError` for what cannot be asked, before a model is loaded.
     """
@@ -45,10 +45,11 @@ def questions_while_training(config: Config, data: RunData, say: Say) -> list[Qu
 
 
 def asking(evaluated: EvaluatedModel, questions: list[Questions], seed: int) -> Callable[[], AskedTasks] | None:
-    """Returns what asks the model all ``questions`` and returns the first figure of each task by its name.
+    """Returns a function that asks the model all ``questions`` and returns the main figure of each task by name; None
+    if there are no questions.
 
-    It is the share that was answered rightly, of harmless questions the share that was answered at all, or the loss of
-    a task that only measures it, which is named as one. None if there are no questions.
+    The figure is the share of right answers, for harmless questions the share that was not refused, and for a task that
+    only measures a loss that loss.
     """
     if not questions:
         return None

@@ -1,6 +1,6 @@
-"""Finds, writes and compares the checkpoints of a run, from which `--resume` goes on.
+"""Finds, writes and compares the checkpoints of a run, from which `--resume` continues.
 
-A run goes on only as the run that it was: its configuration, data, base, type and backend have to be the same.
+A run can only continue as the same run: its configuration, data, base, type and backend have to be the same.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def what_is_left(run: Path) -> str:
-    """Says for an error message whether ``run`` can go on after it, and from which checkpoint."""
+    """Says for an error message whether ``run`` can be resumed, and from which checkpoint."""
     checkpoint = latest_checkpoint(run)
     return f"{checkpoint} is complete, --resume goes on from there" if checkpoint else "there is no checkpoint"
 
 
 def publish(unfinished: Path, folder: Path, keep: int, best: int | None = None) -> None:
-    """Gives a complete checkpoint its name, in one step, and removes the oldest checkpoints beyond ``keep``.
+    """Renames a complete checkpoint to its final name, and removes the oldest checkpoints beyond ``keep``.
 
-    best: the step whose checkpoint stays, however old it is.
+    best: the step whose checkpoint is kept, however old it is.
     """
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +96,8 @@ def clear_unfinished(run: Path) -> None:
 
 
 def survive_disk(error: Exception, folder: Path, say: Say) -> None:
-    """Lets training go on if ``error`` means that the disk did not take a checkpoint, and raises any other error.
+    """Lets training continue if ``error`` means that a checkpoint could not be written to the disk, and raises any
+    other error.
 
     There may be room again before the next one, or the server may be back, so this is no reason to lose the run.
     """
@@ -107,9 +108,9 @@ def survive_disk(error: Exception, folder: Path, say: Say) -> None:
 
 
 def refused_by_disk(error: Exception, folder: Path) -> str:
-    """Says why the disk did not take ``folder``, if that is what ``error`` means; else "".
+    """Says why ``folder`` could not be written, if ``error`` means that; else "".
 
-    safetensors and torch report what the system refused by exceptions of their own.
+    safetensors and torch report such failures by exceptions of their own.
     """
     full, text = disk_error(error, folder), first_line(error)
     if full is not None:
@@ -121,7 +122,7 @@ def refused_by_disk(error: Exception, folder: Path) -> str:
 
 
 def go_on_without(why: str, say: Say) -> None:
-    """Says that training goes on although a checkpoint could not be written, and why."""
+    """Says that training continues although a checkpoint could not be written, and why."""
     say(f"checkpoint not written, training goes on: {why}")
 
 
@@ -163,10 +164,10 @@ def find_checkpoint(run: Path, config: Config, say: Say) -> Path | None:
 
 
 def _newest_whole(run: Path, say: Say) -> Path | None:
-    """Returns the newest checkpoint that is whole; None if there is none at all.
+    """Returns the newest undamaged checkpoint; None if there is none at all.
 
-    Raises `ConfigError` where all are damaged, or where there is an adapter and no checkpoint: to begin once more would
-    cost what was trained.
+    Raises `ConfigError` if all are damaged, or if there is an adapter and no checkpoint: starting again would destroy
+    what was trained.
     """
     found = all_checkpoints(run)
     for checkpoint in reversed(found):
@@ -185,8 +186,11 @@ def _newest_whole(run: Path, say: Say) -> Path | None:
 
 
 def _check_processes(run: Path, begun: Mapping[str, object]) -> None:
-    """Raises `ConfigError` if another number of processes trained ``run`` up to here: each has random numbers of its
-    own, and adds its gradient to those of the others in a certain order. Runs of earlier versions had one process."""
+    """Raises `ConfigError` if a different number of processes trained ``run`` so far.
+
+    Each process has its own random numbers, and the order in which gradients are added depends on their number. Runs of
+    earlier versions had one process.
+    """
     before, now = begun.get("processes", 1), world_size()
     if before != now:
         start = f"torchrun --nproc-per-node {before} -m qlora_sft.train ..." if before != 1 else "without torchrun"
@@ -197,9 +201,11 @@ def _check_processes(run: Path, begun: Mapping[str, object]) -> None:
 
 
 def as_begun(config: Config, run: Path, say: Say) -> Config:
-    """Returns ``config`` with the commit of the base, the way to attend and the sharing of prefixes that ``run`` began
-    with, where it leaves them open: the main branch of the base may have moved, and another device may choose
-    otherwise."""
+    """Returns ``config`` with the base's commit, the way to attend and the sharing of prefixes that ``run`` began with,
+    where it leaves them open.
+
+    The main branch of the base may have moved, and another device may choose differently.
+    """
     begun, model = _begun(run), config.model
     commit, way = begun.get("base_commit"), str(begun.get("attention"))
     if isinstance(commit, str) and model.revision == load_config(run / "config.yaml").model.revision:
@@ -218,12 +224,12 @@ def as_begun(config: Config, run: Path, say: Say) -> Config:
 
 
 def _sharing(begun: Mapping[str, object]) -> Literal["on", "off"]:
-    """Returns whether a run shares prefixes, as a setting. Runs of versions that knew no sharing did not."""
+    """Returns whether a run shares prefixes, as a setting. Runs of versions without sharing did not."""
     return "on" if begun.get("shares_prefixes") else "off"
 
 
 def _lost_adapter(config: Config) -> bool:
-    """Says whether the adapter that the run went on from is there no more."""
+    """Says whether the adapter that the run started from no longer exists."""
     return config.lora.from_ is not None and adapter_folder(config.lora.from_) is None
 
 
@@ -242,7 +248,7 @@ def differences(old: object, new: object, key: str = "") -> Iterable[tuple[str, 
 
 
 def check_same(run: Path, beginning: Beginning) -> None:
-    """Raises `ConfigError` where ``beginning`` is not what the run began with."""
+    """Raises `ConfigError` if ``beginning`` differs from what the run began with."""
     facts, begun = beginning.to_json(), _begun(run)
     # What an older version did not know of its beginning cannot be compared.
     known = {key: cure for key, cure in CURES.items() if begun.get(key) is not None}

@@ -9,10 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qlora_sft.say import Say
+from qlora_sft.say import INTERVAL, Say, in_notebook
 
-# Seconds between two lines of a log.
-INTERVAL = 20.0
 # Characters of the line in a notebook, which has no width of its own.
 NOTEBOOK_WIDTH = 128
 # The bars of the course of the loss: so many at least once there are enough steps, and twice as many at
@@ -21,7 +19,7 @@ BARS, SPARKS = "▁▂▃▄▅▆▇█", 8
 
 
 class Course:
-    """Keeps the course of a loss in few numbers: each is the mean over as many steps as the others."""
+    """Keeps the course of a loss in a few numbers, each the mean over the same number of steps."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
@@ -103,9 +101,3 @@ class Display:
         """Leaves the line as it is."""
         if self._bar is not None:
             self._bar.close()
-
-
-def in_notebook() -> bool:
-    """Says whether this runs in the kernel of a notebook, which shows a line that redraws itself as a terminal does."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")  # the second is Colab's

@@ -15,7 +15,7 @@ from qlora_sft.run.report import LEFT_OUT, TASK_LOSS, Report
 
 @dataclass(frozen=True)
 class AskedTasks:
-    """Holds what the configured tasks have come to at one step."""
+    """Holds the results of the configured tasks at one step."""
 
     figures: dict[str, float]
     """By task, the share of its questions that was answered rightly, or its loss."""
@@ -43,8 +43,10 @@ class EvaluationRow(Report):
 
 
 class Evaluations:
-    """Holds the evaluations of a run up to now. What is the best and how long ago it was follows from its rows alone,
-    so a run that goes on finds both as they were."""
+    """Holds the evaluations of a run so far.
+
+    Which was the best, and how long ago, follows from its rows alone, so a resumed run finds both again.
+    """
 
     def __init__(self, file: Path, begin: int = 0, metric: str = "held_out"):
         """Reads what an earlier part of the run has measured; later lines than those of step ``begin`` are dropped.
@@ -63,7 +65,7 @@ class Evaluations:
     def add(
         self, step: int, held_out: Mapping[str, float], seconds: float, asked: AskedTasks | None = None
     ) -> EvaluationRow:
-        """Adds an evaluation to the file, which may have no room for it before the next one, and returns it."""
+        """Adds an evaluation to the file and returns it. If the disk is full, the line waits until the next one."""
         losses = {source: loss if math.isfinite(loss) else None for source, loss in held_out.items()}
         finite = [loss for loss in losses.values() if loss is not None]
         mean = sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
@@ -95,10 +97,10 @@ class Evaluations:
 
 
 def cost_of(row: EvaluationRow, metric: str) -> float | None:
-    """Returns what is the lower the better the model is by ``metric``; None if it was not measured.
+    """Returns a number that is lower the better the model is by ``metric``; None if it was not measured.
 
-    metric: ``held_out``, the mean of the held-out losses, ``held_out/SOURCE``, or ``tasks/TASK``, of which more is
-    better, unless it only measures a loss.
+    metric: ``held_out``, the mean of the held-out losses; ``held_out/SOURCE``; or ``tasks/TASK``, whose share of right
+    answers is negated unless the task only measures a loss.
     """
     kind, _, name = metric.partition("/")
     if kind == "held_out":

@@ -79,7 +79,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Holds the steps, losses and speed of a run that has come to its end. `RunReport` has the same fields."""
+    """Holds the steps, losses and speed of a finished run. `RunReport` has the same fields."""
 
     steps: int
     steps_left_out: int
@@ -98,7 +98,7 @@ class Fitted:
 def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path | None = None) -> Fitted:
     """Trains from the beginning, or from ``checkpoint`` if there is one, and returns what was measured.
 
-    Of several processes the first one does this; it measures, prints and writes, and the others `train_along`.
+    Of several processes the first one runs this: it measures, prints and writes. The others run `train_along`.
 
     keep_less: called with the reason when the GPU is full. It makes every layer keep less, and returns False if the
     layers keep the least already.
@@ -164,8 +164,11 @@ def fit(training: Training, keep_less: Callable[[str], bool], checkpoint: Path |
 
 
 def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> None:
-    """Does the steps of a process that is not the first: micro-batches of its own, and nothing printed or written but
-    the state of its random numbers in the checkpoints. It helps with the evaluations before and after, too."""
+    """Does the steps of a process that is not the first: it computes its own micro-batches, and prints and writes
+    nothing but the state of its random numbers in the checkpoints.
+
+    It also helps with the evaluations before and after.
+    """
     config, ranks = training.config, join_ranks()
     ranks.help_first()
     steps = count_steps(len(training.sequences), config)
@@ -184,14 +187,16 @@ def train_along(training: Training, memory: Memory, checkpoint: Path | None) -> 
 
 
 def unheard(text: str) -> None:
-    """Says nothing: the first process says it."""
+    """Prints nothing, because the first process prints it."""
 
 
 def trainer_of(
     training: Training, keep_less: Callable[[str], bool], say: Say, args: SFTConfig, callbacks: list[TrainerCallback]
 ) -> PackedSFTTrainer:
-    """Returns the trainer of this process. It gets only the sequences that it will reach: a resumed run skips all
-    others one by one."""
+    """Returns the trainer of this process.
+
+    It gets only the sequences that it will reach, because a resumed run skips all others one by one.
+    """
     steps = count_steps(len(training.sequences), training.config)
     sequences = training.sequences[: steps * deal(training.config, join_ranks().size).per_step]
     config = training.config
@@ -212,7 +217,7 @@ def end_if_stopped(trainer: PackedSFTTrainer, done: int, steps: int, stopped_ear
 
 
 def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Say) -> Watch:
-    """Returns what evaluates the model while it is trained. The line of the evaluation before training is written here.
+    """Returns what evaluates the model during training, and writes the line of the evaluation before training.
 
     begin: the number of steps that are done already.
     """
@@ -228,7 +233,7 @@ def watch_of(training: Training, steps: int, begin: int, alarms: Alarms, say: Sa
 
 
 def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
-    """Trains to the end, from ``checkpoint`` on if there is one, and returns how many steps are done."""
+    """Trains to the end, from ``checkpoint`` if there is one, and returns how many steps are done."""
     watch = trainer.watch
     # It was killed behind its last step.
     if checkpoint and trainer.ranks.from_first(lambda: watch.out_of_patience if watch else None):
@@ -249,7 +254,7 @@ def run_steps(trainer: PackedSFTTrainer, checkpoint: Path | None) -> int:
 
 
 def keep_adapter(trainer: PackedSFTTrainer, watch: Watch, done: int) -> Kept:
-    """Gives the model the adapter of the step that is to be kept, and says which one that is.
+    """Gives the model the adapter of the step that is to be kept, and returns which one that is.
 
     done: the step that the model is at.
     """

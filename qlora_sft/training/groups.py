@@ -1,4 +1,4 @@
-"""Sorts what is trained into the optimizer's groups: which learning rate each has, and whether it decays."""
+"""Sorts the trained parameters into the optimizer's groups, by learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Group(TypedDict):
 
 
 def parameter_groups(model: CausalModel, config: Config, rows_decay: bool = False) -> list[Group]:
-    """Returns the groups of everything in ``model`` that is trained; the first has the learning rate of the run.
+    """Returns the groups of all trained parameters of ``model``; the first has the learning rate of the run.
 
-    The factors of adapters decay. Magnitudes and rows of new tokens do not: towards zero is no shorter way to the base
-    for them. Factors B have a rate of their own with ``lora.plus_ratio``, and new tokens with
+    The factors of adapters decay. Magnitudes and rows of new tokens do not, because decay towards zero would not bring
+    them closer to the base. Factors B have a rate of their own with ``lora.plus_ratio``, and new tokens with
     ``training.new_tokens_rate``.
 
-    rows_decay: whether rows of new tokens are with the factors, as a run of an earlier version has them that goes on.
+    rows_decay: whether rows of new tokens are in the group of the factors, as in a run that an earlier version began.
     """
     t, ratio = config.training, config.lora.plus_ratio
     factors, others, second, rows = (Group(params=[], lr=t.learning_rate, weight_decay=0.0) for _ in range(4))
@@ -55,8 +55,8 @@ def parameter_groups(model: CausalModel, config: Config, rows_decay: bool = Fals
 
 
 def may_decay_rows(checkpoint: Path) -> bool:
-    """Says whether ``checkpoint`` has all that is trained in one group, rows of new tokens with the factors if there
-    are some: earlier versions had no other group for them."""
+    """Says whether ``checkpoint`` has a single group, with rows of new tokens beside the factors, as earlier versions
+    wrote it."""
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)["param_groups"]
     return [bool(group["params"]) for group in saved] == [True, False]
 

@@ -1,6 +1,6 @@
 """Saves a run from a bad step.
 
-A step whose gradient is not finite is left out. A step that finds the GPU full is done again while the layers keep less
+A step whose gradient is not finite is left out. A step that finds the GPU full is repeated while the layers keep less
 (`step_group.py`); what that needs is here.
 """
 
@@ -29,8 +29,8 @@ class FiniteSteps(TrainerCallback):  # type: ignore[misc]
     """Leaves out every step whose gradient is not finite, because such a step would make all weights NaN.
 
     If an update is not finite all the same, it ends the run before a checkpoint of it can be written. In float16 the
-    gradient scaler leaves such a step out itself and halves its scale, which may take several steps until it is low
-    enough. The run ends when gradients are not finite without any scale.
+    gradient scaler itself leaves such a step out and halves its scale, which may take several steps until it is low
+    enough. The run ends if gradients are still not finite at the lowest scale.
     """
 
     def __init__(self, describe: Callable[[int], str], saved: Callable[[], str], say: Say):

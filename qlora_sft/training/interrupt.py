@@ -53,7 +53,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
             raise KeyboardInterrupt
         self.signalled, self._when = True, time.monotonic()
         with contextlib.suppress(RuntimeError):  # in the middle of other output
-            self.say("stopping after this step, with a checkpoint (once more: at once, without one)")
+            self.say("stopping after this step, with a checkpoint (a second time: at once, without one)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Asks the trainer for a checkpoint and an end if a signal has come."""

@@ -1,4 +1,5 @@
-"""Connects the processes that `torchrun` or `accelerate launch` has started; only then it imports torch."""
+"""Connects the processes that `torchrun` or `accelerate launch` has started. It imports torch only if there are
+several."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ OTHER_WAYS = {
 
 @cache
 def join_ranks() -> Ranks:
-    """Connects this process with the others that its launcher has started, once, for as long as it lives.
+    """Connects this process, once for its lifetime, with the others that its launcher has started.
 
-    Raises `ConfigError` for a way of training in parallel that is not ours.
+    Raises `ConfigError` for a kind of parallel training that is not supported.
     """
     ways = [name for variable, name in OTHER_WAYS.items() if os.environ.get(variable, "").lower() in ("true", "1")]
     if ways:
@@ -40,7 +41,7 @@ def join_ranks() -> Ranks:
 
 
 def check_shards(config: Config) -> None:
-    """Raises `ConfigError` unless as many processes train as the base is to be cut for."""
+    """Raises `ConfigError` unless the number of processes is the number of shards that the base is to be cut into."""
     wanted, size = config.memory.base_shards, world_size()
     if wanted not in (1, size):
         refuse(
@@ -85,7 +86,7 @@ def _joined() -> Ranks:
 
 
 def _be_quiet() -> None:
-    """Silences what libraries would say once more in every process."""
+    """Silences libraries that would print the same in every process."""
     import logging
     import warnings
 

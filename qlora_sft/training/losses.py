@@ -32,10 +32,10 @@ def summarize_losses(steps: Sequence[StepLoss]) -> Course:
     """Returns the mean loss of the ``first`` and of the ``last`` steps, the number of steps in both means, the loss of
     the ``base`` (the first step, before any update), and whether the loss ``rose``.
 
-    From each end as many steps are taken as hold `ENOUGH_TOKENS` supervised tokens together, but at most half of all
-    steps. A loss counts as risen if its last mean is above its first one, or if it was never again as low as at the
-    first step, by more than the noise between steps: a learning rate that is far too large spoils the model at once,
-    and from there on the loss may well fall.
+    From each end as many steps are taken as together have `ENOUGH_TOKENS` supervised tokens, but at most half of all
+    steps. A loss counts as risen if, by more than the noise between steps, its last mean is above its first one, or it
+    was never again as low as at the first step: a learning rate that is far too large spoils the model at once, and
+    after that the loss may well fall.
     """
     first, last = _enough(steps), _enough(steps[::-1])
     means = _mean(first), _mean(last)
@@ -53,12 +53,12 @@ def summarize_losses(steps: Sequence[StepLoss]) -> Course:
 
 
 def noise_of_a_token(steps: Sequence[StepLoss]) -> float:
-    """Returns the standard deviation of the logarithm of a loss over one token, as the steps show it; 0 for fewer than
-    three steps.
+    """Returns the standard deviation of the logarithm of a loss over one token, estimated from the steps; 0 for fewer
+    than three steps.
 
-    It comes from how far each step is from the line between its neighbours, so neither a fall nor a rise is noise; and
-    by the median, so a single jump is none either. Documents that are hard stand beside ones that are easy, which is
-    most of it, and more tokens in a step make it less.
+    It is estimated from the distance of each step from the line between its neighbours, so that neither a fall nor a
+    rise counts as noise, and by the median, so that a single jump does not. Most of the noise is that some documents
+    are harder than others; more tokens in a step make it smaller.
     """
     squares = []
     for before, here, after in zip(steps, steps[1:], steps[2:], strict=False):

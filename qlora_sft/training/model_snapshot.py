@@ -1,8 +1,8 @@
 """Keeps the model as it was loaded while a trainer is built around it.
 
 TRL's SFTTrainer turns every trainable tensor of a quantised model into bfloat16 in its constructor and replaces the
-forward of the language model. Unsloth's patched trainer does the same on a CPU. Adapters in bfloat16 lose every update
-that is smaller than 1/256 of a weight, and nothing in a run would show it.
+forward of the language model. Unsloth's patched trainer does the same on a CPU. An adapter in bfloat16 loses every
+update that is smaller than 1/256 of a weight, and nothing in a run would show it.
 """
 
 from __future__ import annotations
@@ -88,8 +88,11 @@ def restore(model: CausalModel, snapshot: ModelSnapshot) -> list[str]:
 
 @contextmanager
 def undisturbed(model: CausalModel) -> Iterator[None]:
-    """Lets its body use ``model`` in the middle of training, and then puts back the random numbers and what else the
-    body has changed: Unsloth switches checkpointing off for an answer, say."""
+    """Lets its body use ``model`` in the middle of training, and afterwards restores the random numbers and whatever
+    the body has changed.
+
+    Unsloth, for example, switches checkpointing off to generate an answer.
+    """
     snapshot, numbers = take_snapshot(model), RngState()
     yield
     numbers.restore()
@@ -98,7 +101,7 @@ def undisturbed(model: CausalModel) -> Iterator[None]:
 
 
 def require_unchanged(model: CausalModel, snapshot: ModelSnapshot) -> None:
-    """Raises `RunError` if ``model`` would be trained in another way than it was loaded for."""
+    """Raises `RunError` if ``model`` would no longer be trained in the way it was loaded for."""
     now = training_facts(model)
     changed = [key for key in {**snapshot.facts, **now} if snapshot.facts.get(key) != now.get(key)]
     if not changed:

@@ -35,11 +35,13 @@ StepRow = dict[str, Any]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Logs every step as JSON and on the display, and has it looked at by the alarms."""
+    """Logs every step as JSON and on the display, and passes it to the alarms."""
 
     def __init__(self, metrics_file: Path, display: Display, alarms: Alarms):
-        """Reads what an earlier part of the run has measured: lines of ``metrics_file`` up to where ``display`` begins
-        are counted and kept, later and damaged ones are dropped."""
+        """Reads the lines of ``metrics_file`` that an earlier part of the run wrote.
+
+        Lines up to the step at which ``display`` begins are counted and kept; later and damaged ones are dropped.
+        """
         self.metrics_file, self.display, self.alarms = metrics_file, display, alarms
         self.trainer: PackedSFTTrainer | None = None
         self.learning_rate = 0.0
@@ -92,8 +94,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def figures(self, logs: dict[str, float]) -> dict[str, float]:
-        """Measures the step that ``logs`` of the trainer are of, and returns them with the figures of the step added.
-        Anything else that is logged is returned as it is."""
+        """Returns ``logs`` of the trainer with the figures of the step that they belong to.
+
+        Logs of anything but a step are returned as they are.
+        """
         if self.trainer is None or "grad_norm" not in logs:
             return logs  # an evaluation, or the summary at the end of training
         row = self._row = self._measured(self.trainer, logs["grad_norm"])
@@ -138,7 +142,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         return {"gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device), **resident}
 
     def _utilisation(self, totals: StepTotals, seconds: float) -> dict[str, float]:
-        """Returns which share of what the GPU can do at most was work of the model, where both are known."""
+        """Returns the share of the GPU's peak that was work of the model, if both are known."""
         if self._work is None or self._peak is None:
             return {}
         work = self._work.of(totals.tokens, totals.supervised, totals.pairs)

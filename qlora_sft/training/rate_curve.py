@@ -63,16 +63,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def suggest(tried: Sequence[Tried]) -> tuple[float | None, str]:
-    """Returns a learning rate and the reason for it; None where the curve tells none.
+    """Returns a learning rate and the reason for it; None if the curve does not tell one.
 
-    A tenth of the rate at which the smoothed loss is lowest, as fastai's finder has it: that one is where what a step
-    gains and what it spoils are equal, and training stays at its highest rate for long.
+    It is a tenth of the rate at which the smoothed loss is lowest, as in fastai's finder: at the lowest point a step
+    gains as much as it spoils, and training stays near its highest rate for long.
     """
     curve = smoothed([each.change for each in tried])
     lowest = min(range(len(curve)), key=curve.__getitem__, default=0)
     if not tried or -curve[lowest] < LEAST_FALL * tried[lowest].before:
         return None, (
-            "the loss of the rows fell at no rate by more than 1%, so the curve tells none; look at the masks with "
+            "the loss of the rows fell at no rate by more than 1%, so the curve suggests none; look at the masks with "
             "`preview`, and take more rows or more tokens per step"
         )
     rate = _rounded(tried[lowest].rate / BELOW)

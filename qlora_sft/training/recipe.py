@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 def run_recipe(
     config: Config, run: Path, data: RunData, checkpoint: Path | None, watch: Stopwatch, say: Said
 ) -> RunReport | None:
-    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` on if there is one, and returns the report.
+    """Trains on ``data`` in the folder ``run``, from ``checkpoint`` if there is one, and returns the report.
 
     Of several processes the first one does so; the others train along and return None. Raises the errors of `train`.
     """
@@ -179,7 +179,8 @@ def keep_records(run: Path, settled: Config, data: RunData, counted: Sizes, say:
 
 
 class FilesBefore(NamedTuple):
-    """Describes the files of a run as they are before training: by its end somebody may have edited or removed them."""
+    """Describes the files of a run as they are before training, because by its end somebody may have edited or removed
+    them."""
 
     sources: JsonObject
     """What `describe_data` says of the training data."""
@@ -206,13 +207,14 @@ def finish(
     say(summary(report, before, after, config.evaluation.show))
     if after.interrupted:
         draw_report(run, say)
-        raise Interrupted(f"interrupted behind the last step; the run {run} is complete, without what was not measured")
+        raise Interrupted(f"interrupted after the last step; the run {run} is complete, without what was not measured")
 
 
 def settled_steps(config: Config, data: RunData, say: Say) -> Config:
-    """Returns ``config`` with the accumulation that the data asks for.
+    """Returns ``config`` with the accumulation that follows from the data.
 
-    Raises `ConfigError` where its schedule does not go with the number of steps, or a step with that of processes.
+    Raises `ConfigError` if the schedule does not fit the number of steps, or a step does not fit the number of
+    processes.
     """
     settled, told = settle_accumulation(config, data.packed.tokens)
     if told:
@@ -236,7 +238,7 @@ def model_of(
 def begin_by_data(
     config: Config, model: CausalModel, data: RunData, checkpoint: Path | None, dtype: torch.dtype, say: Say
 ) -> None:
-    """Gives the adapters of ``model`` a beginning that depends on the data, where the run does not go on."""
+    """Initialises the adapters of ``model`` from the data, if that is configured and the run is not resumed."""
     if config.lora.init == "eva" and not checkpoint:
         say(f"adapter: {begin_from_data(model, data.documents, data.sequences, dtype, config.seed)}")
 
@@ -262,9 +264,9 @@ def anchors_of(
 
 
 def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
-    """Returns the way to attend inside documents of ``lengths`` tokens, measured where there are several.
+    """Returns the way to attend inside documents of ``lengths`` tokens, measured if there are several.
 
-    Each process measures for itself; what the first one finds is taken by all.
+    Each process measures for itself; all take what the first one finds.
     """
     own = _own_way(config, data, dtype, lengths)
     choice = join_ranks().gather(own)[0]
@@ -274,7 +276,7 @@ def how_to_attend(config: Config, data: RunData, dtype: torch.dtype, lengths: Se
 
 
 def _own_way(config: Config, data: RunData, dtype: torch.dtype, lengths: Sequence[int]) -> AttentionChoice:
-    """Returns the way that this process finds, to which torch is then switched."""
+    """Returns the way that this process finds, and switches torch to it."""
     switch_flash("varlen")  # torch's own kernels, whatever an earlier run of this process took
     if data.backend.name == "unsloth":
         return AttentionChoice("varlen", "as Unsloth does it")

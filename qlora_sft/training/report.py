@@ -7,6 +7,9 @@ from itertools import zip_longest
 from qlora_sft.evaluation.evaluate import Evaluation
 from qlora_sft.run.report import Pair, RunReport
 
+# Characters that are shown of what was asked: its end, which is the last message, as the template has it.
+ASKED = 160
+
 
 def pair(before: dict[str, float], after: dict[str, float]) -> dict[str, Pair]:
     """Returns for every source its figure before and after training; no source that was not measured after it."""
@@ -20,7 +23,7 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
     by_source = [[p for p in pairs if p[1]["source"] == source] for source in after.exact_match]
     in_turn = [p for group in zip_longest(*by_source) for p in group if p is not None]
     for old, new in in_turn[:show]:
-        lines += [f"[{new['source']}] wanted: {new['reference']!r}"]
+        lines += [f"[{new['source']}] asked: {_end(new['prompt'])!r}", f"  wanted: {new['reference']!r}"]
         lines += [f"  before: {old['answer']!r}", f"  after:  {new['answer']!r}"]
     if report.loss or report.exact_match:
         lines.append(f"{'source':<16}{'held-out loss':>24}{'exact match':>22}")
@@ -42,6 +45,10 @@ def summary(report: RunReport, before: Evaluation, after: Evaluation, show: int)
             "training.learning_rate, and look at the rows with `preview`"
         )
     return "\n".join(lines)
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= ASKED else f"...{text[-ASKED:]}"
 
 
 def _change(figures: Pair | None, form: str) -> str:

@@ -27,8 +27,7 @@ PROJECT = "qlora_sft"
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Passes the events of training on to the callback of a logger.
 
-    The first error that it raises is said, and nothing is passed on any more: a server that is gone is no reason to
-    lose a run.
+    Its first error is printed, and then nothing more is passed on: a server that is gone is no reason to lose a run.
     """
 
     def __init__(self, name: str, callback: TrainerCallback, say: Say):
@@ -66,10 +65,14 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def reporters(config: Config, run: Path, begin: int, say: Say) -> Iterator[list[TrainerCallback]]:
-    """Yields the trainer's callbacks for the loggers of ``config``, and closes what they write at the end, however that
-    comes. That one cannot be closed is said: by then everything is trained, and nothing is saved yet.
+    """Yields the trainer's callbacks for the loggers of ``config``, and closes their files at the end, even after an
+    error.
 
-    begin: the number of steps that are done already. Raises `RunError` for a logger that cannot begin.
+    If one cannot be closed, that is only printed: by then everything is trained and nothing is saved yet.
+
+    begin: the number of steps that are done already.
+
+    Raises `RunError` for a logger that cannot begin.
     """
     stack = ExitStack()
     try:
@@ -90,7 +93,8 @@ def reporters(config: Config, run: Path, begin: int, say: Say) -> Iterator[list[
 
 
 def _tensorboard(config: Config, run: Path, begin: int, stack: ExitStack) -> TrainerCallback:
-    """Opens TensorBoard's file in the run folder. Of an earlier part of the run what is done again is left out."""
+    """Opens TensorBoard's file in the run folder, without the steps of an earlier part of the run that will be
+    repeated."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -100,7 +104,7 @@ def _tensorboard(config: Config, run: Path, begin: int, stack: ExitStack) -> Tra
 
 
 def _wandb(config: Config, run: Path, begin: int, stack: ExitStack) -> TrainerCallback:
-    """Opens a run of W&B, or goes on with the one that an earlier part of the run has opened."""
+    """Opens a run of W&B, or continues the one that an earlier part of this run opened."""
     import wandb
     from transformers.integrations import WandbCallback
 
@@ -112,7 +116,7 @@ def _wandb(config: Config, run: Path, begin: int, stack: ExitStack) -> TrainerCa
 
 
 def _trackio(config: Config, run: Path, begin: int, stack: ExitStack) -> TrainerCallback:
-    """Leaves the run of Trackio to the callback, which goes on with one of the same name."""
+    """Leaves the run of Trackio to the callback, which continues one of the same name."""
     from transformers.integrations import TrackioCallback
 
     callback = TrackioCallback()
@@ -137,7 +141,7 @@ OPEN: dict[str, Callable[[Config, Path, int, ExitStack], TrainerCallback]] = {
 
 
 def run_id(run: Path) -> str:
-    """Returns a name for a run that no other has, and that it keeps when it goes on."""
+    """Returns a unique name for a run, which it keeps when it is resumed."""
     begun = (run / "begun.json").stat().st_mtime_ns
     digest = hashlib.sha256(f"{run.resolve()} {begun}".encode()).hexdigest()[:8]
     return f"{re.sub('[^0-9A-Za-z_-]', '-', run.name)}-{digest}"

@@ -62,10 +62,11 @@ def claim_run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keeps other processes from training in ``run`` while its body runs: two would write over each other's files.
+    """Keeps other processes from training in ``run`` while its body runs, because two would overwrite each other's
+    files.
 
-    The folder itself is locked, which ends with the process however that ends. Raises `ConfigError` if another process
-    has locked it.
+    The lock is on the folder itself and is released when the process ends, however that happens. Raises `ConfigError`
+    if another process has it.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
@@ -91,14 +92,14 @@ def held(run: Path) -> Iterator[None]:
 
 
 def _check_apart(config: Config, run: Path) -> None:
-    """Raises `ConfigError` for a run that would write over the adapter that it goes on from."""
+    """Raises `ConfigError` for a run that would overwrite the adapter that it starts from."""
     folder = adapter_folder(config.lora.from_) if config.lora.from_ else None
     if folder and run.resolve() in (folder.resolve(), folder.resolve().parent):
         raise ConfigError(f"lora.from: {folder} is in the folder of this run; choose another output=...")
 
 
 def check_writable(run: Path) -> None:
-    """Raises `ConfigError` if ``run`` cannot be made a folder, so that this shows before a model is loaded."""
+    """Raises `ConfigError`, before a model is loaded, if the folder ``run`` cannot be created or written to."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: {existing} is a file; name a folder")
@@ -108,7 +109,7 @@ def check_writable(run: Path) -> None:
 
 @dataclass(frozen=True)
 class Beginning(Report):
-    """Holds the facts that a run begins with beside its configuration: what "auto" and the files have come to.
+    """Holds the facts that a run begins with beside its configuration, such as the values that "auto" has resolved to.
 
     They are kept in ``begun.json``.
     """
@@ -134,7 +135,7 @@ class Beginning(Report):
 def begin_run(run: Path, config: Config, beginning: Beginning, anchors: Anchors | None = None) -> None:
     """Removes the earlier run that may be overwritten and writes ``config.yaml`` and ``begun.json``.
 
-    It is called when everything has been checked, so that an error before does not cost the earlier run.
+    It is called when everything has been checked, so that an error before that does not destroy the earlier run.
 
     beginning: the facts that must be the same when this run is resumed. anchors: what training.ewc keeps.
     """
@@ -180,10 +181,10 @@ def save_adapter(model: CausalModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def save_trained(model: CausalModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Saves the adapter of a training that has come to its end.
+    """Saves the adapter when training is over.
 
-    If the folder of the run does not take it, it is saved where temporary files are, and the `RunError` says so: else
-    the whole training would be lost with this process.
+    If it cannot be written to the run folder, it is saved among the temporary files, and the `RunError` says so,
+    because otherwise the whole training would be lost with this process.
     """
     try:
         save_adapter(model, tokenizer, run / "adapter")

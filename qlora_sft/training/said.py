@@ -12,9 +12,9 @@ from qlora_sft.say import Say
 
 
 class Said:
-    """Passes texts on to ``say``, and writes them to ``said.jsonl`` from the moment on when the run has a folder.
+    """Passes messages on to ``say``, and writes them to ``said.jsonl`` once the run has a folder.
 
-    From that moment on no run ends because they cannot be written, here or there: a disk is full, a terminal is gone.
+    From then on no run ends because a message cannot be written (the disk is full, the terminal is gone).
     """
 
     def __init__(self, say: Say):
@@ -33,7 +33,7 @@ class Said:
         self._file.add(line)
 
     def keep_in(self, run: Path) -> None:
-        """Writes what was said so far behind what an earlier part of the run has said, and from now on every text."""
+        """Writes all messages so far after those of an earlier part of the run, and from now on every message."""
         self._file = GrowingFile(run / SAID)
         self._file.add("".join(self._waiting))
         self._waiting.clear()

@@ -69,7 +69,7 @@ def rate_factor(schedule: Schedule, step: int) -> float:
 
 
 def describe_schedule(schedule: Schedule) -> str:
-    """Says in a few words how the learning rate goes."""
+    """Describes the learning rate over the run in a few words."""
     kind, _, warmup, initial, decay = schedule
     rises = f"rises over {warmup} steps from {initial:.0%}" if warmup else "begins at its highest"
     goes_on = {

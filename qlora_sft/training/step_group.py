@@ -51,13 +51,13 @@ class Full(NamedTuple):
 
 
 class StepGroup:
-    """Holds the micro-batches of one optimizer step, and what they have come to so far."""
+    """Holds the micro-batches of one optimizer step, and the results so far."""
 
     def __init__(self, model: CausalModel, accelerator: Accelerator, keep_less: Callable[[str], bool]):
         """Takes what the steps of ``model`` need.
 
-        accelerator: whose gradient scaler a run in float16 has. keep_less: makes the layers keep less, for the reason
-        it is given; returns False if they keep the least already.
+        accelerator: its gradient scaler is used in float16. keep_less: makes the layers keep less, for the reason it is
+        given; returns False if they keep the least already.
         """
         self.model, self.accelerator, self.keep_less = model, accelerator, keep_less
         self.ranks, self.shards = join_ranks(), shards_of(model)
@@ -65,7 +65,7 @@ class StepGroup:
         self.begin([])
 
     def begin(self, batches: list[Batch]) -> None:
-        """Begins a step, none of whose micro-batches is done."""
+        """Begins a step; none of its micro-batches is done yet."""
         self.batches, self._done = batches, 0
         self.totals = StepTotals()
         self._obstacle: str | None = None
@@ -76,10 +76,11 @@ class StepGroup:
         return self._done == len(self.batches)
 
     def next_loss(self, batch: Batch, compute: Compute) -> Tensor:
-        """Computes the next micro-batch of the step and returns its loss: 0 for an empty one, or if the GPU is full.
+        """Computes the next micro-batch of the step and returns its loss, which is 0 for an empty one.
 
-        If the GPU is full, the micro-batches up to this one are done again while every layer keeps less. They get the
-        same random numbers, so the step is the one that it would have been.
+        If the GPU is full, the micro-batches up to this one are computed again while every layer keeps less. They get
+        the same random numbers, so the step has the same result. If even that does not fit, it returns 0, and `end`
+        says why.
         """
         if self._done == 0:
             # A resumed run sets the random numbers only when it has taken its first batch, so they are read here.
@@ -134,7 +135,8 @@ class StepGroup:
         return loss
 
     def _can_keep_less(self, full: Full) -> bool:
-        """Returns whether a step that found a GPU full can be tried again, with less kept by who has found it so."""
+        """Returns whether a step that found a GPU full can be tried again, with less kept by the processes that found
+        it full."""
         less = self.keep_less(full.why) if full.own else True
         return less if self.shards is None else all(self.ranks.gather(less))
 
@@ -170,7 +172,7 @@ class StepGroup:
     # -------------------------------------------------------------- a base that is cut
 
     def _begin_round(self, batch: Batch) -> None:
-        """Agrees with the others, where the base is cut, on how often all layers run for this micro-batch."""
+        """Agrees with the other processes, if the base is sharded, on how often all layers run for this micro-batch."""
         if self.shards is None:
             return
         parts = [batch["lengths"]] if batch["lengths"] else []
@@ -181,7 +183,7 @@ class StepGroup:
         self.shards.expect(max(forwards for forwards, _ in every), max(backwards for _, backwards in every))
 
     def _end_round(self, why: str | None) -> Full | None:
-        """Ends a micro-batch; returns why a GPU was full. Where the base is cut that stops all processes."""
+        """Ends a micro-batch; returns why a GPU was full. If the base is sharded, that stops all processes."""
         if self.shards is None:
             return None if why is None else Full(why)
         if why is not None:
@@ -192,6 +194,6 @@ class StepGroup:
 
 
 def _free_failed() -> None:
-    """Frees what a backward that was given up has left."""
+    """Frees the memory that a failed backward has left allocated."""
     drop_failed_graphs()
     free_memory()

@@ -1,4 +1,5 @@
-"""Computes a run's steps, their deal over processes, its checkpoints and its optimizer. It imports nothing heavy."""
+"""Computes a run's steps, how they are divided among processes, its checkpoints and its optimizer. It imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 def settle_accumulation(config: Config, tokens: Sequence[int]) -> tuple[Config, str]:
-    """Returns ``config`` with the accumulation that ``training.tokens_per_step`` comes to, and what to say about it.
+    """Returns ``config`` with the accumulation that follows from ``training.tokens_per_step``, and a message about it.
 
     tokens: number of tokens that are computed for each packed sequence.
     """
@@ -38,9 +39,10 @@ def count_steps(n_sequences: int, config: Config) -> int:
 
 
 class Deal(NamedTuple):
-    """Says how the packed sequences of an optimizer step are dealt over the processes that train together.
+    """Says how the packed sequences of an optimizer step are divided among the processes that train together.
 
-    The step is the same whatever their number: `batch_size` x `gradient_accumulation` sequences of all processes.
+    The step is the same whatever their number: `batch_size` x `gradient_accumulation` sequences of all processes
+    together.
     """
 
     per_step: int
@@ -53,7 +55,7 @@ class Deal(NamedTuple):
 
 
 def deal(config: Config, processes: int) -> Deal:
-    """Returns how the steps of ``config``, with its accumulation settled, are dealt over so many processes.
+    """Returns how the steps of ``config``, whose accumulation must be settled, are divided among ``processes``.
 
     Raises `ConfigError` if some of them would never have anything to do.
     """
@@ -70,8 +72,11 @@ def deal(config: Config, processes: int) -> Deal:
 
 
 def describe_deal(dealt: Deal, cards: int) -> str:
-    """Says what each process takes of a step, and of one process that leaves cards idle how more are started; "" if
-    there is nothing to say. cards: how many GPUs this process can see."""
+    """Says what each process computes of a step, or, for a single process that leaves cards idle, how to start more; ""
+    if there is nothing to say.
+
+    cards: how many GPUs this process can see.
+    """
     if dealt.processes > 1:
         return (
             f"{dealt.processes}; each takes up to {dealt.rounds} micro-batches of {dealt.size} rows of a step's "
@@ -83,10 +88,10 @@ def describe_deal(dealt: Deal, cards: int) -> str:
 
 
 def micro_batches(sequences: Sequence[list[int]], dealt: Deal) -> list[list[int]]:
-    """Returns the documents of every micro-batch, those of one step behind those of the other.
+    """Returns the documents of every micro-batch, step after step.
 
-    One after the other goes to each process in turn. Of every step there are as many as come out even; the last ones
-    may be empty.
+    Within a step they go to the processes in turn. Every process gets the same number of them; the last ones may be
+    empty.
     """
     result = []
     for start in range(0, len(sequences), dealt.per_step):
@@ -97,7 +102,7 @@ def micro_batches(sequences: Sequence[list[int]], dealt: Deal) -> list[list[int]
 
 
 def _cut(of_step: Sequence[T], dealt: Deal) -> list[Sequence[T]]:
-    """Cuts what belongs to the sequences of a step into micro-batches: smaller ones where so every process has one."""
+    """Cuts the sequences of a step into micro-batches, into smaller ones if only so every process gets one."""
     count = len(of_step)
     wanted = min(count, dealt.processes)
     if math.ceil(count / dealt.size) >= wanted:
@@ -112,7 +117,7 @@ def longest_dealt(tokens: Sequence[int], dealt: Deal) -> int:
 
 
 def keeps_best(config: Config) -> bool:
-    """Says whether the adapter of the best step is kept, and not that of the last."""
+    """Says whether the adapter of the best step is kept instead of the last one."""
     keep, e = config.training.keep, config.evaluation
     every = e.tasks_every_steps if config.training.best_metric.startswith("tasks/") else e.every_steps
     return keep == "best" or (keep == "auto" and every is not None)

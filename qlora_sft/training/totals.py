@@ -39,7 +39,7 @@ class StepTotals:
     """What training.ewc adds to the loss of the step."""
 
     def add(self, output: CEOutput, batch: Batch) -> None:
-        """Adds what the loss said of a micro-batch."""
+        """Adds the results of one micro-batch."""
         weighted = output.nll * batch["position_weights"]
         total = weighted.sum()
         self.weighted_nll = self.weighted_nll + total
@@ -90,7 +90,7 @@ class StepTotals:
 
 
 class StepLosses(NamedTuple):
-    """Holds the means of one optimizer step."""
+    """Holds the mean losses of one optimizer step."""
 
     loss: float
     """Weighted mean of the token losses, in nats; NaN if no token was supervised."""

@@ -68,9 +68,9 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     One micro-batch is one flat sequence of documents (`Batch`). The loss of every token is divided by the weight of the
     whole accumulation group, so accumulating gives the same gradient as one large batch.
 
-    Of several processes each does its own micro-batches of a group, and their gradients are added up before the update.
-    DistributedDataParallel does not wrap the model: it adds them up within a backward, which then could not be done
-    again where the GPU was full, and which a process without a micro-batch would not have.
+    Each of several processes computes its own micro-batches of a group, and the gradients are added up before the
+    update. The model is not wrapped in DistributedDataParallel, which adds gradients up during a backward: a process
+    whose GPU was full could then not repeat it, and a process without a micro-batch would have none.
     """
 
     control: TrainerControl
@@ -124,7 +124,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, *_: object, **__: object) -> SequentialSampler:
-        """Returns the sequences in the order in which they stand: it is the training order, for all epochs."""
+        """Returns a sampler that keeps the order of the sequences, which is the training order of all epochs."""
         return SequentialSampler(self.train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -146,7 +146,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return created
 
     def _save_checkpoint(self, model: CausalModel, trial: object) -> None:
-        """Writes the trainer's own checkpoint into a hidden folder and gives it its name when it is complete.
+        """Writes the trainer's own checkpoint into a hidden folder and renames it when it is complete.
 
         Every process adds the state of its random numbers; the first one writes the rest.
         """
@@ -184,7 +184,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(self.figures(logs), start_time)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Evaluates with our own measure of held-out data. Training goes on as if nothing had happened."""
+        """Evaluates on held-out data, with our own code. It does not affect the training."""
         metrics: dict[str, float] = {}
 
         def decided() -> list[bool]:
@@ -213,17 +213,17 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             set_seed(self.args.seed + self.ranks.rank)
 
     def load_adapter(self, checkpoint: Path) -> None:
-        """Gives the model the adapter of ``checkpoint``, as a run that goes on from there gets it."""
+        """Loads the adapter of ``checkpoint`` into the model, in the same way as a resumed run."""
         self._load_from_checkpoint(str(checkpoint))
 
     def create_model_card(self, *_: object, **__: object) -> None:
-        """Writes no card: a checkpoint serves to resume, and what is published gets a card of ours."""
+        """Writes no model card: a checkpoint is only for resuming, and what is published gets a card of ours."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], float]:
-        """Returns the micro-batches of one optimizer step, those of this process, and the weight of all supervised
-        tokens of the step."""
+        """Returns this process's micro-batches of one optimizer step, and the weight of all supervised tokens of the
+        step."""
         batches = []
         for _ in range(num_batches):
             try:
@@ -236,7 +236,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: CausalModel, inputs: Batch, num_items_in_batch: float | None = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its loss.
 
-        If the GPU is full, the micro-batches of the step up to this one are done again while every layer keeps less.
+        If the GPU is full, the micro-batches of the step up to this one are repeated while every layer keeps less.
         """
         if self._snapshot is not None:
             # By now everything that prepares the model for training has run, so its work can be checked.
@@ -249,7 +249,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _end_group(self) -> None:
-        """Ends the run in all processes if one has found its GPU full, and stops it where one was asked to."""
+        """Ends the run in all processes if one has found its GPU full, and stops it if one was asked to stop."""
         obstacle, signalled = self.group.end(self.stop is not None and self.stop.signalled)
         if obstacle is not None:
             raise too_full(obstacle, self._save_finished_steps())
@@ -262,7 +262,7 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return self.group.totals
 
     def _save_finished_steps(self) -> str:
-        """Writes a checkpoint of the finished steps before the run ends, and returns what to say about it."""
+        """Writes a checkpoint of the finished steps before the run ends, and returns a message about it."""
         if self.state.global_step:
             self._save_checkpoint(self.model, None)
         self.ranks.gather(None)  # the first process has given it its name by now
@@ -294,13 +294,13 @@ class PackedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _leash(self, divergence: Tensor, replayed: Replayed) -> Tensor:
-        """Returns what ``training.replay_kl`` makes of the divergence from the base in one micro-batch."""
+        """Returns the term that ``training.replay_kl`` adds for the divergence from the base in one micro-batch."""
         self.totals.divergence = self.totals.divergence + divergence.detach()
         self.totals.leashed += replayed["documents"]["weight_sum"]
         return divergence * (self.config.training.replay_kl or 0.0)
 
     def _hold(self, half_square: Tensor) -> Tensor:
-        """Returns what ``training.ewc`` makes of the change of the weights."""
+        """Returns the term that ``training.ewc`` adds for the change of the weights."""
         held = half_square * (self.config.training.ewc or 0.0)
         self.totals.penalty = held.detach()
         return held
@@ -316,7 +316,7 @@ def computed_type(args: Any) -> torch.dtype:
 def scale_gradients(accelerator: Any, dtype: torch.dtype) -> None:
     """Gives ``accelerator`` a gradient scaler for a run in float16, in which small gradients would become zero.
 
-    It has one of its own on a GPU; on a CPU it takes no notice of float16.
+    On a GPU it has one already; on a CPU it ignores float16.
     """
     if dtype == torch.float16 and accelerator.scaler is None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)

@@ -1,6 +1,6 @@
-"""Counts the floating-point operations of a training step, and knows what GPUs can do at most.
+"""Counts the floating-point operations of a training step, and knows the peak rates of GPUs.
 
-Their ratio is the model FLOPs utilisation (MFU). Recomputation is not counted: it is no work of the model.
+Their ratio is the model FLOPs utilisation (MFU). Recomputation is not counted, because it is not work of the model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class StepWork:
 
 
 def step_work(model: CausalModel) -> StepWork | None:
-    """Returns what a step of ``model`` computes; None for a mixture of experts, of which every token takes a part.
+    """Returns what a step of ``model`` computes; None for a mixture of experts, where every token uses only some
+    experts.
 
     A product with a frozen weight takes 2 operations per value in the forward and 2 in the backward, for the gradient
     of its input; one with a trained weight takes 2 more. Attention takes 4 per pair and channel in the forward and

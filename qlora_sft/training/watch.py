@@ -1,4 +1,4 @@
-"""Evaluates a model while it is trained, has the best checkpoint kept, and ends a run that gets no better."""
+"""Evaluates a model during training, has the best checkpoint kept, and ends a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Asks the trainer to evaluate when it is time, to save what is the best so far, and to stop without patience."""
+    """Asks the trainer to evaluate when it is time, to save the best so far, and to stop when patience has run out."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         say: Say,
         ask_tasks: Callable[[], AskedTasks] | None = None,
     ):
-        """Takes the number of ``steps`` of the run, its ``evaluations`` up to now, and what measures the model.
+        """Takes the number of ``steps`` of the run, its ``evaluations`` so far, and a function that measures the model.
 
         ask_tasks: asks the model the questions of all tasks.
         """
@@ -49,7 +49,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     @property
     def best_step(self) -> int | None:
-        """Returns the step whose checkpoint is to stay; None if none is better than another."""
+        """Returns the step whose checkpoint is to be kept; None if none is better than another."""
         best = self.evaluations.best
         return best.step if best and self.keeps_best else None
 
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
 
     def _due(self, every: int | None, step: int) -> bool:
-        """Says whether what is done so often is to be done after ``step``."""
+        """Says whether something that happens this often is due after ``step``."""
         return every is not None and (step % every == 0 or step == self.steps)
 
     def measure(self, step: int) -> dict[str, float]:
@@ -97,7 +97,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return {"eval_loss": math.nan if row.mean is None else row.mean, **figures} if losses else figures
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Asks for a checkpoint of what is the best so far, and for an end when patience has run out."""
+        """Asks for a checkpoint if this is the best so far, and for an end when patience has run out."""
         if self.best_step == state.global_step:
             control.should_save = True
         if (why := self.out_of_patience) and state.global_step < self.steps:

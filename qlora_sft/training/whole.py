@@ -1,4 +1,4 @@
-"""Tells whether a checkpoint is whole: a disk or a copy may have damaged it after it was complete."""
+"""Tells whether a checkpoint is undamaged: a disk or a copy may have damaged it after it was complete."""
 
 from __future__ import annotations
 

@@ -28,20 +28,20 @@ def add_asking_verbs(add: AddVerb) -> None:
     # Their ranges are those of a task of the configuration.
     evaluate.add_argument("--samples", type=int, metavar="N", help="answers per question, for pass@k (default: 1)")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of sampled answers (default: 0.8)")
-    evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only so many of each task, drawn at random")
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    evaluate.add_argument("--max-rows", type=int, metavar="N", help="ask only this many of each task, drawn at random")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (default: 512)")
     evaluate.add_argument("--thinking", choices=["on", "off"], help="default: as in training, by the reference")
     evaluate.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of drawn questions and sampled answers (default: 0)"
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not ask the base under the adapter")
     evaluate.add_argument(
-        "--run-code", action="store_true", help="run what is written for code tasks, in a sandbox if possible"
+        "--run-code", action="store_true", help="run the programs that answer code tasks, in a sandbox if possible"
     )
 
     evaluate.add_argument(
         "--diagnose", action="store_true",
-        help="ask once more with examples and in other words, and harmless questions: forgetting or alignment tax?",
+        help="also ask with examples, in other words, and harmless questions: forgetting or alignment tax?",
     )  # fmt: skip
     evaluate.add_argument(
         "--keep-right", metavar="FILE", help="write the right answers as training rows (rejection sampling)"
@@ -49,9 +49,9 @@ def add_asking_verbs(add: AddVerb) -> None:
 
     evaluate.add_argument(
         "--harness", metavar="TASK[=FILE],...",
-        help="tasks of lm-evaluation-harness instead, by its names or as YAML files; FILE: local questions of one",
+        help="ask tasks of lm-evaluation-harness instead, by name or as YAML files; FILE: local questions for one",
     )  # fmt: skip
-    evaluate.add_argument("--harness-chat", action="store_true", help="put the harness' prompts as turns of a user")
+    evaluate.add_argument("--harness-chat", action="store_true", help="present the harness' prompts as user turns")
 
     compare = add("compare", _compare, "compare two evaluated runs, question by question")
     compare.add_argument("runs", nargs=2, metavar="RUN", help="run folder with results of evaluate")
@@ -66,13 +66,15 @@ def add_asking_verbs(add: AddVerb) -> None:
     chat.add_argument("model", help="run folder, model folder or .gguf file")
     chat.add_argument("--message", help="ask this one thing, print the answer, and end")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=whole(), default=512, help="longest answer (default: 512)")
-    chat.add_argument("--serve", action="store_true", help="of a .gguf: llama.cpp's OpenAI-compatible server instead")
+    chat.add_argument("--max-new-tokens", type=whole(), default=512, help="most tokens of an answer (default: 512)")
+    chat.add_argument(
+        "--serve", action="store_true", help="serve a .gguf file with llama.cpp's OpenAI-compatible server"
+    )
     chat.add_argument(
         "--port", type=whole(0, 65_535), default=8080, help="of --serve, on 127.0.0.1 (default: 8080; 0: any free)"
     )
 
-    add("doctor", _doctor, "try every part in small: what works here, what does not, and how to get it")
+    add("doctor", _doctor, "try a small example of every part: what works here, what does not, and how to get it")
 
 
 def _evaluate(arguments: argparse.Namespace) -> CommandResult:

@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 def add_configured_verbs(add: AddVerb) -> None:
     """Adds ``train``, ``preview`` and ``plan``, which take a configuration, to the command line."""
-    train = configured_verb(add, "train", run_train, "fine-tune as a configuration says")
+    train = configured_verb(add, "train", run_train, "fine-tune a model as configured")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there, if there is one")
+    train.add_argument("--resume", action="store_true", help="continue from its newest checkpoint, if it has one")
     train.add_argument(
         "--find-rate", action="store_true",
-        help="train nothing, but try learning rates and suggest one; draws the curve",
+        help="do not train, but try learning rates, draw the curve and suggest one",
     )  # fmt: skip
 
-    preview = configured_verb(add, "preview", _preview, "show what a configuration will train on, token by token")
-    preview.add_argument("--count", type=whole(0), default=3, help="how many conversations are shown (default: 3)")
-    preview.add_argument("--html", metavar="FILE", help="also write a web page of them")
+    preview = configured_verb(add, "preview", _preview, "show what will be trained on, token by token")
+    preview.add_argument("--count", type=whole(0), default=3, help="how many conversations to show (default: 3)")
+    preview.add_argument("--html", metavar="FILE", help="also write them as a web page")
 
-    plan = configured_verb(add, "plan", _plan, "what a run will need: memory, disk and time, before anything is loaded")
-    plan.add_argument("--no-data", action="store_true", help="do not read the data: no steps and no tokens")
-    plan.add_argument("--no-time", action="store_true", help="do not measure a layer: no time")
+    plan = configured_verb(
+        add, "plan", _plan, "compute the memory, disk and time that a run will need, before loading it"
+    )
+    plan.add_argument("--no-data", action="store_true", help="do not read the data; leaves out steps and tokens")
+    plan.add_argument("--no-time", action="store_true", help="do not measure a layer; leaves out the time")
 
 
 def configured_verb(add: AddVerb, name: str, action: Action, help: str) -> argparse.ArgumentParser:
@@ -41,7 +43,7 @@ def configured_verb(add: AddVerb, name: str, action: Action, help: str) -> argpa
 
 
 def run_train(arguments: argparse.Namespace) -> CommandResult:
-    """Trains, or tries learning rates; alone of all verbs it is done by several processes together."""
+    """Trains, or tries learning rates. It is the only verb that several processes can run together."""
     from qlora_sft.faults import load_checked
     from qlora_sft.train import train
     from qlora_sft.training.join import join_ranks

@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 def add_export_verbs(add: AddVerb) -> None:
     """Adds ``merge``, ``export`` and ``push`` to the command line."""
-    merge = add("merge", _merge, "write the adapter of a run into its base model, and compare the two")
+    merge = add("merge", _merge, "merge the adapter of a run into its base model, and compare the two")
     merge.add_argument("run", help="run folder")
     merge.add_argument("--out", help="folder to write (default: RUN/merged)")
     merge.add_argument(
-        "--onto", choices=["nf4-dequantized", "bf16"], help="the weights to add to (default: what is measured closer)"
+        "--onto",
+        choices=["nf4-dequantized", "bf16"],
+        help="weights to merge onto (default: those measured closer)",
     )
     merge.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f16", "f32"], help="type of the weights")
     merge.add_argument("--no-parity", action="store_true", help="do not compare its logits with the adapter's")
     merge.add_argument("--push", metavar="USER/NAME", help="afterwards upload it to the Hub, as a private repository")
 
-    export = add("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare")
+    export = add("export", _export, "write a run's model as a GGUF file for llama.cpp and Ollama, and compare the two")
     export.add_argument("run", help="run folder")
-    export.add_argument("--quant", default="q8_0", help="f32, f16, bf16, q8_0 (default), or any type of llama.cpp's")
-    export.add_argument("--adapter", action="store_true", help="the LoRA alone, for llama.cpp's --lora")
+    export.add_argument("--quant", default="q8_0", help="f32, f16, bf16, q8_0 (default), or any type of llama.cpp")
+    export.add_argument("--adapter", action="store_true", help="export only the LoRA adapter, for llama.cpp's --lora")
     export.add_argument(
         "--imatrix", default="auto", help="importance matrix: auto (from the training data), none, FILE"
     )
@@ -41,10 +43,12 @@ def add_export_verbs(add: AddVerb) -> None:
 
     push = add("push", _push, "upload a run's adapter, merged model or GGUF files to the Hub, with a model card")
     push.add_argument("run", help="run folder")
-    push.add_argument("repo", metavar="USER/NAME", help="repository on the Hub; made if there is none")
+    push.add_argument("repo", metavar="USER/NAME", help="repository on the Hub; created if it does not exist")
     push.add_argument("--what", default="adapter", choices=["adapter", "merged", "gguf"], help="default: adapter")
     push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    push.add_argument("--dry-run", action="store_true", help="print what would go up, and the card; upload nothing")
+    push.add_argument(
+        "--dry-run", action="store_true", help="print what would be uploaded, and the card; upload nothing"
+    )
 
 
 def _merge(arguments: argparse.Namespace) -> CommandResult:
@@ -80,7 +84,7 @@ def _check_push(arguments: argparse.Namespace) -> None:
 
         check_name(arguments.push)
         if arguments.out:
-            raise ConfigError("--push uploads from the run folder; leave --out away")
+            raise ConfigError("--push uploads from the run folder; leave out --out")
 
 
 def _pushed(

@@ -13,8 +13,8 @@ from qlora_sft.verbs.verb import AddVerb
 
 def add_recipe_verbs(add: AddVerb) -> None:
     """Adds ``recipes``, ``new`` and ``convert`` to the command line."""
-    add("recipes", _recipes, "the shipped recipes, and what each is for")
-    new = add("new", _new, "write a commented recipe; asks for what is not given")
+    add("recipes", _recipes, "list the shipped recipes, and what each is for")
+    new = add("new", _new, "write a commented recipe; asks for whatever is not given")
     new.add_argument("file", help="YAML file to write")
     new.add_argument("--model", metavar="PATH", help="folder or Hub id of the base model, or demo")
     new.add_argument("--data", action="append", default=[], metavar="PATH", help="training data; may be given again")
@@ -23,8 +23,8 @@ def add_recipe_verbs(add: AddVerb) -> None:
         help="data that is never trained on (default: 5%% of every source)",
     )  # fmt: skip
     new.add_argument("--card", metavar="GB", help="GPU memory in GB; 0 without a GPU")
-    new.add_argument("--goal", choices=list(GOALS), help="what the model shall learn")
-    other = add("convert", _convert, "make a recipe of a configuration of axolotl, LLaMA-Factory, TRL or Unsloth")
+    new.add_argument("--goal", choices=list(GOALS), help="what the model is to learn")
+    other = add("convert", _convert, "turn a configuration of axolotl, LLaMA-Factory, TRL or Unsloth into a recipe")
     other.add_argument("file", help="their YAML file, or a Python script with their arguments")
     other.add_argument("--out", metavar="FILE", help="YAML file to write (default: print it)")
 

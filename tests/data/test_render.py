@@ -6,9 +6,9 @@ from families import npm_is_here, tokenizer_folder
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests_support import vocabulary_without
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
-from qlora_sft.data.render import Rendered, render_conversation
+from qlora_sft.data.render import Rendered, render_conversation, render_prompt
 from qlora_sft.data.template import choose_chat_format, render_text
 from qlora_sft.errors import DataError
 
@@ -207,16 +207,43 @@ def test_a_template_that_rewrites_history_is_refused(own_tokenizer: Any) -> None
         render_conversation(row, rewriting)
 
 
-def test_a_turn_that_would_never_stop_is_refused(tokenizer: Any) -> None:
-    endless = copy.deepcopy(tokenizer)
-    endless.chat_template = (
+@pytest.mark.parametrize("swallows_spaces", [False, True], ids=["by pieces", "whole"])
+@pytest.mark.parametrize("endless", [1, 3], ids=["in between", "at the end"])
+def test_a_turn_that_would_never_stop_is_refused(endless: int, swallows_spaces: bool, own_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(own_tokenizer)
+    if swallows_spaces:  # such a tokenizer's rows are encoded as one text each
+        tokenizer.add_tokens([AddedToken("<|pause|>", rstrip=True)])
+    tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: "
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        f"{{% if loop.index0 != {endless} %}}<|im_end|>{{% endif %}}{{% endgeneration %}}"
         "{% else %}{{ m.content }}{% endif %}"
         "\n{% endfor %}"
     )
-    with pytest.raises(DataError, match="does not stop generation"):
-        render_conversation(two_turns(), endless)
+    with pytest.raises(DataError, match=f"message {endless}: .* does not stop generation"):
+        render_conversation(two_turns(), tokenizer)
+
+
+def test_a_conversation_that_begins_with_two_bos_tokens_is_refused(own_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(own_tokenizer)
+    tokenizer.chat_template = tokenizer.bos_token + own_tokenizer.chat_template
+    with pytest.raises(DataError, match="remove one from the template"):
+        render_conversation(two_turns(), tokenizer)
+
+
+def test_a_prompt_has_the_results_in_the_order_of_their_calls(tokenizer: Any) -> None:
+    """As training has them: a template writes the results one after the other, without the names of their calls."""
+    calls = [{**CALL, "id": name} for name in ("first", "second")]
+    results = [{"role": "tool", "content": f"of the {each['id']}", "tool_call_id": each["id"]} for each in calls]
+    head = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    chat_format = choose_chat_format(tokenizer)
+    one, other = (
+        render_prompt({"messages": [*head, *order], "tools": [TOOL]}, tokenizer, chat_format)
+        for order in (results, results[::-1])
+    )
+    assert one == other
+    text = tokenizer.decode(one)
+    assert text.index("of the first") < text.index("of the second")
 
 
 def test_the_wrong_eos_is_found(own_tokenizer: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from qlora_sft.config_data import SourceConfig
-from qlora_sft.data.sources import MAX_PROBLEMS, Source, read_sources
+from qlora_sft.data.row_faults import MAX_PROBLEMS, MAX_ROWS
+from qlora_sft.data.sources import Source, read_sources
 from qlora_sft.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -69,7 +70,8 @@ def test_an_empty_file_and_a_file_of_blank_lines(tmp_path: Path) -> None:
 
 def test_faults_of_all_lines_and_all_files_come_together(tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    assert len(error_of(first, *["{"] * 30).splitlines()) == MAX_PROBLEMS + 1
+    different = [json.dumps({f"column {number}": "a"}) for number in range(30)]
+    assert len(error_of(first, *different).splitlines()) == MAX_PROBLEMS + 1
     second.write_text("{\n")
     with pytest.raises(DataError) as caught:
         read_sources([SourceConfig(str(second)), SourceConfig(str(tmp_path / "bb.jsonl"))], seed=0)
@@ -78,6 +80,18 @@ def test_faults_of_all_lines_and_all_files_come_together(tmp_path: Path) -> None
     folder = refused(tmp_path)
     assert f"{first}:1" in folder
     assert folder.endswith("1 more faults in its other files")
+
+
+def test_a_fault_that_many_rows_have_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    empty, strange = {"messages": []}, {"messages": "text"}
+    lines = error_of(file, GOOD, empty, strange, *[empty] * 300).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{file}:2", f"{file}:3"]
+    assert lines[0].endswith(f"(the same in 301 rows, the last at {file}:303)")
+    assert "the same" not in lines[1]
+    many = error_of(file, *["{"] * (MAX_ROWS + 1)).splitlines()
+    assert many[0].startswith(f"{file}:1: ")
+    assert many[1:] == [f"{file}: stopped after 1,000 faulty rows"]
 
 
 def test_a_wrong_byte_is_found_in_its_line_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qlora_sft.data.splits import read_data
 from qlora_sft.data.template import choose_chat_format
 from qlora_sft.errors import DataError
 from qlora_sft.model.tokenizer import load_tokenizer
+from qlora_sft.run.manifest import describe_data
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +22,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_SFT_CACHE", str(tmp_path / "cache"))
 
 
-def run(config: Config) -> tuple[Any, list[str]]:
+def run(config: Config, found: Callable[[], object] = lambda: None) -> tuple[Any, list[str]]:
+    """Plans the data of a configuration. found: called between the first reading and the second."""
     tokenizer = load_tokenizer(config.model, config.model.path)
     said: list[str] = []
     train = read_sources(config.data.train, config.seed)
     held_out = read_sources(config.data.held_out, config.seed)
+    found()
     return plan.plan_data(config, train, held_out, tokenizer, choose_chat_format(tokenizer), said.append), said
 
 
@@ -40,6 +44,16 @@ def test_the_second_time_is_the_same_as_the_first(make_config: Any, monkeypatch:
     assert said_again[1:] == said
     assert "cache" in said_again[0]
     assert any("dropped" in text for text in said)
+
+
+def test_a_file_that_is_removed_meanwhile_is_a_fault_of_the_data(make_config: Any) -> None:
+    config = make_config()
+    file = Path(config.data.train[0].path)
+    (train, *_), _ = run(config)
+    with pytest.raises(DataError, match=f"{file}: the file was removed or renamed after it had been found; put"):
+        run(config, file.unlink)
+    with pytest.raises(DataError, match="removed or renamed"):
+        describe_data(train.ledger)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_answers(
     assert not any("are kept" in line for line in said)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, asked, say=said.append)
-    assert said[-1] == "the answers that were given are kept; the same command goes on with them"
+    assert said[-1] == "the answers so far are kept; the same command continues with them"
     (kept,) = (run / "evaluation" / "unfinished").iterdir()
     other = kept.with_name("other.jsonl")
     other.write_text("{}")
@@ -339,7 +339,7 @@ def test_what_is_not_read_is_counted(run: Path, tmp_path: Path) -> None:
     result = evaluate_run(run, [TaskConfig(str(file), form="loss")], say=said.append)
     assert len(rows_of(result, "chats")) == 1
     assert f"chats: 1 rows left out (label: false, an answer that is not wanted; first {file}:3)" in said
-    assert f"chats: 1 of 2 texts left out, because nothing in them is to be predicted (first {file}:1)" in said
+    assert f"chats: 1 of 2 texts left out, because they have no token to predict (first {file}:1)" in said
     said.clear()
     evaluate_run(run, [TaskConfig(str(file), form="exact", max_new_tokens=2)], say=said.append)
     assert "chats: configured exact, 2 of 2 items" in said

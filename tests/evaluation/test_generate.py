@@ -100,7 +100,9 @@ def test_no_room_for_one_answer_names_the_cure(model: Any, tokenizer: Any, monke
         raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
     monkeypatch.setattr(model, "generate", full)
-    with pytest.raises(RunError, match="no room for 45 tokens of one question and its answer; lower max_new_tokens"):
+    with pytest.raises(
+        RunError, match="not enough memory for the 45 tokens of one question and its answer; lower max_new_tokens"
+    ):
         greedy(model, tokenizer)
 
 

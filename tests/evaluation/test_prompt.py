@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from qlora_sft.config import TaskConfig
 from qlora_sft.data.render import render_conversation
 from qlora_sft.data.shipped import FOLDER
-from qlora_sft.data.template import choose_chat_format
+from qlora_sft.data.template import ChatFormat, choose_chat_format
 from qlora_sft.evaluation.answers import prompts_of
 from qlora_sft.evaluation.ask import decoded, encode_task
 from qlora_sft.evaluation.prompt import prompt_of
@@ -39,6 +40,33 @@ def test_a_question_is_put_as_training_would_put_it(template: str, own_tokenizer
         assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
         thinking = prompt_of(Item("t:1", asked, answer), "on", tokenizer, chat_format)
         assert tokenizer.decode(thinking).endswith("<|im_start|>assistant\n")
+
+
+def test_earlier_turns_of_a_question_are_those_that_a_runtime_shows(own_tokenizer: Any) -> None:
+    """The exported template leaves the reasoning of earlier turns out; the training version, with marks, keeps it."""
+    header, end = "<|im_start|>{{ m.role }}\n", "<|im_end|>"
+    said = "{% if THINKS %}<think>{{ m.reasoning }}</think>{% endif %}{{ m.content }}" + end
+    keeps, forgets = said.replace("THINKS", "m.reasoning"), said.replace("THINKS", "m.reasoning and loop.last")
+    generated = "{% generation %}" + keeps + "{% endgeneration %}"
+    marked = "{% if m.role == 'assistant' %}" + generated + "{% else %}" + keeps + "{% endif %}"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    training, exported = (
+        "{% for m in messages %}" + header + turn + "\n{% endfor %}" + prompt for turn in (marked, forgets)
+    )
+    stops = frozenset({own_tokenizer.convert_tokens_to_ids(end)})
+    chat_format = ChatFormat(training, "", stops, original=exported)
+    earlier = [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1", "reasoning": "r1"},
+        {"role": "user", "content": "q2"},
+    ]
+    item = Item("t:1", {"messages": earlier}, {"role": "assistant", "content": "a2", "reasoning": "r2"})
+    shown = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
+    for thinking in ("auto", "on"):
+        ids = prompt_of(item, thinking, own_tokenizer, chat_format)
+        assert own_tokenizer.decode(ids) == shown + "<|im_start|>assistant\n"
+    kept = prompt_of(item, "auto", own_tokenizer, replace(chat_format, original=None))
+    assert "<think>r1</think>a1" in own_tokenizer.decode(kept)
 
 
 def test_the_space_an_answer_begins_with_is_kept(tmp_path: Path) -> None:

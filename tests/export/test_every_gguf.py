@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import every_gguf
 import numpy as np
 import pytest
-from every_gguf import try_gguf
+import torch
+from every_gguf import tokenizer_of, try_gguf, write_run
+from safetensors.torch import load_file, save_file
 
+from qlora_sft.export.gguf import export_run
 from qlora_sft.export.gguf_arrangements import arrangements
+from qlora_sft.export.merge import merge_run
+from qlora_sft.export.stale import is_stale
+from qlora_sft.run.folder import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HYBRIDS = ("falcon_h1", "gemma4_text", "granitemoehybrid", "lfm2", "llama4_text", "qwen3_5_text", "qwen3_next")
-MIXTURES = ("gpt_oss", "qwen3_moe")
+MIXTURES = ("deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_moe")
 # Of these that also see, the language model.
 SEE = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
@@ -25,6 +33,44 @@ def test_a_gguf_is_the_merged_model(kind: str, tmp_path: Path) -> None:
     assert tried.reason == ""
     assert tried.kl is not None
     assert tried.kl < 2e-4
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_is_no_multiple_of_8_and_layers_without_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The converter fills the vocabulary up, and takes every Nemotron-H of transformers for a mixture."""
+    dense = {"layer_types": ["linear_attention", "mlp", "full_attention", "mlp"]}
+    monkeypatch.setitem(every_gguf.OWN, "nemotron_h", dense)
+    monkeypatch.setattr(every_gguf, "tokenizer_of", lambda kind: with_one_more(tokenizer_of(kind)))
+    for kind in ("granitemoehybrid", "nemotron_h"):
+        (tmp_path / kind).mkdir()
+        tried = try_gguf(kind, tmp_path / kind)
+        assert tried.reason == ""
+        assert tried.kl is not None
+        assert tried.kl < 2e-4
+
+
+def with_one_more(tokenizer: Any) -> Any:
+    tokenizer.add_tokens(["<one more>"])
+    assert len(tokenizer) % 8
+    return tokenizer
+
+
+def test_a_merged_model_of_another_adapter_is_made_again(tmp_path: Path) -> None:
+    """The file of a run is that of the adapter it has now, whatever was merged before."""
+    run = write_run("llama", tmp_path)
+    merge_run(run, say=lambda _: None)
+    assert not is_stale(Run.open(run))
+    weights, merged = run / "adapter" / "adapter_model.safetensors", run / "merged" / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert is_stale(Run.open(run))
+    before, said = load_file(merged), list[str]()
+    export_run(run, "f16", say=said.append)
+    assert any("another adapter" in line for line in said)
+    assert not is_stale(Run.open(run))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(load_file(merged)[name], before[name])
 
 
 def test_the_rows_of_the_table_were_measured() -> None:

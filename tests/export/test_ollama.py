@@ -19,7 +19,7 @@ from qlora_sft.export import ollama
 from qlora_sft.export.gguf import OllamaOptions, export_adapter, export_run
 from qlora_sft.export.go_template import FORMS, JINJA, PROBES, go_template, rendered, shipped_name
 from qlora_sft.export.ollama import OllamaModel, create, write_modelfile
-from qlora_sft.export.trained import as_ollama_has_it, read_trained
+from qlora_sft.export.trained import Trained, as_ollama_has_it, read_trained
 from qlora_sft.train import train
 
 RENDERER = Path(__file__).parent / "ollama_template" / "main.go"
@@ -270,6 +270,10 @@ def test_a_modelfile_has_what_was_trained(run: Any, tmp_path: Path) -> None:
     assert "SYSTEM" not in text
     with pytest.raises(ConfigError, match="--system"):
         modelfile(folder, system='say """')
+    # What the data says is no fault of the command, which has written the GGUF by then.
+    said.clear()
+    assert ollama._system(None, Trained(system='say """'), said.append) == []
+    assert "no SYSTEM" in said[0]
 
 
 def test_no_system_text_unless_all_have_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,3 +57,10 @@ def test_a_base_with_code_of_its_own_that_holds_whole_stacks(tmp_path: Path, mon
     manifest["config"]["model"]["trust_remote_code"] = True
     (run / "manifest.json").write_text(json.dumps(manifest))
     check_merge(run, set(state))
+
+
+def test_a_family_whose_files_transformers_finds_by_regular_expressions(tmp_path: Path) -> None:
+    run = write_run("kimi_linear", tmp_path)
+    names = set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert "model.layers.1.block_sparse_moe.experts.0.w1.weight" in names
+    check_merge(run, names)

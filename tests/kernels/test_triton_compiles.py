@@ -102,8 +102,9 @@ def resources(kernel: Any, constants: dict[str, Any], warps: int, capability: in
     return registers, stack + local
 
 
-# Triton 3.6 (torch 2.11) keeps two numbers of the tile kernel with all options in local memory.
-ALLOWED = 0 if Version(triton.__version__) >= Version("3.7") else 8
+# Triton 3.6 (torch 2.11) keeps two numbers of the tile kernel with all options in local memory, and from 3.8 on (torch
+# 2.14) the backward of the widest norm on sm_120, where 32 warps leave a thread 64 registers.
+ALLOWED = 0 if Version("3.7") <= Version(triton.__version__) < Version("3.8") else 8
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
@@ -55,6 +56,9 @@ def test_a_plan_attends_as_the_run_will() -> None:
     assert plan_attention(llama, "varlen", CUDA, float32, [100])[:3] == ("varlen", "sdpa", True)
     assert plan_attention(gemma, "sdpa", CUDA, bfloat16, [100])[:3] == ("sdpa", "flex", False)
     assert plan_attention(llama, "auto", torch.device("cpu"), float32, [100]).path == "sdpa"
+    # Most layers have heads of 256, and some have larger ones than FlashAttention takes.
+    two_sizes = tiny_config("gemma4_text", head_dim=256, global_head_dim=512)
+    assert plan_attention(two_sizes, "auto", CUDA, bfloat16, [100])[1:3] == ("sdpa", True)
     attention.choose_path.cache_clear()
 
 

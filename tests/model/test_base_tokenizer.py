@@ -24,13 +24,15 @@ def test_texts_are_split_as_the_file_says(named: str, family: str, tmp_path: Pat
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": named}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     wanted = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
-    assert AutoTokenizer.from_pretrained(tmp_path)(TEXT, add_special_tokens=False).input_ids != wanted
+    right = AutoTokenizer.from_pretrained(tmp_path)(TEXT, add_special_tokens=False).input_ids == wanted
+    # A later transformers sees by itself that a file which works on bytes is none of Llama 2's.
+    assert not right or named == "LlamaTokenizerFast"
     said: list[str] = []
     tokenizer = read_tokenizer(str(tmp_path), said.append)
     assert tokenizer(TEXT, add_special_tokens=False).input_ids == wanted
     assert tokenizer.special_tokens_map == short_tokenizer.special_tokens_map
     assert tokenizer.chat_template == short_tokenizer.chat_template
-    assert [line.split(";")[0] for line in said] == ["tokenizer: as its tokenizer.json has it"]
+    assert [line.split(";")[0] for line in said] == ([] if right else ["tokenizer: as its tokenizer.json has it"])
     tokenizer.save_pretrained(tmp_path / "saved")
     assert saved_tokenizer(tmp_path / "saved")(TEXT, add_special_tokens=False).input_ids == wanted
 

@@ -98,4 +98,5 @@ def test_every_family_with_sinks_is_known() -> None:
     folder = Path(transformers.__file__).parent / "models"
     sources = {path.parent.name: path.read_text(encoding="utf-8") for path in folder.glob("*/modeling_*.py")}
     found = {name for name, text in sources.items() if "s_aux=self.sinks" in text and "ForCausalLM" in text}
-    assert found == WITH_SINKS
+    # Some came with a later transformers than the oldest that is tested.
+    assert found == WITH_SINKS & set(sources)

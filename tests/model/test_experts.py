@@ -23,7 +23,15 @@ from qlora_sft.errors import ConfigError
 from qlora_sft.export.logits import expand_4bit
 from qlora_sft.lora_from import adapter_settings, setting_of_adapter
 from qlora_sft.model import experts_load
-from qlora_sft.model.experts import out_of_reach, parts_of, stack_shape, stacks, target_parameters, weight_of
+from qlora_sft.model.experts import (
+    out_of_reach,
+    parts_of,
+    stack_names,
+    stack_shape,
+    stacks,
+    target_parameters,
+    weight_of,
+)
 from qlora_sft.model.experts_lora import ExpertsLora, use_experts_lora
 from qlora_sft.model.experts_scored import ChosenExperts
 from qlora_sft.model.linears import peft_settings
@@ -242,3 +250,30 @@ def test_plain_peft_finds_the_rank_and_the_alpha_of_every_layer_beside_the_exper
             torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)
     read = setting_of_adapter(adapter_settings(tmp_path / "adapter"), "modules")
     assert read == [{"match": r"layers\.0\..*(up|o)_proj", "r": 2}, {"match": "shared_experts.*", "alpha": 64}]
+
+
+def test_experts_with_a_norm_of_their_own_behind_them_are_in_no_form_that_is_known() -> None:
+    """As Muse Spark's. Computed as the others are, they would lose it without a word."""
+    module: Any = torch.nn.Module()
+    module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, False, True
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(torch.zeros(2, 64, 64)) for _ in range(2))
+    assert stack_names(module) == ("gate_up_proj", "down_proj")
+    module.has_post_expert_norm = True
+    assert stack_names(module) == ()
+
+
+def test_a_mixture_whose_layers_are_all_dense_has_adapters_on_all_of_them(tmp_path: Path) -> None:
+    """PEFT takes such a family's MLPs for experts, which this model does not have."""
+    write_base(tmp_path / "base", "deepseek_v3", first_k_dense_replace=99)
+    ours = adapted(in_nf4(tmp_path / "base")).eval()
+    with_lora = {name.split(".lora_A")[0] for name, _ in ours.named_parameters() if ".lora_A." in name}
+    wanted = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rsplit(".", 1)[-1] for name in with_lora} == wanted
+    assert len(with_lora) == len(ours.get_base_model().model.layers) * len(wanted)
+    ours.save_pretrained(tmp_path / "adapter")
+    write_portable_targets(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(expanded(tmp_path / "base"), str(tmp_path / "adapter")).eval()
+    again = with_adapter(in_nf4(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        for each in (theirs, again):
+            torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests_support import with_unsloth
 
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
@@ -60,13 +61,15 @@ def nf4_model(base_model: Path) -> Any:
     return model
 
 
+@with_unsloth
 def test_both_backends_take_the_same_step_from_the_same_adapter(
     base_model: Path, nf4_model: Any, tmp_path: Path
 ) -> None:
     """Unsloth in a process of its own, because it changes what it is imported beside; the other model is that of the
     tests below, which has not been trained."""
     file = tmp_path / "unsloth.safetensors"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", STEP, str(file)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_kernels.offload import LayerBytes, peak_bytes
-from tests_support import documents_of
+from tests_support import documents_of, with_unsloth
 
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
@@ -297,6 +297,7 @@ with use_memory(model, config, 256, torch.float32, lambda text: None) as memory:
 """
 
 
+@with_unsloth
 def test_the_tiers_run_under_the_trainer_of_unsloth(make_config: Any, tmp_path: Path) -> None:
     """It switches checkpointing on or off in every layer as it likes before it trains."""
     make_config()

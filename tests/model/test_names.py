@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file, save_file
-from tests_support import SHORT, bare_base, killed, result
+from tests_support import SHORT, bare_base, killed, result, with_unsloth
 
 from qlora_sft.cli import main
 from qlora_sft.errors import ConfigError, RunError
@@ -161,6 +161,7 @@ def small_model(folder: Path, small_tokenizer: Any) -> Path:
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+@with_unsloth
 def test_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
     make_config: MakeConfig, small_tokenizer: Any, tmp_path: Path, count: int
 ) -> None:
@@ -182,6 +183,7 @@ def test_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
         assert each["fingerprint"]
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_a_run_of_unsloth_is_recorded_and_merged_under_the_name_that_was_typed(
     hub: AddModel, make_config: MakeConfig, tmp_path: Path

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests_support import with_unsloth
 from torch import Tensor
 
 from qlora_sft.model.norms import LeanRMSNorm, use_lean_norms
@@ -216,6 +217,7 @@ for one, other in zip(gradients, found):
 """
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_under_unsloth_as_well(tiny_model: Path) -> None:
     run = subprocess.run(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from tests_support import with_unsloth
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_sft.config import RopeScaling, load_config
@@ -119,6 +120,7 @@ print(json.dumps(model.get_base_model().get_decoder().rotary_emb.inv_freq.tolist
 """
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_unsloth_loads_it_with_the_same_frequencies(tiny_model: Path) -> None:
     overrides = [*YARN, "model.load_in_4bit=false"]

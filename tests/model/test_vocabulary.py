@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_kernels.packed_ce import PatchedHead
-from tests_support import bare_base
+from tests_support import bare_base, with_unsloth
 
 from qlora_sft.config import Config
 from qlora_sft.data.batch import flatten
@@ -204,6 +204,7 @@ train(load_config(sys.argv[1], sys.argv[2:]))
 """
 
 
+@with_unsloth
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_unsloth_trains_them_as_well(make_config: Any, tmp_path: Path, small_tokenizer: Any, tied: bool) -> None:
     base = bare_base(tmp_path / "base", small_tokenizer, tied=tied, room=0)

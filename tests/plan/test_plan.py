@@ -15,6 +15,7 @@ from qlora_sft.plan import needs, timing
 from qlora_sft.plan.activations import sequence_bytes
 from qlora_sft.plan.blueprint import read_blueprint
 from qlora_sft.plan.plan import make_plan
+from qlora_sft.plan.report import DevicePlan
 from qlora_sft.plan.table import plan_table
 from qlora_sft.units import size
 
@@ -137,6 +138,35 @@ def test_a_base_that_is_cut_has_its_shards_in_the_table(make_config: MakeConfig)
     assert f"the whole base          {size(cut.host.base):>10}  before training" in text
     assert cut.host.base == whole.resident.nf4 + whole.resident.full
     assert "shards" not in plan_table(whole)
+
+
+def test_an_embedding_that_a_gpu_leaves_in_host_memory_is_counted_there(
+    tmp_path: Path, small_tokenizer: Any, make_config: MakeConfig
+) -> None:
+    base = bare_base(tmp_path / "base", small_tokenizer, tied=False, room=0)
+    config = make_config(f"model.path={base}", "memory.offload_embeddings=true", "model.chat_template=null")
+    embedding = needs._embedding(read_blueprint(config, str(base)), config, torch.bfloat16)
+    assert embedding == 2 * len(small_tokenizer) * 64
+    device = DevicePlan(device="a GPU", memory=2**33, tokens=10, split=None, reason="", peak=2**30)
+    host = needs._host(None, device, True, 0, embedding)
+    assert (host.device, host.embedding, host.total) == (0, embedding, needs.PROCESS_BYTES + embedding)
+    here = needs._host(None, device, False, 0, embedding)  # on a CPU it is a part of the model
+    assert (here.device, here.embedding, here.total) == (2**30, 0, needs.PROCESS_BYTES + 2**30)
+
+
+def test_the_disk_has_room_for_what_a_run_leaves(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Adapter and checkpoints of a run, the tokenizer that each has among them, within 10%."""
+    from qlora_sft.train import train
+
+    config = make_config("training.max_steps=2", "training.save_steps=1", "evaluation.loss=false")
+    disk = make_plan(config, timing=False, say=quiet).disk
+    train(config, say=quiet)
+    adapter, steps = (
+        sum(file.stat().st_size for file in (tmp_path / "run" / name).rglob("*.*"))
+        for name in ("adapter", "checkpoints")
+    )
+    assert disk.adapter == pytest.approx(adapter, rel=0.1)
+    assert 2 * disk.checkpoints / 3 == pytest.approx(steps, rel=0.1)  # a third one may be half written
 
 
 def test_the_command_prints_one_json_document(make_config: MakeConfig, tmp_path: Path, capsys: Any) -> None:

@@ -138,7 +138,7 @@ def test_what_does_not_go_with_it_is_named_by_every_verb(
             source, "lora.target_modules=[q_proj]",
         ],
         f"was trained on other weights than those of {other}": [source, f"model.path={other}"],
-        "has lora_bias, with which this program does not train": [f"lora.from={dora}"],
+        "has lora_bias, which is not supported here": [f"lora.from={dora}"],
         "neither a run with an adapter nor an adapter": [f"lora.from={tmp_path}"],
     }  # fmt: skip
     for expected, overrides in cases.items():

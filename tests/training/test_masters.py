@@ -12,6 +12,7 @@ import pytest
 import torch
 from masters_child import watched
 from safetensors.torch import load_file
+from tests_support import with_unsloth
 
 from qlora_sft.errors import RunError
 from qlora_sft.training.model_snapshot import require_unchanged, restore, take_snapshot
@@ -34,7 +35,7 @@ def watched_beside(file: Path, overrides: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=with_unsloth)])
 def test_masters_are_float32_in_every_step_after_resume_and_on_disk(
     make_config: Any, tmp_path: Path, backend: str
 ) -> None:

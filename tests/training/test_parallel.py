@@ -202,7 +202,7 @@ def test_both_launchers_start_a_run(launcher: list[str], launched: Launched, tmp
     ("how", "told"),
     [
         ("fails", "the second process has failed"),
-        ("killed", "error: another process of this run has ended without a word"),
+        ("killed", "error: another process of this run has ended without a message"),
     ],
 )
 def test_when_one_dies_all_end_and_the_cause_is_said_once(how: str, told: str, launched: Launched) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def test_a_run_writes_its_report_and_what_the_report_is_made_of(
         assert f'<td>{number}</td><td class="n">{loss:.3f}</td>' in figure
     assert "Training loss by source</b>" in page
     assert read_run(run).lacks == []
+
+    # The answers that it says stand below what was asked.
+    sample = lines(run / "samples.jsonl")[0]
+    asked = next(text for text in said if "asked: " in text)
+    end = repr(sample["prompt"][-60:])[1:-1]
+    assert re.search(rf"asked: '.*{re.escape(end)}'\n  wanted: {re.escape(repr(sample['reference']))}\n", asked)
 
     # What it says that it was trained on is what the steps were made of, counted anew.
     kept = json.loads((run / "trained_on.json").read_text())

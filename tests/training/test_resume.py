@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_support import SHORT, result
+from tests_support import SHORT, result, with_unsloth
 from transformers import Trainer
 
 from qlora_sft import run_data
@@ -273,6 +273,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_unsloths_trainer_goes_on_as_well(make_config: Any, tmp_path: Path) -> None:
     """It is evaluated and asked in between, for which Unsloth changes the model."""

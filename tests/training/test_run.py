@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests_support import with_unsloth
 
 from qlora_sft.cli import main
 
@@ -22,6 +23,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+@with_unsloth
 @pytest.mark.slow
 def test_unsloths_patched_trainer_trains_our_batches_and_writes_nowhere_else(base_model: Path, tmp_path: Path) -> None:
     """On the 135M model; a tiny one is trained by tests/test_notebooks.py."""

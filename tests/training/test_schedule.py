@@ -80,11 +80,11 @@ def test_tokens_per_step_decide_the_accumulation(make_config: Any) -> None:
             ["training.tokens_per_step=9", "training.gradient_accumulation=2"],
             "tokens_per_step decides the accumulation",
         ),
-        (["training.warmup_steps=9", "training.warmup_ratio=0.2"], "warmup_steps is in place of training.warmup_ratio"),
+        (["training.warmup_steps=9", "training.warmup_ratio=0.2"], "warmup_steps replaces training.warmup_ratio"),
         (["training.decay_ratio=0.5"], "decay_ratio has an effect with training.schedule=wsd only"),
         (["training.initial_rate_fraction=0.5", "training.warmup_ratio=0"], "has no effect without a warm-up"),
         (["training.schedule=wsd", "training.decay_ratio=0.5", "training.warmup_ratio=0.6"], "more than the whole run"),
-        (["training.neftune_alpha=5", "data.share_prefixes=on"], "on goes with no noise"),
+        (["training.neftune_alpha=5", "data.share_prefixes=on"], "on cannot be combined with noise"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(make_config: Any, overrides: list[str], fault: str) -> None:

@@ -18,10 +18,11 @@ def gather_kernel(X, stride_row, stride_column, positions, out, T, D, BLOCK: tl.
     """Computes out[i] = X[positions[i]] for any strides. A position outside of X becomes NaN, not a wild read."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(positions + i).to(tl.int64)
-    inside = (row >= 0) & (row < T)
+    # Where the row ends, or 0. Triton 3.9's interpreter takes no mask that is a vector & a scalar.
+    end = tl.where((row >= 0) & (row < T), D, 0)
     for start in range(0, D, BLOCK):
         o = start + tl.arange(0, BLOCK)
-        x = tl.load(X + row * stride_row + o.to(tl.int64) * stride_column, mask=(o < D) & inside, other=float("nan"))
+        x = tl.load(X + row * stride_row + o.to(tl.int64) * stride_column, mask=o < end, other=float("nan"))
         tl.store(out + i * D + o, x, mask=o < D)
 
 
@@ -33,12 +34,12 @@ def scatter_kernel(U, positions, factors, out, T, D, BLOCK: tl.constexpr):
     """
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(positions + i).to(tl.int64)
-    inside = (row >= 0) & (row < T)
+    end = tl.where((row >= 0) & (row < T), D, 0)
     factor = tl.load(factors + i)
     for start in range(0, D, BLOCK):
         o = start + tl.arange(0, BLOCK)
         u = tl.load(U + i * D + o, mask=o < D, other=0.0).to(tl.float32)
-        tl.store(out + row * D + o, (u * factor).to(out.dtype.element_ty), mask=(o < D) & inside)
+        tl.store(out + row * D + o, (u * factor).to(out.dtype.element_ty), mask=o < end)
 
 
 @triton.jit
