@@ -18,10 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # The longest first, of ten seconds or more. A process takes whole files: begun last, they would be waited for alone.
 LONGEST = (
-    "test_make_demo.py", "test_notebooks.py", "test_gguf.py", "test_triton_interpreted.py", "test_readme.py",
-    "test_families_export.py", "test_robustness.py", "test_names.py", "test_masters.py", "test_load.py", "test_chat.py",
-    "test_evaluate_run.py", "test_vocabulary.py", "test_memory.py", "test_watch.py", "test_resume.py",
-    "test_mixtures.py", "test_ollama.py", "test_variants.py", "test_run.py",
+    "test_make_demo.py", "test_notebooks.py", "test_readme.py", "test_gguf.py", "test_parallel.py",
+    "test_triton_interpreted.py", "test_families_export.py", "test_robustness.py", "test_chat.py", "test_continual.py",
+    "test_names.py", "test_load.py", "test_survives.py", "test_resume.py", "test_evaluate_run.py", "test_mixtures.py",
+    "test_masters.py", "test_variants.py", "test_watch.py", "test_vocabulary.py", "test_memory.py", "test_ollama.py",
+    "test_float16.py", "test_run.py",
 )  # fmt: skip
 
 

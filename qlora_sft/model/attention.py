@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 
 from qlora_sft.config import AttentionWay
 from qlora_sft.model.attention_capped import Scores, flex_documents, in_band, plain_documents
@@ -154,6 +153,9 @@ def choose_path(
         return AttentionPath("sdpa", f"{slower} needs compute capability 8.0")
     if head_size > 256:
         return AttentionPath("sdpa", f"{slower} has heads of up to 256, this model of {head_size}")
+    # Imported here and below, because it takes as long as all of torch, and to prepare data it is not needed.
+    from torch.nn.attention import varlen
+
     if not {"scale", "window_size"} <= signature(varlen.varlen_attn).parameters.keys():
         return AttentionPath("sdpa", f"{slower} takes neither scale nor window before torch 2.11")
     if dropout:
@@ -192,6 +194,8 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attends with torch's own variable-length FlashAttention: one launch, no mask, and the host does not wait."""
+    from torch.nn.attention import varlen
+
     # Before torch 2.13 there is no argument enable_gqa: keys and values with fewer heads are shared unasked.
     grouped: dict[str, Any] = {}
     if "enable_gqa" in signature(varlen.varlen_attn).parameters:

@@ -15,5 +15,5 @@ def test_forward_and_backward(
     dtype: torch.dtype, error: float, strided: bool, shape: tuple[int, int, int, int, int]
 ) -> None:
     assert choose_path("auto", torch.device("cpu"), (dtype,)).name == "triton"
-    if shape[0] < 100 or not strided:  # the interpreter is slow
+    if shape[0] < 100 or (dtype == torch.float32 and not strided):  # the interpreter is slow
         check(shape, dtype, error, strided)

@@ -76,8 +76,8 @@ def test_a_few_trained_rows(vocabulary: int, options: dict[str, Any]) -> None:
 
 
 def test_a_block_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_path, "BLOCK", 16)
-    monkeypatch.setattr(triton_path, "TILE_BLOCK", 16)
+    monkeypatch.setattr(triton_path, "BLOCK", 32)
+    monkeypatch.setattr(triton_path, "TILE_BLOCK", 32)
     for dtype in (torch.float32, torch.float16):
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton")
         assert_as_good_as_torch(make(LENGTHS, dtype=dtype, softcap=6.0), path="triton", tile=40)
@@ -191,9 +191,9 @@ def test_a_four_bit_head() -> None:
 def test_it_takes_the_bytes_that_it_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, because of half precision the interpreter makes copies that a GPU does not; and one chunk or group,
     because it holds on to what it was given last."""
-    monkeypatch.setattr(workspace, "TRITON_TILE", 512)
-    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 4 * 2000 * 120)
-    for sizes in ((48, 128, 2000), (44, 1024, 2000), (30, 64, 300)):
+    monkeypatch.setattr(workspace, "TRITON_TILE", 128)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 4 * 500 * 120)
+    for sizes in ((48, 128, 500), (44, 1024, 500), (30, 64, 75)):
         check_bytes(kind, sizes, torch.float32, "triton")
 
 

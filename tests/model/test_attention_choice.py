@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from qlora_sft.data.batch import flatten
@@ -102,7 +103,7 @@ def test_a_torch_whose_function_takes_no_window_attends_one_by_one(monkeypatch: 
         return q
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention.varlen, "varlen_attn", old)
+    monkeypatch.setattr(varlen, "varlen_attn", old)
     path = attention.choose_path.__wrapped__(CUDA, torch.bfloat16, 128, False)
     assert path.name == "sdpa"
     assert "before torch 2.11" in path.reason
@@ -111,8 +112,6 @@ def test_a_torch_whose_function_takes_no_window_attends_one_by_one(monkeypatch: 
 @pytest.mark.parametrize("newer", [True, False])
 def test_keys_are_shared_by_every_version_of_torchs_function(monkeypatch: pytest.MonkeyPatch, newer: bool) -> None:
     """Before 2.13 it has no argument for that, and shares keys unasked."""
-    from torch.nn.attention import varlen
-
     given: list[bool] = []
 
     def with_argument(q: Tensor, *_: object, scale: object, window_size: object, enable_gqa: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from qlora_sft.errors import ConfigError
-from qlora_sft.model import attention
 from qlora_sft.model.attention import choose_path, plain_attention, use_document_attention
 from qlora_sft.model.attention_capped import Scores, flex_documents, plain_documents
 from qlora_sft.model.attention_check import obstacle_in, packed_against_separate, use_checked_attention
@@ -121,7 +121,7 @@ def test_a_gpu_path_is_chosen_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     # As of torch 2.11; what is chosen with an older torch is tested in test_attention_choice.py.
-    monkeypatch.setattr(attention.varlen, "varlen_attn", lambda *, scale, window_size: None)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *, scale, window_size: None)
     choose_path.cache_clear()
     assert choose_path(cuda, torch.bfloat16, 128, False).name == "varlen"
     assert choose_path(cuda, torch.bfloat16, 128, True).name == "flex"

@@ -1,5 +1,6 @@
 """NF4 on the real 135M model: what evaluation must not break, and what both backends must agree on."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,61 +8,47 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests_support import with_unsloth
 
-from qlora_sft.config import load_config
-from qlora_sft.errors import ConfigError
-from qlora_sft.model.load import load_base, load_model, quantized_modules, resolve_base
-from qlora_sft.model.tokenizer import load_tokenizer
-
-STEP = """
-import sys, torch
-from safetensors.torch import save_file
-from qlora_sft.model.backend import choose_backend
-backend = choose_backend(sys.argv[1])
 from qlora_sft.config import load_config
 from qlora_sft.data.batch import flatten
 from qlora_sft.data.prepare import render_sources
 from qlora_sft.data.sources import read_sources
+from qlora_sft.errors import ConfigError
+from qlora_sft.model.load import load_base, load_model, quantized_modules, resolve_base
+from qlora_sft.model.loss import batch_loss
+from qlora_sft.model.tokenizer import load_tokenizer
+
+STEP = """
+import sys
+from qlora_sft.model.backend import choose_backend
+choose_backend("unsloth")
+import torch
+from safetensors.torch import save_file
+from test_load import first_step
+from qlora_sft.config import load_config
 from qlora_sft.model.attention import use_document_attention
 from qlora_sft.model.load import load_model, resolve_base
-from qlora_sft.model.tokenizer import load_tokenizer
-from qlora_sft.model.loss import batch_loss
-config = load_config("demo", ["data.train.0.max_rows=4", f"model.backend={backend.name}"])
 base = resolve_base("demo")
-rows = render_sources(read_sources(config.data.train[:1], 0), config.data, load_tokenizer(config.model, base))
-model = load_model(config, base, torch.bfloat16, backend.name)
+model = load_model(load_config("demo", ["model.backend=unsloth"]), base, torch.bfloat16, "unsloth")
 use_document_attention(model)
 model.train()
-tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-loss = batch_loss(model, flatten(rows.all_documents)).loss
-loss.backward()
-for name, p in model.named_parameters():
-    if p.requires_grad:
-        tensors["grad." + name] = p.grad
-tensors["loss"] = loss.detach()
-save_file(tensors, sys.argv[2])
+save_file(first_step(model, base), sys.argv[1])
 """
 
 
-@with_unsloth
-def test_both_backends_take_the_same_step_from_the_same_adapter(base_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    results = {}
-    for backend in ("unsloth", "transformers"):
-        file = tmp_path / f"{backend}.safetensors"
-        subprocess.run([sys.executable, "-c", STEP, backend, str(file)], check=True, cwd=tmp_path, capture_output=True)
-        results[backend] = load_file(file)
-    ours, theirs = results["transformers"], results["unsloth"]
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        if not name.startswith("grad.") and name != "loss":
-            assert torch.equal(tensor, theirs[name]), f"{name} starts differently"
-    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-2, atol=0.0)
-    for name in (n for n in ours if n.startswith("grad.")):
-        error = (ours[name] - theirs[name]).norm()
-        assert error <= 2e-2 * ours[name].norm() + 1e-6, name
+def first_step(model: Any, base: str) -> dict[str, torch.Tensor]:
+    """The adapter as it begins, the loss of a few rows of the demo, and its gradients."""
+    config = load_config("demo", ["data.train.0.max_rows=4"])
+    rows = render_sources(read_sources(config.data.train[:1], 0), config.data, load_tokenizer(config.model, base))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    begun = {name: p.detach().clone() for name, p in trained.items()}
+    loss = batch_loss(model, flatten(rows.all_documents)).loss
+    loss.backward()
+    gradients = {f"grad.{name}": p.grad for name, p in trained.items() if p.grad is not None}
+    assert len(gradients) == len(trained)
+    return {**begun, **gradients, "loss": loss.detach()}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +59,32 @@ def nf4_model(base_model: Path) -> Any:
     use_document_attention(model)
     model.train()
     return model
+
+
+@with_unsloth
+def test_both_backends_take_the_same_step_from_the_same_adapter(
+    base_model: Path, nf4_model: Any, tmp_path: Path
+) -> None:
+    """Unsloth in a process of its own, because it changes what it is imported beside; the other model is that of the
+    tests below, which has not been trained."""
+    file = tmp_path / "unsloth.safetensors"
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, str(file)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    nf4_model.zero_grad()
+    ours, theirs = first_step(nf4_model, str(base_model)), load_file(file)
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        if not name.startswith("grad.") and name != "loss":
+            assert torch.equal(tensor, theirs[name]), f"{name} starts differently"
+    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-2, atol=0.0)
+    for name in (n for n in ours if n.startswith("grad.")):
+        error = (ours[name] - theirs[name]).norm()
+        assert error <= 2e-2 * ours[name].norm() + 1e-6, name
 
 
 def test_every_linear_layer_of_every_block_is_nf4_and_has_an_adapter(nf4_model: Any) -> None:
@@ -91,14 +104,12 @@ def test_every_linear_layer_of_every_block_is_nf4_and_has_an_adapter(nf4_model: 
 
 def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tokenizer: Any) -> None:
     """bitsandbytes repacks NF4 weights at the first inference and never undoes it."""
-    from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import render_conversation
     from qlora_sft.data.template import ChatFormat
     from qlora_sft.evaluation.answers import prompts_of
     from qlora_sft.evaluation.evaluated_model import EvaluatedModel
     from qlora_sft.evaluation.generate import generate
     from qlora_sft.evaluation.held_out import held_out_loss
-    from qlora_sft.model.loss import batch_loss
 
     row = {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
     document = render_conversation(row, tokenizer, source="s")
@@ -118,12 +129,10 @@ def test_an_evaluation_leaves_the_gradient_bitwise_as_it_was(nf4_model: Any, tok
 
 
 def test_what_layers_keep_changes_no_bit_of_an_nf4_gradient(nf4_model: Any) -> None:
-    from qlora_sft.data.batch import flatten
     from qlora_sft.data.render import Rendered
     from qlora_sft.evaluation.held_out import autocast
     from qlora_sft.model.base import decoder_layers
     from qlora_sft.model.layer_bytes import measure_layer
-    from qlora_sft.model.loss import batch_loss
     from qlora_sft.model.memory import install
 
     documents = [Rendered(list(range(9, 9 + size)), [1.0] * size, "s") for size in (40, 24)]

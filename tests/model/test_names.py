@@ -160,21 +160,22 @@ def small_model(folder: Path, small_tokenizer: Any) -> Path:
     return model
 
 
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
 @with_unsloth
-def test_twenty_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
-    make_config: MakeConfig, small_tokenizer: Any, tmp_path: Path
+def test_names_that_unsloth_would_replace_are_loaded_as_they_were_typed(
+    make_config: MakeConfig, small_tokenizer: Any, tmp_path: Path, count: int
 ) -> None:
     make_config()
     model = small_model(tmp_path / "small", small_tokenizer)
     cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, CHILD, tmp_path / "config.yaml", model, "20"],
+        [sys.executable, CHILD, tmp_path / "config.yaml", model, str(count)],
         cwd=tmp_path, env={**os.environ, **cache}, stdout=subprocess.PIPE, check=True, text=True,
     )  # fmt: skip
     # Unsloth has something to say on stdout, too.
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert json.loads(done.stdout.splitlines()[-1]) == {"packed": [True, True]}
-    assert len({each["name"] for each in seen}) == 20
+    assert len({each["name"] for each in seen}) == count
     for each in seen:
         assert each["other"].lower() != each["name"].lower()
         assert each["norm"] == [each["number"]] * 2, each

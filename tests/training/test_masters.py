@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from masters_child import watched
 from safetensors.torch import load_file
 from tests_support import with_unsloth
 
@@ -26,8 +27,9 @@ RUN = [
 ]
 
 
-def watched(file: Path, *overrides: str) -> list[dict[str, Any]]:
-    command = [sys.executable, str(CHILD), str(file), *RUN, *overrides]
+def watched_beside(file: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """The same in a process of its own."""
+    command = [sys.executable, str(CHILD), str(file), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -41,7 +43,8 @@ def test_masters_are_float32_in_every_step_after_resume_and_on_disk(
     from qlora_sft.plan.weights import residents
 
     config = make_config(*RUN)
-    found = watched(tmp_path / "config.yaml", f"model.backend={backend}")
+    watch = watched_beside if backend == "unsloth" else watched
+    found = watch(tmp_path / "config.yaml", [*RUN, f"model.backend={backend}"])
     steps = [seen for seen in found if "step" in seen]
     assert [seen["step"] for seen in steps] == [1, 2, 3, 2, 3]
     assert all(seen["parameters"] == seen["states"] == ["float32"] for seen in steps)

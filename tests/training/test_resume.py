@@ -63,10 +63,13 @@ def test_it_ends_as_if_nothing_had_happened(
 ) -> None:
     config = make_config(*SHORT, f"output={tmp_path / 'stopped'}")
     run = Path(config.output)
+    # Started with nohup, these tests would ignore a terminal that is closed, and so would the run.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, what)
         with pytest.raises(ends) as stopped:
             train(config, say=lambda _: None)
+    signal.signal(signal.SIGHUP, before)
     assert [path.name for path in all_checkpoints(run)] == [f"step-{number:06d}" for number in left]
     assert not (run / "adapter").exists()
     assert not list(run.glob(".*"))
