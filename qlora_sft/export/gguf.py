@@ -102,6 +102,12 @@ def export_run(
         version = _write(run, merged, beside, quant, imatrix, trained, say)
         checked = check_gguf(beside, merged)
     say(f"read back: {checked.tensors} tensors, tokenizer, template, stop token and rope are those of {merged}")
+    if checked.lost_window:
+        window = f"{checked.lost_window:,} tokens"
+        say(
+            f"the model looks back {window}, and llama.cpp knows no sliding window for this family: in contexts longer "
+            f"than {window} the file is another model (ollama: num_ctx, llama.cpp: --ctx-size)"
+        )
     facts = {"file": str(target), "bytes": target.stat().st_size, "llama_cpp": version, "checked": checked.tensors}
     forget(run, quant)
     record(run, {"gguf": {quant: facts}})

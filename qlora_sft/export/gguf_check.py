@@ -40,6 +40,8 @@ class CheckedGguf:
     """The names of the tensors of the model that the file has under no known name."""
     adds_bos: bool
     """Whether llama.cpp and Ollama put bos before a prompt for this file."""
+    lost_window: int | None
+    """The sliding window of the model's attention, if the file has none: llama.cpp then looks at everything."""
 
 
 def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
@@ -62,7 +64,16 @@ def check_gguf(gguf: Path, model: Path) -> CheckedGguf:
         )
     if faults:
         raise RunError(f"{gguf}: the file is not the model in {model}:\n" + "\n".join(faults[:8]))
-    return CheckedGguf(compared, unmatched, bos_first(fields))
+    return CheckedGguf(compared, unmatched, bos_first(fields), lost_window(fields, config))
+
+
+def lost_window(fields: Mapping[str, object], config: JsonObject) -> int | None:
+    """Returns the sliding window by which the model's layers attend and which the file does not have, if that is so."""
+    inner = text_config(config)
+    window, kinds = inner.get("sliding_window"), inner.get("layer_types")
+    slides = "sliding_attention" in kinds if isinstance(kinds, list) else inner.get("use_sliding_window", True)
+    there = any(name.endswith(".attention.sliding_window") for name in fields)
+    return window if isinstance(window, int) and slides and not there else None
 
 
 def _compare_tensors(

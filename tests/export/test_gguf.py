@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_sft.errors import ConfigError, RunError
 from qlora_sft.export.gguf import export_adapter, export_run
-from qlora_sft.export.gguf_check import check_gguf, compare_rope
+from qlora_sft.export.gguf_check import check_gguf, compare_rope, lost_window
 from qlora_sft.export.llama_tools import find_quantizer
 from qlora_sft.export.merge import merge_run
 from qlora_sft.export.parity import BOUNDS, Figures, _judge, bound, check_parity, compare
@@ -109,6 +109,15 @@ def test_rope_is_compared_wherever_a_config_has_it(nested: bool, by_layer: bool)
     ):
         (found,) = compare_rope({**right, f"gemma3.{name}": 7}, config)
         assert found.startswith(fault)
+
+
+def test_a_sliding_window_that_the_file_lacks_is_found() -> None:
+    mistral, has = {"sliding_window": 4096}, {"gemma3.attention.sliding_window": 4096}
+    assert lost_window({}, mistral) == 4096
+    assert lost_window({}, {"text_config": {**mistral, "layer_types": ["full_attention", "sliding_attention"]}}) == 4096
+    assert lost_window(has, mistral) is None
+    for unused in ({"use_sliding_window": False}, {"layer_types": ["full_attention"]}, {"sliding_window": None}):
+        assert lost_window({}, {**mistral, **unused}) is None
 
 
 def test_a_file_that_is_another_model_is_refused(run: Path, exported: Any, tmp_path: Path) -> None:
