@@ -41,7 +41,7 @@ $(OTHER)/installed: requirements.lock pyproject.toml
 
 # The same for the packages above torch: other versions of some of them are laid over .venv, by default the newest that
 # pyproject.toml allows.
-#   make test-with PACKAGES="transformers==5.18.0 trl==1.16.0"
+#   make test-with PACKAGES="transformers==5.24.0"
 PACKAGES ?= transformers==5.24.0 trl==1.16.0 datasets==5.2.0
 TESTS ?= tests/data/test_families.py tests/data/test_render.py tests/data/test_sources.py tests/model/test_every_family.py \
   tests/model/test_experts.py tests/model/test_qkv.py tests/model/test_attention_families.py tests/model/test_load.py \

@@ -220,8 +220,8 @@ def test_the_plan_counts_what_holds_the_model(
         assert main(["plan", str(tmp_path / "config.yaml"), *replay, *more, "--no-time", "--json"]) == 0
         plan = json.loads(capsys.readouterr().out)
         loss[name], disk[name] = plan["this_run"]["loss"], plan["disk"]
+        adapter = plan["resident"]["adapters"]
     assert 2**20 < loss["leashed"] - loss["plain"] < 2**29
-    adapter = disk["plain"]["adapter"]
     assert 5 * adapter < loss["held"] - loss["plain"] < 6 * adapter
     assert disk["leashed"]["anchors"] == 0
     assert adapter < disk["held"]["anchors"] < 1.5 * adapter
