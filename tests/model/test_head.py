@@ -102,7 +102,7 @@ def test_where_the_head_cannot_be_in_nf4(make_config: Any, tiny_model: Path, unt
     with pytest.raises(ConfigError, match="output head is its input embedding, too"):
         read_blueprint(make_config(*both), str(tiny_model))
     gemma = make_config(f"model.path={untied}", "model.chat_template=gemma", *both)
-    with pytest.raises(ConfigError, match="chat_template=gemma brings tokens whose rows of the head are trained"):
+    with pytest.raises(ConfigError, match="chat_template=gemma adds tokens whose rows of the head are trained"):
         load_model(gemma, str(untied), torch.float32, "transformers")
     with pytest.raises(ConfigError, match=r"model\.head_in_4bit has no effect without model\.load_in_4bit"):
         make_config("model.head_in_4bit=true")

@@ -154,7 +154,7 @@ def test_the_root_of_a_rank_is_the_one_that_peft_takes(base: Path) -> None:
         (["lora.init=orthogonal", "lora.r=5"], r"lora\.init orthogonal needs even ranks, not \[5\]"),
         (["lora.init=loftq", "model.load_in_4bit=false"], r"loftq has no effect without model\.load_in_4bit"),
         (["lora.modules=[{match: '(', r: 4}]"], r"lora\.modules\.0\.match is no regular expression"),
-        (["lora.modules=[{match: q_proj}]"], r"lora\.modules\.0 says nothing"),
+        (["lora.modules=[{match: q_proj}]"], r"lora\.modules\.0 has no effect"),
         (["lora.target_modules='*'"], r"lora\.target_modules is no regular expression"),
         (["lora.target_modules=[]"], "must name at least one layer"),
         (

@@ -65,7 +65,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family: str, dtype: torch.dty
 def test_the_peak_of_a_layers_backward_is_not_underrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (kernel, activations):
         monkeypatch.setattr(module, "GROUP_VALUES", 3 * 3 * 64 * 32)
-    monkeypatch.setattr(activations, "flash_workspace", lambda blueprint, size: 0)
+    monkeypatch.setattr(activations, "flash_workspace", lambda *_, **__: 0)
     write_base(tmp_path, "qwen3_moe", torch.bfloat16)
     config = load_config("demo", [*BACKEND, f"model.path={tmp_path}"])
     model: Any = load_model(config, str(tmp_path), torch.bfloat16, "transformers").train()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests_support import SHORT, result
 from torch import Tensor
+from transformers import LlamaConfig
 from trl import SFTTrainer
 
 from qlora_sft.errors import EndedTogether, RunError
@@ -147,6 +148,8 @@ def test_an_update_that_is_not_finite_ends_the_run_and_is_never_saved(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_an_adapter_with_a_value_that_is_not_finite_is_not_written(value: float, tmp_path: Path) -> None:
     class Model(torch.nn.Linear):
+        config = LlamaConfig()
+
         def save_pretrained(self, folder: Path, **_: Any) -> None:
             (folder / "weights").write_bytes(b"")
 

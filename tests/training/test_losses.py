@@ -139,7 +139,7 @@ def test_held_out_rows_without_labels_are_dropped_as_well(make_config: Any, tmp_
     ("rows", "overrides", "expected"),
     [
         (WITHOUT_LABELS[:4], [], "no token of 'chat' is supervised"),
-        ([turn("Rome " * 40), WITHOUT_LABELS[0]], ["data.max_length=16"], "too long, but for 1 in which nothing is"),
+        ([turn("Rome " * 40), WITHOUT_LABELS[0]], ["data.max_length=16"], "too long, except 1 in which nothing is"),
     ],
 )
 def test_a_source_without_a_usable_row_says_why(
