@@ -220,7 +220,11 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_terminal_that_knows_no_such_letter_gets_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    assert guarded(lambda: print("━ caf\xe9") or {}) == 0  # type: ignore[func-returns-value]
-    assert stdout.buffer.getvalue() == b"\\u2501 caf\\xe9\n"  # type: ignore[attr-defined]
+    def write() -> dict[str, object]:
+        print("━ caf\xe9")
+        return {}
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert guarded(write) == 0
+    assert written.getvalue() == b"\\u2501 caf\\xe9\n"

@@ -27,7 +27,6 @@ long ones in a norm, whose backward in transformers' operations takes five tenso
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
@@ -40,25 +39,11 @@ from qlora_kernels.packed_ce import PathName
 from qlora_kernels.rms_norm import CPU_BLOCK, GPU_BLOCK
 
 from qlora_sft.config import LoraConfig
-from qlora_sft.errors import ConfigError
 from qlora_sft.model.attention_choice import Attended
 from qlora_sft.model.loss_bytes import between_bytes, persistent_bytes, with_persistent
-from qlora_sft.model.mlp import NORM_AFTER, recomputes
+from qlora_sft.model.mlp import recomputes
 from qlora_sft.plan.blueprint import Blueprint, Linear, Norm
-
-QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
-OUT = {"o_proj"}
-GATE_UP = {"gate_proj", "up_proj", "gate_up_proj"}
-DOWN = {"down_proj"}
-GATES: tuple[set[str], ...] = ({"gate_proj", "up_proj"}, {"gate_up_proj"})
-# Norms by their place in a layer: of queries and keys, before attention, in the middle, behind the MLP.
-QUERY_NORMS, KEY_NORMS = {"q_norm", "query_layernorm"}, {"k_norm", "key_layernorm"}
-LAYER_NORMS = {
-    "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "pre_feedforward_layernorm",
-    "post_mlp_layernorm", "post_norm1", "post_norm2", NORM_AFTER,
-}  # fmt: skip
-# Families whose router is known: the likeliest k of a softmax over all experts.
-SOFTMAX_ROUTERS = {"qwen3_moe", "mixtral", "olmoe"}
+from qlora_sft.plan.known_layers import DOWN, GATE_UP, KEY_NORMS, OUT, QKV, QUERY_NORMS, place_of, require_known
 
 
 def layer_bytes(
@@ -76,8 +61,8 @@ def layer_bytes(
     each = [
         _LayerFormula(blueprint, number, tokens, lora, dtype, on_gpu, attended) for number in range(blueprint.n_layers)
     ]
-    for layer in each:
-        layer.require_known()
+    for number in range(blueprint.n_layers):
+        require_known(blueprint, number)
     heads, _, size = blueprint.heads
     kept = max((layer.parts(again=False) for layer in each), key=_saved)
     again = max((layer.parts(again=True) for layer in each), key=_saved)
@@ -144,10 +129,9 @@ class _LayerFormula:
         attended: Attended = "at once",
     ):  # fmt: skip
         self.blueprint, self.tokens, self.lora, self.size, self.on_gpu = blueprint, tokens, lora, dtype.itemsize, on_gpu
-        self.attended, self.number = attended if on_gpu else "at once", number
+        self.attended = attended if on_gpu else "at once"
         self.linears, self.norms = blueprint.layer(number), blueprint.norms[number]
         self.stacks = [stack for stack in blueprint.stacks if stack.block == number]
-        self.stacked = blueprint.stacked(number)
         self.tiled = not blueprint.why_not_tiled
         self.lean = not blueprint.why_not_lean
         # Only PEFT's 4-bit layer asks for autocast, and asks for that of a GPU; else inputs go to float32 and back.
@@ -160,49 +144,12 @@ class _LayerFormula:
         """
         places: dict[str, list[LayerPart]] = {place: [] for place in ("first", "heads", "middle", "last")}
         for norm in self.norms:
-            places[_place(norm)].append(self.norm(norm))
+            places[place_of(norm)].append(self.norm(norm))
         mlp = self.experts() if self.stacks else self.tiled_mlp(again) if self.tiled else self.mlp()
         return [
             self.input(), *places["first"], self.linear(QKV), *places["heads"], self.attention(), self.linear(OUT),
             *places["middle"], mlp, *places["last"],
         ]  # fmt: skip
-
-    def require_known(self) -> None:
-        """Raises `ConfigError` if the layer has a part for which there is no formula here."""
-        odd = sorted({linear.short for linear in self.linears} - (QKV | OUT | GATE_UP | DOWN))
-        odd += self.stacked
-        odd += self.odd_norms()
-        odd += self.unlike_llama()
-        dense = any(linear.short in DOWN for linear in self.linears)
-        if self.stacks and (dense or self.blueprint.config.model_type not in SOFTMAX_ROUTERS):
-            odd.append("experts beside a dense MLP" if dense else "this family's router")
-        missing = not dense and not self.stacks
-        if self.blueprint.dora:
-            raise ConfigError(
-                "what layers with DoRA keep is known only when they are measured, at the beginning of a run"
-            )
-        if odd or missing:
-            raise ConfigError(
-                f"{self.blueprint.kind}: what its layers keep is not known ({', '.join(odd) or 'no dense MLP'})"
-            )
-
-    def odd_norms(self) -> list[str]:
-        """Returns the norms of another kind or in another place than those of the formula."""
-        known = LAYER_NORMS | QUERY_NORMS | KEY_NORMS
-        odd = {norm.kind for norm in self.norms if "RMSNorm" not in norm.kind}
-        odd |= {norm.name for norm in self.norms if norm.name.rsplit(".", 1)[-1] not in known}
-        # Norms without a weight are not among those that the blueprint lists.
-        lacking = [] if any(_place(norm) != "heads" for norm in self.norms) else ["norms without a weight"]
-        return sorted(odd) + lacking
-
-    def unlike_llama(self) -> list[str]:
-        """Returns what of the layer computes something else although its linear layers have Llama's names."""
-        shorts = Counter(linear.short for linear in self.linears)
-        odd = sorted(f"{count} layers named {short}" for short, count in shorts.items() if count > 1)
-        dense = any(short in DOWN for short in shorts)
-        if dense and not any(gate == shorts.keys() & GATE_UP for gate in GATES):
-            odd.append("an MLP without a gate")
-        return odd + self.blueprint.loose(self.number)
 
     def input(self) -> LayerPart:
         """Returns the bytes of the layer's input."""
@@ -222,9 +169,9 @@ class _LayerFormula:
         of_heads = heads if short in QUERY_NORMS else groups if short in KEY_NORMS else 0
         width = of_heads * size or self.blueprint.hidden
         roots = 4 * (width // norm.width)
-        beside = self.size * (self.blueprint.hidden + (width if _place(norm) == "heads" else 0))
+        beside = self.size * (self.blueprint.hidden + (width if place_of(norm) == "heads" else 0))
         if self.blueprint.lean_norms:
-            own = 0 if _place(norm) == "first" else self.size * width
+            own = 0 if place_of(norm) == "first" else self.size * width
             # Its backward takes no more in float32 than a block of tokens.
             values = self.tokens * width
             blocks = 12 * min(values, GPU_BLOCK if self.on_gpu else CPU_BLOCK)
@@ -386,7 +333,7 @@ class _LayerFormula:
     @property
     def norm_after(self) -> bool:
         """Returns whether a norm stands behind the MLP."""
-        return any(_place(norm) == "last" for norm in self.norms)
+        return any(place_of(norm) == "last" for norm in self.norms)
 
     def weight(self, group: set[str]) -> int:
         """Returns the bytes of the largest weight of a group when it is dequantised."""
@@ -410,13 +357,3 @@ def flash_workspace(blueprint: Blueprint, itemsize: int, shared: bool = True) ->
     """
     heads, groups, size = blueprint.heads
     return heads * (4 + size * (4 + (2 * itemsize if shared and groups < heads else 0)))
-
-
-def _place(norm: Norm) -> str:
-    """Returns where in the forward of its layer a norm stands, which decides whose input it shares."""
-    short = norm.name.rsplit(".", 1)[-1]
-    if short in QUERY_NORMS | KEY_NORMS:
-        return "heads"
-    if short == "input_layernorm":
-        return "first"
-    return "last" if short in (NORM_AFTER, "post_mlp_layernorm", "post_norm2") else "middle"

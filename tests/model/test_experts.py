@@ -236,18 +236,23 @@ def test_plain_peft_loads_dora_beside_frozen_experts_and_what_it_could_not_load_
         torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def assert_the_saved_adapter_is(ours: Any, folder: Path) -> None:
+    """Saves the adapter of a model made from ``folder``/base, and has it read by plain PEFT and by us."""
+    ours.save_pretrained(folder / "adapter")
+    write_portable_targets(ours, folder / "adapter")
+    theirs = PeftModel.from_pretrained(expanded(folder / "base"), str(folder / "adapter")).eval()
+    again = with_adapter(in_nf4(folder / "base"), folder / "adapter")
+    with torch.no_grad():
+        for each in (theirs, again):
+            torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_plain_peft_finds_the_rank_and_the_alpha_of_every_layer_beside_the_experts(tmp_path: Path) -> None:
     """Shared experts are named as parameters, whose names end otherwise than those of layers."""
     write_base(tmp_path / "base", "deepseek_v3")
     modules = [LoraModules("shared_experts.*", alpha=64), LoraModules(r"layers\.0\..*(up|o)_proj", r=2)]
     ours = adapted(in_nf4(tmp_path / "base"), experts=False, modules=modules, dropout=0.1).eval()
-    ours.save_pretrained(tmp_path / "adapter")
-    write_portable_targets(ours, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(expanded(tmp_path / "base"), str(tmp_path / "adapter")).eval()
-    again = with_adapter(in_nf4(tmp_path / "base"), tmp_path / "adapter")
-    with torch.no_grad():
-        for each in (theirs, again):
-            torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_the_saved_adapter_is(ours, tmp_path)
     read = setting_of_adapter(adapter_settings(tmp_path / "adapter"), "modules")
     assert read == [{"match": r"layers\.0\..*(up|o)_proj", "r": 2}, {"match": "shared_experts.*", "alpha": 64}]
 
@@ -270,10 +275,4 @@ def test_a_mixture_whose_layers_are_all_dense_has_adapters_on_all_of_them(tmp_pa
     wanted = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {name.rsplit(".", 1)[-1] for name in with_lora} == wanted
     assert len(with_lora) == len(ours.get_base_model().model.layers) * len(wanted)
-    ours.save_pretrained(tmp_path / "adapter")
-    write_portable_targets(ours, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(expanded(tmp_path / "base"), str(tmp_path / "adapter")).eval()
-    again = with_adapter(in_nf4(tmp_path / "base"), tmp_path / "adapter")
-    with torch.no_grad():
-        for each in (theirs, again):
-            torch.testing.assert_close(ours(IDS).logits, each(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_the_saved_adapter_is(ours, tmp_path)
